@@ -1,0 +1,177 @@
+"""The sessions: `nox` checks everything; `nox -s "tests(corda)"` runs one session for one distribution.
+
+Distributions are found by their folders, so a new package needs no change here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PROJECTS = {
+    tomllib.loads(file.read_text(encoding="utf-8"))["project"]["name"]: file.parent.relative_to(ROOT)
+    for file in [ROOT / "shared/pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]
+}
+PACKAGES = {name: folder for name, folder in PROJECTS.items() if folder.parts[0] == "packages"}
+LINTERS = ("ruff>=0.15,<1",)
+TYPE_CHECKERS = ("mypy>=1.20,<3", "types-PyYAML")
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["lint", "types", "contracts", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+each_project = nox.parametrize("name", [nox.param(name, id=name) for name in PROJECTS])
+each_package = nox.parametrize("name", [nox.param(name, id=name) for name in PACKAGES])
+
+
+def uv_environment() -> dict[str, str]:
+    """pip's own settings of indexes, for uv, which does not read them; what is already set for uv stays."""
+    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    settings: dict[str, list[str]] = {}
+    for line in listing.splitlines():
+        key, _, value = line.partition("=")
+        values = value.strip("'\"").replace("\\n", " ").split()
+        settings.setdefault(key.rpartition(".")[2], []).extend(v for v in values)
+    found = {
+        "UV_DEFAULT_INDEX": " ".join(settings.get("index-url", [])[:1]),
+        "UV_INDEX": " ".join(dict.fromkeys(settings.get("extra-index-url", []))),
+        "UV_FIND_LINKS": ",".join(dict.fromkeys(settings.get("find-links", []))),
+    }
+    if found["UV_INDEX"]:
+        found["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip looks for the best version in all of them
+    return {key: value for key, value in found.items() if value and key not in os.environ}
+
+
+UV = uv_environment()
+
+
+def requirement(name: str, extras: str = "") -> str:
+    """A distribution of this repository as uv's requirement: by path, not editable, as a user gets it."""
+    return f"{name}{extras} @ {(ROOT / PROJECTS[name]).as_uri()}"
+
+
+def test_extras(name: str) -> str:
+    """The extras of itself that a distribution's test group asks for."""
+    group = tomllib.loads((PROJECTS[name] / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]["test"]
+    return next((entry.removeprefix(name) for entry in group if entry.startswith(f"{name}[")), "")
+
+
+def install(session: nox.Session, *names: str, extras: str = "", group: bool = False, lowest: bool = False) -> None:
+    """The named distributions with tenfold; with ``group`` the test dependencies of each, and nothing else."""
+    groups = [f"--group={PROJECTS[name] / 'pyproject.toml'}:test" for name in names if group]
+    sources = [requirement("tenfold")] if "tenfold" not in names else []
+    sources += [requirement(name, test_extras(name) if group else extras) for name in names]
+    # a rebuilt distribution has the same version, so uv's cache has to be told
+    refresh = [f"--reinstall-package={name}" for name in PROJECTS]
+    resolution = ["--resolution=lowest-direct"] if lowest else []
+    session.install(*sources, *groups, *refresh, *resolution, env=UV)
+
+
+def pytest(session: nox.Session, *arguments: str, no_tests_is_fine: bool = False) -> None:
+    """pytest from the root; exit code 5 says that no test was selected."""
+    session.run("pytest", *arguments, *session.posargs, success_codes=[0, 5] if no_tests_is_fine else [0])
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format and lint rules."""
+    session.install(*LINTERS, env=UV)
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict, on every distribution's source."""
+    install(session, *PROJECTS, group=True)
+    session.install(*TYPE_CHECKERS, env=UV)
+    session.run("mypy", *(str(folder / "src") for folder in PROJECTS.values()))
+
+
+@nox.session
+def contracts(session: nox.Session) -> None:
+    """What must hold for all distributions."""
+    install(session, *PROJECTS, group=True)
+    session.install("hatchling", env=UV)
+    pytest(session, "tests")
+
+
+@nox.session
+@each_project
+def tests(session: nox.Session, name: str) -> None:
+    """A distribution's tests, in an environment that holds what it declares plus its test group."""
+    install(session, name, group=True)
+    pytest(session, str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu")
+
+
+@nox.session
+@each_project
+def slow(session: nox.Session, name: str) -> None:
+    """Tests that take minutes."""
+    install(session, name, group=True)
+    pytest(session, str(PROJECTS[name] / "tests"), "-m", "slow", no_tests_is_fine=True)
+
+
+@nox.session
+@each_project
+def gpu(session: nox.Session, name: str) -> None:
+    """Tests that need a GPU, for a machine that has one."""
+    install(session, name, group=True)
+    pytest(session, str(PROJECTS[name] / "tests"), "-m", "gpu", no_tests_is_fine=True)
+
+
+@nox.session
+@each_project
+def lowest(session: nox.Session, name: str) -> None:
+    """The tests with exactly the lowest versions that are declared."""
+    install(session, name, group=True, lowest=True)
+    pytest(session, str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu")
+
+
+@nox.session
+@each_package
+def demo(session: nox.Session, name: str) -> None:
+    """A package's demo; `-- --full` decides every claim. Rebuilds demo-report/index.html, prints all claims so far."""
+    install(session, name, extras="[demo]")
+    session.run(name, "demo", "--out", f"demo-report/{name}", "--overwrite", *session.posargs)
+    session.run("python", "-m", "tenfold.report", "demo-report")
+
+
+@nox.session
+@each_package
+def bench(session: nox.Session, name: str) -> None:
+    """A package's benchmarks against its peers; the machine has to be idle."""
+    install(session, name, extras="[bench]")
+    for script in sorted((PROJECTS[name] / "benchmarks").glob("*.py")):
+        session.run("python", str(script), "--out", f"bench-report/{name}/{script.stem}.json", *session.posargs)
+
+
+@nox.session
+@each_project
+def build(session: nox.Session, name: str) -> None:
+    """Wheel and sdist, installed as a user would and smoke-tested in this fresh environment."""
+    out = Path(session.create_tmp()) / "dist"
+    for project in {"tenfold", name}:
+        session.run(
+            "uv", "build", "--quiet", "--out-dir", str(out / project), str(PROJECTS[project]), external=True, env=UV
+        )
+    wheels = [str(next((out / project).glob("*.whl"))) for project in {"tenfold", name}]
+    session.install(*wheels, *(f"--reinstall-package={project}" for project in PROJECTS), env=UV)
+    settings = tomllib.loads((PROJECTS[name] / "pyproject.toml").read_text(encoding="utf-8"))
+    import_name = PROJECTS[name].name if name in PACKAGES else name
+    session.run("python", "-c", f"import {import_name} as p; print(p.__name__, p.__version__, sorted(p.__all__))")
+    for command in settings["project"].get("scripts", {}):
+        session.run(command, "--version")
+        session.run(command, "--help")
+    listing = json.loads(session.run("uv", "pip", "list", "--format=json", "--quiet", silent=True, external=True))
+    installed = {entry["name"] for entry in listing}
+    unwanted = installed & set(settings.get("tool", {}).get("tenfold", {}).get("keeps-out", []))
+    if unwanted:
+        session.error(f"{name} puts {', '.join(sorted(unwanted))} into the user's environment")
+    session.log(f"{len(installed)} distributions in the environment; built {sorted(p.name for p in out.rglob('*-*'))}")

@@ -1,0 +1,382 @@
+"""A run folder: settings, environment, metrics and results of one command, whole or not at all, and safe to resume.
+
+A folder belongs to a run when it holds ``run.json``: the package, the verb, whether it has finished, and the name of
+every file that the run has written, so that starting anew deletes those and nothing else.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tenfold.errors import UserError
+
+MANIFEST = "run.json"
+_TEMPORARY = ".tenfold-"
+_USER_MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+
+
+@contextlib.contextmanager
+def _mendable(path: Path) -> Iterator[None]:
+    """Say in one line when the disk is full or a folder cannot be written; every other fault passes through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _USER_MENDABLE:
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; when the block ends well, fsync it and rename it onto ``path``.
+
+    A reader, or a process that is killed at any moment, sees the old file or the new one whole. When the block raises,
+    ``path`` stays as it was and the temporary file is removed. The temporary name keeps the suffix of ``path``.
+
+    Raises:
+        UserError: no space left, no permission, or a part of the path is not a folder.
+    """
+    path = Path(path)
+    with _mendable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
+        os.fchmod(descriptor, 0o666 & ~_umask())
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def plain(value: Any) -> Any:
+    """``value`` as the plain dicts, lists, strings and numbers that YAML and JSON hold; dataclasses become dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return out
+
+
+def environment(package: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run depended on besides its settings: versions, seed, device, threads, machine and git state."""
+    versions = {}
+    requirements = importlib.metadata.requires(package) or []
+    for name in sorted({package, "tenfold", *(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements)}):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else os.cpu_count()
+    options = flat(settings)
+    return {
+        "package": package,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "seed": options.get("seed", options.get("seeds")),
+        "device": options.get("device", "cpu"),
+        "threads": threads,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanness of the repository around the working directory, or None outside of one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S607
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)  # noqa: S607
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.stdout.strip(), "clean": not status.stdout.strip()}
+
+
+class Run:
+    """One output folder of one verb. Made by ``Run.open``; every file that it writes appears whole or not at all.
+
+    Attributes:
+        path: the folder.
+        settings: the resolved settings, as plain dicts.
+        resumed: True when this continues an unfinished run.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], settings: dict[str, Any], resumed: bool) -> None:
+        self.path = path
+        self.settings = settings
+        self.resumed = resumed
+        self._manifest = manifest
+
+    @property
+    def finished(self) -> bool:
+        """True when there is nothing left to do."""
+        return bool(self._manifest["finished"])
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        package: str,
+        verb: str,
+        settings: Any,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> "Run":
+        """Start, continue or refuse, by what the folder holds.
+
+        | folder                      | no flag | resume           | overwrite                                    |
+        |-----------------------------|---------|------------------|----------------------------------------------|
+        | missing or empty            | start   | start            | start                                        |
+        | unfinished run of this verb | refuse  | continue         | start anew, deleting what that run wrote     |
+        | finished run of this verb   | refuse  | nothing to do    | start anew, likewise                         |
+        | anything else               | refuse  | refuse           | refuse                                       |
+
+        Args:
+            path: the folder.
+            package: distribution name.
+            verb: the command that writes the folder.
+            settings: a dataclass or mapping; written to ``config.yaml``.
+            resume: continue an unfinished run. Changed settings refuse with their differences.
+            overwrite: start anew over a run of this verb.
+
+        Raises:
+            UserError: the folder is refused.
+        """
+        path = Path(path)
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
+        with _mendable(path):
+            path.mkdir(parents=True, exist_ok=True)
+            found = cls._read_manifest(path, package, verb)
+        asked = plain(settings)
+        resumed = found is not None and resume
+        if found is not None and not (resume or overwrite):
+            state = "a finished" if found["finished"] else "an unfinished"
+            raise UserError(
+                f"{path} holds {state} run of '{package} {verb}': --resume continues it, --overwrite starts anew"
+            )
+        if found is not None and overwrite:
+            for name in [*found["files"], MANIFEST]:
+                with _mendable(path):
+                    _delete(path, name)
+            found = None
+        run = cls(path, found or {"package": package, "verb": verb, "finished": False, "files": []}, asked, resumed)
+        run._remove_temporaries()
+        if resumed and (path / "config.yaml").exists():
+            run._refuse_changed_settings()
+        if not run.finished:
+            run._save_manifest()
+            run.write_text("config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+            run.write_json("environment.json", environment(package, asked))
+        return run
+
+    @staticmethod
+    def _read_manifest(path: Path, package: str, verb: str) -> dict[str, Any] | None:
+        names = [entry.name for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
+        if not names:
+            return None
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            owner = (manifest["package"], manifest["verb"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is not empty and holds no run ({', '.join(sorted(names)[:3])}): give a new folder"
+            ) from None
+        if owner != (package, verb):
+            raise UserError(
+                f"{path} holds a run of '{' '.join(map(str, owner))}', not of '{package} {verb}': give a new folder"
+            )
+        return dict(manifest)
+
+    def _refuse_changed_settings(self) -> None:
+        then = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {})
+        now = flat(json.loads(json.dumps(self.settings)))
+        changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        if changed:
+            differences = "; ".join(f"{key}: {then.get(key)!r} -> {now.get(key)!r}" for key in changed)
+            raise UserError(f"{self.path} was begun with other settings ({differences}): resume with the same ones")
+
+    def _remove_temporaries(self) -> None:
+        for left in sorted(self.path.rglob(f"{_TEMPORARY}*")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+
+    def _save_manifest(self) -> None:
+        with replacing(self.path / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
+
+    def own(self, name: str) -> Path:
+        """Remember ``name`` as a file of this run (so that starting anew may delete it) and return its path.
+
+        Raises:
+            UserError: the name leads outside of the folder.
+        """
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise UserError(f"{name} leads outside of the run folder {self.path}")
+        if name not in self._manifest["files"]:
+            self._manifest["files"].append(name)
+            self._save_manifest()
+        return path
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """``tenfold.runs.replacing`` for a file of this run."""
+        with replacing(self.own(name)) as temporary:
+            yield temporary
+
+    @contextlib.contextmanager
+    def replacing_folder(self, name: str) -> Iterator[Path]:
+        """Yield an empty temporary folder; when the block ends well, move each file in it, whole, under ``name``."""
+        target = self.path / name
+        with _mendable(target), tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self.path) as temporary:
+            yield Path(temporary)
+            for source in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
+                destination = self.own(f"{name}/{source.relative_to(temporary).as_posix()}")
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                _sync(source)
+                source.replace(destination)
+                _sync(destination.parent)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, whole or not at all."""
+        with self.replacing(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write ``value`` as JSON, whole or not at all; NaN and infinity are refused, since JSON has neither."""
+        self.write_text(name, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def finish(self) -> None:
+        """Mark the run as finished, with the environment as it is now (threads and versions of what was loaded)."""
+        self.write_json("environment.json", environment(self._manifest["package"], self.settings))
+        self._manifest["finished"] = True
+        self._save_manifest()
+
+
+def _delete(root: Path, name: str) -> None:
+    """Delete one file of a run and the folders below ``root`` that this leaves empty."""
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{root / MANIFEST} names a file outside of its folder: {name}")
+    path.unlink(missing_ok=True)
+    for parent in path.parents:
+        if parent == root or not parent.is_dir() or any(parent.iterdir()):
+            break
+        parent.rmdir()
+
+
+class Metrics:
+    """``metrics.csv``: one row a logged step, in order, without wall-clock columns, so equal runs have equal files.
+
+    Values logged for the same step share a row. A name that appears first at a later step widens the file; earlier rows
+    stay empty there. Rows are appended, and ``cut_after`` takes back those that a checkpoint does not know of.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._columns: list[str] = []
+        self._step: int | None = None
+        self._row: dict[str, str] = {}
+        if self.path.exists() and (rows := self._read()):
+            self._columns = rows[0][1:]
+
+    def _read(self) -> list[list[str]]:
+        """All complete rows; a last line without its newline was cut short by a kill and does not count."""
+        text = self.path.read_text(encoding="utf-8")
+        return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the row of ``step``; a step before the current one is an error of the caller."""
+        if self._step is not None and step != self._step:
+            assert step > self._step, f"step {step} logged after step {self._step}"
+            self.flush()
+        self._step = step
+        self._row.update({name: _number(value) for name, value in values.items()})
+
+    def flush(self) -> None:
+        """Write the current row."""
+        if self._step is None or not self._row:
+            return
+        new = [name for name in self._row if name not in self._columns]
+        if new or not self.path.exists():
+            rows = self._read()[1:] if self.path.exists() else []
+            self._columns += new
+            self._write([[*row, *[""] * (1 + len(self._columns) - len(row))] for row in rows])
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            row = [str(self._step), *(self._row.get(name, "") for name in self._columns)]
+            csv.writer(file, lineterminator="\n").writerow(row)
+        self._step, self._row = None, {}
+
+    def cut_after(self, step: int) -> None:
+        """Drop every row of a later step, and columns that only those rows filled."""
+        self._step, self._row = None, {}
+        if not self.path.exists():
+            return
+        rows = [row for row in self._read()[1:] if int(row[0]) <= step]
+        used = [i for i in range(len(self._columns)) if any(row[1 + i] for row in rows)]
+        self._columns = [self._columns[i] for i in used]
+        self._write([[row[0], *(row[1 + i] for i in used)] for row in rows])
+
+    def _write(self, rows: list[list[str]]) -> None:
+        with replacing(self.path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([["step", *self._columns], *rows])
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back as the same double."""
+    value = float(value)
+    return str(int(value)) if math.isfinite(value) and value.is_integer() and abs(value) < 1e15 else repr(value)

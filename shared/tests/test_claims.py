@@ -1,0 +1,166 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tenfold import NonFiniteError
+from tenfold.claims import Bound, Study, claim_rows, mean_ci95
+from tenfold.cli import show_claims
+from tenfold.runs import Run
+
+KD, CE = [61.9, 62.8, 61.2, 62.4, 63.0], [52.1, 53.0, 51.4, 52.2, 52.9]
+
+
+def study(path, level="full", seeds=range(5), **flags):
+    run = Run.open(path, package="tenfold", verb="demo", settings={}, **flags)
+    head = {"package": "tenfold", "version": "0.1.0", "command": "demo", "data": "none"}
+    return Study(run, level=level, seeds=list(seeds), **head)
+
+
+def measure(seed):
+    return {"kd": {"top1": KD[seed]}, "ce": {"top1": CE[seed]}}
+
+
+def test_difference_is_the_paired_t_interval(tmp_path):
+    s = study(tmp_path)
+    s.over_seeds(measure)
+    s.difference("kd_beats_ce", "KD beats CE", ("kd", "top1"), ("ce", "top1"), required=">= 4")
+    claim = s.finish()["claims"][0]
+    expected = stats.ttest_rel(KD, CE).confidence_interval(0.95)
+    assert claim["ci95"] == pytest.approx([expected.low, expected.high])
+    assert claim["estimate"] == pytest.approx(9.94)
+    assert claim["holds"] is True
+    assert claim["method"] == "paired t over 5 seeds"
+
+
+def test_ratio_is_the_geometric_mean_with_t_on_logs(tmp_path):
+    s = study(tmp_path)
+    s.over_seeds(measure)
+    s.ratio("r", "text", ("ce", "top1"), ("kd", "top1"), required="<= 0.9")
+    claim = s.finish()["claims"][0]
+    logs = np.log(np.array(CE) / np.array(KD))
+    low, high = stats.t.interval(0.95, 4, loc=logs.mean(), scale=stats.sem(logs))
+    assert claim["estimate"] == pytest.approx(stats.gmean(np.array(CE) / np.array(KD)))
+    assert claim["ci95"] == pytest.approx([np.exp(low), np.exp(high)])
+    assert claim["holds"] is True
+
+
+def test_a_ratio_of_values_that_are_not_positive_is_not_decided(tmp_path):
+    s = study(tmp_path, seeds=[0, 1])
+    s.over_seeds(lambda seed: {"a": {"loss": 1.0}, "b": {"loss": float(seed)}})
+    s.ratio("r", "text", ("a", "loss"), ("b", "loss"), required=">= 1")
+    assert s.finish()["claims"][0]["holds"] is None
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=20).filter(lambda v: np.std(v) > 1e-3))
+def test_mean_ci95_is_students(values):
+    mean, ci95 = mean_ci95(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+    assert ci95 == pytest.approx((low, high), rel=1e-9, abs=1e-6)
+    assert mean == pytest.approx(np.mean(values), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bound", "estimate", "ci95", "holds"),
+    [
+        (">= 4", 9.9, (9.6, 10.3), True),
+        (">= 4", 4.2, (3.8, 4.6), None),
+        (">= 4", 3.9, (3.8, 4.6), False),
+        ("<= 1/3", 0.3, None, True),
+        ("<= 1/3", 0.34, None, False),
+        ("<= 0.9", 0.8, (0.7, 0.95), None),
+    ],
+)
+def test_a_claim_holds_when_its_whole_interval_does(bound, estimate, ci95, holds):
+    assert Bound.parse(bound).decide(estimate, ci95) is holds
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"), [("quick", [None, None]), ("default", [True, None]), ("full", [True, True])]
+)
+def test_levels_decide_nothing_the_main_claims_or_all(tmp_path, level, expected):
+    s = study(tmp_path, level)
+    s.over_seeds(measure)
+    s.count("main", "text", 4, 5, required=">= 4", main=True)
+    s.count("side", "text", 4, 5, required=">= 4")
+    assert [claim["holds"] for claim in s.finish()["claims"]] == expected
+
+
+def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_summary(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def killed_at_3(seed):
+        if seed == 3:
+            raise Killed
+        return measure(seed)
+
+    whole = study(tmp_path / "whole")
+    whole.over_seeds(measure)
+    broken = study(tmp_path / "broken")
+    with pytest.raises(Killed):
+        broken.over_seeds(killed_at_3)
+    seen = []
+    resumed = study(tmp_path / "broken", resume=True)
+    resumed.over_seeds(lambda seed: seen.append(seed) or measure(seed))
+    assert seen == [3, 4]
+    assert resumed.finish(seconds=1) == whole.finish(seconds=1)
+
+
+def test_arms_are_measured_seed_by_seed(tmp_path):
+    seen = []
+
+    def arm(name):
+        return lambda seed: seen.append((name, seed)) or {"top1": float(seed)}
+
+    s = study(tmp_path, seeds=[0, 1])
+    s.over_arms({"a": arm("a"), "b": arm("b")})
+    assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert s.finish()["arms"] == {"a": {"top1": [0.0, 1.0]}, "b": {"top1": [0.0, 1.0]}}
+
+
+def test_nan_in_a_measurement_is_caught_with_its_name(tmp_path):
+    s = study(tmp_path, seeds=[0])
+    with pytest.raises(NonFiniteError, match="seed-0: top1 of arm kd is nan"):
+        s.over_seeds(lambda seed: {"kd": {"top1": float("nan")}})
+
+
+def test_summary_has_the_agreed_form_and_strict_fails_on_a_failed_claim(tmp_path, capsys):
+    s = study(tmp_path)
+    s.over_seeds(measure)
+    s.difference("d", "CE beats KD", ("ce", "top1"), ("kd", "top1"), required=">= 0")
+    s.note("a remark")
+    s.finish()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == [
+        "package",
+        "version",
+        "command",
+        "level",
+        "data",
+        "arms",
+        "claims",
+        "notes",
+        "seconds",
+        "seeds",
+    ] or (
+        set(summary)
+        == {"package", "version", "command", "level", "data", "seconds", "seeds", "arms", "claims", "notes"}
+    )
+    assert set(summary["claims"][0]) == {"id", "text", "kind", "estimate", "ci95", "method", "required", "holds"}
+    assert show_claims(summary) == 0
+    assert show_claims(summary, strict=True) == 1
+    out = capsys.readouterr().out
+    assert "CE beats KD" in out
+    assert "NO" in out
+    assert "note: a remark" in out
+
+
+def test_rows_of_several_summaries():
+    claim = {"text": "t", "estimate": 1.234, "ci95": [1, 2], "required": ">= 1", "holds": None}
+    headers, rows = claim_rows([{"package": "p", "level": "quick", "claims": [claim]}])
+    assert rows == [["p", "quick", "t", "1.23 [1, 2]", ">= 1", "not decided"]]
+    assert len(headers) == len(rows[0])

@@ -1,0 +1,249 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tenfold import UserError
+from tenfold.runs import Metrics, Run, flat, plain, replacing
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed: int = 3
+    names: tuple[str, ...] = ("a", "b")
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def start(path, **changes):
+    return Run.open(path, package="tenfold", verb="train", **{"settings": Settings(), **changes})
+
+
+def test_replacing_keeps_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_replacing_gives_the_mode_of_a_plainly_written_file(tmp_path):
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    script = f"""
+        import os, signal
+        from tenfold.runs import replacing
+        with replacing({str(path)!r}) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    code = subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode
+    assert code == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_old_file():
+    """/dev/full takes no byte: every write says that no space is left."""
+    if not Path("/dev/full").exists():
+        pytest.skip("a system without /dev/full")
+    with (
+        pytest.raises(UserError, match="cannot write .*: No space left on device"),
+        replacing(Path("/tmp") / f"tenfold-{os.getpid()}"),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x")
+    assert not (Path("/tmp") / f"tenfold-{os.getpid()}").exists()
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"), replacing(tmp_path / "file" / "a.txt"):
+        pass
+
+
+def test_a_run_writes_settings_that_repeat_it_and_its_environment(tmp_path):
+    run = start(tmp_path / "out")
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert config == {"seed": 3, "names": ["a", "b"], "optimizer": {"lr": 0.1}}
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["seed"] == 3
+    assert set(environment) >= {"versions", "seed", "device", "threads", "git"}
+    assert "numpy" in environment["versions"]
+
+
+def finished(path):
+    run = start(path)
+    run.write_text("result.txt", "1")
+    run.finish()
+
+
+def unfinished(path):
+    start(path).write_text("result.txt", "1")
+
+
+def other_verb(path):
+    Run.open(path, package="tenfold", verb="evaluate", settings=Settings())
+
+
+def foreign(path):
+    path.mkdir()
+    (path / "thesis.tex").write_text("x")
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "outcome"),
+    [
+        (None, {}, "starts"),
+        (None, {"resume": True}, "starts"),
+        (None, {"overwrite": True}, "starts"),
+        (unfinished, {}, "--resume continues it, --overwrite starts anew"),
+        (unfinished, {"resume": True}, "continues"),
+        (unfinished, {"overwrite": True}, "starts"),
+        (finished, {}, "--resume continues it, --overwrite starts anew"),
+        (finished, {"resume": True}, "finished"),
+        (finished, {"overwrite": True}, "starts"),
+        *((other_verb, flags, "not of 'tenfold train'") for flags in ({}, {"resume": True}, {"overwrite": True})),
+        *((foreign, flags, "holds no run") for flags in ({}, {"resume": True}, {"overwrite": True})),
+    ],
+)
+def test_the_folder_table(tmp_path, before, flags, outcome):
+    path = tmp_path / "out"
+    if before:
+        before(path)
+    files = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    if outcome in {"starts", "continues", "finished"}:
+        run = start(path, **flags)
+        assert run.resumed == (outcome != "starts")
+        assert run.finished == (outcome == "finished")
+        assert (path / "result.txt").exists() == (outcome != "starts")
+    else:
+        with pytest.raises(UserError, match=outcome):
+            start(path, **flags)
+        assert sorted(p.name for p in path.iterdir()) == files
+
+
+def test_overwrite_spares_what_the_run_did_not_write(tmp_path):
+    run = start(tmp_path)
+    run.write_text("figures/a.png", "x")
+    run.write_text("figures/deep/b.png", "x")
+    (tmp_path / "figures/mine.png").write_text("mine")
+    start(tmp_path, overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["mine.png"]
+
+
+def test_overwrite_never_deletes_outside_of_the_folder(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    run = start(tmp_path / "out")
+    manifest = json.loads((run.path / "run.json").read_text())
+    manifest["files"].append("../precious")
+    (run.path / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="outside of its folder"):
+        start(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "precious").exists()
+    with pytest.raises(UserError, match="leads outside"):
+        Run.open(tmp_path / "new", package="tenfold", verb="train", settings={}).write_text("../b", "x")
+
+
+def test_resume_refuses_changed_settings_and_names_them(tmp_path):
+    start(tmp_path)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.1 -> 0\.2\): resume with the same"):
+        start(tmp_path, settings=Settings(optimizer=Optimizer(0.2)), resume=True)
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match="exclude"):
+        start(tmp_path, resume=True, overwrite=True)
+
+
+def test_leftovers_of_a_kill_do_not_count_and_are_removed(tmp_path):
+    (tmp_path / ".tenfold-abc.json").write_text("half")
+    start(tmp_path)
+    assert not (tmp_path / ".tenfold-abc.json").exists()
+
+
+def test_a_folder_appears_file_by_file_whole(tmp_path):
+    run = start(tmp_path)
+    with run.replacing_folder("model") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep/a.txt").write_text("a")
+        (folder / "b.txt").write_text("b")
+        assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model/deep/a.txt").read_text() == "a"
+    start(tmp_path, overwrite=True)
+    assert not (tmp_path / "model").exists()
+
+
+def test_json_with_nan_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        start(tmp_path).write_json("a.json", {"x": float("nan")})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_flat_and_plain():
+    assert flat(plain(Settings())) == {"seed": 3, "names": ["a", "b"], "optimizer.lr": 0.1}
+
+
+def read(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_metrics_of_one_step_share_a_row_and_late_columns_widen_the_file(tmp_path):
+    metrics = Metrics(tmp_path / "m.csv")
+    metrics.log(1, {"loss": 0.5})
+    metrics.log(2, {"loss": 0.25})
+    metrics.log(2, {"val": 1})
+    metrics.flush()
+    assert read(tmp_path / "m.csv") == [
+        {"step": "1", "loss": "0.5", "val": ""},
+        {"step": "2", "loss": "0.25", "val": "1"},
+    ]
+
+
+@given(
+    values=st.lists(st.floats(allow_nan=False), min_size=1, max_size=12),
+    checkpoint=st.integers(0, 12),
+    killed=st.integers(0, 12),
+)
+def test_metrics_cut_back_and_continued_equal_an_unbroken_file(tmp_path_factory, values, checkpoint, killed):
+    folder = tmp_path_factory.mktemp("metrics")
+
+    def log(metrics, steps):
+        for step in steps:
+            metrics.log(step, {"loss": values[step]} | ({"val": step} if step % 3 == 2 else {}))
+        metrics.flush()
+
+    log(Metrics(folder / "whole.csv"), range(len(values)))
+    killed = min(killed, len(values))
+    checkpoint = min(checkpoint, killed)
+    log(Metrics(folder / "broken.csv"), range(killed))
+    if killed:
+        with (folder / "broken.csv").open("a") as file:
+            file.write("7,0.1")  # a row that the kill cut short
+    metrics = Metrics(folder / "broken.csv")
+    metrics.cut_after(checkpoint - 1)
+    log(metrics, range(checkpoint, len(values)))
+    assert (folder / "broken.csv").read_bytes() == (folder / "whole.csv").read_bytes()
+    assert [float(row["loss"]) for row in read(folder / "whole.csv")] == values
