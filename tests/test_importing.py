@@ -1,0 +1,116 @@
+"""What `import X` costs and offers, and which imports the code may hold."""
+
+import importlib
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from conftest import DISTRIBUTIONS, imports_of, standard_library
+
+HEAVY = {
+    "torch",
+    "lightning",
+    "transformers",
+    "diffusers",
+    "timm",
+    "mmengine",
+    "peft",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+}
+# cli -> demo -> training -> data, the method -> config: each may also use what stands further right
+LAYERS = {"cli": 4, "demo": 3, "training": 2, "data": 1, "config": -1}
+METHOD = 0
+
+
+def test_import_is_light(distribution):
+    script = f"import {distribution.import_name}, sys; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert not HEAVY & set(out.split())
+
+
+def test_public_names_load_on_first_use_and_again(distribution):
+    module = distribution.module
+    assert list(module.__all__) == sorted(module.__all__, key=lambda name: (name.startswith("__"), name)) or (
+        sorted(module.__all__) == list(module.__all__)
+    )
+    for name in module.__all__:
+        first, second = getattr(module, name), getattr(module, name)
+        assert first is second
+        assert not isinstance(first, ModuleType), f"{name} is the submodule"
+        assert name not in distribution.modules, f"{name} is also a submodule's name"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        module.no_such_name  # noqa: B018
+
+
+def test_public_names_are_documented(distribution):
+    undocumented = [
+        name
+        for name in distribution.module.__all__
+        if callable(value := getattr(distribution.module, name)) and not inspect.getdoc(value)
+    ]
+    assert not undocumented
+
+
+def test_version_is_that_of_the_metadata(distribution):
+    assert distribution.module.__version__ == importlib.metadata.version(distribution.name)
+
+
+def test_typed(distribution):
+    assert (distribution.source / "py.typed").exists()
+
+
+def test_layers(package):
+    """The arrows between a package's own modules go one way."""
+    for path in package.source.glob("*.py"):
+        level = LAYERS.get(path.stem, METHOD)
+        for found in imports_of(path):
+            root, _, rest = found.module.partition(".")
+            target = rest.partition(".")[0]
+            if root != package.import_name or not target or path.stem == "__init__":
+                continue
+            if target in package.modules and target != path.stem:
+                assert LAYERS.get(target, METHOD) <= level, f"{path.name} imports {found.module}"
+
+
+def test_settings_need_no_torch(package):
+    eager = {
+        found.module.partition(".")[0] for found in imports_of(package.source / "config.py") if found.at_import_time
+    }
+    assert not eager & HEAVY
+
+
+def test_no_package_imports_another_and_tenfold_imports_none(distribution):
+    others = {other.import_name for other in DISTRIBUTIONS if other.is_package and other != distribution}
+    for path in distribution.source.rglob("*.py"):
+        found = {found.module.partition(".")[0] for found in imports_of(path)}
+        assert not found & others, path.name
+
+
+def test_declared_dependencies_are_those_that_are_imported(distribution):
+    provides = importlib.metadata.packages_distributions()
+    declared = distribution.requirements(extras=True)
+    files = [*distribution.source.rglob("*.py"), *(distribution.folder / "benchmarks").glob("*.py")]
+    used = set()
+    for path in files:
+        for found in imports_of(path):
+            root = found.module.partition(".")[0]
+            if standard_library(root) or root == distribution.import_name:
+                continue
+            names = {name.lower().replace("_", "-") for name in provides.get(root, [])}
+            assert names & declared, f"{path.name} imports {root}, which is not declared"
+            used |= names & declared
+    assert declared - used - {"tenfold", distribution.name} == set(), "declared, but imported nowhere"
+
+
+def test_nothing_unpickles(distribution):
+    for path in distribution.source.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "weights_only=False" not in text, path.name
+        assert not {found.module for found in imports_of(path)} & {"pickle", "dill", "cloudpickle", "joblib"}, path.name
+        assert "allow_pickle=True" not in text, path.name
+        assert "yaml.load(" not in text, path.name
