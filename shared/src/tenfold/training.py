@@ -66,14 +66,17 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(_key(*key))
 
 
+def _seed_all(key: int) -> None:
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key)
+
+
 @contextlib.contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
     """Within the block, what Python, NumPy and torch draw on the CPU depends on ``key`` alone; then all is as before."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    number = _key(*key)
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.default_generator.manual_seed(number)
+    _seed_all(_key(*key))
     try:
         yield
     finally:
@@ -89,9 +92,13 @@ class _KeyedDataset(Dataset[Any]):
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int, int]) -> Any:
-        with keyed_randomness(self.seed, *key):
-            return self.dataset[key[1]]
+    def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> list[Any]:
+        items = []
+        with keyed_randomness():  # once a batch: taking and putting back states costs more than seeding
+            for key in keys:
+                _seed_all(_key(self.seed, *key))
+                items.append(self.dataset[key[1]])
+        return items
 
 
 class _KeyedBatches:
@@ -151,6 +158,8 @@ class KeyedLoader(DataLoader[Any]):
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
+        if order is not None and batches is not None:
+            raise ValueError("'order' decides how many batches there are: give it or 'batches'")
         if order is None:
             size, count = len(dataset), batches or len(dataset) // batch_size
             if not count or not size:
@@ -309,8 +318,8 @@ def _quiet_lightning() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
-            for hint in (".*dataloader is not resumable", ".*does not have many workers", ".*logging interval"):
-                warnings.filterwarnings("ignore", message=hint)
+            for hint in ("dataloader is not resumable", "not have many workers", "logging interval", "LeafSpec"):
+                warnings.filterwarnings("ignore", message=f"(?s).*{hint}")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -386,7 +395,7 @@ class _Keeper(pl.Callback):
         self.between_updates = True  # false when gradients are half accumulated
         self.done = self.interrupted = False
         self.learning_rate: float | None = None
-        self.random_states: dict[str, Any] | None = None  # to be restored before the next batch
+        self.restored: dict[str, Any] | None = None  # to be put back before the next batch
         self.progress: Iterator[int] | None = None
         self.trainer: pl.Trainer | None = None
 
@@ -396,9 +405,11 @@ class _Keeper(pl.Callback):
         """Called before each batch is fetched: everything of the earlier ones is over."""
         trainer = self.trainer
         assert trainer is not None
-        if self.random_states is not None:
-            _restore_random_states(self.random_states, self.config.seed, self.step)
-            self.random_states = None
+        if self.restored is not None:  # as late as this, since setting up draws numbers and clears metrics
+            _restore_random_states(self.restored["random_states"], self.config.seed, self.step)
+            trainer.callback_metrics.update(self.restored["callback_metrics"])
+            trainer.fit_loop._restarting = False  # else ReduceLROnPlateau would sit out the rest of this epoch
+            self.restored = None
         if self.between_updates and self.step > 0:
             stop = bool(trainer.strategy.reduce_boolean_decision(self.interrupted, all=False))
             if self.step != self.saved and (stop or self.step % self.config.checkpoint_every == 0):
@@ -427,6 +438,7 @@ class _Keeper(pl.Callback):
             "epoch": trainer.current_epoch,
             "batches": position,  # of this epoch
             "random_states": _random_states(),
+            "callback_metrics": dict(trainer.callback_metrics),  # schedulers and early stopping monitor them
             "settings": plain(self.run.settings),
         }
         if not self.done:
@@ -441,7 +453,7 @@ class _Keeper(pl.Callback):
         state = checkpoint["tenfold"]
         self.step = self.saved = state["step"]
         self.done = state["done"]
-        self.random_states = state["random_states"]
+        self.restored = state
         for loader in self.loaders:
             loader.seek(state["epoch"], state["batches"])
         if self.metrics is not None and trainer.is_global_zero:

@@ -1,6 +1,6 @@
 """Every setting of `corda`, and the one home of each default. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tenfold import UserError
@@ -65,3 +65,117 @@ class CordaInit:
             raise UserError(f"skip_first must be at least 0, got {self.skip_first}")
         if self.mode == "kpm" and self.solver == "randomized":
             raise UserError("solver randomized finds leading components only; mode kpm takes exact or lapack_svd")
+
+
+EMBEDDED_DATA = ("topics", "code", "names")
+"""Calibration text without a file: Python's documentation, its standard library's source, names of Unicode characters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which text is read, and how it becomes batches.
+
+    Args:
+        fields: for JSON, the fields joined by newlines; default: text, or instruction/input/output, query/response,
+            query/answer, question/answer, question, prompt/completion, messages, whichever a record holds.
+        pack: tokens of a window cut from all texts joined by blank lines (2048 in the paper and in the authors' code);
+            0 gives every text a row of its own, with its padding masked.
+        max_length: tokens that a row of its own is cut at (2048 in the authors' code); without effect under pack.
+        windows: number of windows or rows (256 in the paper).
+        batch_size: rows that go through the model at once.
+        seed: chooses windows and rows (233 in the authors' code).
+    """
+
+    fields: list[str] | None = None
+    pack: int = 2048
+    max_length: int = 2048
+    windows: int = 256
+    batch_size: int = 4
+    seed: int = 233
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "windows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pack < 0:
+            raise UserError(f"pack must be a number of tokens, or 0 for one text a row, got {self.pack}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsSettings:
+    """Settings of `corda stats`.
+
+    Args:
+        model: folder of a causal language model with its tokenizer, or its name on the hub.
+        data: text:FILE, jsonl:FILE, json:FILE, or an embedded name (topics, code, names).
+        targets: names of linear layers as peft takes them (q_proj,v_proj); all-linear is every one but the output head.
+        scale: what one sample weighs (peft, token_mean or none); baked into the statistics.
+        skip_first: tokens at the start of each row that do not count.
+        device: auto, cpu, cuda ...
+        calibration: how the text is read.
+    """
+
+    model: str
+    data: str
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    scale: Literal["peft", "token_mean", "none"] = CordaInit.scale
+    skip_first: int = CordaInit.skip_first
+    device: str = "auto"
+    calibration: Calibration = field(default_factory=Calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitSettings:
+    """Settings of `corda init`.
+
+    Args:
+        model: folder of a causal language model with its tokenizer, or its name on the hub.
+        data: calibration text (text:FILE, jsonl:FILE, json:FILE, topics, code, names); or give stats.
+        stats: a file that `corda stats` wrote for this model, instead of data.
+        r: rank of the adapter (128 in the paper; 16 is ours, as small as people train).
+        alpha: LoRA's alpha; default r, so that the scaling is 1 as in the authors' code.
+        targets: names of linear layers as peft takes them (q_proj,v_proj); all-linear is every one but the output head.
+        residual: also write the residual model, which the initial adapter belongs to.
+        device: auto, cpu, cuda ...
+        init: mode, power and the rest of the method.
+        calibration: how the text is read.
+    """
+
+    model: str
+    data: str | None = None
+    stats: str | None = None
+    r: int = 16
+    alpha: float | None = None
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    residual: bool = True
+    device: str = "auto"
+    init: CordaInit = field(default_factory=CordaInit)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        if self.init.power and (self.data is None) == (self.stats is None):
+            raise UserError("give either --data or --stats")
+        if self.r < 1:
+            raise UserError(f"r must be at least 1, got {self.r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """Settings of `corda inspect`.
+
+    Args:
+        path: a file of `corda stats`, or the folder or report of `corda init`.
+    """
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Settings of `corda demo`.
+
+    Args:
+        level: quick (mechanics), default (direction of the main claim) or full (decides every claim).
+    """
+
+    level: Literal["quick", "default", "full"] = "default"

@@ -204,7 +204,7 @@ class _Collector:
         found.samples += row_count
 
     def _rows(self, name: str, x: Tensor) -> tuple[Tensor, int, int]:
-        """The tokens of x that count, (T, n) in fp32 and weighted by their sample's scale; with T and the sample count."""
+        """The tokens of x that count, (T, n) in at least fp32, weighted by their sample's scale; with T and the sample count."""
         x = x.detach()
         if x.ndim == 2:  # tokens of all rows in one dimension, as some models flatten them
             fits = self.mask is not None and self.mask.numel() == len(x)
@@ -218,7 +218,8 @@ class _Collector:
         if self.init.skip_first:  # per row, counted from its first token that is not padding
             keep &= keep.cumsum(dim=1) > self.init.skip_first
         samples = int(keep.any(dim=1).sum())
-        rows = x[keep].float()
+        rows = x[keep]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
         if self.init.scale == "peft" and len(rows):
             top = torch.where(keep[..., None], x.float(), -torch.inf).amax(dim=(1, 2)).abs()
             if bool((top[keep.any(dim=1)] == 0).any()):

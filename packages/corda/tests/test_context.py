@@ -1,0 +1,271 @@
+import dataclasses
+
+import pytest
+import torch
+from corda import ContextStats, CordaInit, collect_context
+from corda.context import TargetNotReachedError
+from torch import nn
+
+from tenfold import NonFiniteError, UserError
+
+PLAIN = CordaInit(scale="none")
+
+
+class Attention(nn.Module):
+    """Three projections of one input; `spoil` writes into it between two of them."""
+
+    def __init__(self, spoil=False, n=6):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(n, n) for _ in range(3))
+        self.o = nn.Linear(n, n)
+        self.spoil = spoil
+
+    def forward(self, x):
+        x = x * 1
+        q = self.q(x)
+        if self.spoil:
+            x.add_(1)
+        return self.o(q + self.k(x) + self.v(x))
+
+
+def moments_by_hand(model, batches, names, skip_first=0, scale="none"):
+    """A literal loop over rows and tokens."""
+    inputs = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: inputs[name].append(args[0].detach())
+        )
+        for name in names
+    ]
+    sums = {}
+    model.eval()
+    for batch in batches:
+        for values in inputs.values():
+            values.clear()
+        model(**batch)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        for name in names:
+            for row, keep in zip(inputs[name][0].double(), mask, strict=True):
+                tokens = row[keep.bool()][skip_first:]
+                if scale == "peft" and len(tokens):
+                    tokens = tokens / tokens.max().abs()
+                for token in tokens:
+                    sums[name] = sums.get(name, 0) + torch.outer(token, token)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+@pytest.fixture
+def padded():
+    """The rows of a batch, padded on alternating sides."""
+    ids = torch.randint(0, 96, (4, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    mask[1, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("scale", ["none", "peft"])
+@pytest.mark.parametrize("skip_first", [0, 2])
+def test_moments_equal_a_literal_loop(llama, padded, scale, skip_first):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]
+    stats = collect_context(llama, [padded], names, CordaInit(scale=scale, skip_first=skip_first))
+    expected = moments_by_hand(llama, [padded], names, skip_first, scale)
+    for name in names:
+        torch.testing.assert_close(stats.moments[stats.groups[name]], expected[name], rtol=1e-4, atol=1e-5)
+        assert stats.tokens[stats.groups[name]] == int(padded["attention_mask"].sum()) - 4 * skip_first
+        assert stats.samples[stats.groups[name]] == 4
+
+
+def test_padding_does_not_count(llama, padded):
+    """Property 13: a padded batch gives the C of its rows without padding; batch 4 equals 4 batches of 1."""
+    rows = [
+        {"input_ids": ids[mask.bool()][None]}
+        for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+    ]
+    rows[1] = {"input_ids": padded["input_ids"][1:2], "attention_mask": padded["attention_mask"][1:2]}
+    for scale in ("token_mean", "peft"):
+        together = collect_context(llama, [padded], init=CordaInit(scale=scale))
+        apart = collect_context(llama, rows, init=CordaInit(scale=scale))
+        for name in together.targets:
+            torch.testing.assert_close(together.covariance(name), apart.covariance(name), rtol=1e-4, atol=1e-5)
+
+
+def test_scales_divide_by_samples_or_tokens_or_nothing(llama, batches):
+    name = "model.layers.0.mlp.gate_proj"
+    none, mean, peft = (
+        collect_context(llama, batches, [name], CordaInit(scale=scale)) for scale in ("none", "token_mean", "peft")
+    )
+    torch.testing.assert_close(mean.covariance(name) * mean.tokens[name], none.covariance(name))
+    assert (mean.tokens[name], peft.samples[name]) == (3 * 48, 6)
+    torch.testing.assert_close(peft.covariance(name) * 6, peft.moments[name])
+
+
+def test_statistics_add_up(llama, batches):
+    """Property 11: stats(a) + stats(b) = stats(a ++ b), as for two ranks; the order of the windows does not matter."""
+    whole = collect_context(llama, batches)
+    parts = collect_context(llama, batches[:1]) + collect_context(llama, batches[1:])
+    turned = collect_context(llama, batches[::-1])
+    for name in whole.targets:
+        torch.testing.assert_close(parts.covariance(name), whole.covariance(name), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(turned.covariance(name), whole.covariance(name), rtol=1e-12, atol=1e-14)
+    assert parts.tokens == whole.tokens
+
+
+def test_chunks_equal_one_product(llama, batches, monkeypatch):
+    """Property 10: chunked sums."""
+    one = collect_context(llama.double(), batches, init=PLAIN)
+    monkeypatch.setattr("corda.context.CHUNK", 7)
+    many = collect_context(llama, batches, init=PLAIN)
+    for name in one.targets:
+        torch.testing.assert_close(one.covariance(name), many.covariance(name), rtol=1e-12, atol=1e-12)
+
+
+def test_siblings_of_one_input_share_one_sum(llama, batches):
+    """Property 12: q, k, v share, gate and up share; the numbers equal the unshared ones bit for bit."""
+    shared = collect_context(llama, batches)
+    apart = collect_context(llama, batches, share=False)
+    assert len(shared.moments) == 2 * 4
+    assert len(apart.moments) == 2 * 7
+    assert shared.groups["model.layers.1.self_attn.v_proj"] == "model.layers.1.self_attn.q_proj"
+    assert shared.groups["model.layers.1.mlp.up_proj"] == "model.layers.1.mlp.gate_proj"
+    for name in shared.targets:
+        assert torch.equal(shared.covariance(name), apart.covariance(name))
+
+
+def test_an_input_that_is_written_into_is_not_shared():
+    """Property 12: k sees another input than q after an in-place change, and v shares with k."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    assert collect_context(Attention(), [x], init=PLAIN).groups == {"q": "q", "k": "q", "v": "q", "o": "o"}
+    spoiled = collect_context(Attention(spoil=True), [x], init=PLAIN)
+    assert spoiled.groups == {"q": "q", "k": "k", "v": "k", "o": "o"}
+    flat = (x + 1).reshape(-1, 6).double()
+    torch.testing.assert_close(spoiled.covariance("v"), flat.T @ flat, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_that_is_shared_in_the_first_batch_only_is_refused():
+    model = Attention()
+    batches = iter([torch.randn(2, 5, 6), torch.randn(2, 5, 6)])
+
+    def turning():
+        yield next(batches)
+        model.spoil = True
+        yield next(batches)
+
+    with pytest.raises(UserError, match="layer k shared its input with q in the first batch only, not in batch 1"):
+        collect_context(model, turning())
+
+
+def test_a_module_called_twice_counts_both_inputs():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(3, 4)
+    stats = collect_context(model, [x, x], init=PLAIN)
+    with torch.no_grad():
+        both = torch.cat([x, model.layer(x)]).double()
+    torch.testing.assert_close(stats.covariance("layer"), 2 * both.T @ both, rtol=1e-5, atol=1e-6)
+    assert stats.tokens["layer"] == 12
+
+
+def test_nothing_is_left_on_the_model(llama, batches):
+    """Property 18: our hooks go, the user's stay, flags return, no attribute stays, also when the forward raises."""
+    seen = []
+    llama.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(1))
+    llama.model.layers[1].eval()
+    flags = {name: module.training for name, module in llama.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in llama.named_modules()}
+
+    def check():
+        assert {name: module.training for name, module in llama.named_modules()} == flags
+        assert {name: set(vars(module)) for name, module in llama.named_modules()} == attributes
+        assert sum(len(module._forward_pre_hooks) for module in llama.modules()) == 1
+
+    collect_context(llama, batches)
+    check()
+    assert len(seen) == 3
+    with pytest.raises(ValueError, match="specify exactly one of input_ids"):
+        collect_context(llama, [*batches, {"no_such_argument": 1}])
+    check()
+
+
+def test_data_may_be_a_function_that_runs_the_model(llama, batches):
+    def run_model():
+        for batch in batches:
+            for row in batch["input_ids"]:
+                llama(row[None])
+
+    by_function = collect_context(llama, run_model)
+    by_batches = collect_context(llama, batches)
+    for group, moment in by_batches.moments.items():
+        torch.testing.assert_close(by_function.moments[group], moment, rtol=1e-5, atol=1e-6)
+
+
+def test_saved_and_loaded(llama, batches, tmp_path):
+    stats = collect_context(llama, batches)
+    stats.save(tmp_path / "context.safetensors")
+    loaded = ContextStats.load(tmp_path / "context.safetensors")
+    assert dataclasses.replace(loaded, moments={}) == dataclasses.replace(stats, moments={})
+    for group, moment in stats.moments.items():
+        assert torch.equal(loaded.moments[group], moment)
+    again = tmp_path / "again.safetensors"
+    collect_context(llama, batches).save(again)
+    assert again.read_bytes() == (tmp_path / "context.safetensors").read_bytes(), "Property 20: identical files"
+
+
+def test_bad_data_and_targets(llama, batches):
+    """Property 23."""
+    with pytest.raises(UserError, match="holds no batch"):
+        collect_context(llama, [])
+    nothing = {"input_ids": batches[0]["input_ids"], "attention_mask": torch.zeros(2, 24, dtype=torch.long)}
+    with pytest.raises(ValueError, match="no token is left after masking"):
+        collect_context(llama, [nothing], init=PLAIN)
+    with pytest.raises(UserError, match="did you mean"):
+        collect_context(llama, batches, ["model.layers.0.self_attn.q_prj"])
+    with pytest.raises(TypeError, match="Embedding; expected nn.Linear"):
+        collect_context(llama, batches, ["model.embed_tokens"])
+
+
+def test_a_target_that_is_never_reached_is_named():
+    """Property 23: as for an expert that no token is routed to."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(RuntimeError, match="never reached by the calibration data: idle"):
+        collect_context(Experts(), [torch.randn(2, 4)])
+    assert issubclass(TargetNotReachedError, UserError)
+
+
+def test_nan_in_activations_names_layer_and_batch(llama, batches):
+    """Property 23."""
+    with torch.no_grad():
+        llama.model.layers[1].post_attention_layernorm.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"layer model.layers.1.mlp.gate_proj, batch 0: NaN or infinity"):
+        collect_context(llama, batches)
+
+
+def test_statistics_of_another_model_are_refused(llama, batches):
+    """Property 23: the fingerprint is that of the weights."""
+    stats = collect_context(llama, batches)
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="another model"):
+        stats.check_model(llama)
+    with pytest.raises(UserError, match="another fingerprint"):
+        stats + collect_context(llama, batches)
+    with pytest.raises(UserError, match="no statistics of layer nowhere"):
+        stats.covariance("nowhere")

@@ -1,0 +1,239 @@
+import mpmath
+import pytest
+import torch
+from corda import CordaInit, DampedCovariance, factorize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenfold import NonFiniteError, UserError
+from tenfold.testing import assert_same_as_reference
+
+SHAPES = [(12, 20), (16, 16), (24, 10)]
+MODES = ["ipm", "kpm"]
+
+
+def problem(m, n, seed=0, tokens=None, outliers=20.0):
+    """W, C and X with a few strong channels, in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    X = torch.randn(n, tokens or 4 * n, generator=generator, dtype=torch.float64)
+    X[: max(1, n // 8)] *= outliers
+    return W, X @ X.T, X
+
+
+def damped(C, delta=0.01):
+    return C + delta * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+
+
+def literal(W, C, r, mode, s=1.0, power=1):
+    """The published recipe: SVD of W C_d^p, V^T C_d^-p by an explicit inverse, sqrt of sigma on both sides."""
+    values, vectors = torch.linalg.eigh(damped(C))
+    root = vectors @ torch.diag(values**power) @ vectors.T
+    U, S, Vh = torch.linalg.svd(W @ root, full_matrices=False)
+    Vh = Vh @ torch.linalg.inv(root)
+    chosen = slice(None, r) if mode == "ipm" else slice(len(S) - r, None)
+    S = S[chosen] / s
+    return S.sqrt()[:, None] * Vh[chosen], U[:, chosen] * S.sqrt()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    mode=st.sampled_from(MODES),
+    power=st.sampled_from([1, 0.5, 0]),
+    s=st.sampled_from([0.5, 1.0, 2.0]),
+    r=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_product_equals_the_published_recipe(shape, mode, power, s, r, seed):
+    """Property 1: no inverse and no V, the same B A, for wide, square and tall layers."""
+    W, C, _ = problem(*shape, seed=seed)
+    A, B = literal(W, C, r, mode, s, power)
+    factors = factorize(W, C, r, CordaInit(mode=mode, power=power), scaling=s)
+    assert_same_as_reference(factors.B @ factors.A, B @ A, relative=1e-7)
+    assert_same_as_reference(factors.A.norm(dim=1).sort().values, A.norm(dim=1).sort().values, relative=1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_is_a_projection(shape, mode):
+    """Property 3 and identity I2: U is orthonormal, U^T W' = 0, B^T W' = 0, the rank falls by r."""
+    W, C, _ = problem(*shape)
+    factors = factorize(W, C, 3, CordaInit(mode=mode))
+    U = factors.left
+    residual = W - factors.B @ factors.A
+    assert (U.T @ U - torch.eye(3)).abs().max() < 1e-12
+    assert (U.T @ residual).abs().max() < 1e-11
+    assert (factors.B.T @ residual).abs().max() < 1e-9
+    assert torch.linalg.matrix_rank(residual) == min(shape) - 3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_power_zero_is_the_plain_svd(shape):
+    """Property 5: PiSSA's leading and MiLoRA's trailing factors up to sign, without any covariance."""
+    W, _, _ = problem(*shape)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    for mode, chosen in (("ipm", slice(None, 3)), ("kpm", slice(len(S) - 3, None))):
+        factors = factorize(W, None, 3, CordaInit(mode=mode, power=0))
+        assert_same_as_reference(factors.B.abs(), (U[:, chosen] * S[chosen].sqrt()).abs(), relative=1e-9)
+        assert_same_as_reference(factors.A.abs(), (S[chosen].sqrt()[:, None] * Vh[chosen]).abs(), relative=1e-9)
+
+
+def test_identity_covariance_changes_only_the_split():
+    """Property 5: with C = I, B and A of the plain SVD times and divided by sqrt(1 + delta)."""
+    W, _, _ = problem(16, 16)
+    plain = factorize(W, None, 3, CordaInit(mode="ipm", power=0))
+    ours = factorize(W, torch.eye(16, dtype=torch.float64), 3, CordaInit(mode="ipm"))
+    assert_same_as_reference(ours.B, plain.B * 1.01**0.5, relative=1e-10)
+    assert_same_as_reference(ours.A, plain.A / 1.01**0.5, relative=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scale_of_the_covariance_moves_between_A_and_B_only(mode):
+    """Property 6: C -> 100 C leaves B A; |B| x 10 and |A| / 10 with paper, nothing at all with balanced."""
+    W, C, _ = problem(12, 20)
+    for balance, factor in (("paper", 10.0), ("balanced", 1.0)):
+        init = CordaInit(mode=mode, balance=balance)
+        one, hundred = factorize(W, C, 3, init), factorize(W, 100 * C, 3, init)
+        assert_same_as_reference(hundred.B @ hundred.A, one.B @ one.A, relative=1e-10)
+        assert_same_as_reference(hundred.B, one.B * factor, relative=1e-9)
+        assert_same_as_reference(hundred.A, one.A / factor, relative=1e-9)
+    assert_same_as_reference(one.A.norm(dim=1), one.B.norm(dim=0), relative=1e-12)
+
+
+def test_leading_components_are_the_best_projection():
+    """Property 7: the smallest weighted error among 200 random projections, and the sum of what is dropped."""
+    W, C, _ = problem(12, 20)
+    Cd = damped(C)
+    S = torch.linalg.svdvals(W @ Cd)
+    U = factorize(W, C, 5, CordaInit(mode="ipm", solver="exact")).left
+    best = ((W - U @ U.T @ W) @ Cd).norm()
+    assert best.item() == pytest.approx(S[5:].square().sum().sqrt().item(), rel=1e-9)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(200):
+        Q = torch.linalg.qr(torch.randn(12, 5, generator=generator, dtype=torch.float64)).Q
+        assert ((W - Q @ Q.T @ W) @ Cd).norm() >= best
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (32, 24), (24, 40)])
+def test_trailing_subspace_of_a_graded_covariance_is_accurate(shape):
+    """Property 9: eigenvalues of C over six decades; the subspace against 60-digit arithmetic, angle below 1e-6."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    C = Q @ torch.diag(torch.logspace(0, -6, n, dtype=torch.float64)) @ Q.T
+    C = (C + C.T) / 2
+    ours = factorize(W, C, 4, CordaInit(mode="kpm", damping=1e-9)).left
+    mpmath.mp.dps = 60
+    M = mpmath.matrix(W.tolist()) * mpmath.matrix(damped(C, 1e-9).tolist())
+    values, vectors = mpmath.eigsy(M * M.T)
+    order = sorted(range(m), key=lambda i: values[i])[m - min(m, n) :][:4]
+    exact = torch.tensor([[float(vectors[row, i]) for i in order] for row in range(m)], dtype=torch.float64)
+    sines = torch.linalg.svdvals(ours - exact @ (exact.T @ ours))
+    assert sines.max() < 1e-6
+    fp32 = factorize(W, C, 4, CordaInit(mode="kpm", damping=1e-9, solver="lapack_svd", precision="fp32")).left
+    assert torch.linalg.svdvals(fp32 - exact @ (exact.T @ fp32).to(fp32)).max() > 1e-6, "the published way is worse"
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (128, 128), (160, 96)])
+def test_solvers_agree(shape):
+    """Property 10: the same energy in both modes, randomised in fp32 and fp64 too."""
+    W, C, _ = problem(*shape)
+    M = W @ damped(C)
+
+    def energy(**init):
+        return (factorize(W, C, 6, CordaInit(**init)).left.T @ M).square().sum().item()
+
+    reference = energy(mode="ipm", solver="lapack_svd")
+    assert energy(mode="ipm", solver="exact") == pytest.approx(reference, rel=1e-10)
+    assert energy(mode="ipm", solver="randomized") == pytest.approx(reference, rel=1e-6)
+    assert energy(mode="ipm", solver="randomized", precision="fp32") == pytest.approx(reference, rel=1e-5)
+    assert energy(mode="kpm") == pytest.approx(energy(mode="kpm", solver="lapack_svd"), rel=1e-6)
+
+
+def test_auto_takes_the_randomised_solver_for_few_components_and_says_so():
+    W, C, _ = problem(128, 160)
+    assert factorize(W, C, 4, CordaInit(mode="ipm")).solver == "randomized"
+    assert factorize(W, C, 40, CordaInit(mode="ipm")).solver == "exact"
+    assert factorize(W, C, 4, CordaInit(mode="kpm")).solver == "inverse"
+    assert factorize(W.float(), C, 4, CordaInit(mode="ipm")).precision == "fp32"
+    assert factorize(W.float(), C, 4, CordaInit(mode="kpm")).precision == "fp64"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sign_convention_and_determinism(mode):
+    """Property 20: the largest entry of each u is positive; the same seed gives the same bits."""
+    W, C, _ = problem(128, 160)
+    one, two = (factorize(W.float(), C, 4, CordaInit(mode=mode)) for _ in range(2))
+    assert torch.equal(one.A, two.A)
+    assert torch.equal(one.B, two.B)
+    peak = one.left.gather(0, one.left.abs().argmax(dim=0, keepdim=True))
+    assert (peak > 0).all()
+    assert (one.sigma.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (16, 16), (24, 16)])
+def test_null_directions_of_a_rank_deficient_weight_are_left_out(shape):
+    """A direction that W does not have contributes nothing to B A; the next components are taken."""
+    W, C, _ = problem(*shape)
+    generator = torch.Generator().manual_seed(5)
+    low = torch.randn(shape[0], 10, generator=generator, dtype=torch.float64)
+    W = low @ torch.randn(10, shape[1], generator=generator, dtype=torch.float64)
+    factors = factorize(W, C, 3, CordaInit(mode="kpm"))
+    assert factors.null == 6
+    U, S, _ = torch.linalg.svd(W @ damped(C), full_matrices=False)
+    assert_same_as_reference(factors.left @ factors.left.T, U[:, 7:10] @ U[:, 7:10].T, relative=1e-6)
+    assert_same_as_reference(factors.sigma, S[7:10], relative=1e-6)
+    with pytest.raises(UserError, match="rank 11 of a .* layer whose weight has rank 10"):
+        factorize(W, C, 11, CordaInit(mode="kpm"))
+
+
+def test_a_shared_damped_covariance_gives_the_same_factors():
+    W, C, _ = problem(12, 20)
+    for mode in MODES:
+        own = factorize(W, C, 3, CordaInit(mode=mode))
+        shared = factorize(W, DampedCovariance(C, 0.01), 3, CordaInit(mode=mode))
+        assert torch.equal(own.A, shared.A)
+
+
+def test_dtypes_of_the_factors():
+    W, C, _ = problem(12, 20)
+    assert factorize(W, C, 3).A.dtype == torch.float64
+    assert factorize(W.bfloat16(), C.float(), 3).A.dtype == torch.float32
+    assert factorize(W.half(), C.float(), 3, CordaInit(mode="ipm")).B.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "kmp"}, "unknown mode 'kmp': did you mean"),
+        ({"scale": "mean"}, "unknown scale 'mean'"),
+        ({"solver": "svd"}, "unknown solver 'svd'"),
+        ({"power": 2}, "power must be 0, 0.5 or 1, got 2"),
+        ({"damping": 0}, "damping must be above 0"),
+        ({"mode": "kpm", "solver": "randomized"}, "leading components only"),
+    ],
+)
+def test_settings_outside_of_their_choices(change, message):
+    """Property 23: a ValueError that lists the choices."""
+    with pytest.raises(ValueError, match=message):
+        CordaInit(**change)
+
+
+def test_bad_numbers_and_shapes():
+    """Property 23: rank, shapes, NaN, an input that is all zero."""
+    W, C, _ = problem(12, 20)
+    with pytest.raises(ValueError, match="rank 13 of a 12 x 20 layer: expected 1 to 12"):
+        factorize(W, C, 13)
+    with pytest.raises(UserError, match="20 inputs does not fit a weight of 10"):
+        factorize(W[:, :10], C, 3)
+    with pytest.raises(UserError, match="needs a covariance"):
+        factorize(W, None, 3)
+    with pytest.raises(UserError, match="all inputs were zero"):
+        factorize(W, C * 0, 3)
+    with pytest.raises(FloatingPointError, match="covariance"):
+        factorize(W, C * float("nan"), 3)
+    W[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="weight holds NaN"):
+        factorize(W, C, 3)
