@@ -1,9 +1,9 @@
 """The training that the tests kill: a module with all that makes exact resuming hard, run in a process of its own."""
 
+import multiprocessing
 import os
 import random
 import signal
-import threading
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
@@ -84,7 +84,7 @@ class Average(pl.Callback):
 
 
 class Progress(pl.Callback):
-    """Tells a pipe how many batches this process has trained on."""
+    """Tells a pipe how many batches this process has begun, and waits for the answer."""
 
     def __init__(self, pipe):
         self.pipe = pipe
@@ -93,6 +93,7 @@ class Progress(pl.Callback):
     def on_train_batch_start(self, *batch):
         self.batches += 1
         self.pipe.send(self.batches)
+        self.pipe.recv()
 
 
 class InterruptAt(pl.Callback):
@@ -130,9 +131,8 @@ class Setup:
     num_workers: int = 0
 
 
-def train(path, setup, callbacks=()):
+def train(path, setup, callbacks=(), fitted=lambda: None):
     """One whole run: fit and export; called again on the same folder, it resumes."""
-    torch.set_num_threads(1)
     settings = replace(setup, num_workers=0)  # changes nothing but the speed
     run = Run.open(path, package="tenfold", verb="train", settings=settings, resume=True)
     seed_everything(setup.config.seed)
@@ -140,17 +140,18 @@ def train(path, setup, callbacks=()):
     loader = KeyedLoader(Points(), batch_size=6, seed=setup.config.seed, num_workers=setup.num_workers)
     points = [Points()[i] for i in range(10)]
     validate = torch.utils.data.DataLoader(points, batch_size=5)
-    fit(module, loader, setup.config, run, validate=validate, callbacks=[Average(), *callbacks], quiet=True)
-    checkpoints.save(
-        run.own("model.safetensors"), module.state_dict(), method="tenfold.test", version="0", config=setup.config
-    )
+    trainer = fit(module, loader, setup.config, run, validate=validate, callbacks=[Average(), *callbacks], quiet=True)
+    fitted()
+    weights = run.own("model.safetensors")
+    checkpoints.save(weights, module.state_dict(), method="tenfold.test", version="0", config=setup.config)
     run.finish()
+    return trainer
 
 
-def train_in_process(path, setup, pipe, killed_in_save=0):
-    """The target of a process; the parent kills it when ``pipe`` has told enough."""
-    assert threading.current_thread() is threading.main_thread()
-    if killed_in_save:
-        die_in_save(killed_in_save)
-    train(path, setup, [Progress(pipe)])
-    pipe.send("fitted")
+def train_in_process(path, setup, pipe, dies_in_save=0):
+    """The target of a process; the parent answers ``pipe``, or kills."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers: quick, and at home in a test
+    if dies_in_save:
+        die_in_save(dies_in_save)
+    train(path, setup, [Progress(pipe)], fitted=lambda: (pipe.send("fitted"), pipe.recv()))

@@ -189,6 +189,78 @@ def test_null_directions_of_a_rank_deficient_weight_are_left_out(shape):
         factorize(W, C, 11, CordaInit(mode="kpm"))
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+@pytest.mark.parametrize("balance", ["paper", "balanced"])
+def test_null_directions_can_be_taken_as_they_are(shape, balance):
+    """As the paper's own last components: dead ones, with zero rows of A and columns of B, before the next smallest."""
+    W, C, _ = problem(*shape)
+    W[:, -4:] = 0 if shape[0] > shape[1] else W[:, -4:]
+    W[:4] = 0 if shape[0] < shape[1] else W[:4]
+    init = CordaInit(mode="kpm", skip_null=False, balance=balance)
+    factors = factorize(W, C, 6, init)
+    assert factors.null == 4
+    assert factors.sigma[2:].abs().max() == 0
+    assert factors.A[2:].abs().max() == factors.B[:, 2:].abs().max() == 0
+    assert_same_as_reference(factors.left.T @ factors.left, torch.eye(6, dtype=torch.float64), relative=1e-10)
+    alive = factorize(W, C, 2, CordaInit(mode="kpm", balance=balance))
+    assert_same_as_reference(factors.B @ factors.A, alive.B @ alive.A, relative=1e-8)
+    assert factorize(W, C, 3, init).A.abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(256, 320), (320, 256)])
+@pytest.mark.parametrize("kind", ["outliers", "power law", "one strong"])
+def test_randomised_components_are_exact_one_by_one(shape, kind):
+    """Property 10, for the small ones too: sigma_i of the leading components span several decades."""
+    m, n = shape
+    W, _, X = problem(m, n, outliers=1.0)
+    strength = {
+        "outliers": torch.cat([torch.full((8,), 50.0), torch.ones(n - 8)]),
+        "power law": torch.arange(1, n + 1) ** -1.0,
+        "one strong": torch.cat([torch.tensor([1e3]), torch.arange(1, n) ** -0.5]),
+    }[kind].double()[:, None]
+    C = (strength * X) @ (strength * X).T
+    M = W @ damped(C)
+    sigma = torch.linalg.svdvals(M)[:12]
+    for precision in ("fp32", "fp64"):
+        factors = factorize(W, C, 12, CordaInit(mode="ipm", solver="randomized", precision=precision))
+        captured = (factors.left.T @ M).square().sum().item()
+        assert captured == pytest.approx(sigma.square().sum().item(), rel=1e-6)
+        assert factors.energy == pytest.approx(captured, rel=1e-5)
+        if factors.solver == "randomized":
+            assert factors.iterations >= 3
+            torch.testing.assert_close(factors.sigma.to(sigma), sigma, rtol=2e-3, atol=1e-5 * sigma[0].item())
+
+
+def test_the_randomised_solver_goes_on_until_the_energy_is_there():
+    """Property 10: a flat spectrum, where every step finds a little more."""
+    W, _, _ = problem(480, 512)
+    factors = factorize(W, None, 12, CordaInit(mode="ipm", power=0, solver="randomized"))
+    best = torch.linalg.svdvals(W)[:12].square().sum().item()
+    assert factors.solver == "randomized"
+    assert (factors.left.T @ W).square().sum().item() == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("power", [1, 0.5, 0])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_functions_used_on_a_gpu_give_the_same(monkeypatch, shape, mode, power):
+    """torch.linalg instead of SciPy, here on the CPU."""
+    W, C, _ = problem(*shape)
+    init = CordaInit(mode=mode, power=power)
+    expected = factorize(W, C, 3, init)
+    monkeypatch.setattr("corda.solvers._on_cpu", lambda matrix: False)
+    found = factorize(W, C, 3, init)
+    assert_same_as_reference(found.B @ found.A, expected.B @ expected.A, relative=1e-9)
+    assert_same_as_reference(found.sigma, expected.sigma, relative=1e-9)
+
+
+def test_the_exact_solver_takes_over_where_the_randomised_one_does_not_end():
+    """A flat spectrum on a small layer."""
+    W, _, _ = problem(96, 96)
+    factors = factorize(torch.linalg.qr(W).Q + 1e-3 * W, None, 4, CordaInit(mode="ipm", power=0, solver="randomized"))
+    assert (factors.solver, factors.iterations, factors.precision) == ("exact", 0, "fp64")
+
+
 def test_a_shared_damped_covariance_gives_the_same_factors():
     W, C, _ = problem(12, 20)
     for mode in MODES:

@@ -56,14 +56,41 @@ def test_a_model_is_truncated_in_place_by_shares(llama, batches):
     assert torch.equal(llama.lm_head.weight, before)
 
 
+def test_a_model_is_truncated_in_place_by_numbers_of_components(llama, batches):
+    """As in the paper's Figure 2; zero of them leaves every bit (Property 19)."""
+    stats = collect_context(llama.double(), batches)
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    for nothing in (0, 0.0):
+        truncate_model(llama, stats, nothing)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    truncate_model(llama, stats, 1)
+    assert torch.linalg.matrix_rank(llama.model.layers[0].mlp.down_proj.weight) == 31
+    assert torch.linalg.matrix_rank(llama.model.layers[0].self_attn.k_proj.weight) == 15
+
+
 def test_bad_arguments(problem, llama, batches):
     W, C, _ = problem
     with pytest.raises(UserError, match="13 components cannot be dropped from a layer that has 12"):
         truncate(W, C, 13)
     with pytest.raises(UserError, match="needs a covariance"):
         truncate(W, None, 3)
-    with pytest.raises(UserError, match="share of the components"):
-        truncate_model(llama, None, 50, targets=["lm_head"], method="svd")
+    with pytest.raises(UserError, match="unknown method 'cosvdd': did you mean cosvd"):
+        truncate(W, C, 3, method="cosvdd")
+    with pytest.raises(UserError, match="power must be 0, 0.5 or 1, got 0.7"):
+        truncate(W, C, 3, power=0.7)
+    some = collect_context(llama, batches, ["model.layers.0.mlp.up_proj"])
+    start = llama.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(UserError, match="no statistics of layer model.layers.1.mlp.up_proj"):
+        truncate_model(llama, some, 0.5, targets=["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+    assert torch.equal(llama.model.layers[0].mlp.up_proj.weight, start), "no layer changes when one cannot"
+    with pytest.raises(UserError, match="share of the components, from 0 to 1, or their number"):
+        truncate_model(llama, None, 1.5, targets=["lm_head"], method="svd")
+    whole = llama.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(UserError, match=r"layer model\.layers\.0\.self_attn\.k_proj: 17 components cannot be dropped"):
+        truncate_model(
+            llama, None, 17, targets=["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.k_proj"], method="svd"
+        )
+    assert torch.equal(llama.model.layers[0].mlp.up_proj.weight, whole), "no layer changes when one cannot"
     stats = collect_context(llama, batches)
     truncate_model(llama, stats, 0.5)
     with pytest.raises(UserError, match="another model"):

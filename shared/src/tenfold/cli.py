@@ -17,6 +17,7 @@ import textwrap
 import time
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -99,7 +100,10 @@ class App:
         """
         words = list(sys.argv[1:] if argv is None else argv)
         try:
-            return self._run(words)
+            with warnings.catch_warnings():
+                if "--debug" not in words:  # of libraries to their developers, not to the person at the terminal
+                    warnings.simplefilter("ignore", FutureWarning)
+                return self._run(words)
         except UserError as error:
             if "--debug" in words:
                 traceback.print_exc()

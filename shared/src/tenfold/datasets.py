@@ -1,4 +1,4 @@
-"""Data that is there without a download, and readers of the folders that people have; NumPy arrays, no torch.
+"""Data that is there without a download, and readers of the files that people have; NumPy arrays, no torch.
 
 Real: handwritten digits (scikit-learn), Python's documentation (``pydoc_data``), the standard library's source, names of
 Unicode characters. Rendered: glyphs of many alphabets, drawn from the twelve DejaVu faces that matplotlib ships.
@@ -7,18 +7,21 @@ Unicode characters. Rendered: glyphs of many alphabets, drawn from the twelve De
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tenfold.errors import MissingExtraError, UserError, did_you_mean
+from tenfold.errors import MissingExtraError, NonFiniteError, UserError, did_you_mean
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -41,6 +44,19 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
+class Glyphs(Images):
+    """Images of characters, which know the typeface that they were drawn in.
+
+    Attributes:
+        faces: (N,) int64, index into ``face_names``.
+        face_names: all twelve, in the train and in the test part alike.
+    """
+
+    faces: NDArray[np.int64]
+    face_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
     """Text with its origin; ``sha256`` is recorded because the text changes with Python's version."""
 
@@ -56,19 +72,22 @@ class Text:
         return f"{self.source}, Python {sys.version_info.major}.{sys.version_info.minor}, sha256 {self.sha256[:12]}"
 
 
-def _needs(module: str, extra: str) -> None:
+def needs(module: str, extra: str) -> None:
+    """Say in one line which extra brings a missing module."""
     if importlib.util.find_spec(module) is None:
-        raise MissingExtraError(f"{module} is not installed; pip install 'tenfold[{extra}]'")
+        raise MissingExtraError(f'{module} is not installed; pip install "tenfold[{extra}]"')
 
 
 def digits(seed: int = 0, test_share: float = 0.25) -> tuple[Images, Images]:
-    """The 1797 real handwritten digits (8 x 8, 16 levels scaled to 0..255) of scikit-learn, as (train, test).
+    """The 1797 real handwritten digits (8 x 8) that scikit-learn ships, as (train, test).
+
+    Their 17 levels 0..16 are scaled to 0..255, so ``np.round(images * 16 / 255)`` gives the original ones back.
 
     Args:
-        seed: of the split, which keeps the share of each class.
-        test_share: share of the test images.
+        seed: of the split, which keeps the share of each class; images stay in scikit-learn's order within a part.
+        test_share: share of the test images, in (0, 1).
     """
-    _needs("sklearn", "demo")
+    needs("sklearn", "demo")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -81,41 +100,57 @@ def digits(seed: int = 0, test_share: float = 0.25) -> tuple[Images, Images]:
     return train, test
 
 
+@cache
 def _faces() -> dict[str, Path]:
-    """The DejaVu faces that matplotlib ships and that hold letters, by name."""
-    _needs("matplotlib", "demo")
+    """The twelve DejaVu faces of text that matplotlib ships (the two for display hold few letters), by name."""
+    needs("matplotlib", "demo")
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return {path.stem: path for path in sorted(folder.glob("DejaVu*.ttf")) if "Display" not in path.stem}
 
 
-@cache
-def _renderings(size: int) -> tuple[tuple[str, ...], tuple[str, ...], NDArray[np.uint8]]:
-    """Faces, characters, and images (faces, characters, size, size) of letters and digits that all faces hold.
-
-    Of characters whose renderings are equal in every face (Latin A, Greek Alpha and Cyrillic A), the first by code point
-    stays.
-    """
-    from matplotlib.ft2font import FT2Font
+@lru_cache(maxsize=2)
+def _renderings(characters: tuple[str, ...], size: int) -> NDArray[np.uint8]:
+    """Every character in every face, (F, C, size, size): centered by its advance, on one baseline, as large as all fit."""
     from PIL import Image, ImageDraw, ImageFont
 
-    faces = _faces()
-    maps = [set(FT2Font(str(path)).get_charmap()) for path in faces.values()]
-    common = sorted(set.intersection(*maps))
-    characters = [chr(c) for c in common if unicodedata.category(chr(c)) in {"Lu", "Ll", "Lt", "Lm", "Lo", "Nd"}]
-    images = np.zeros((len(faces), len(characters), size, size), np.uint8)
-    for row, path in zip(images, faces.values(), strict=True):
+    images = np.zeros((len(_faces()), len(characters), size, size), np.uint8)
+    for row, path in zip(images, _faces().values(), strict=True):
         font = ImageFont.truetype(str(path), round(size * 0.62), layout_engine=ImageFont.Layout.BASIC)
         for image, character in zip(row, characters, strict=True):
             canvas = Image.new("L", (size, size))
             ImageDraw.Draw(canvas).text((size / 2, size * 0.72), character, fill=255, font=font, anchor="ms")
             image[:] = np.asarray(canvas)
-    kept: dict[bytes, int] = {}
-    for index in range(len(characters)):
-        kept.setdefault(images[:, index].tobytes(), index)
-    keep = sorted(kept.values())
-    return tuple(faces), tuple(characters[i] for i in keep), images[:, keep]
+    images.flags.writeable = False
+    return images
+
+
+@cache
+def glyph_characters() -> tuple[str, ...]:
+    """The characters of ``glyphs``, by code point: letters and digits of all twelve faces that look different.
+
+    Candidates are letters and decimal digits (categories Lu, Ll, Lo, Nd) without a Unicode decomposition (so no accented
+    ones) that lie in all twelve faces: 628. One is dropped when, drawn 64 pixels high, it equals in every pixel a kept
+    one of lower code point in at least one face, since nobody could tell the two apart there: Latin A stays, Greek Alpha
+    and Cyrillic A go, and so does Cyrillic te, an m in italic serifs. 534 stay (545 differ in DejaVuSans alone).
+    """
+    from matplotlib.ft2font import FT2Font
+
+    common = set.intersection(*(set(FT2Font(str(path)).get_charmap()) for path in _faces().values()))
+    candidates = tuple(
+        character
+        for character in map(chr, sorted(common))
+        if unicodedata.category(character) in {"Lu", "Ll", "Lo", "Nd"} and not unicodedata.decomposition(character)
+    )
+    kept: list[str] = []
+    seen: set[tuple[int, bytes]] = set()
+    for character, images in zip(candidates, _renderings(candidates, 64).swapaxes(0, 1), strict=True):
+        looks = {(face, image.tobytes()) for face, image in enumerate(images)}
+        if not looks & seen:
+            kept.append(character)
+            seen |= looks
+    return tuple(kept)
 
 
 def glyphs(
@@ -124,57 +159,70 @@ def glyphs(
     classes: int | None = None,
     held_out: Sequence[str] = ("DejaVuSerif", "DejaVuSansMono-Oblique", "DejaVuSerif-BoldItalic"),
     per_face: int = 4,
+    jitter: float = 1.0,
+    noise: float = 0.0,
     seed: int = 0,
-) -> tuple[Images, Images]:
+) -> tuple[Glyphs, Glyphs]:
     """Letters and digits of many alphabets in twelve faces, as (train, test) with whole faces held out for testing.
+
+    An image depends on (size, jitter, noise, seed), its face, its character and the number of its copy, and on nothing
+    else: not on the order of drawing, nor on how many classes, faces or copies there are.
 
     Args:
         size: height and width in pixels.
-        classes: the first so many characters by code point; default all that look different.
-        held_out: faces that are drawn for the test images only.
-        per_face: jittered copies of a character in a face: rotated by up to 12 degrees, scaled by 0.85 to 1.15, moved by
-            up to 8 % of the size. Copy k of character c in face f depends on (seed, f, c, k) only.
-        seed: of the jitter.
+        classes: the first so many of ``glyph_characters()``; 62 gives 0-9, A-Z, a-z. Default: all.
+        held_out: faces that are drawn for the test images only; the default holds out one of each family's styles.
+        per_face: copies of a character in a face.
+        jitter: 1 turns each copy by up to 12 degrees, scales it by 0.85 to 1.15 and moves it by up to 8 % of the size
+            along each axis, all uniform; other values widen or narrow these ranges, 0 draws every copy as it is.
+        noise: standard deviation of normal noise, in levels of 0..255, clipped.
+        seed: of jitter and noise.
 
     Raises:
-        UserError: an unknown face.
+        UserError: an unknown face, or a number out of its range.
     """
-    faces, characters, images = _renderings(size)
+    names, characters = tuple(_faces()), glyph_characters()
     for name in held_out:
-        if name not in faces:
-            raise UserError(f"unknown face '{name}': {did_you_mean(name, faces)}")
+        if name not in names:
+            raise UserError(f"held_out: unknown face '{name}': {did_you_mean(name, names)}")
+    if not 0 < len(set(held_out)) < len(names):
+        raise UserError(f"held_out: expected 1 to {len(names) - 1} faces, got {len(set(held_out))}")
     count = len(characters) if classes is None else classes
-    if not 1 <= count <= len(characters):
-        raise UserError(f"classes must be 1 to {len(characters)}, got {classes}")
-    parts: dict[bool, list[NDArray[np.uint8]]] = {False: [], True: []}
-    labels: dict[bool, list[int]] = {False: [], True: []}
-    for f, face in enumerate(faces):
-        for c in range(count):
-            for k in range(per_face):
-                parts[face in held_out].append(_jittered(images[f, c], np.random.default_rng((seed, f, c, k))))
-                labels[face in held_out].append(c)
+    limits: dict[str, tuple[float, float, float]] = {"classes": (count, 1, len(characters)), "size": (size, 8, 512)}
+    limits |= {"per_face": (per_face, 1, 9999), "jitter": (jitter, 0, 3), "noise": (noise, 0, 255)}
+    for option, (number, low, high) in {**limits, "seed": (seed, 0, 2**63)}.items():
+        if not low <= number <= high:
+            raise UserError(f"{option} must be {low} to {high}, got {number}")
+    drawn = _renderings(characters, size)
     source = "rendered: letters and digits in the DejaVu faces that matplotlib ships"
-    train, test = (
-        Images(np.stack(parts[part]), np.asarray(labels[part], np.int64), characters[:count], source)
-        for part in (False, True)
-    )
-    return train, test
+    parts = []
+    for testing in (False, True):
+        faces = [f for f, name in enumerate(names) if (name in held_out) == testing]
+        keys = [(f, c, k) for f in faces for c in range(count) for k in range(per_face)]
+        images = np.empty((len(keys), size, size), np.uint8)
+        for image, (f, c, k) in zip(images, keys, strict=True):
+            rng = np.random.default_rng((seed, f, ord(characters[c]), k))
+            image[:] = _jittered(drawn[f, c], rng, jitter, noise)
+        face, label, _ = np.asarray(keys, np.int64).T
+        parts.append(Glyphs(images, label.copy(), characters[:count], source, face.copy(), names))
+    return parts[0], parts[1]
 
 
-def _jittered(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def _jittered(image: NDArray[np.uint8], rng: np.random.Generator, jitter: float, noise: float) -> NDArray[np.uint8]:
     from PIL import Image
 
     size = len(image)
-    angle, scale = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(0.85, 1.15)
-    shift = rng.uniform(-0.08, 0.08, 2) * size
+    angle, zoom, *shift = rng.uniform(-1, 1, 4) * jitter
+    angle, scale, move = np.deg2rad(12 * angle), 1 + 0.15 * zoom, 0.08 * size * np.asarray(shift)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / scale
-    center = np.array([size / 2, size / 2])
-    offset = center - turn @ (center + shift)
+    offset = size / 2 - turn @ (size / 2 + move)  # output pixel -> input pixel, about the center
     coefficients = (turn[0, 0], turn[0, 1], offset[0], turn[1, 0], turn[1, 1], offset[1])
-    moved = Image.fromarray(image).transform(
-        (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
+    moved = np.asarray(
+        Image.fromarray(image).transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     )
-    return np.asarray(moved)
+    if noise:
+        moved = np.clip(np.round(moved + rng.normal(0, noise, moved.shape)), 0, 255).astype(np.uint8)
+    return moved
 
 
 def topics() -> Text:
@@ -188,13 +236,18 @@ def topics() -> Text:
 def standard_library_code(
     modules: Sequence[str] = ("argparse", "ast", "csv", "datetime", "inspect", "tarfile"),
 ) -> Text:
-    """Source code of modules of the standard library, real."""
+    """Source code of modules of the standard library, joined by blank lines in the order given; real.
+
+    Raises:
+        UserError: a name that is not a module of the standard library with one Python file of its own.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for name in modules:
         path = folder / f"{name.replace('.', '/')}.py"
-        if not path.exists():
-            raise UserError(f"no module {name} with one source file in the standard library")
+        if name.partition(".")[0] not in sys.stdlib_module_names or not path.is_file():
+            near = did_you_mean(name, sys.stdlib_module_names)
+            raise UserError(f"'{name}' is no module of one Python file in the standard library: {near}")
         texts.append(path.read_text(encoding="utf-8"))
     return Text("\n\n".join(texts), f"source of the standard library ({', '.join(modules)}; shipped with Python)")
 
@@ -204,19 +257,23 @@ def unicode_names(first: int = 0x0370, count: int = 256) -> Text:
 
     Args:
         first: code point to begin at (0x0370: Greek, then Cyrillic).
-        count: number of assigned characters.
+        count: number of characters; code points without a name are passed over.
+
+    Raises:
+        UserError: fewer than ``count`` names from there on.
     """
-    named = ((code, unicodedata.name(chr(code), None)) for code in range(first, sys.maxunicode + 1))
     lines: list[str] = []
-    for code, name in named:
-        if name:
-            lines.append(f"U+{code:04X} -> {name}")
+    for code in range(first, sys.maxunicode + 1):
         if len(lines) == count:
             break
+        if name := unicodedata.name(chr(code), None):
+            lines.append(f"U+{code:04X} -> {name}")
+    if len(lines) != count or count < 1:
+        raise UserError(f"count must be 1 to the {len(lines)} names from U+{first:04X} on, got {count}")
     return Text("\n".join(lines), f"unicodedata {unicodedata.unidata_version} (shipped with Python)")
 
 
-def parse_source(source: str, *, kinds: Sequence[str], embedded: Sequence[str]) -> tuple[str, Path | None]:
+def parse_source(source: str, *, kinds: Sequence[str], embedded: Sequence[str] = ()) -> tuple[str, Path | None]:
     """Split a ``--data`` value: ``("npz", Path("a.npz"))`` for ``npz:a.npz``, ``("digits", None)`` for ``digits``.
 
     Args:
@@ -227,24 +284,28 @@ def parse_source(source: str, *, kinds: Sequence[str], embedded: Sequence[str]) 
     Raises:
         UserError: an unknown kind or name, with the nearest known ones, or a path that is not there.
     """
-    kind, colon, path = source.partition(":")
-    if not colon:
-        if source in embedded:
-            return source, None
-        hint = (
-            f"{did_you_mean(source, embedded)} A file is {kinds[0]}:PATH" if kinds else did_you_mean(source, embedded)
-        )
-        raise UserError(f"--data {source}: unknown name: {hint}")
-    if kind not in kinds:
-        raise UserError(f"--data {source}: unknown kind '{kind}': {did_you_mean(kind, kinds)}")
-    if not Path(path).exists():
-        raise UserError(f"--data {source}: no such file or folder")
-    return kind, Path(path)
+    kind, colon, name = source.partition(":")
+    if source in embedded:
+        return source, None
+    if kind in kinds and name:
+        path = Path(name).expanduser()
+        if not os.path.exists(path):  # False, too, for a name that no file can have
+            raise UserError(f"--data {source}: no such file or folder: {path}")
+        return kind, path
+    if kind in kinds:
+        raise UserError(f"--data {source}: expected a path: {kind}:PATH")
+    if kind in embedded:
+        raise UserError(f"--data {source}: '{kind}' is embedded and takes no path: --data {kind}")
+    forms = ", ".join([*(f"{kind}:PATH" for kind in kinds), *embedded])
+    if not colon and os.path.exists(source):
+        raise UserError(f"--data {source}: a path needs its kind before it, one of {forms}")
+    near = did_you_mean(kind, [*kinds, *embedded])
+    raise UserError(f"--data {source}: unknown {'kind' if colon else 'name'} '{kind}': {near} (forms: {forms})")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """One folder a class: sorted class names, paths and labels of all images."""
+    """One folder a class: sorted class names, sorted paths (N), and labels (N,) int64 that index the names."""
 
     classes: tuple[str, ...]
     paths: tuple[Path, ...]
@@ -252,74 +313,115 @@ class ImageFolder:
 
 
 def image_folder(root: str | Path, *, verify: bool = False) -> ImageFolder:
-    """Read the layout ``root/class/name.png``.
+    """Read the layout ``root/class/name.png``, at any depth below the class; names that begin with a dot are skipped.
 
     Args:
         root: the folder.
         verify: decode every image, so that a broken one is found now and not in hour three.
 
     Raises:
-        UserError: no class folder, a class without images, an image that links outside of the root, or (``verify``) one
-            that cannot be decoded; the message names it.
+        UserError: no such folder, no class folder, a class without images, a link that leads nowhere or outside of the
+            root, or (``verify``) an image that cannot be decoded; the message names it.
     """
     root = Path(root)
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if not root.is_dir():
+        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise UserError(f"{root}: expected one folder a class, found none")
+    inside = root.resolve()
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            and not path.is_dir()
+        )
         if not found:
-            raise UserError(f"{folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise UserError(f"{folder}: no image in this class ({', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += found
         labels += [label] * len(found)
     for path in paths:
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not path.is_file():
+            raise UserError(f"{path}: a link that leads nowhere")
+        if not path.resolve().is_relative_to(inside):
             raise UserError(f"{path}: leads outside of {root}")
         if verify:
-            _decode(path)
+            read_image(path)
     return ImageFolder(tuple(folder.name for folder in folders), tuple(paths), np.asarray(labels, np.int64))
 
 
-def _decode(path: Path) -> None:
-    _needs("PIL", "demo")
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """Decode one image file as (H, W, 3) uint8 RGB, as it is stored (a camera's orientation tag is not applied).
+
+    Raises:
+        UserError: unreadable, truncated, too large to be meant, or of more than 8 bits a channel; names the file.
+    """
+    needs("PIL", "demo")
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be decoded as an image ({error})") from error
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{path}: expected 8 bits a channel, found an image of mode {image.mode}")
+            return np.asarray(image.convert("RGB"))
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be decoded as an image ({' '.join(str(error).split())})") from error
 
 
-def npz_arrays(path: str | Path, expected: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> dict[str, NDArray[Any]]:
+Shape = tuple[int | str, ...]
+"""Of an array: a number fixes a dimension; a letter leaves it open, and the same letter means the same number."""
+
+
+def npz_arrays(
+    path: str | Path, expected: Mapping[str, tuple[str, Shape]], *, finite: bool = True
+) -> dict[str, NDArray[Any]]:
     """Arrays of an ``.npz`` file, checked; nothing is unpickled.
+
+    ``npz_arrays(path, {"images": ("uint8", ("N", 32, 32, 3)), "labels": ("int32|int64", ("N",))})`` also makes sure that
+    there are as many labels as images.
 
     Args:
         path: the file.
-        expected: key -> (dtype, shape), None for a free dimension: ``{"images": ("uint8", (None, 32, 32, 3))}``.
+        expected: key -> (dtype, or several joined by ``|``; shape). Other keys of the file are not read.
+        finite: refuse NaN and infinity.
 
     Raises:
         UserError: no such file, not an npz, a missing key, another dtype or shape; the message names file and key.
+        NonFiniteError: NaN or infinity.
     """
     path = Path(path)
+    arrays: dict[str, NDArray[Any]] = {}
     try:
+        if not zipfile.is_zipfile(path):  # np.load reads other formats, too
+            raise UserError(f"{path}: {'not a whole npz file' if path.exists() else 'no such file'}")
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in expected if key not in file.files]
-            if missing:
-                raise UserError(f"{path}: no array '{missing[0]}': {did_you_mean(missing[0], file.files)}")
-            arrays = {key: file[key] for key in expected}
+            for key in expected:
+                if key not in file.files:
+                    raise UserError(f"{path}: no array '{key}': {did_you_mean(key, file.files)}")
+                arrays[key] = np.asarray(file[key])
     except UserError:
         raise
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a whole npz file of plain arrays ({error})") from error
-    for key, (dtype, shape) in expected.items():
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        # TypeError: NumPy 2.3 on a member of the archive that is no array
+        raise UserError(f"{path}: not a whole npz file of plain arrays ({' '.join(str(error).split())})") from error
+    sizes: dict[str, tuple[int, str]] = {}
+    for key, (dtypes, shape) in expected.items():
         array = arrays[key]
-        fits = len(array.shape) == len(shape) and all(
-            a == b for a, b in zip(array.shape, shape, strict=True) if b is not None
-        )
-        if array.dtype != np.dtype(dtype) or not fits:
-            wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-            raise UserError(f"{path}: '{key}' is {array.dtype} {array.shape}, expected {dtype} {wanted}")
+        fits = array.ndim == len(shape) and array.dtype in [np.dtype(dtype) for dtype in dtypes.split("|")]
+        if not fits or any(isinstance(want, int) and want != n for n, want in zip(array.shape, shape, strict=True)):
+            wanted = f"{dtypes.replace('|', ' or ')} ({', '.join(map(str, shape))})"
+            raise UserError(f"{path}: '{key}' is {array.dtype} {array.shape}, expected {wanted}")
+        for n, letter in zip(array.shape, shape, strict=True):
+            if isinstance(letter, str) and sizes.setdefault(letter, (n, key))[0] != n:
+                before, first = sizes[letter]
+                raise UserError(f"{path}: '{key}' is {array.shape}: {letter} is {n} here, but {before} in '{first}'")
+        if finite and array.dtype.kind in "fc" and not np.isfinite(array).all():
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+            raise NonFiniteError(f"{path}: '{key}' holds {array[where]} at {where}")
     return arrays

@@ -25,7 +25,7 @@ class TrainerConfig:
         clip_norm: largest norm of the gradient, all parameters together; null leaves it.
         checkpoint_every: steps between two checkpoints.
         log_every: steps between two rows of metrics.csv.
-        validate_every: steps between two validations; 0 validates at the end of each epoch.
+        validate_every: steps (of ``accumulate`` batches) between two validations; 0 validates at each epoch's end.
         seed: of data order, augmentation, dropout.
         device: where to compute; auto takes a GPU when there is one.
         devices: how many of them.

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import random
+import re
 import signal
 import sys
 import threading
@@ -129,7 +130,7 @@ class KeyedLoader(DataLoader[Any]):
     """A ``DataLoader`` whose batches are a function of (seed, epoch, index), for any number of workers.
 
     Whatever ``dataset[index]`` draws from the global generators of Python, NumPy or torch is keyed, so augmentation in
-    the dataset needs no care. Give it to ``fit``; iterated by hand, it gives the batches of ``loader.epoch``.
+    the dataset needs no care. Give it to ``fit``; iterated by hand, it gives the epoch that ``seek`` has set.
 
     Args:
         dataset: has ``len`` and gives an item for an index.
@@ -185,11 +186,6 @@ class KeyedLoader(DataLoader[Any]):
             generator=torch.Generator(),  # else each iterator would draw from the global one
         )
 
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next iteration gives."""
-        return self.keyed_batches.epoch
-
     def seek(self, epoch: int, start: int = 0) -> None:
         """Let the next iteration give the batches of ``epoch`` from number ``start`` (of this device) on."""
         self.keyed_batches.epoch, self.keyed_batches.start = epoch, start
@@ -228,7 +224,8 @@ def fit(
     ``config.checkpoint_every`` steps, at the end, and on Ctrl-C (a second Ctrl-C stops at once, without one).
 
     ``metrics.csv`` holds what the module logs in a training step (of every ``log_every``-th step, the last of the
-    accumulated batches), in validation and in ``on_train_epoch_end``, besides the epoch and the learning rate.
+    accumulated batches), in validation and in ``on_train_epoch_end``, besides the epoch and the learning rate (of the
+    first group).
 
     What a module must do for it: keep what it learns or counts in parameters, buffers or a callback's ``state_dict``
     (plain tensors, numbers, strings, lists, dicts), since attributes are not saved and ``on_train_epoch_start`` is not
@@ -296,6 +293,7 @@ def fit(
         try:
             with keeper.catching_interrupt():
                 trainer.fit(module, together, validate, ckpt_path=checkpoint if resume else None)
+                keeper.restore(trainer)  # when nothing was left to do
                 if not keeper.done:
                     keeper.done = True
                     keeper.save(trainer)
@@ -318,8 +316,8 @@ def _quiet_lightning() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
-            for hint in ("dataloader is not resumable", "not have many workers", "logging interval", "LeafSpec"):
-                warnings.filterwarnings("ignore", message=f"(?s).*{hint}")
+            hints = "is not resumable|many workers|logging interval|have no `val_data|LeafSpec"
+            warnings.filterwarnings("ignore", message=f"(?s).*({hints})")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -359,17 +357,17 @@ class _RunCheckpointIO(CheckpointIO):
             try:
                 torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
+                kind = re.search(r"GLOBAL (\S+)", str(error))
                 raise TypeError(
-                    "a state_dict of the module or of a callback holds more than tensors, numbers, strings, lists and"
-                    f" dicts, which a checkpoint cannot keep safely: {error}"
+                    f"a state_dict holds {kind[1] if kind else 'an object'}, which only unpickling could read: keep"
+                    " tensors, numbers, strings, lists and dicts in the states of modules and callbacks"
                 ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is no checkpoint of a training ({reason}): --overwrite starts anew") from error
+            raise UserError(f"{path} cannot be read as a checkpoint: --overwrite starts anew") from error
         if "tenfold" not in checkpoint:
             raise UserError(f"{path} is a checkpoint of another program: --overwrite starts anew")
         return checkpoint
@@ -405,11 +403,7 @@ class _Keeper(pl.Callback):
         """Called before each batch is fetched: everything of the earlier ones is over."""
         trainer = self.trainer
         assert trainer is not None
-        if self.restored is not None:  # as late as this, since setting up draws numbers and clears metrics
-            _restore_random_states(self.restored["random_states"], self.config.seed, self.step)
-            trainer.callback_metrics.update(self.restored["callback_metrics"])
-            trainer.fit_loop._restarting = False  # else ReduceLROnPlateau would sit out the rest of this epoch
-            self.restored = None
+        self.restore(trainer)
         if self.between_updates and self.step > 0:
             stop = bool(trainer.strategy.reduce_boolean_decision(self.interrupted, all=False))
             if self.step != self.saved and (stop or self.step % self.config.checkpoint_every == 0):
@@ -418,6 +412,15 @@ class _Keeper(pl.Callback):
                 raise _Interrupted
         elif self.interrupted and self.step == 0:
             raise _Interrupted
+
+    def restore(self, trainer: pl.Trainer) -> None:
+        """Put back what Lightning does not, as late as this, since setting up draws numbers and clears metrics."""
+        if self.restored is None:
+            return
+        _restore_random_states(self.restored["random_states"], self.config.seed, self.step)
+        trainer.callback_metrics.update(self.restored["callback_metrics"])
+        trainer.fit_loop._restarting = False  # else ReduceLROnPlateau would sit out the rest of this epoch
+        self.restored = None
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write rows and checkpoint; the rows first, since resuming can drop some but not find them again."""
@@ -559,7 +562,6 @@ def _random_states() -> dict[str, Any]:
         "numpy": [str(name), torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -574,5 +576,3 @@ def _restore_random_states(states: Mapping[str, Any], seed: int, step: int) -> N
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-    if states["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from corda.config import CordaInit
+from corda.solvers import gram
 from corda.targets import linear, linear_targets
 from tenfold import NonFiniteError, UserError, checkpoints
 
@@ -35,11 +37,16 @@ class TargetNotReachedError(UserError, RuntimeError):
 
 @dataclasses.dataclass
 class _Sum:
-    """The running sums of one input: C (n, n) in fp64, tokens and samples."""
+    """The running sums of one input: C (n, n) in fp64, of which the lower triangle counts, tokens and samples."""
 
     moment: Tensor
     tokens: int = 0
     samples: int = 0
+    calls: int = 0
+    earlier: "_Sum | None" = None
+    """Before the latest call; there until all layers that share the sum have got that call's input."""
+    followers: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Layers that share the sum -> how many calls they share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +90,24 @@ class ContextStats:
         return next(iter(self.groups), "none")
 
     def __add__(self, other: "ContextStats") -> "ContextStats":
-        """Statistics of both data together.
+        """Statistics of both data together. Layers share a sum in them that share one in both.
 
         Raises:
             UserError: of another model, other layers or another scale.
         """
-        for name in ("fingerprint", "scale", "groups"):
+        for name in ("fingerprint", "scale", "targets"):
             if getattr(self, name) != getattr(other, name):
                 raise UserError(f"statistics of another {name.removesuffix('s')} cannot be added")
+        pairs = {name: (self.groups[name], other.groups[name]) for name in self.groups}
+        leaders: dict[tuple[str, str], str] = {}
+        for name, pair in pairs.items():
+            leaders.setdefault(pair, name)
         return dataclasses.replace(
             self,
-            moments={group: moment + other.moments[group] for group, moment in self.moments.items()},
-            tokens={group: count + other.tokens[group] for group, count in self.tokens.items()},
-            samples={group: count + other.samples[group] for group, count in self.samples.items()},
+            moments={name: self.moments[a] + other.moments[b] for (a, b), name in leaders.items()},
+            tokens={name: self.tokens[a] + other.tokens[b] for (a, b), name in leaders.items()},
+            samples={name: self.samples[a] + other.samples[b] for (a, b), name in leaders.items()},
+            groups={name: leaders[pair] for name, pair in pairs.items()},
         )
 
     def check_model(self, model: nn.Module) -> None:
@@ -154,7 +166,7 @@ class _Collector:
         self.mask: Tensor | None = None
         self.batch = -1
         self.may_stop = False
-        self._calls: list[str] = []
+        self._calls: Counter[str] = Counter()  # in this batch
         # parent -> the last input below it: the object itself (an address would be reused), its version, and who got it
         self._latest: dict[str, tuple[weakref.ref[Tensor], int, str]] = {}
 
@@ -167,44 +179,76 @@ class _Collector:
         return before
 
     def _observe(self, name: str, x: Tensor) -> None:
-        self._calls.append(name)
+        self._calls[name] += 1
         parent = name.rpartition(".")[0]
         same, version, leader = self._latest.get(parent, (lambda: None, -1, ""))
-        shares = self.share and same() is x and version == x._version and leader != name
-        if self.batch == 0 and name not in self.groups:
-            self.groups[name] = leader if shares else name
-        if shares and self.groups[name] == leader:
+        if self.share and same() is x and version == x._version and self._joins(name, leader):
             return
-        if self.groups[name] != name:
-            apart = f"layer {name} shared its input with {self.groups[name]} in the first batch only"
-            raise UserError(f"{apart}, not in batch {self.batch}; collect with share=False")
+        if self.groups.setdefault(name, name) != name:
+            self._part(name)
         self._latest[parent] = (weakref.ref(x), x._version, name)
-        self.add(name, x)
+        self._add(name, x)
+
+    def _joins(self, name: str, leader: str) -> bool:
+        """Whether the sum of ``leader``, whose latest input this one is, is that of ``name`` too."""
+        shared = self.sums[leader]
+        if name not in self.groups and shared.calls == 1:
+            self.groups[name] = leader
+            shared.followers[name] = 0
+        if name == leader or self.groups.get(name) != leader or shared.followers[name] != shared.calls - 1:
+            return False
+        shared.followers[name] += 1
+        if all(calls == shared.calls for calls in shared.followers.values()):
+            shared.earlier = None
+        return True
+
+    def _part(self, name: str) -> None:
+        """From now on ``name`` has a sum of its own, which starts with what it has shared so far."""
+        shared = self.sums[self.groups[name]]
+        calls = shared.followers.pop(name)
+        source = shared if calls == shared.calls else shared.earlier
+        assert source is not None
+        self.sums[name] = dataclasses.replace(source, moment=source.moment.clone(), earlier=None, followers={})
+        self.groups[name] = name
+
+    def _part_absent(self, leader: str) -> None:
+        """Part from ``leader`` the layers that did not get its latest input."""
+        shared = self.sums[leader]
+        for name in [name for name, calls in shared.followers.items() if calls < shared.calls]:
+            self._part(name)
+        shared.earlier = None
 
     def end_of_batch(self) -> None:
         """Once each target is known to be called once a pass, a pass can stop when all have been."""
+        for leader in list(self.sums):
+            self._part_absent(leader)
         if self.batch == 0:
-            self.may_stop = sorted(self._calls) == sorted(self.targets)
+            self.may_stop = self._calls == Counter(self.targets.keys())
         self._latest.clear()
         self._calls.clear()
 
-    def add(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor) -> None:
         rows, tokens, row_count = self._rows(name, x)
-        found = self.sums.get(name)
-        if found is None:
+        if name not in self.sums:
             n = rows.shape[-1]
-            found = self.sums[name] = _Sum(torch.zeros(n, n, dtype=torch.float64, device=x.device))
+            self.sums[name] = _Sum(torch.zeros(n, n, dtype=torch.float64, device=x.device))
+        else:
+            self._part_absent(name)
+        found = self.sums[name]
+        if found.followers:
+            found.earlier = dataclasses.replace(found, followers={})
+            found.moment = found.moment.clone()
         for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            product = chunk.T @ chunk
+            product = gram(rows[start : start + CHUNK].T)
             if not torch.isfinite(product.diagonal().sum()):
                 raise NonFiniteError(f"layer {name}, batch {self.batch}: NaN or infinity in its input")
             found.moment += product
         found.tokens += tokens
         found.samples += row_count
+        found.calls += 1
 
     def _rows(self, name: str, x: Tensor) -> tuple[Tensor, int, int]:
-        """The tokens of x that count, (T, n) in at least fp32, weighted by their sample's scale; with T and the sample count."""
+        """The tokens of x that count, (T, n) in at least fp32, weighted by their sample's scale; T; the number of samples."""
         x = x.detach()
         if x.ndim == 2:  # tokens of all rows in one dimension, as some models flatten them
             fits = self.mask is not None and self.mask.numel() == len(x)
@@ -286,6 +330,7 @@ def collect_context(
             else:
                 collector.batch = 0
                 data()
+                collector.end_of_batch()
     finally:
         for hook in hooks:
             hook.remove()
@@ -297,13 +342,18 @@ def collect_context(
     if any(found.tokens == 0 for found in collector.sums.values()):
         raise UserError("no token is left after masking (attention_mask, skip_first)")
     return ContextStats(
-        moments={name: found.moment for name, found in collector.sums.items()},
+        moments={name: _whole(found.moment) for name, found in collector.sums.items()},
         tokens={name: found.tokens for name, found in collector.sums.items()},
         samples={name: found.samples for name, found in collector.sums.items()},
         groups={name: collector.groups[name] for name in names},
         scale=init.scale,
         fingerprint=fingerprint(model),
     )
+
+
+def _whole(lower: Tensor) -> Tensor:
+    """The symmetric matrix whose lower triangle is given."""
+    return lower.tril() + lower.tril(-1).T
 
 
 def _forward(model: nn.Module, batch: Batch, collector: _Collector) -> None:

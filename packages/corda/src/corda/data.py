@@ -1,6 +1,7 @@
 """Calibration text: the files that people have on disk, the model and tokenizer that read it, and batches out of both."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,10 @@ def load_model(name: str, device: str = "auto") -> "tuple[PreTrainedModel, PreTr
         UserError: nothing there that can be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto", use_safetensors=True)
@@ -182,7 +186,9 @@ def _windows(tokens: Tensor, length: int, count: int, generator: torch.Generator
     """``count`` windows (count, length) of a token sequence, disjoint where it is long enough."""
     slack = len(tokens) - length
     if slack < 0:
-        raise UserError(f"--data {source}: {len(tokens)} tokens are less than one window; lower --pack {length}")
+        raise UserError(
+            f"--data {source}: {len(tokens)} tokens are less than one window; lower --calibration.pack {length}"
+        )
     offset = int(torch.randint(len(tokens) % length + 1, (1,), generator=generator))
     starts = torch.arange(offset, slack + 1, length)
     if len(starts) >= count:

@@ -34,6 +34,7 @@ class LayerReport:
         null: directions left out because the weight is rank-deficient.
         solver: how the singular vectors were found.
         precision: of that solve.
+        iterations: of the randomised solver.
         seconds: of that solve.
     """
 
@@ -47,6 +48,7 @@ class LayerReport:
     null: int
     solver: str
     precision: str
+    iterations: int
     seconds: float
 
 
@@ -117,6 +119,7 @@ def build_factors(
             null=found.null,
             solver=found.solver,
             precision=found.precision,
+            iterations=found.iterations,
             seconds=seconds,
         )
     ordered = list(targets)

@@ -3,7 +3,8 @@
 With M = W C_d^p and C_d = C + lambda I, CorDA adapts the components of W along r left singular vectors U of M: the leading
 ones (IPM) or the trailing ones (KPM). Since U^T M = Sigma V^T, the published product B A = U Sigma V^T C_d^-p equals
 U U^T W: neither the inverse of C_d, nor V, nor any other component of M is needed, and the residual W - B A is the
-projection (I - U U^T) W.
+projection (I - U U^T) W. KPM works with inverses after all, in fp64 and through triangular factors, because the trailing
+components of M are the leading ones of its inverse and only there accurate.
 
 Shapes: W is (m, n) = (out, in) as in ``nn.Linear``; C is (n, n) over the layer's inputs; A is (r, n), B is (m, r).
 """
@@ -19,10 +20,12 @@ from torch import Tensor
 from corda.config import CordaInit
 from tenfold import NonFiniteError, UserError
 
-OVERSAMPLING = 16
-"""Extra columns of the randomised block, p in the usual notation."""
-MAX_STEPS = 12
-"""Blocks of the Krylov space after which the exact solver takes over."""
+BLOCK = 16
+"""Columns that the randomised solver adds at a time are a multiple of this: matrix products are efficient from there on."""
+ENERGY_TOLERANCE = 1e-6
+"""The randomised solver ends when the captured energy has no more than this share left to gain,"""
+COMPONENT_TOLERANCE = 1e-3
+"""and the energy of each single component no more than this share of its own."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Factors:
         sigma: (r,) their singular values, in descending order; zero where ``power`` and damping make none.
         solver: ``randomized``, ``exact``, ``inverse`` (KPM) or ``lapack_svd``.
         precision: ``fp32`` or ``fp64``, that the solve was done in.
-        null: directions left out because W is rank-deficient (they would contribute nothing to B A).
+        null: directions in which W itself is zero, so that they would contribute nothing to B A. They are the smallest
+            components of a rank-deficient W, and left out unless ``skip_null`` says otherwise.
+        iterations: blocks of the randomised solver's space; 0 for a direct solver.
     """
 
     A: Tensor
@@ -47,15 +52,24 @@ class Factors:
     solver: str
     precision: str
     null: int = 0
+    iterations: int = 0
+
+    @property
+    def energy(self) -> float:
+        """|U^T M|_F^2 = sum of sigma^2, that the adapted components hold of |M|_F^2."""
+        return self.sigma.double().square().sum().item()
 
 
 class DampedCovariance:
     """C_d = C + damping * mean(diag C) I, with what several layers of one input share: its Cholesky factor and inverse.
 
     Args:
-        covariance: (n, n) symmetric, positive semi-definite, undamped.
+        covariance: (n, n) symmetric, positive semi-definite, undamped; kept, not copied.
         damping: delta, relative to the mean of the diagonal (0.01 in the authors' code; fixed here, since without an
-            explicit inverse there is nothing that doubling it would repair: cond(C_d) <= 1 + n / delta).
+            inverse in fp32 there is nothing that doubling it would repair: cond(C_d) <= 1 + n / delta).
+
+    Attributes:
+        damping: lambda = delta * mean(diag C).
 
     Raises:
         UserError: C has no positive diagonal (no token has reached the layer, or all inputs are zero).
@@ -65,33 +79,48 @@ class DampedCovariance:
     def __init__(self, covariance: Tensor, damping: float) -> None:
         if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
             raise UserError(f"a covariance is square, got shape {tuple(covariance.shape)}")
+        if not _finite(covariance):
+            raise NonFiniteError("the covariance holds NaN or infinity")
         mean = covariance.diagonal().double().mean().item()
-        if not np.isfinite(mean):
-            raise NonFiniteError(f"the covariance has a diagonal of mean {mean}")
         if mean <= 0:
             raise UserError("the covariance has no positive diagonal: all inputs were zero")
         self.damping = damping * mean
-        self.matrix = covariance.double().clone()
-        self.matrix.diagonal().add_(self.damping)
+        self._covariance = covariance
 
     @property
     def size(self) -> int:
         """n, the number of input features."""
-        return self.matrix.shape[0]
+        return self._covariance.shape[0]
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """C_d ``matrix``, in the dtype of the matrix."""
+        return torch.addmm(matrix, self._like(matrix), matrix, beta=self.damping)
+
+    def after(self, matrix: Tensor) -> Tensor:
+        """``matrix`` C_d, likewise."""
+        return torch.addmm(matrix, matrix, self._like(matrix), beta=self.damping)
+
+    def _like(self, matrix: Tensor) -> Tensor:
+        return (self._double if matrix.dtype == torch.float64 else self._single).to(matrix.device)
 
     @cached_property
-    def single(self) -> Tensor:
-        """C_d in fp32."""
-        return self.matrix.float()
+    def _single(self) -> Tensor:
+        return self._covariance.float()
+
+    @cached_property
+    def _double(self) -> Tensor:
+        return self._covariance.double()
 
     @cached_property
     def cholesky(self) -> Tensor:
-        """Lower triangular L with C_d = L L^T."""
-        return _cholesky(self.matrix)
+        """Lower triangular L with C_d = L L^T, in fp64."""
+        damped = self._covariance.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        damped.diagonal().add_(self.damping)
+        return _cholesky(damped)
 
     @cached_property
     def inverse(self) -> Tensor:
-        """C_d^-1, from the Cholesky factor."""
+        """C_d^-1 in fp64, from the Cholesky factor."""
         return _inverse_from_cholesky(self.cholesky)
 
 
@@ -133,33 +162,47 @@ def factorize(
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise UserError(f"rank {rank} of a {m} x {n} layer: expected 1 to {min(m, n)}")
-    if not torch.isfinite(weight).all():
+    if not _finite(weight):
         raise NonFiniteError("the weight holds NaN or infinity")
     context = _context(covariance, init, n)
-    double = init.precision == "fp64" or (
-        init.precision == "auto" and (init.mode == "kpm" or weight.dtype == torch.float64)
-    )
     solver: str = init.solver
     if solver == "auto":
-        few = rank + OVERSAMPLING < min(m, n) / 4
-        solver = "exact" if init.mode == "kpm" or not few else "randomized"
-    if solver == "randomized" and init.mode == "kpm":
-        raise UserError("solver randomized finds leading components only; mode kpm takes exact or lapack_svd")
-
-    null = 0
-    if solver == "randomized":
-        found = _randomized(weight, context, init, rank, torch.float64 if double else torch.float32)
-        left, sigma = found if found else _exact_leading(weight, context, init.power, rank)
-        solver = solver if found else "exact"
-    elif solver == "lapack_svd":
-        left, sigma = _lapack_svd(weight, context, init, rank, torch.float64 if double else torch.float32)
-    elif init.mode == "ipm":
+        few = 4 * (rank + BLOCK) < min(m, n)
+        solver = "randomized" if init.mode == "ipm" and few else "exact"
+    if solver == "exact" and init.mode == "ipm":
         double = True  # the Gram matrix squares the singular values: in fp32 everything below 2e-4 sigma_1 is noise
-        left, sigma = _exact_leading(weight, context, init.power, rank)
+    elif init.precision == "auto":
+        double = init.mode == "kpm" or weight.dtype == torch.float64
     else:
-        left, sigma, null = _inverse_trailing(weight, context, init.power, rank, double)
+        double = init.precision == "fp64"
+    W = weight.double() if double else weight.float()
+
+    null = iterations = 0
+    if solver == "randomized":
+        found = _randomized(W, context, init, rank)
+        if found:
+            left, sigma, iterations = found
+        else:
+            solver, W = "exact", W.double()
+    if solver == "lapack_svd":
+        left, sigma = _lapack_svd(W, context, init, rank)
+    elif solver == "exact" and init.mode == "ipm":
+        left, sigma = _exact_leading(W, context, init.power, rank)
+    elif solver == "exact":
         solver = "inverse"
-    return _assemble(weight, left, sigma, init, scaling, solver, "fp64" if double else "fp32", null)
+        left, sigma, null = _inverse_trailing(W, context, init, rank)
+    out = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    A, B, left, sigma = (part.to(out) for part in _assemble(W, left, sigma, init, scaling))
+    precision = "fp64" if W.dtype == torch.float64 else "fp32"
+    if not (_finite(A) and _finite(B)):
+        raise NonFiniteError(f"solver {solver} in {precision} gave NaN or infinity")
+    return Factors(A, B, left, sigma, solver, precision, null, iterations)
+
+
+def _finite(matrix: Tensor) -> bool:
+    """No NaN and no infinity: either would reach the sum (the values of weights and covariances do not overflow it)."""
+    total = matrix.sum(dtype=torch.float32 if matrix.element_size() < 4 else None)
+    return bool(torch.isfinite(total))
 
 
 def _context(covariance: "Tensor | DampedCovariance | None", init: CordaInit, n: int) -> DampedCovariance | None:
@@ -173,103 +216,140 @@ def _context(covariance: "Tensor | DampedCovariance | None", init: CordaInit, n:
     return context
 
 
-def _times_root(matrix: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
-    """``matrix`` F for a factor F F^T = C_d^(2p): C_d itself, its Cholesky factor, or nothing, in the matrix's dtype."""
+def _root(block: Tensor, context: DampedCovariance | None, power: float, *, transposed: bool = False) -> Tensor:
+    """F ``block`` or F^T ``block``, F F^T = C_d^(2p): F is C_d itself, its Cholesky factor (p = 1/2), or I."""
     if context is None:
-        return matrix
-    root = context.cholesky if power == 0.5 else context.matrix if matrix.dtype == torch.float64 else context.single
-    return matrix @ root.to(matrix)
+        return block
+    if power == 0.5:
+        factor = context.cholesky.to(block)
+        return (factor.T if transposed else factor) @ block
+    return context.times(block)
 
 
-def _times_root_transposed(matrix: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
-    """``matrix`` F^T."""
-    if context is not None and power == 0.5:
-        return matrix @ context.cholesky.to(matrix).T
-    return _times_root(matrix, context, power)
+def _operator(W: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
+    """M = W F (m, n). It has the left singular vectors and singular values of W C_d^p, since M M^T is the same."""
+    if context is None:
+        return W
+    return W @ context.cholesky.to(W) if power == 0.5 else context.after(W)
+
+
+def _width(rank: int) -> int:
+    """Columns of the randomised solver's block: no fewer than the components that are sought."""
+    return -(-rank // BLOCK) * BLOCK
 
 
 def _randomized(
-    weight: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:
-    """Leading left singular vectors from a randomised block Krylov space of M M^T; M = W F itself is never formed.
+    W: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int
+) -> tuple[Tensor, Tensor, int] | None:
+    """Leading left singular vectors from a randomised block Krylov space; M = W F itself is never formed.
 
-    Each step multiplies a block of rank + ``OVERSAMPLING`` columns by F, W and their transposes, and orthogonalises it
-    against all earlier blocks. Ends when a step adds less than 1e-6 of the captured energy and no vector's residual
-    |M M^T u - sigma^2 u| is above 1e-3 sigma_1^2; None when ``MAX_STEPS`` do not get there. Nothing is squared, so fp32
-    is enough.
+    The space is that of M M^T (m <= n) or of M^T M, the smaller one. Each step multiplies a block of columns by F, W and
+    their transposes and orthogonalises it against all earlier ones. Rayleigh and Ritz: with Q the basis, the leading
+    eigenpairs of (M^T Q)^T (M^T Q). Only this last product of small matrices is done in fp64 (it squares the singular
+    values), for the rest fp32 is enough. None when half of the whole space does not suffice.
     """
-    W = weight.to(dtype)
+    m, n = W.shape
+    width, size = _width(rank), min(m, n)
+
+    def times(block: Tensor) -> Tensor:
+        return W @ _root(block, context, init.power)
+
+    def transposed(block: Tensor) -> Tensor:
+        return _root((block.T @ W).T, context, init.power, transposed=True)
+
+    forward, back = (transposed, times) if m <= n else (times, transposed)
     generator = torch.Generator().manual_seed(init.seed)
-    sample = torch.randn(rank + OVERSAMPLING, W.shape[1], generator=generator, dtype=dtype).to(W.device)
-    block = torch.linalg.qr(W @ _times_root_transposed(sample, context, init.power).T).Q
-    basis, images = block, torch.empty(0, W.shape[1]).to(W)
-    captured = 0.0
-    for step in range(MAX_STEPS):
-        image = _times_root(block.T @ W, context, init.power)  # (b, n) = block^T M
-        images = torch.cat([images, image])  # basis^T M
-        after = W @ _times_root_transposed(image, context, init.power).T  # M M^T block
-        if step >= 2:
-            R = torch.linalg.qr(images.T, mode="r").R
-            Z, sigma, _ = torch.linalg.svd(R.T)
-            Z, sigma = Z[:, :rank], sigma[:rank]
-            energy = sigma.square().sum().item()
-            # M M^T u - sigma^2 u lies in what the last block's image adds to the basis
-            beyond = after - basis @ (basis.T @ after)
-            residual = (beyond @ Z[-block.shape[1] :]).norm(dim=0)
-            if energy - captured <= 1e-6 * energy and bool((residual <= 1e-3 * sigma[0].square()).all()):
-                return basis @ Z, sigma
-            captured = energy
+    sample = torch.randn(max(m, n), width, generator=generator, dtype=W.dtype).to(W.device)
+    basis = block = _orthonormal(back(sample))
+    images = torch.empty(max(m, n), 0, dtype=torch.float64, device=W.device)  # those of the basis under M^T, or M
+    gram = torch.empty(0, 0, dtype=torch.float64, device=W.device)
+    history: list[Tensor] = []
+    while True:
+        image = forward(block)
+        images = torch.cat([images, image.double()], dim=1)
+        strip = images.T @ images[:, -width:]
+        gram = torch.cat([torch.cat([gram, strip[:-width]], dim=1), strip.T])
+        history.append(torch.linalg.eigvalsh(gram)[-rank:].flip(0).clamp_min(0))
+        if _settled(history, torch.finfo(W.dtype).eps):
+            break
+        if 2 * (len(gram) + width) > size:
+            return None
+        after = back(image)
         for _ in range(2):  # once is not enough in fp32
             after = after - basis @ (basis.T @ after)
-        block = torch.linalg.qr(after).Q
+        block = _orthonormal(after)
         basis = torch.cat([basis, block], dim=1)
-    return None
+    values, vectors = torch.linalg.eigh(gram)
+    vectors = vectors[:, -rank:].flip(1)
+    left = basis @ vectors.to(basis) if m <= n else _orthonormal(images @ vectors).to(W.dtype)
+    return left, values[-rank:].flip(0).clamp_min(0).sqrt(), len(history)
 
 
-def _exact_leading(weight: Tensor, context: DampedCovariance | None, power: float, rank: int) -> tuple[Tensor, Tensor]:
+def _settled(history: list[Tensor], eps: float) -> bool:
+    """Whether the energies (r,) of the components have hardly anything left to gain.
+
+    Gains shrink from step to step by a factor q or faster, so what remains after a gain g is no more than g q / (1 - q);
+    gains within rounding, eps sigma sigma_1, count as none.
+    """
+    if len(history) < 3:
+        return False
+    first, second, last = history[-3:]
+    before, gain = (second - first).clamp_min(0), (last - second).clamp_min(0)
+    q = gain / before.clamp_min(torch.finfo(before.dtype).tiny)
+    remaining = torch.where(q < 1, gain * q / (1 - q), torch.inf)
+    remaining = torch.where(gain <= 8 * eps * (last * last[0]).sqrt(), 0.0, remaining)
+    return bool((remaining.sum() <= ENERGY_TOLERANCE * last.sum()) & (remaining <= COMPONENT_TOLERANCE * last).all())
+
+
+def _exact_leading(W: Tensor, context: DampedCovariance | None, power: float, rank: int) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors from the fp64 Gram matrix of the smaller side."""
-    M = _times_root(weight.double(), context, power)
+    M = _operator(W, context, power)
     if M.shape[0] <= M.shape[1]:
-        values, left = _leading_eigenpairs(_gram(M), rank)
+        values, left = _leading_eigenpairs(gram(M), rank)
         return left, values.clamp_min(0).sqrt()
-    values, right = _leading_eigenpairs(_gram(M.T), rank)
-    sigma = values.clamp_min(0).sqrt()
-    return _orthonormal(M @ right), sigma
+    values, right = _leading_eigenpairs(gram(M.T), rank)
+    return _orthonormal(M @ right), values.clamp_min(0).sqrt()
 
 
-def _lapack_svd(
-    weight: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _lapack_svd(W: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int) -> tuple[Tensor, Tensor]:
     """The published way to the singular vectors, for comparison: all of them, then crop."""
-    left, sigma, _ = torch.linalg.svd(_times_root(weight.to(dtype), context, init.power), full_matrices=False)
+    left, sigma, _ = torch.linalg.svd(_operator(W, context, init.power), full_matrices=False)
     chosen = slice(None, rank) if init.mode == "ipm" else slice(len(sigma) - rank, None)
     return left[:, chosen], sigma[chosen]
 
 
 def _inverse_trailing(
-    weight: Tensor, context: DampedCovariance | None, power: float, rank: int, double: bool
+    W: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int
 ) -> tuple[Tensor, Tensor, int]:
     """Trailing left singular vectors as the leading ones of the inverse, where small singular values are large.
 
     m >= n, with W = Q L^T (L the Cholesky factor of W^T W):  M = Q (L^T F), so U = Q Y with Y the leading eigenvectors
     of S = Z Z^T, Z = L^-1 F^-T.      m < n, with M^T = Q R:  M M^T = R^T R, so U are those of S = R^-1 R^-T.
-    A rank-deficient W = Q1 T (rank-revealing QR) is solved as the wide T: its null directions are left out.
+    A rank-deficient W = Q1 T (rank-revealing QR) is solved as the wide T. Its null directions, those of Q beyond Q1,
+    are left out, or with ``skip_null=False`` come first as the zero components that they are.
     """
-    W = weight.double() if double else weight.float()
     m, n = W.shape
-    found = _trailing_tall(W, context, power, rank) if m >= n else _trailing_wide(W, context, power, rank)
+    found = _trailing_tall(W, context, init.power, rank) if m >= n else _trailing_wide(W, context, init.power, rank)
     if found:
         return *found, 0
     Q, r, _ = scipy.linalg.qr(W.cpu().numpy(), mode="economic", pivoting=True, check_finite=False)
     diagonal = np.abs(np.diag(r))
     full = int((diagonal > diagonal[0] * max(m, n) * np.finfo(r.dtype).eps).sum())
-    if rank > full:
+    null = min(m, n) - full
+    dead = 0 if init.skip_null else min(null, rank)
+    if rank - dead > full:
         raise UserError(f"rank {rank} of a {m} x {n} layer whose weight has rank {full}")
-    basis = torch.from_numpy(Q[:, :full]).to(W)
-    found = _trailing_wide(basis.T @ W, context, power, rank)
-    if not found:
-        raise UserError(f"a {m} x {n} layer is too ill-conditioned for mode kpm in this precision; use precision fp64")
-    return basis @ found[0], found[1], min(m, n) - full
+    left = torch.from_numpy(Q[:, full : full + dead]).to(W)
+    sigma = torch.zeros(dead).to(W)
+    if rank > dead:
+        basis = torch.from_numpy(Q[:, :full]).to(W)
+        found = _trailing_wide(basis.T @ W, context, init.power, rank - dead)
+        if not found:
+            raise UserError(
+                f"a {m} x {n} layer is too ill-conditioned for mode kpm in this precision; use precision fp64"
+            )
+        left, sigma = torch.cat([left, basis @ found[0]], dim=1), torch.cat([sigma, found[1]])
+    return left, sigma, null
 
 
 def _trailing_tall(
@@ -277,7 +357,7 @@ def _trailing_tall(
 ) -> tuple[Tensor, Tensor] | None:
     """None when W^T W has no usable Cholesky factor."""
     try:
-        L = _cholesky(_gram(W.T))
+        L = _cholesky(gram(W.T))
     except np.linalg.LinAlgError:
         return None
     if context is None:
@@ -285,8 +365,8 @@ def _trailing_tall(
     elif power == 0.5:
         Z = _solve_triangular(L, _inverse_triangular(context.cholesky.to(W)).T)
     else:
-        Z = _solve_triangular(L, context.inverse.to(W))
-    values, Y = _leading_eigenpairs(_gram(Z), rank)
+        Z = _solve_triangular(L, context.inverse.to(W).T)
+    values, Y = _leading_eigenpairs(gram(Z), rank)
     left = W @ _solve_triangular(L, Y, transposed=True)
     if (left.T @ left - torch.eye(rank).to(left)).abs().max() > 10 * torch.finfo(W.dtype).eps ** 0.5:
         return None
@@ -297,46 +377,42 @@ def _trailing_wide(
     W: Tensor, context: DampedCovariance | None, power: float, rank: int
 ) -> tuple[Tensor, Tensor] | None:
     """None when M is rank-deficient in this precision."""
-    R = torch.linalg.qr(_times_root(W, context, power).T, mode="r").R
+    R = torch.linalg.qr(_operator(W, context, power).T, mode="r").R
     diagonal = R.diagonal().abs()
     if diagonal.min() <= diagonal.max() * len(diagonal) * torch.finfo(R.dtype).eps:
         return None
-    values, left = _leading_eigenpairs(_gram(_inverse_triangular(R.T).T), rank)
+    values, left = _leading_eigenpairs(gram(_inverse_triangular(R.T).T), rank)
     return left, values.rsqrt()
 
 
 def _assemble(
-    weight: Tensor,
-    left: Tensor,
-    sigma: Tensor,
-    init: CordaInit,
-    scaling: float,
-    solver: str,
-    precision: str,
-    null: int,
-) -> Factors:
-    """A and B from U and Sigma, components by descending sigma, signs fixed; computed in fp64, rounded once."""
+    W: Tensor, left: Tensor, sigma: Tensor, init: CordaInit, scaling: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, U and Sigma, components by descending sigma, signs fixed."""
     order = sigma.argsort(descending=True, stable=True)
-    U, sigma = left[:, order].double(), sigma[order].double()
+    U, sigma = left[:, order].to(W), sigma[order].to(W)
     peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
     U = U * torch.where(peak < 0, -1.0, 1.0).to(U)
-    T = U.T @ weight.double()  # (r, n) = U^T W
+    T = U.T @ W  # (r, n) = U^T W
     split = sigma if init.balance == "paper" else T.norm(dim=1)
-    root = split.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    out = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A, B = T / root[:, None] / scaling**0.5, U * root / scaling**0.5
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise NonFiniteError(f"solver {solver} in {precision} gave NaN or infinity")
-    return Factors(A.to(out), B.to(out), U.to(out), sigma.to(out), solver, precision, null)
+    dead = sigma == 0
+    root = torch.where(dead, 1.0, split.sqrt())
+    A = torch.where(dead[:, None], 0.0, T / root[:, None] / scaling**0.5)
+    B = torch.where(dead, 0.0, U * root / scaling**0.5)
+    return A, B, U, sigma
 
 
 # LAPACK: SciPy's on the CPU (its OpenBLAS is two to five times as fast here as torch's MKL on an AMD processor, and it
 # computes only the eigenvectors that are asked for), torch's own on a GPU.
 
 
-def _gram(matrix: Tensor) -> Tensor:
+def _on_cpu(matrix: Tensor) -> bool:
+    return matrix.device.type == "cpu"
+
+
+def gram(matrix: Tensor) -> Tensor:
     """``matrix`` ``matrix``^T, of which at least the lower triangle is valid."""
-    if matrix.device.type != "cpu":
+    if not _on_cpu(matrix):
         return matrix @ matrix.T
     (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=_numpy(matrix).dtype)
     a = _numpy(matrix)
@@ -345,18 +421,19 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of a matrix whose lower triangle is valid; LinAlgError when it is not positive definite."""
-    if matrix.device.type != "cpu":
+    """Lower Cholesky factor of a matrix whose lower triangle is valid, in its place; LinAlgError when it is indefinite."""
+    if not _on_cpu(matrix):
         factor, info = torch.linalg.cholesky_ex(matrix)
         if info.item():
             raise np.linalg.LinAlgError("not positive definite")
         return factor
-    return torch.from_numpy(scipy.linalg.cholesky(_numpy(matrix), lower=True, check_finite=False))
+    # in Fortran's order the transpose is at hand, so its upper factor is what costs no copy
+    return torch.from_numpy(scipy.linalg.cholesky(_numpy(matrix).T, overwrite_a=True, check_finite=False).T)
 
 
 def _solve_triangular(lower: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
     """L^-1 ``right``, or L^-T ``right``."""
-    if lower.device.type != "cpu":
+    if not _on_cpu(lower):
         return torch.linalg.solve_triangular(lower.T if transposed else lower, right, upper=transposed)
     trans = "T" if transposed else "N"
     solved = scipy.linalg.solve_triangular(_numpy(lower), _numpy(right), lower=True, trans=trans, check_finite=False)
@@ -365,7 +442,7 @@ def _solve_triangular(lower: Tensor, right: Tensor, *, transposed: bool = False)
 
 def _inverse_triangular(lower: Tensor) -> Tensor:
     """L^-1 of a lower triangular matrix."""
-    if lower.device.type != "cpu":
+    if not _on_cpu(lower):
         return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
     (trtri,) = scipy.linalg.get_lapack_funcs(("trtri",), dtype=_numpy(lower).dtype)
     inverse, info = trtri(np.tril(_numpy(lower)), lower=1)
@@ -375,7 +452,7 @@ def _inverse_triangular(lower: Tensor) -> Tensor:
 
 def _inverse_from_cholesky(lower: Tensor) -> Tensor:
     """(L L^T)^-1."""
-    if lower.device.type != "cpu":
+    if not _on_cpu(lower):
         return torch.cholesky_inverse(lower)
     (potri,) = scipy.linalg.get_lapack_funcs(("potri",), dtype=_numpy(lower).dtype)
     inverse, info = potri(_numpy(lower), lower=1)
@@ -385,13 +462,19 @@ def _inverse_from_cholesky(lower: Tensor) -> Tensor:
 
 
 def _leading_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest eigenvalues, descending, and their eigenvectors, of a matrix with a valid lower triangle."""
-    if matrix.device.type != "cpu":
+    """The ``count`` largest eigenvalues, descending, and their eigenvectors, of a matrix with a valid lower triangle.
+
+    The matrix is overwritten.
+    """
+    if not _on_cpu(matrix):
         values, vectors = torch.linalg.eigh(matrix)
     else:
         size = len(matrix)
         chosen = [size - count, size - 1]
-        pairs = scipy.linalg.eigh(_numpy(matrix), subset_by_index=chosen, driver="evr", check_finite=False)
+        a = _numpy(matrix).T
+        pairs = scipy.linalg.eigh(
+            a, lower=False, subset_by_index=chosen, driver="evr", overwrite_a=True, check_finite=False
+        )
         values, vectors = (torch.from_numpy(part) for part in pairs)
     return values[-count:].flip(0), vectors[:, -count:].flip(1)
 

@@ -1,17 +1,20 @@
 """Drop components of every layer: what the context-oriented decomposition keeps, seen without any training."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from corda.config import CordaInit
 from corda.context import ContextStats
 from corda.solvers import DampedCovariance
 from corda.targets import linear
 from tenfold import UserError
+from tenfold.errors import did_you_mean
 
 Method = Literal["svd", "asvd", "cosvd"]
+METHODS = get_args(Method)
 
 
 def truncate(
@@ -41,10 +44,13 @@ def truncate(
         damping: of C.
 
     Raises:
-        UserError: ``drop`` is out of range, or a covariance is missing.
+        UserError: ``drop`` is out of range, a covariance is missing, or the method or power is none of the choices.
 
     Source: Yang et al., NeurIPS 2024, Figure 2; Yuan et al., "ASVD", arXiv 2312.05821.
     """
+    if method not in METHODS:
+        raise UserError(f"unknown method '{method}': {did_you_mean(method, METHODS)}")
+    init = CordaInit(power=power, damping=damping)
     size = min(weight.shape)
     if not 0 <= drop <= size:
         raise UserError(f"{drop} components cannot be dropped from a layer that has {size}")
@@ -62,10 +68,10 @@ def truncate(
         restored = (U[:, :kept] * S[:kept]) @ Vh[:kept] / scale
         return restored.to(weight.dtype)
     M = W
-    if method == "cosvd" and power:
+    if method == "cosvd" and init.power:
         assert covariance is not None
-        context = DampedCovariance(covariance.to(W), damping)
-        M = W @ (context.matrix if power == 1 else context.cholesky)
+        context = DampedCovariance(covariance.to(W), init.damping)
+        M = context.after(W) if power == 1 else W @ context.cholesky
     left = torch.linalg.svd(M, full_matrices=False).U[:, : size - drop]
     return (left @ (left.T @ W)).to(weight.dtype)
 
@@ -73,7 +79,7 @@ def truncate(
 def truncate_model(
     model: nn.Module,
     stats: ContextStats | None,
-    drop: float,
+    drop: int | float,
     *,
     targets: Sequence[str] | None = None,
     method: Method = "cosvd",
@@ -86,25 +92,36 @@ def truncate_model(
     Args:
         model: its targeted weights change.
         stats: of this model before any change; None for ``svd``.
-        drop: share of the components of each layer, in [0, 1]; the number is rounded down.
+        drop: an int is the number of components that each layer loses (16 to 1024 in the paper's Figure 2), a float
+            their share, in [0, 1], rounded down to a number. 1 is one component, 1.0 all of them.
         targets: layer names; default: those of the statistics.
         method: as for ``truncate``.
         power: likewise.
         alpha: likewise.
         damping: likewise.
+
+    Raises:
+        UserError: as for ``truncate``, or the statistics are of another model; then no weight has changed.
     """
-    if not 0 <= drop <= 1:
-        raise UserError(f"drop is a share of the components, from 0 to 1, got {drop}")
+    if isinstance(drop, float) and not 0 <= drop <= 1:
+        raise UserError(f"drop is a share of the components, from 0 to 1, or their number as an int; got {drop}")
     if stats is not None:
         stats.check_model(model)
     if targets is None:
         if stats is None:
             raise UserError("without statistics, name the targets")
         targets = stats.targets
+    layers = {name: linear(model, name).weight for name in targets}
+    counts = {}
+    for name, weight in layers.items():
+        size = min(weight.shape)
+        counts[name] = int(drop * size + 1e-9) if isinstance(drop, float) else drop
+        if not 0 <= counts[name] <= size:
+            raise UserError(f"layer {name}: {drop} components cannot be dropped from a layer that has {size}")
+        if stats is not None:
+            stats.covariance(name)  # says which layer has no statistics, before any weight changes
     with torch.no_grad():
-        for name in targets:
-            weight = linear(model, name).weight
+        for name, weight in layers.items():
             covariance = stats.covariance(name) if stats else None
-            count = int(drop * min(weight.shape) + 1e-9)
             options = {"power": power, "alpha": alpha, "damping": damping}
-            weight.copy_(truncate(weight, covariance, count, method=method, **options))
+            weight.copy_(truncate(weight, covariance, counts[name], method=method, **options))

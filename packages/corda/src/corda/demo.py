@@ -1,0 +1,367 @@
+"""The demonstration: a small Llama learns facts and English on the spot; then, what does the decomposition keep?
+
+Truncation. A share of the components of every linear layer is dropped by plain SVD, by ASVD (which scales each input
+channel by its strength) and by the context-oriented decomposition, the latter two calibrated on facts or on English. The
+text that is measured was never trained on. The facts that are measured were trained on, since a fact cannot be guessed,
+but they are others than those that calibrate: what is shown is that a context stands for what is like it.
+
+Directions, on text that did not calibrate: how strongly an adapter's input side answers to it (KPM against a random LoRA
+A), and how much of a layer's output energy lies along the adapted directions (IPM against PiSSA, KPM against MiLoRA).
+"""
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from corda.config import CordaInit, DemoSettings
+from corda.context import ContextStats, collect_context
+from corda.factors import output_energy
+from corda.solvers import factorize
+from corda.targets import linear, linear_targets
+from corda.truncation import truncate_model
+from tenfold import NonFiniteError, datasets
+from tenfold.claims import Study, interval, mean_ci95
+from tenfold.cli import track
+from tenfold.figures import Curve, Panel, line_chart
+from tenfold.report import write_report
+from tenfold.runs import Run
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+DATA = f"real: {datasets.topics()}; facts from {datasets.unicode_names().source}"
+LENGTH = 128
+"""Characters (tokens) of a window."""
+ROWS = {"facts": 5, "text": 3}
+"""Windows of a training batch."""
+CALIBRATION_WINDOWS = 256
+"""As in the paper."""
+MEASURED_WINDOWS = 48
+DROPS = {"quick": (25, 50), "default": (10, 25, 50, 75), "full": (10, 25, 50, 75)}
+"""Percent of the components of each layer."""
+STEPS = {"quick": 20, "default": 800, "full": 1200}
+METHODS: dict[str, dict[str, Any]] = {"asvd": {"method": "asvd"}, "half": {"power": 0.5}, "corda": {"power": 1.0}}
+CAPTION = """What dropping components adds to the loss, calibrated on text of the kind that is measured, but not on the same
+text. Mean over seeds (of logarithms where the axis is logarithmic), with its 95 % interval from three seeds on."""
+LABELS = {"svd": "plain SVD", "asvd": "ASVD", "half": "CO-SVD, power 1/2", "corda": "CO-SVD, power 1 (CorDA)"}
+COMPARISONS = {
+    "gain KPM / random": (True, "unseen text drives KPM's A less than a random LoRA A"),
+    "energy IPM / PiSSA": (False, "IPM's directions carry more of unseen text's output energy than PiSSA's"),
+    "energy KPM / MiLoRA": (True, "KPM's directions carry less of unseen text's output energy than MiLoRA's"),
+}
+"""Ratio -> whether the method promises it below 1 (else above), in words."""
+
+
+@cache
+def tokenizer() -> "PreTrainedTokenizerFast":
+    """One token a character: printable ASCII and the newline, <unk> for all else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<unk>", "\n", *map(chr, range(32, 127))]
+    characters = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))  # noqa: S106
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="<unk>", clean_up_tokenization_spaces=False)  # type: ignore[no-untyped-call]  # noqa: S106
+
+
+def encode(text: str) -> Tensor:
+    """Token ids (T,) of a text."""
+    return torch.tensor(tokenizer()(text)["input_ids"])
+
+
+@cache
+def texts() -> dict[str, str]:
+    """Paragraphs of the documentation, none twice: nine tenths to train and calibrate, the last tenth to measure."""
+    paragraphs = list(dict.fromkeys(datasets.topics().text.split("\n\n")))
+    cut = len(paragraphs) * 9 // 10
+    return {"calibration": "\n\n".join(paragraphs[:cut]), "measured": "\n\n".join(paragraphs[cut:])}
+
+
+@cache
+def token_ids() -> dict[str, Tensor]:
+    """The tokens (T,) of ``texts``."""
+    return {part: encode(text) for part, text in texts().items()}
+
+
+def halves(facts: int, seed: int) -> dict[str, list[str]]:
+    """So many facts in two halves that the seed draws: "calibration" and "measured"; both are trained on."""
+    lines = datasets.unicode_names(count=facts).text.splitlines()
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = {"calibration": order[: len(lines) // 2], "measured": order[len(lines) // 2 :]}
+    return {part: [lines[i] for i in sorted(chosen)] for part, chosen in parts.items()}
+
+
+def fact_windows(facts: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
+    """Windows (count, LENGTH) of facts, one a line, in random order; each begins with a newline and a fact."""
+    windows = [""]
+    while len(windows) <= count:
+        for i in torch.randperm(len(facts), generator=generator).tolist():
+            windows[-1] += "\n" + facts[i]
+            if len(windows[-1]) >= LENGTH:
+                windows.append("")
+    return encode("".join(window[:LENGTH] for window in windows[:count])).view(count, LENGTH)
+
+
+def text_windows(part: str, count: int, generator: torch.Generator) -> Tensor:
+    """Windows (count, LENGTH) of running text at random places."""
+    text = token_ids()[part]
+    starts = torch.randint(len(text) - LENGTH, (count,), generator=generator)
+    return text[starts[:, None] + torch.arange(LENGTH)]
+
+
+def train(facts: dict[str, list[str]], seed: int, steps: int, *, quiet: bool = False) -> "LlamaForCausalLM":
+    """A Llama of 0.6 million parameters, trained from scratch on facts and text.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite; the message gives the step.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.08,  # about 1 / sqrt(128); the usual 0.02 is meant for wider models and learns later
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).train()
+    generator = torch.Generator().manual_seed(seed)
+    known = fact_windows(facts["calibration"] + facts["measured"], steps * ROWS["facts"], generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
+    )
+    batches = known.view(steps, ROWS["facts"], LENGTH)
+    for step, rows in enumerate(track(batches, f"seed {seed}: training a small Llama", steps, quiet=quiet)):
+        ids = torch.cat([rows, text_windows("calibration", ROWS["text"], generator)])
+        loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"training the small Llama: the loss is {loss.item()} at step {step}")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy (nats a character) of the next token; targets (B, L) of -100 do not count."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+@torch.no_grad()
+def losses(model: nn.Module, facts: Sequence[str]) -> dict[str, float]:
+    """Loss (nats a character) of the facts' names, percentage of facts known, and loss of the held-out text.
+
+    A fact is known when each character of its name, and the newline after it, is the likeliest given those before.
+    """
+    targets = nn.utils.rnn.pad_sequence([encode(f"\n{line}\n") for line in facts], True, -100)
+    ids = targets.clamp_min(0)
+    for row, line in zip(targets, facts, strict=True):
+        row[: 1 + line.index("-> ") + 3] = -100  # the code point is given
+    logits = model(input_ids=ids, use_cache=False).logits
+    right = (logits[:, :-1].argmax(dim=2) == targets[:, 1:]) | (targets[:, 1:] == -100)
+    text = token_ids()["measured"]
+    windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
+    windows = windows[:: len(windows) // MEASURED_WINDOWS][:MEASURED_WINDOWS]
+    return {
+        "facts loss": token_loss(logits, targets).item(),
+        "facts known": 100 * right.all(dim=1).double().mean().item(),
+        "text loss": token_loss(model(input_ids=windows, use_cache=False).logits, windows).item(),
+    }
+
+
+def contexts(
+    model: nn.Module, facts: dict[str, list[str]], part: str, windows: int, init: CordaInit, seed: int
+) -> dict[str, ContextStats]:
+    """Statistics of that part of the facts and of the text."""
+    generator = torch.Generator().manual_seed(seed)
+    read = {"facts": fact_windows(facts[part], windows, generator), "text": text_windows(part, windows, generator)}
+    return {
+        kind: collect_context(model, [{"input_ids": ids} for ids in rows.view(-1, 16, LENGTH)], init=init)
+        for kind, rows in read.items()
+    }
+
+
+def truncation(
+    model: nn.Module, facts: Sequence[str], stats: dict[str, ContextStats], drops: Sequence[int], alpha: float
+) -> dict[str, dict[str, float]]:
+    """Losses of the whole model, and for each arm what dropping shares of the components adds to them."""
+    whole = losses(model, facts)
+    arms: dict[str, dict[str, float]] = {"whole": whole}
+    calibrated = [(f"{name}-{kind}", stats[kind], method) for name, method in METHODS.items() for kind in stats]
+    for arm, calibration, method in [("svd", stats["facts"], {"method": "svd"}), *calibrated]:
+        arms[arm] = {}
+        for drop in drops:
+            cut = copy.deepcopy(model)
+            truncate_model(cut, calibration, drop / 100, alpha=alpha, **method)
+            found = losses(cut, facts)
+            for kind in stats:
+                arms[arm][f"{kind} +loss {drop}"] = found[f"{kind} loss"] - whole[f"{kind} loss"]
+            arms[arm][f"facts known {drop}"] = found["facts known"]
+    return arms
+
+
+def directions(
+    model: nn.Module, calibrated: ContextStats, measured: ContextStats, rank: int, seed: int
+) -> dict[str, float]:
+    """How the adapted directions of each layer respond to X that did not calibrate, against plain ones.
+
+    Gain g(A) = |A X| / (|A| |X|); output energy e(U) = |U^T W X|^2 / |W X|^2. For each comparison, the geometric mean of
+    the ratio over the layers, and the number of layers where it is on the side that the method promises.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logs: dict[str, list[float]] = {name: [] for name in COMPARISONS}
+    for name in linear_targets(model):
+        W, C, XX = linear(model, name).weight.detach(), calibrated.covariance(name), measured.covariance(name)
+        ipm, pissa, kpm, milora = (
+            factorize(W, C, rank, CordaInit(mode=mode, power=power)) for mode in ("ipm", "kpm") for power in (1.0, 0.0)
+        )
+        random = torch.empty(rank, W.shape[1])
+        nn.init.kaiming_uniform_(random, a=math.sqrt(5), generator=generator)  # as peft initializes A
+        values = [(gain(kpm.A, XX), gain(random, XX))]
+        values += [
+            (output_energy(W, XX, ours.left), output_energy(W, XX, plain.left))
+            for ours, plain in ((ipm, pissa), (kpm, milora))
+        ]
+        for found, (ours, plain) in zip(logs.values(), values, strict=True):
+            found.append(math.log(ours / plain))
+    ratios = {name: math.exp(sum(found) / len(found)) for name, found in logs.items()}
+    promised = {name: -1 if below else 1 for name, (below, _) in COMPARISONS.items()}
+    counts = {f"layers, {name}": sum(promised[name] * log > 0 for log in found) for name, found in logs.items()}
+    return ratios | counts | {"layers": len(linear_targets(model))}
+
+
+def gain(A: Tensor, XX: Tensor) -> float:
+    """|A X| / (|A| |X|) in Frobenius norms, from X X^T."""
+    A = A.double()
+    return math.sqrt(((A @ XX) * A).sum().item() / (A.square().sum() * XX.trace()).item())
+
+
+def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
+    """Train, measure, decide; writes results, a figure, ``report.html``, the first model and the returned summary.
+
+    Seeds that the run folder holds results of are not measured again.
+    """
+    from corda import __version__
+
+    seeds = settings.seeds or (list(range(5)) if settings.level == "full" else [0])
+    steps = settings.steps or STEPS[settings.level]
+    head: dict[str, Any] = {"package": "corda", "version": __version__, "command": "demo", "data": DATA}
+    study = Study(run, level=settings.level, seeds=seeds, **head)
+
+    def measure(seed: int) -> dict[str, dict[str, float]]:
+        facts = halves(settings.facts, seed)
+        model = train(facts, seed, steps, quiet=quiet)
+        if seed == seeds[0]:
+            _save_model(model, facts["calibration"], run)
+        stats = contexts(model, facts, "calibration", CALIBRATION_WINDOWS, CordaInit(), seed)
+        arms = truncation(model, facts["measured"], stats, DROPS[settings.level], settings.asvd_alpha)
+        unscaled = CordaInit(scale="none")
+        for kind, unseen in contexts(model, facts, "measured", MEASURED_WINDOWS, unscaled, seed).items():
+            arms[f"directions-{kind}"] = directions(model, stats[kind], unseen, settings.rank, seed)
+        return arms
+
+    study.over_seeds(measure)
+    _decide(study)
+    _note(study)
+    _draw(study, run)
+    summary = study.finish()
+    write_report(run, "corda: what the decomposition keeps", {"truncation": CAPTION})
+    return summary
+
+
+def _decide(study: Study) -> None:
+    known = study.values(("whole", "facts known"))
+    text = "seeds whose model knows at least 90 % of the measured facts before anything is dropped"
+    study.count("learned", text, int((known >= 90).sum()), len(known), required=f">= {len(known)}")
+    for kind in ("facts", "text"):
+        loss, other = f"{kind} +loss 50", "text" if kind == "facts" else "facts"
+        arm = f"corda-{kind}"
+        half = f"half of the components dropped: loss increase on {kind},"
+        text = f"{half} CorDA calibrated on {kind} / plain SVD"
+        study.ratio(f"svd_{kind}", text, (arm, loss), ("svd", loss), required="<= 1/3", main=True)
+        text = f"{half} CorDA / ASVD, both calibrated on {kind}"
+        study.ratio(f"asvd_{kind}", text, (arm, loss), (f"asvd-{kind}", loss), required="<= 1")
+        text = f"{half} CorDA calibrated on {kind} / on {other}"
+        study.ratio(f"matched_{kind}", text, (arm, loss), (f"corda-{other}", loss), required="<= 1")
+    found = [f"directions-{kind}" for kind in ("facts", "text")]
+    total = sum(int(study.values((arm, "layers")).sum()) for arm in found)
+    for id, (name, (_, text)) in zip(("gain_kpm", "energy_ipm", "energy_kpm"), COMPARISONS.items(), strict=True):
+        count = sum(int(study.values((arm, f"layers, {name}")).sum()) for arm in found)
+        study.count(id, f"layers (both contexts, all seeds) where {text}", count, total, required=f">= {total}")
+
+
+def _note(study: Study) -> None:
+    known, facts, text = (study.values(("whole", name)).mean() for name in ("facts known", "facts loss", "text loss"))
+    study.note(
+        f"Nothing dropped: {known:.0f} % of the measured facts are known (loss {facts:.3f} nats a character); held-out text "
+        f"has {text:.2f} nats a character (perplexity {math.exp(text):.2f}). Means over seeds."
+    )
+    arms = _arms("facts")
+    kept = (f"{label} {study.values((arm, 'facts known 50')).mean():.0f} %" for label, arm in arms.items())
+    study.note(f"Facts still known with half of the components dropped, calibrated on other facts: {', '.join(kept)}.")
+    for kind in ("facts", "text"):
+        loss = f"{kind} +loss 50"
+        half, corda = study.values((f"half-{kind}", loss)), study.values((f"corda-{kind}", loss))
+        estimate = interval(*mean_ci95((half - corda).tolist()))
+        study.note(
+            "At half of the components dropped, power 1/2 (which minimizes the error of the outputs) minus power 1: "
+            f"{estimate} nats a character on {kind}, calibrated on {kind}; reported, not required."
+        )
+
+
+def _arms(kind: str) -> dict[str, str]:
+    """Label -> arm that is calibrated on that kind."""
+    return {label: name if name == "svd" else f"{name}-{kind}" for name, label in LABELS.items()}
+
+
+def _draw(study: Study, run: Run) -> None:
+    drops, panels = DROPS[study.level], []
+    for kind in ("facts", "text"):
+        arms = _arms(kind)
+        added = {label: [study.values((arm, f"{kind} +loss {drop}")) for drop in drops] for label, arm in arms.items()}
+        log = all((values > 0).all() for rows in added.values() for values in rows)
+        curves = {label: _curve(drops, rows, log) for label, rows in added.items()}
+        labels = ("components dropped in every layer (%)", "loss increase (nats a character)")
+        panels.append(Panel(f"{kind}, calibrated on other {kind}", *labels, curves, yscale="log" if log else "linear"))
+    line_chart(run.own("figures/truncation.png"), panels)
+
+
+def _curve(drops: Sequence[int], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:
+    """Mean and interval over seeds at each drop; of the logarithms, as in the ratios, where ``log``."""
+    points = [mean_ci95(np.log(values) if log else values) for values in rows]  # type: ignore[arg-type]
+    lines = np.array([(mean, *(ci95 or (mean, mean))) for mean, ci95 in points]).T
+    mean, low, high = (np.exp(lines) if log else lines).tolist()
+    return Curve(drops, mean, low, high)
+
+
+def _save_model(model: "LlamaForCausalLM", facts: Sequence[str], run: Run) -> None:
+    """A model with its tokenizer, and its calibration text, to go on with `corda stats` and `corda init`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it is one file
+    with run.replacing_folder("model") as folder:
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    run.write_text("facts.jsonl", "".join(json.dumps({"text": fact}) + "\n" for fact in facts))
+    run.write_text("text.txt", texts()["calibration"])
