@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import PACKAGES
+from distributions import PACKAGES
 
 from tenfold.testing import assert_user_error
 

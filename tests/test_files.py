@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import DISTRIBUTIONS, ROOT
+from distributions import DISTRIBUTIONS, ROOT
 
 SECTIONS = ["Install", "Use in Python", "Command line", "Results", "Full scale", "Limits", "Cite"]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tenfold import NonFiniteError
-from tenfold.claims import Bound, Study, claim_rows, mean_ci95
+from tenfold.claims import Bound, Study, claim_rows, interval, mean_ci95
 from tenfold.cli import show_claims
 from tenfold.runs import Run
 
@@ -164,3 +164,9 @@ def test_rows_of_several_summaries():
     headers, rows = claim_rows([{"package": "p", "level": "quick", "claims": [claim]}])
     assert rows == [["p", "quick", "t", "1.23 [1, 2]", ">= 1", "not decided"]]
     assert len(headers) == len(rows[0])
+
+
+def test_intervals_have_three_digits_and_whole_thousands():
+    assert interval(9.9444, (9.6, 10.333)) == "9.94 [9.6, 10.3]"
+    assert interval(1234.6, (-0.00012345, 1e7)) == "1235 [-0.000123, 1e+07]"
+    assert interval(3, None) == "3"

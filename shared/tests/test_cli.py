@@ -207,6 +207,14 @@ def test_a_fault_leaves_the_run_unfinished(tmp_path):
     assert len(seen) == 2
 
 
+def test_of_the_processes_of_one_command_the_first_alone_speaks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert call("train", "--data", "x", "--out", str(tmp_path / "a"))[0] == 0
+    assert capsys.readouterr().out == ""
+    assert seen[-1][1].quiet
+    assert not (tmp_path / "a").exists()
+
+
 def test_table_aligns_text_left_and_numbers_right():
     assert table(["name", "value"], [["a", 1.5], ["bcd", 10]]) == "name  value\n----  -----\na       1.5\nbcd      10"
 

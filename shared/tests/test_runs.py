@@ -247,3 +247,24 @@ def test_metrics_cut_back_and_continued_equal_an_unbroken_file(tmp_path_factory,
     log(metrics, range(checkpoint, len(values)))
     assert (folder / "broken.csv").read_bytes() == (folder / "whole.csv").read_bytes()
     assert [float(row["loss"]) for row in read(folder / "whole.csv")] == values
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_a_further_process_of_the_same_command_shares_the_folder_and_writes_nothing(tmp_path, monkeypatch, variable):
+    first = Run.open(tmp_path / "a", package="tenfold", verb="train", settings={"lr": 1})
+    first.write_text("model.txt", "first")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    monkeypatch.setenv(variable, "1")
+    second = Run.open(tmp_path / "a", package="tenfold", verb="train", settings={"lr": 1})
+    second.write_text("model.txt", "second")
+    second.write_json("other.json", 2)
+    with second.replacing_folder("folder") as folder:
+        (folder / "file").write_text("dropped")
+    second.own("unknown.txt")
+    second.finish()
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
+    assert (first.writes, second.writes, second.resumed, second.finished) == (True, False, False, False)
+    monkeypatch.delenv(variable)
+    first.finish()
+    monkeypatch.setenv(variable, "1")
+    assert Run.open(tmp_path / "a", package="tenfold", verb="train", settings={"lr": 1}, resume=True).finished

@@ -1,5 +1,6 @@
 import csv
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -177,6 +178,18 @@ class StopAt(pl.Callback):
     def on_train_batch_end(self, trainer, module, *batch):
         self.batches += 1
         trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_into_one_folder(tmp_path):
+    """Two processes of gloo, started by Lightning as a command line would; rank 1 must neither refuse nor write."""
+    command = [sys.executable, training_run.__file__, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    logged = [row["step"] for row in rows(tmp_path / "a/metrics.csv") if row["loss"]]
+    assert logged == list("123456")  # each rank takes 3 of the 6 batches of an epoch
+    assert json.loads((tmp_path / "a/run.json").read_text())["finished"]
+    assert state_of(tmp_path / "a")["tenfold"]["done"]
 
 
 def test_a_training_that_was_stopped_early_does_not_go_on_when_resumed(tmp_path):

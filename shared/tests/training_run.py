@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
@@ -131,10 +132,10 @@ class Setup:
     num_workers: int = 0
 
 
-def train(path, setup, callbacks=(), fitted=lambda: None):
+def train(path, setup, callbacks=(), fitted=lambda: None, resume=True):
     """One whole run: fit and export; called again on the same folder, it resumes."""
     settings = replace(setup, num_workers=0)  # changes nothing but the speed
-    run = Run.open(path, package="tenfold", verb="train", settings=settings, resume=True)
+    run = Run.open(path, package="tenfold", verb="train", settings=settings, resume=resume)
     seed_everything(setup.config.seed)
     module = Net()
     loader = KeyedLoader(Points(), batch_size=6, seed=setup.config.seed, num_workers=setup.num_workers)
@@ -155,3 +156,9 @@ def train_in_process(path, setup, pipe, dies_in_save=0):
     if dies_in_save:
         die_in_save(dies_in_save)
     train(path, setup, [Progress(pipe)], fitted=lambda: (pipe.send("fitted"), pipe.recv()))
+
+
+if __name__ == "__main__":  # as Lightning's launcher wants it: the processes of further devices run the same command
+    torch.set_num_threads(1)
+    two = TrainerConfig(max_epochs=2, log_every=1, device="cpu", devices=2, strategy="ddp", precision="32")
+    train(sys.argv[1], Setup(two), resume=False)

@@ -106,7 +106,9 @@ class Study:
     def _once(self, name: str, measure: Callable[[], Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
         """The saved measurement of this name, or a new one, saved whole, with the seconds that it took."""
         path = self.run.path / "results" / f"{name}.json"
-        if not path.exists():
+        if path.exists():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        else:
             start = time.perf_counter()
             values = {arm: {key: float(v) for key, v in metrics.items()} for arm, metrics in measure().items()}
             for arm, metrics in values.items():
@@ -115,7 +117,6 @@ class Study:
                         raise NonFiniteError(f"{name}: {key} of arm {arm} is {value}")
             saved = {"seconds": time.perf_counter() - start, "values": values}
             self.run.write_json(f"results/{name}.json", saved)
-        saved = json.loads(path.read_text(encoding="utf-8"))
         self._seconds += saved["seconds"]
         return dict(saved["values"])
 
@@ -223,8 +224,12 @@ def _plural(count: int, noun: str) -> str:
 
 
 def interval(estimate: float, ci95: Sequence[float] | None) -> str:
-    """``9.94 [9.6, 10.3]``."""
-    return f"{estimate:.3g}" + (f" [{ci95[0]:.3g}, {ci95[1]:.3g}]" if ci95 else "")
+    """``9.94 [9.6, 10.3]``; three significant digits, no fewer than the integer has."""
+    return _number(estimate) + (f" [{_number(ci95[0])}, {_number(ci95[1])}]" if ci95 else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def claim_rows(summaries: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

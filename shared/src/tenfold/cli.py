@@ -5,10 +5,12 @@ the dataclass's docstring, and a YAML file of the same names is taken by ``--con
 types are jsonargparse's.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.resources
 import inspect
+import io
 import itertools
 import os
 import re
@@ -25,7 +27,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from tenfold.errors import UserError, did_you_mean
-from tenfold.runs import Run, flat
+from tenfold.runs import Run, flat, launched_rank
 
 if typing.TYPE_CHECKING:
     import jsonargparse
@@ -167,7 +169,10 @@ class App:
             if run.finished:
                 sys.stdout.write(f"{options.out}: this run has finished; nothing is left to do\n")
                 return 0
-        code = verb.handler(settings, Invocation(run, options.quiet, verb.claims and options.strict))
+        first = launched_rank() == 0
+        invocation = Invocation(run, options.quiet or not first, verb.claims and options.strict)
+        with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+            code = verb.handler(settings, invocation)
         if run is not None:
             run.finish()
         return code or 0

@@ -92,6 +92,11 @@ def _umask() -> int:
     return mask
 
 
+def launched_rank() -> int:
+    """Number of this process among those that a launcher (Lightning, torchrun, SLURM) started for one command; else 0."""
+    return max(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def plain(value: Any) -> Any:
     """``value`` as the plain dicts, lists, strings and numbers that YAML and JSON hold; dataclasses become dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -149,12 +154,15 @@ class Run:
         path: the folder.
         settings: the resolved settings, as plain dicts.
         resumed: True when this continues an unfinished run.
+        writes: False in the further processes of a command that a launcher runs several times: they share the folder,
+            and the first process alone writes to it. What they write is dropped.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], settings: dict[str, Any], resumed: bool) -> None:
         self.path = path
         self.settings = settings
         self.resumed = resumed
+        self.writes = launched_rank() == 0
         self._manifest = manifest
 
     @property
@@ -196,6 +204,8 @@ class Run:
         path = Path(path)
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
+        if launched_rank() > 0:
+            return cls._follow(path, package, verb, plain(settings), resume)
         with _mendable(path):
             path.mkdir(parents=True, exist_ok=True)
             found = cls._read_manifest(path, package, verb)
@@ -220,6 +230,13 @@ class Run:
             run.write_text("config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
             run.write_json("environment.json", environment(package, asked))
         return run
+
+    @classmethod
+    def _follow(cls, path: Path, package: str, verb: str, settings: dict[str, Any], resume: bool) -> "Run":
+        """The run as a process of rank 1 and up sees it; the first process has refused what is to be refused."""
+        found = cls._read_manifest(path, package, verb) if resume and path.exists() else None
+        new = {"package": package, "verb": verb, "finished": False, "files": []}
+        return cls(path, found or new, settings, resumed=found is not None)
 
     @staticmethod
     def _read_manifest(path: Path, package: str, verb: str) -> dict[str, Any] | None:
@@ -267,7 +284,7 @@ class Run:
         path = self.path / name
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise UserError(f"{name} leads outside of the run folder {self.path}")
-        if name not in self._manifest["files"]:
+        if self.writes and name not in self._manifest["files"]:
             self._manifest["files"].append(name)
             self._save_manifest()
         return path
@@ -275,12 +292,20 @@ class Run:
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """``tenfold.runs.replacing`` for a file of this run."""
-        with replacing(self.own(name)) as temporary:
-            yield temporary
+        if self.writes:
+            with replacing(self.own(name)) as temporary:
+                yield temporary
+        else:
+            with tempfile.TemporaryDirectory() as dropped:
+                yield Path(dropped) / Path(name).name
 
     @contextlib.contextmanager
     def replacing_folder(self, name: str) -> Iterator[Path]:
         """Yield an empty temporary folder; when the block ends well, move each file in it, whole, under ``name``."""
+        if not self.writes:
+            with tempfile.TemporaryDirectory() as dropped:
+                yield Path(dropped)
+            return
         target = self.path / name
         with _mendable(target), tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self.path) as temporary:
             yield Path(temporary)
@@ -302,6 +327,8 @@ class Run:
 
     def finish(self) -> None:
         """Mark the run as finished, with the environment as it is now (threads and versions of what was loaded)."""
+        if not self.writes:
+            return
         self.write_json("environment.json", environment(self._manifest["package"], self.settings))
         self._manifest["finished"] = True
         self._save_manifest()

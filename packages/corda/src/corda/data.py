@@ -44,7 +44,7 @@ def load_model(name: str, device: str = "auto") -> "tuple[PreTrainedModel, PreTr
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto", use_safetensors=True)
