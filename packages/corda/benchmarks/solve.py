@@ -2,10 +2,13 @@
 
 peft's part is ``collect_eigens_for_layer`` and the crop of ``preprocess_corda``, in fp32 as it always is; ours is
 ``factorize``, that is the whole of A and B, with one ``DampedCovariance`` for the layers that share an input (its
-Cholesky factor is inside of the measured time). KPM solves in fp64.
+Cholesky factor is inside of the measured time). KPM solves in fp64. Each library gets the covariance as it keeps it itself:
+ours sums in fp64, peft in fp32.
 
-Layers come in the groups of a Llama block: query, key and value of one input, gate and up of one input, down alone. The
-activations are random with a correlated bulk and a few channels of 30 times the strength, as language models have them.
+Rows of one kind of layer: the output projection (square), gate and up (tall, of one input), down (wide), in the size of the
+Llama of the last rows and of smaller ones. Their activations are random with a correlated bulk and a few channels of 30
+times the strength, as language models have them. The last rows take a whole Llama with random weights, on the statistics of
+random tokens: its spectra are flat, the hardest case of an iteration that looks for leading components.
 """
 
 import copy
@@ -27,11 +30,14 @@ from tenfold import bench
 RANK = 16
 SEED = 233
 REQUIRED = {"square": ">= 2", "tall": ">= 2.5", "wide": ">= 6"}
-GROUPS = {
-    "square": ("query, key, value", 3, 768, 768),
-    "tall": ("gate, up", 2, 1536, 512),
-    "wide": ("down", 1, 512, 2048),
-}
+GROUPS = [
+    ("square", "output", 1, 1024, 1024),
+    ("tall", "gate, up", 2, 2816, 1024),
+    ("wide", "down", 1, 1024, 2816),
+    ("square", "output", 1, 768, 768),
+    ("tall", "gate, up", 2, 1536, 512),
+    ("wide", "down", 1, 512, 2048),
+]
 Found = list[tuple[Tensor, Tensor, Tensor]]
 """For each layer U (m, r), A (r, n) and B (m, r), with B A the adapted part of W."""
 
@@ -96,18 +102,17 @@ def agreement(layers: dict[str, nn.Module], covariances: dict[str, Tensor], mode
     return check
 
 
-def group_rows(kind: str) -> list[bench.Comparison]:
+def group_rows(kind: str, names: str, count: int, m: int, n: int) -> list[bench.Comparison]:
     """One group of layers that share an input, in both modes."""
-    names, count, m, n = GROUPS[kind]
     generator = torch.Generator().manual_seed(SEED)
     X = activations(n, generator)
-    C = X @ X.T / X.shape[1]
+    C = X.double() @ X.T.double() / X.shape[1]
     layers: dict[str, nn.Module] = {}
     for i in range(count):
         layers[f"layer{i}"] = nn.Linear(n, m, bias=False)
         with torch.no_grad():
             layers[f"layer{i}"].weight.copy_(torch.randn(m, n, generator=generator) / n**0.5)
-    covariances = dict.fromkeys(layers, C)
+    covariances = dict.fromkeys(layers, C.float())
 
     def ours(mode: str) -> Found:
         init = CordaInit(mode=mode)
@@ -120,11 +125,11 @@ def group_rows(kind: str) -> list[bench.Comparison]:
         peer = prepared(layers, covariances, mode)
         rows.append(
             bench.compare(
-                f"{mode}_solve_{kind}",
+                f"{mode}_solve_{kind}_{m}x{n}",
                 lambda mode=mode: ours(mode),
                 lambda peer=peer, mode=mode: peft_layers(peer, mode),
                 agreement(layers, covariances, mode),
-                shape=f"{names}: {count} x {m}x{n}, r={RANK}",
+                shape=f"{names}: {f'{count} x ' if count > 1 else ''}{m}x{n}, r={RANK}",
                 required=required,
             )
         )
@@ -173,7 +178,7 @@ def model_rows() -> list[bench.Comparison]:
 
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    return [row for kind in GROUPS for row in group_rows(kind)] + model_rows()
+    return [row for group in GROUPS for row in group_rows(*group)] + model_rows()
 
 
 if __name__ == "__main__":

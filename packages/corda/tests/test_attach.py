@@ -8,6 +8,7 @@ from corda import (
     build_factors,
     collect_context,
     get_corda_model,
+    output_energies,
     resolve_targets,
     save_adapter,
     save_initial,
@@ -191,7 +192,8 @@ def test_output_energies_add_up_to_the_whole():
 
 def test_the_report_names_every_layer(llama, batches):
     stats = collect_context(llama, batches)
-    report = build_factors(llama, stats, LORA, CordaInit(mode="ipm")).report()
+    factors = build_factors(llama, stats, LORA, CordaInit(mode="ipm"))
+    report = factors.report(output_energies(llama, stats, factors))
     assert set(report["layers"]) == set(stats.targets)
     layer = report["layers"]["model.layers.0.self_attn.k_proj"]
     assert layer["group"] == "model.layers.0.self_attn.q_proj"

@@ -15,6 +15,7 @@ _HOMES = {
     "collect_context": "context",
     "factorize": "solvers",
     "get_corda_model": "attach",
+    "output_energies": "factors",
     "resolve_targets": "targets",
     "save_adapter": "attach",
     "save_initial": "attach",
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from corda.attach import apply_corda, get_corda_model, save_adapter, save_initial
     from corda.config import CordaInit
     from corda.context import ContextStats, collect_context
-    from corda.factors import FactorSet, build_factors
+    from corda.factors import FactorSet, build_factors, output_energies
     from corda.solvers import DampedCovariance, Factors, factorize
     from corda.targets import resolve_targets
     from corda.truncation import truncate, truncate_model

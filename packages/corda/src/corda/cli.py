@@ -60,7 +60,7 @@ def _init(settings: InitSettings, invocation: Invocation) -> None:
     from corda.attach import apply_corda, residual_state, save_initial
     from corda.context import ContextStats
     from corda.data import load_model
-    from corda.factors import build_factors
+    from corda.factors import build_factors, output_energies
 
     run = invocation.folder
     model, tokenizer = load_model(settings.model, settings.device)
@@ -74,6 +74,7 @@ def _init(settings: InitSettings, invocation: Invocation) -> None:
         stats = _collect(model, tokenizer, settings, settings.init, invocation)
         stats.save(run.own(STATS))
     factors = build_factors(model, stats, lora_config, settings.init)
+    report = factors.report(output_energies(model, stats, factors) if stats else None)
     wrapped = apply_corda(model, factors, lora_config)
     wrapped.peft_config["default"].base_model_name_or_path = (
         str((run.path / "residual").resolve()) if settings.residual else settings.model
@@ -85,8 +86,8 @@ def _init(settings: InitSettings, invocation: Invocation) -> None:
             base: Any = wrapped.get_base_model()
             base.save_pretrained(folder, state_dict=residual_state(wrapped))
             tokenizer.save_pretrained(folder)
-    run.write_json(REPORT, factors.report())
-    _print_report(factors.report())
+    run.write_json(REPORT, report)
+    _print_report(report)
 
 
 def _inspect(settings: InspectSettings, invocation: Invocation) -> None:

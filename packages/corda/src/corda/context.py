@@ -80,11 +80,19 @@ class ContextStats:
         Raises:
             UserError: the layer was not calibrated.
         """
-        if target not in self.groups:
-            raise UserError(f"no statistics of layer {target}; there are {len(self.groups)}, the first {self._first()}")
-        group = self.groups[target]
+        group = self.group(target)
         count = {"peft": self.samples[group], "token_mean": self.tokens[group], "none": 1}[self.scale]
         return self.moments[group] / count
+
+    def group(self, target: str) -> str:
+        """The layer under whose name the statistics of ``target`` are kept, which all layers of one input share.
+
+        Raises:
+            UserError: the layer was not calibrated.
+        """
+        if target not in self.groups:
+            raise UserError(f"no statistics of layer {target}; there are {len(self.groups)}, the first {self._first()}")
+        return self.groups[target]
 
     def _first(self) -> str:
         return next(iter(self.groups), "none")

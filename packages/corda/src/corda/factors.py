@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,6 @@ class LayerReport:
         scaling: LoRA's factor in front of B A.
         sigma_first: the largest adapted singular value of W C_d^p.
         sigma_last: the smallest.
-        output_energy: share of the layer's output energy on the calibration text that lies in the adapted directions,
-            |U^T W X|^2 / |W X|^2; None without statistics.
         null: directions left out because the weight is rank-deficient.
         solver: how the singular vectors were found.
         precision: of that solve.
@@ -44,7 +42,6 @@ class LayerReport:
     scaling: float
     sigma_first: float
     sigma_last: float
-    output_energy: float | None
     null: int
     solver: str
     precision: str
@@ -70,9 +67,16 @@ class FactorSet:
     init: CordaInit
     fingerprint: str | None
 
-    def report(self) -> dict[str, Any]:
-        """Settings and layers as plain values that JSON holds."""
-        layers = {name: dataclasses.asdict(layer) for name, layer in self.layers.items()}
+    def report(self, energies: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Settings and layers as plain values that JSON holds.
+
+        Args:
+            energies: of ``output_energies``, to be reported beside them.
+        """
+        energies = energies or {}
+        layers = {name: dataclasses.asdict(self.layers[name]) for name in self.layers}
+        for name, layer in layers.items():
+            layer["output_energy"] = energies.get(name)
         return {"init": dataclasses.asdict(self.init), "fingerprint": self.fingerprint, "layers": layers}
 
 
@@ -115,7 +119,6 @@ def build_factors(
             scaling=target.scaling,
             sigma_first=found.sigma[0].item(),
             sigma_last=found.sigma[-1].item(),
-            output_energy=output_energy(weight, stats.covariance(name), found.left) if stats else None,
             null=found.null,
             solver=found.solver,
             precision=found.precision,
@@ -139,15 +142,26 @@ def _by_group(
     if stats is None:
         yield from ((name, None) for name in names)
         return
-    for name in names:
-        stats.covariance(name)  # says which layer has no statistics, before any work is done
-    for group in dict.fromkeys(stats.groups[name] for name in names):
+    for group in dict.fromkeys([stats.group(name) for name in names]):  # says who has none, before any work is done
         members = [name for name in names if stats.groups[name] == group]
         try:
             shared = DampedCovariance(stats.covariance(members[0]), init.damping) if init.power else None
         except UserError as error:
             raise type(error)(f"layer {members[0]}: {error}") from error
         yield from ((name, shared) for name in members)
+
+
+def output_energies(model: nn.Module, stats: ContextStats, factors: FactorSet) -> dict[str, float]:
+    """For each layer of the plain base model, the share of its output energy that lies in the adapted directions.
+
+        |U^T W X|^2 / |W X|^2    on the calibration text
+
+    It takes a product W C a layer, which costs more than the randomised solver; so ``build_factors`` leaves it out.
+    """
+    return {
+        name: output_energy(linear(model, name).weight.detach(), stats.covariance(name), found.left)
+        for name, found in factors.factors.items()
+    }
 
 
 def output_energy(weight: Tensor, covariance: Tensor, left: Tensor) -> float:

@@ -9,6 +9,9 @@ components of M are the leading ones of its inverse and only there accurate.
 Shapes: W is (m, n) = (out, in) as in ``nn.Linear``; C is (n, n) over the layer's inputs; A is (r, n), B is (m, r).
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,15 +76,15 @@ class DampedCovariance:
 
     Raises:
         UserError: C has no positive diagonal (no token has reached the layer, or all inputs are zero).
-        NonFiniteError: C holds NaN or infinity.
+        NonFiniteError: C holds NaN or infinity (on its diagonal; off it, at first use).
     """
 
     def __init__(self, covariance: Tensor, damping: float) -> None:
         if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
             raise UserError(f"a covariance is square, got shape {tuple(covariance.shape)}")
-        if not _finite(covariance):
-            raise NonFiniteError("the covariance holds NaN or infinity")
         mean = covariance.diagonal().double().mean().item()
+        if not math.isfinite(mean):
+            raise NonFiniteError("the covariance holds NaN or infinity")
         if mean <= 0:
             raise UserError("the covariance has no positive diagonal: all inputs were zero")
         self.damping = damping * mean
@@ -94,27 +97,27 @@ class DampedCovariance:
 
     def times(self, matrix: Tensor) -> Tensor:
         """C_d ``matrix``, in the dtype of the matrix."""
-        return torch.addmm(matrix, self._like(matrix), matrix, beta=self.damping)
+        return _product(self._like(matrix), matrix).add_(matrix, alpha=self.damping)
 
     def after(self, matrix: Tensor) -> Tensor:
         """``matrix`` C_d, likewise."""
-        return torch.addmm(matrix, matrix, self._like(matrix), beta=self.damping)
+        return _product(matrix, self._like(matrix)).add_(matrix, alpha=self.damping)
 
     def _like(self, matrix: Tensor) -> Tensor:
         return (self._double if matrix.dtype == torch.float64 else self._single).to(matrix.device)
 
     @cached_property
     def _single(self) -> Tensor:
-        return self._covariance.float()
+        return _checked(self._covariance.float(), "covariance")
 
     @cached_property
     def _double(self) -> Tensor:
-        return self._covariance.double()
+        return _checked(self._covariance.double(), "covariance")
 
     @cached_property
     def cholesky(self) -> Tensor:
         """Lower triangular L with C_d = L L^T, in fp64."""
-        damped = self._covariance.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        damped = self._double.clone(memory_format=torch.contiguous_format)
         damped.diagonal().add_(self.damping)
         return _cholesky(damped)
 
@@ -162,8 +165,6 @@ def factorize(
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise UserError(f"rank {rank} of a {m} x {n} layer: expected 1 to {min(m, n)}")
-    if not _finite(weight):
-        raise NonFiniteError("the weight holds NaN or infinity")
     context = _context(covariance, init, n)
     solver: str = init.solver
     if solver == "auto":
@@ -175,8 +176,20 @@ def factorize(
         double = init.mode == "kpm" or weight.dtype == torch.float64
     else:
         double = init.precision == "fp64"
-    W = weight.double() if double else weight.float()
+    with _scipy_alone() if double and _on_cpu(weight) else contextlib.nullcontext():
+        W = _checked(weight.double() if double else weight.float(), "weight")
+        return _solve(W, weight.dtype, context, rank, init, solver, scaling)
 
+
+def _solve(
+    W: Tensor,
+    dtype: torch.dtype,
+    context: DampedCovariance | None,
+    rank: int,
+    init: CordaInit,
+    solver: str,
+    scaling: float,
+) -> Factors:
     null = iterations = 0
     if solver == "randomized":
         found = _randomized(W, context, init, rank)
@@ -191,18 +204,19 @@ def factorize(
     elif solver == "exact":
         solver = "inverse"
         left, sigma, null = _inverse_trailing(W, context, init, rank)
-    out = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    out = torch.float64 if dtype == torch.float64 else torch.float32
     A, B, left, sigma = (part.to(out) for part in _assemble(W, left, sigma, init, scaling))
     precision = "fp64" if W.dtype == torch.float64 else "fp32"
-    if not (_finite(A) and _finite(B)):
-        raise NonFiniteError(f"solver {solver} in {precision} gave NaN or infinity")
+    for factor in (A, B):
+        _checked(factor, f"solution of {solver} in {precision}")
     return Factors(A, B, left, sigma, solver, precision, null, iterations)
 
 
-def _finite(matrix: Tensor) -> bool:
-    """No NaN and no infinity: either would reach the sum (the values of weights and covariances do not overflow it)."""
-    total = matrix.sum(dtype=torch.float32 if matrix.element_size() < 4 else None)
-    return bool(torch.isfinite(total))
+def _checked(matrix: Tensor, name: str) -> Tensor:
+    """``matrix``, if it holds no NaN and no infinity: either would reach its sum (which its values do not overflow)."""
+    if not torch.isfinite(matrix.sum()):
+        raise NonFiniteError(f"the {name} holds NaN or infinity")
+    return matrix
 
 
 def _context(covariance: "Tensor | DampedCovariance | None", init: CordaInit, n: int) -> DampedCovariance | None:
@@ -222,7 +236,7 @@ def _root(block: Tensor, context: DampedCovariance | None, power: float, *, tran
         return block
     if power == 0.5:
         factor = context.cholesky.to(block)
-        return (factor.T if transposed else factor) @ block
+        return _product(factor.T if transposed else factor, block)
     return context.times(block)
 
 
@@ -230,7 +244,7 @@ def _operator(W: Tensor, context: DampedCovariance | None, power: float) -> Tens
     """M = W F (m, n). It has the left singular vectors and singular values of W C_d^p, since M M^T is the same."""
     if context is None:
         return W
-    return W @ context.cholesky.to(W) if power == 0.5 else context.after(W)
+    return _product(W, context.cholesky.to(W)) if power == 0.5 else context.after(W)
 
 
 def _width(rank: int) -> int:
@@ -308,7 +322,7 @@ def _exact_leading(W: Tensor, context: DampedCovariance | None, power: float, ra
         values, left = _leading_eigenpairs(gram(M), rank)
         return left, values.clamp_min(0).sqrt()
     values, right = _leading_eigenpairs(gram(M.T), rank)
-    return _orthonormal(M @ right), values.clamp_min(0).sqrt()
+    return _orthonormal(_product(M, right)), values.clamp_min(0).sqrt()
 
 
 def _lapack_svd(W: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int) -> tuple[Tensor, Tensor]:
@@ -367,8 +381,8 @@ def _trailing_tall(
     else:
         Z = _solve_triangular(L, context.inverse.to(W).T)
     values, Y = _leading_eigenpairs(gram(Z), rank)
-    left = W @ _solve_triangular(L, Y, transposed=True)
-    if (left.T @ left - torch.eye(rank).to(left)).abs().max() > 10 * torch.finfo(W.dtype).eps ** 0.5:
+    left = _product(W, _solve_triangular(L, Y, transposed=True))
+    if (_product(left.T, left) - torch.eye(rank).to(left)).abs().max() > 10 * torch.finfo(W.dtype).eps ** 0.5:
         return None
     return _orthonormal(left), values.rsqrt()
 
@@ -377,7 +391,7 @@ def _trailing_wide(
     W: Tensor, context: DampedCovariance | None, power: float, rank: int
 ) -> tuple[Tensor, Tensor] | None:
     """None when M is rank-deficient in this precision."""
-    R = torch.linalg.qr(_operator(W, context, power).T, mode="r").R
+    R = _upper_factor(_operator(W, context, power).T)
     diagonal = R.diagonal().abs()
     if diagonal.min() <= diagonal.max() * len(diagonal) * torch.finfo(R.dtype).eps:
         return None
@@ -393,7 +407,7 @@ def _assemble(
     U, sigma = left[:, order].to(W), sigma[order].to(W)
     peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
     U = U * torch.where(peak < 0, -1.0, 1.0).to(U)
-    T = U.T @ W  # (r, n) = U^T W
+    T = _product(U.T, W)  # (r, n) = U^T W
     split = sigma if init.balance == "paper" else T.norm(dim=1)
     dead = sigma == 0
     root = torch.where(dead, 1.0, split.sqrt())
@@ -402,12 +416,47 @@ def _assemble(
     return A, B, U, sigma
 
 
-# LAPACK: SciPy's on the CPU (its OpenBLAS is two to five times as fast here as torch's MKL on an AMD processor, and it
-# computes only the eigenvectors that are asked for), torch's own on a GPU.
+# Dense algebra in fp64 on the CPU is SciPy's, elsewhere torch's: its OpenBLAS is two to five times as fast here as torch's
+# MKL on an AMD processor, and it computes only the eigenvectors that are asked for.
+
+
+@contextlib.contextmanager
+def _scipy_alone() -> Iterator[None]:
+    """Within, torch takes one thread and leaves the cores to SciPy.
+
+    Two libraries in turn hinder each other: the idle threads of the one spin for some ten milliseconds after its work,
+    while those of the other wait for a core. It took half as long again.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _on_cpu(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu"
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left`` ``right``."""
+    if not _on_cpu(left) or left.dtype != torch.float64:
+        return left @ right
+    pair = [_numpy(left), _numpy(right)]
+    turned = [not array.flags.f_contiguous for array in pair]  # such a one is handed over as its transpose, uncopied
+    a, b = (array.T if turn else array for array, turn in zip(pair, turned, strict=True))
+    return torch.from_numpy(scipy.linalg.blas.dgemm(1.0, a, b, trans_a=turned[0], trans_b=turned[1]))
+
+
+def _upper_factor(matrix: Tensor) -> Tensor:
+    """R of a QR decomposition."""
+    if not _on_cpu(matrix):
+        return torch.linalg.qr(matrix, mode="r").R
+    a, size = _numpy(matrix), matrix.shape[1]
+    (geqrf,) = scipy.linalg.get_lapack_funcs(("geqrf",), (a,))
+    packed, *_ = geqrf(a, lwork=64 * size)  # scipy.linalg.qr asks for half of this workspace, and is half as fast
+    return torch.from_numpy(np.triu(packed[:size]))
 
 
 def gram(matrix: Tensor) -> Tensor:
