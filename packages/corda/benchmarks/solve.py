@@ -5,9 +5,9 @@ peft's part is ``collect_eigens_for_layer`` and the crop of ``preprocess_corda``
 Cholesky factor is inside of the measured time). KPM solves in fp64. Each library gets the covariance as it keeps it itself:
 ours sums in fp64, peft in fp32.
 
-Rows of one kind of layer: the output projection (square), gate and up (tall, of one input), down (wide), in the size of the
-Llama of the last rows and of smaller ones. Their activations are random with a correlated bulk and a few channels of 30
-times the strength, as language models have them. The last rows take a whole Llama with random weights, on the statistics of
+Rows of one kind of layer: square, tall (gate and up, of one input) and wide (down); first small ones on one thread, then
+those of the Llama of the last rows, on all threads. Their activations are random with a correlated bulk and a few channels
+of 30 times the strength, as language models have them. The last rows take a whole Llama with random weights, on the statistics of
 random tokens: its spectra are flat, the hardest case of an iteration that looks for leading components.
 """
 
@@ -16,27 +16,30 @@ import importlib.metadata
 from collections.abc import Callable
 
 import peft
+import threadpoolctl
 import torch
+from corda import ContextStats, CordaInit, DampedCovariance, build_factors, collect_context, factorize
+from corda.targets import linear
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import collect_eigens_for_layer, crop_corda_eigens
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from corda import ContextStats, CordaInit, DampedCovariance, build_factors, collect_context, factorize
-from corda.targets import linear
 from tenfold import bench
 
 RANK = 16
 SEED = 233
 REQUIRED = {"square": ">= 2", "tall": ">= 2.5", "wide": ">= 6"}
-GROUPS = [
+SMALL = [
+    ("square", "query, key, value", 3, 768, 768),
+    ("tall", "gate, up", 2, 1536, 512),
+    ("wide", "down", 1, 512, 2048),
+]
+LARGE = [
     ("square", "output", 1, 1024, 1024),
     ("tall", "gate, up", 2, 2816, 1024),
     ("wide", "down", 1, 1024, 2816),
-    ("square", "output", 1, 768, 768),
-    ("tall", "gate, up", 2, 1536, 512),
-    ("wide", "down", 1, 512, 2048),
 ]
 Found = list[tuple[Tensor, Tensor, Tensor]]
 """For each layer U (m, r), A (r, n) and B (m, r), with B A the adapted part of W."""
@@ -125,15 +128,19 @@ def group_rows(kind: str, names: str, count: int, m: int, n: int) -> list[bench.
         peer = prepared(layers, covariances, mode)
         rows.append(
             bench.compare(
-                f"{mode}_solve_{kind}_{m}x{n}",
+                f"{mode}_solve_{kind}_{m}x{n}_{torch.get_num_threads()}",
                 lambda mode=mode: ours(mode),
                 lambda peer=peer, mode=mode: peft_layers(peer, mode),
                 agreement(layers, covariances, mode),
-                shape=f"{names}: {f'{count} x ' if count > 1 else ''}{m}x{n}, r={RANK}",
+                shape=f"{names}: {f'{count} x ' if count > 1 else ''}{m}x{n}, r={RANK}, {_threads()}",
                 required=required,
             )
         )
     return rows
+
+
+def _threads() -> str:
+    return "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
 
 
 def model_rows() -> list[bench.Comparison]:
@@ -167,7 +174,7 @@ def model_rows() -> list[bench.Comparison]:
                 lambda mode=mode: ours(mode),
                 lambda peer=peer, mode=mode: peft_layers(peer, mode),
                 agreement(layers, covariances, mode),
-                shape=f"{len(layers)} layers of a 4-block Llama (1024, 2816), r={RANK}",
+                shape=f"{len(layers)} layers of a 4-block Llama (1024, 2816), r={RANK}, {_threads()}",
                 required=required,
                 pairs=3,
                 warm_up=0,
@@ -178,7 +185,12 @@ def model_rows() -> list[bench.Comparison]:
 
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    return [row for group in GROUPS for row in group_rows(*group)] + model_rows()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpoolctl.threadpool_limits(1):
+        rows = [row for group in SMALL for row in group_rows(*group)]
+    torch.set_num_threads(threads)
+    return rows + [row for group in LARGE for row in group_rows(*group)] + model_rows()
 
 
 if __name__ == "__main__":

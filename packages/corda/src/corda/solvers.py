@@ -454,8 +454,8 @@ def _upper_factor(matrix: Tensor) -> Tensor:
     if not _on_cpu(matrix):
         return torch.linalg.qr(matrix, mode="r").R
     a, size = _numpy(matrix), matrix.shape[1]
-    (geqrf,) = scipy.linalg.get_lapack_funcs(("geqrf",), (a,))
-    packed, *_ = geqrf(a, lwork=64 * size)  # scipy.linalg.qr asks for half of this workspace, and is half as fast
+    (geqrt,) = scipy.linalg.get_lapack_funcs(("geqrt",), (a,))  # recursive: twice as fast as geqrf of scipy.linalg.qr
+    packed, *_ = geqrt(min(64, size), a)
     return torch.from_numpy(np.triu(packed[:size]))
 
 
