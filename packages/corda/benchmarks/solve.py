@@ -7,8 +7,8 @@ ours sums in fp64, peft in fp32.
 
 Rows of one kind of layer: square, tall (gate and up, of one input) and wide (down); first small ones on one thread, then
 those of the Llama of the last rows, on all threads. Their activations are random with a correlated bulk and a few channels
-of 30 times the strength, as language models have them. The last rows take a whole Llama with random weights, on the statistics of
-random tokens: its spectra are flat, the hardest case of an iteration that looks for leading components.
+of 30 times the strength, as language models have them. The last rows take a whole Llama with random weights, on the
+statistics of random tokens: its spectra are flat, the hardest case of an iteration that looks for leading components.
 """
 
 import copy

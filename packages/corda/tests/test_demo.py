@@ -1,6 +1,9 @@
 """The demonstration's mechanics on a model that is hardly trained; what it shows is decided by its own full level."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,6 +70,37 @@ def test_resume_measures_no_seed_twice(first, tmp_path, monkeypatch):
     assert trained == []
     assert resumed["arms"] == summary["arms"]
     assert resumed["seconds"] == summary["seconds"]
+
+
+KILLED = """
+import os, signal, sys
+from corda import cli, demo
+
+demo.CALIBRATION_WINDOWS = demo.MEASURED_WINDOWS = 16
+demo.DROPS["quick"] = (50,)
+directions, calls = demo.directions, []
+
+def until_killed(*arguments):
+    calls.append(arguments)
+    if len(calls) == 4:  # in the second seed, after its training and most of its measurements
+        os.kill(os.getpid(), signal.SIGKILL)
+    return directions(*arguments)
+
+demo.directions = until_killed
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_demo_resumes_to_the_numbers_of_an_unbroken_one(tmp_path, capsys):
+    words = ["demo", "--quick", "--steps", "2", "--facts", "16", "--seeds", "0,1", "--quiet", "--out"]
+    command = [sys.executable, "-c", KILLED, *words, str(tmp_path / "killed")]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "killed/results").iterdir()] == ["seed-0.json"]
+    assert main([*words, str(tmp_path / "killed")]) == 2  # unfinished: neither --resume nor --overwrite
+    assert main([*words, str(tmp_path / "killed"), "--resume"]) == 0
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    killed, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole"))
+    assert {**killed, "seconds": 0} == {**whole, "seconds": 0}
 
 
 def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):

@@ -385,11 +385,25 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     )
 
 
-def show_claims(summary: dict[str, Any], *, strict: bool = False) -> int:
-    """Print a summary's claims and notes to stdout; the exit code is 1 when one fails under ``strict``."""
+def claims_table(summary: dict[str, Any]) -> str:
+    """The claims of one summary under a line that says what was run; long claims are broken to fit a terminal."""
     from tenfold.claims import claim_rows
 
-    sys.stdout.write(table(*claim_rows([summary])) + "\n")
+    headers, rows = claim_rows([summary])
+    start = headers.index("claim")  # what stands before is the same in all rows
+    broken = []
+    for row in rows:
+        first, *more = textwrap.wrap(row[start], 64)
+        broken.append([first, *row[start + 1 :]])
+        broken += [[line, *[""] * (len(headers) - start - 1)] for line in more]
+    seeds = ", ".join(map(str, summary["seeds"]))
+    head = f"{summary['package']} {summary['command']}, level {summary['level']}, seeds {seeds}: {summary['seconds']:.0f} s"
+    return f"{head}\n\n{table(headers[start:], broken)}\n"
+
+
+def show_claims(summary: dict[str, Any], *, strict: bool = False) -> int:
+    """Print a summary's claims and notes to stdout; the exit code is 1 when one fails under ``strict``."""
+    sys.stdout.write(claims_table(summary))
     for note in summary["notes"]:
         sys.stdout.write(textwrap.fill(note, 110, initial_indent="note: ", subsequent_indent="      ") + "\n")
     return int(strict and any(claim["holds"] is False for claim in summary["claims"]))

@@ -82,7 +82,7 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
             axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
             axes.set(xscale=panel.xscale, yscale=panel.yscale)
         if len(names) > 1:
-            columns = max(1, int(4.6 * len(panels) / (0.08 * max(map(len, names)) + 0.7)))  # inches that a name takes
+            columns = max(1, int(4.6 * len(panels) / (0.07 * max(map(len, names)) + 0.55)))  # inches that a name takes
             figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns)
 
 

@@ -151,8 +151,8 @@ def _last_steps(path: Path) -> _Table | None:
 
 
 if __name__ == "__main__":
-    from tenfold.cli import table
+    from tenfold.cli import claims_table
 
     found = write_index(sys.argv[1])
-    sys.stdout.write(table(*claim_rows(found)) + "\n")
+    sys.stdout.write("\n".join(map(claims_table, found)) + "\n")
     sys.stdout.write(f"{len(found)} report{'s' * (len(found) != 1)}: {Path(sys.argv[1]) / 'index.html'}\n")
