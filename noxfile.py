@@ -70,7 +70,8 @@ def install(session: nox.Session, *names: str, extras: str = "", group: bool = F
     # a rebuilt distribution has the same version, so uv's cache has to be told
     refresh = [f"--reinstall-package={name}" for name in PROJECTS]
     resolution = ["--resolution=lowest-direct"] if lowest else []
-    session.install(*sources, *groups, *refresh, *resolution, env=UV)
+    # without uv's workspace sources, by which tenfold would be editable here, unlike at a user's
+    session.install("--no-sources", *sources, *groups, *refresh, *resolution, env=UV)
 
 
 def pytest(session: nox.Session, *arguments: str, no_tests_is_fine: bool = False) -> None:
