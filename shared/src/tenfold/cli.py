@@ -264,6 +264,8 @@ def _one_line(message: str, options: list[str]) -> str:
         return f"unknown option {word}: {did_you_mean(word, options)}"
     if match := re.search(r"arguments? (?:are|is) required: (.+)", message):
         return "missing " + ", ".join(f"--{name.strip().removeprefix('--')}" for name in match[1].split(","))
+    if match := re.search(r"(?:Key|Option) [\"'](\S+?)[\"'] is required", message):  # jsonargparse up to 4.45
+        return f"missing --{match[1]}"
     if match := re.search(r"[Kk]ey \"(\S+?)\":\s*(.*)", message, re.DOTALL):
         return f"--{match[1]}: {_expectation(match[2])}"
     return message
