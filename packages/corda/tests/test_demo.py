@@ -26,9 +26,8 @@ def open_run(path, **options):
 @pytest.fixture(scope="module", autouse=True)
 def few_measurements():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "CALIBRATION_WINDOWS", 16)
+        patch.setitem(demo.CALIBRATION_WINDOWS, "quick", 16)
         patch.setattr(demo, "MEASURED_WINDOWS", 16)
-        patch.setitem(demo.DROPS, "quick", (50,))
         yield
 
 
@@ -76,8 +75,7 @@ KILLED = """
 import os, signal, sys
 from corda import cli, demo
 
-demo.CALIBRATION_WINDOWS = demo.MEASURED_WINDOWS = 16
-demo.DROPS["quick"] = (50,)
+demo.CALIBRATION_WINDOWS["quick"] = demo.MEASURED_WINDOWS = 16
 directions, calls = demo.directions, []
 
 def until_killed(*arguments):

@@ -405,7 +405,7 @@ def claims_table(summary: dict[str, Any]) -> str:
 
 def show_claims(summary: dict[str, Any], *, strict: bool = False) -> int:
     """Print a summary's claims and notes to stdout; the exit code is 1 when one fails under ``strict``."""
-    sys.stdout.write(claims_table(summary))
+    sys.stdout.write(claims_table(summary) + "\n" * bool(summary["notes"]))
     for note in summary["notes"]:
         sys.stdout.write(textwrap.fill(note, 110, initial_indent="note: ", subsequent_indent="      ") + "\n")
     return int(strict and any(claim["holds"] is False for claim in summary["claims"]))

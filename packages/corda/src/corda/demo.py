@@ -43,10 +43,10 @@ LENGTH = 128
 """Characters (tokens) of a window."""
 ROWS = {"facts": 5, "text": 3}
 """Windows of a training batch."""
-CALIBRATION_WINDOWS = 256
-"""As in the paper."""
+CALIBRATION_WINDOWS = {"quick": 64, "default": 256, "full": 256}
+"""256 as in the paper."""
 MEASURED_WINDOWS = 48
-DROPS = {"quick": (25, 50), "default": (10, 25, 50, 75), "full": (10, 25, 50, 75)}
+DROPS = {"quick": (50,), "default": (10, 25, 50, 75), "full": (10, 25, 50, 75)}
 """Percent of the components of each layer."""
 STEPS = {"quick": 20, "default": 800, "full": 1200}
 METHODS: dict[str, dict[str, Any]] = {"asvd": {"method": "asvd"}, "half": {"power": 0.5}, "corda": {"power": 1.0}}
@@ -203,13 +203,20 @@ def contexts(
 
 
 def truncation(
-    model: nn.Module, facts: Sequence[str], stats: dict[str, ContextStats], drops: Sequence[int], alpha: float
+    model: nn.Module,
+    facts: Sequence[str],
+    stats: dict[str, ContextStats],
+    drops: Sequence[int],
+    alpha: float,
+    *,
+    quiet: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Losses of the whole model, and for each arm what dropping shares of the components adds to them."""
     whole = losses(model, facts)
     arms: dict[str, dict[str, float]] = {"whole": whole}
     calibrated = [(f"{name}-{kind}", stats[kind], method) for name, method in METHODS.items() for kind in stats]
-    for arm, calibration, method in [("svd", stats["facts"], {"method": "svd"}), *calibrated]:
+    cases: list[tuple[str, ContextStats, dict[str, Any]]] = [("svd", stats["facts"], {"method": "svd"}), *calibrated]
+    for arm, calibration, method in track(cases, "truncating it in all ways", quiet=quiet):
         arms[arm] = {}
         for drop in drops:
             cut = copy.deepcopy(model)
@@ -274,8 +281,9 @@ def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, A
         model = train(facts, seed, steps, quiet=quiet)
         if seed == seeds[0]:
             _save_model(model, facts["calibration"], run)
-        stats = contexts(model, facts, "calibration", CALIBRATION_WINDOWS, CordaInit(), seed)
-        arms = truncation(model, facts["measured"], stats, DROPS[settings.level], settings.asvd_alpha)
+        stats = contexts(model, facts, "calibration", CALIBRATION_WINDOWS[settings.level], CordaInit(), seed)
+        drops = DROPS[settings.level]
+        arms = truncation(model, facts["measured"], stats, drops, settings.asvd_alpha, quiet=quiet)
         unscaled = CordaInit(scale="none")
         for kind, unseen in contexts(model, facts, "measured", MEASURED_WINDOWS, unscaled, seed).items():
             arms[f"directions-{kind}"] = directions(model, stats[kind], unseen, settings.rank, seed)
