@@ -8,6 +8,7 @@ import yaml
 
 from tenfold import UserError
 from tenfold.cli import App, Verb, table, track
+from tenfold.errors import MissingExtraError
 from tenfold.testing import assert_user_error
 
 
@@ -55,6 +56,8 @@ def handler(settings, invocation):
         raise RuntimeError("a fault of ours")
     if settings.data == "interrupt":
         raise KeyboardInterrupt
+    if settings.data == "extra":
+        raise MissingExtraError('matplotlib is not installed; pip install "tenfold[demo]"')
     if settings.data == "mend":
         raise UserError("two\nlines")
     if invocation.run:
@@ -213,6 +216,14 @@ def test_of_the_processes_of_one_command_the_first_alone_speaks(tmp_path, monkey
     assert capsys.readouterr().out == ""
     assert seen[-1][1].quiet
     assert not (tmp_path / "a").exists()
+
+
+def test_a_demo_names_the_extra_of_its_own_package(capsys):
+    assert_user_error(
+        APP.main, ["demo", "--data", "extra"], capsys, 'matplotlib is not installed; pip install "tenfold[demo]"'
+    )
+    other = dataclasses.replace(APP, dist="corda")
+    assert_user_error(other.main, ["demo", "--data", "extra"], capsys, 'pip install "corda[demo]"')
 
 
 def test_table_aligns_text_left_and_numbers_right():

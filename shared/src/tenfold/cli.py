@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from tenfold.errors import UserError, did_you_mean
+from tenfold.errors import MissingExtraError, UserError, did_you_mean
 from tenfold.runs import Run, flat, launched_rank
 
 if typing.TYPE_CHECKING:
@@ -172,7 +172,11 @@ class App:
         first = launched_rank() == 0
         invocation = Invocation(run, options.quiet or not first, verb.claims and options.strict)
         with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
-            code = verb.handler(settings, invocation)
+            try:
+                code = verb.handler(settings, invocation)
+            except MissingExtraError as error:
+                what = str(error).partition(";")[0]  # the package's own extra brings that of tenfold
+                raise UserError(f'{what}; pip install "{self.dist}[demo]"' if verb.claims else str(error)) from error
         if run is not None:
             run.finish()
         return code or 0
