@@ -10,8 +10,8 @@ from corda import (
     get_corda_model,
     output_energies,
     resolve_targets,
-    save_adapter,
     save_initial,
+    to_lora,
 )
 from corda.attach import lora_layers, residual_state
 from corda.factors import output_energy
@@ -126,9 +126,9 @@ def test_a_trained_adapter_loads_by_plain_peft_on_the_untouched_base(llama, batc
     config = configuration(**change)
     factors = build_factors(llama, collect_context(llama, batches, list(resolve_targets(llama, config))), config)
     wrapped = apply_corda(llama, factors, config)
-    save_adapter(wrapped, factors, tmp_path / "untrained")
+    to_lora(wrapped, factors, tmp_path / "untrained")
     train(wrapped, batches)
-    save_adapter(wrapped, factors, tmp_path / "trained")
+    to_lora(wrapped, factors, tmp_path / "trained")
     start = logits(base, batches)
     trained = logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "trained"), batches)
     assert (trained - start).abs().max() > 1e-3

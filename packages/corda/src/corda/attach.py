@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ def get_corda_model(
 
     Returns:
         The ``PeftModel``; train it as any LoRA. Its attribute-free state is peft's own. To save the outcome for the
-        untouched base model, keep the factors: ``build_factors``, ``apply_corda`` and ``save_adapter``.
+        untouched base model, keep the factors: ``build_factors``, ``apply_corda`` and ``to_lora``.
     """
     init = init or CordaInit()
     stats = None
@@ -97,49 +96,18 @@ def save_initial(wrapped: "PeftModel", folder: str | os.PathLike[str]) -> None:
 
     The folder loads by ``PeftModel.from_pretrained(residual_model, folder, is_trainable=True)``: its configuration
     carries ``init_lora_weights: true``, so nothing is initialised again.
+
+    Raises:
+        UserError: the model is anchored, so that there is no residual model.
     """
     tensors = {}
     for name, layer in lora_layers(wrapped).items():
+        if hasattr(layer.lora_A[ADAPTER], "anchor"):
+            raise UserError("an anchored model has no residual model; save it by save_pretrained or to_lora")
         tensors[f"{name}.lora_A"] = layer.lora_A[ADAPTER].weight
         tensors[f"{name}.lora_B"] = layer.lora_B[ADAPTER].weight
     config: Any = wrapped.peft_config[ADAPTER]
     _save(config, tensors, folder)
-
-
-def save_adapter(wrapped: "PeftModel", factors: FactorSet, folder: str | os.PathLike[str]) -> None:
-    """Save what training changed as a plain LoRA of rank 2r for the *original* base model.
-
-        A' = [A - A0; A],  B' = [B0, B - B0],  so that  B' A' = B A - B0 A0
-
-    Nothing cancels: an untrained adapter gives exactly zero. ``PeftModel.from_pretrained(original, folder)`` then is
-    the trained model, up to the rounding of the residual.
-
-    Args:
-        wrapped: the model from ``apply_corda`` with these factors, trained.
-        factors: what it started from.
-        folder: gets ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
-
-    Source: the identity is ours; peft's own conversion stacks [A; A0] and [B, -B0], two large products that cancel.
-    """
-    tensors = {}
-    for name, layer in lora_layers(wrapped).items():
-        A, B = (part[ADAPTER].weight.detach() for part in (layer.lora_A, layer.lora_B))
-        start = factors.factors[name]
-        A0, B0 = start.A.to(A), start.B.to(B)
-        tensors[f"{name}.lora_A"] = torch.cat([A - A0, A])
-        tensors[f"{name}.lora_B"] = torch.cat([B0, B - B0], dim=1)
-    config: Any = copy.deepcopy(wrapped.peft_config[ADAPTER])
-    _double_rank(config)
-    _save(config, tensors, folder)
-
-
-def _double_rank(config: Any) -> None:
-    """Twice the rank at the same scaling: alpha / r doubles alpha, alpha / sqrt(r) multiplies it by sqrt 2."""
-    factor = math.sqrt(2) if config.use_rslora else 2
-    config.r *= 2
-    config.lora_alpha *= factor
-    config.rank_pattern = {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {pattern: factor * alpha for pattern, alpha in config.alpha_pattern.items()}
 
 
 def _save(config: Any, tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:

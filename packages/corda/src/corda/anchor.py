@@ -1,0 +1,205 @@
+"""Attach factors beside a base model that is never touched, not even by a rounding.
+
+Instead of W - s B0 A0 + s B A, with the first two put into one weight, an anchored layer computes the same function as
+
+    y = W x + s [ B0 (D_A x) + D_B ((A0 + D_A) x) ],    A = A0 + D_A,  B = B0 + D_B
+
+with A0 and B0 frozen and D_A = D_B = 0 at the start. So it starts at the base model bit for bit, W may be quantised, and
+other adapters of the same base stay usable. ("+ s B A - s B0 A0" would not do: (a + t) - t is not a in floating point.)
+The gradients of D_A and D_B are those of A and B; weight decay, however, now pulls towards A0 and B0 instead of zero.
+For peft's ``add_weighted_adapter``, which mixes A and B themselves, convert an anchored adapter by ``to_lora`` first.
+
+Shapes: m outputs, n inputs, rank r; W (m, n), A0 and D_A (r, n), B0 and D_B (m, r).
+"""
+
+import copy
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from corda.attach import ADAPTER, lora_layers
+from corda.factors import FactorSet
+from corda.targets import UnsupportedLayerError, resolve_targets
+from tenfold import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+MARK = "corda_anchor"
+"""``init_lora_weights`` of a saved anchored adapter: plain peft, which cannot compute the formula above, refuses it."""
+
+
+def apply_anchor(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig") -> "PeftModel":
+    """Wrap the model by peft with anchored layers: y = W x + s [ B0 (D_A x) + D_B ((A0 + D_A) x) ].
+
+    W is read by nobody but the layer itself, so it may be quantised: build the factors on the model before that. The
+    adapter is trained, saved and resumed by peft like any other; ``load_anchor`` reads what ``save_pretrained`` wrote,
+    and ``to_lora`` makes it a plain LoRA.
+
+    Args:
+        model: the base model, of ``nn.Linear``, transformers' ``Conv1D`` or any layer with ``in_features`` and
+            ``out_features``.
+        factors: of this model, or of its unquantised form.
+        lora_config: as for ``build_factors``.
+
+    Raises:
+        UserError: the model has an adapter already, is not the one that the factors were made for, is targeted
+            otherwise, or the configuration asks for DoRA.
+        UnsupportedLayerError: a target is no linear layer.
+    """
+    from peft import get_peft_model
+
+    config = _dispatching(lora_config, model, factors.targets)
+    targets = resolve_targets(model, config)
+    if targets != factors.targets:
+        raise UserError("the LoRA configuration targets other layers or ranks than the factors were built for")
+    for name in targets:
+        if _shape(name, model.get_submodule(name)) != factors.layers[name].shape:
+            raise UserError(f"layer {name} has another shape than the factors were built for")
+    wrapped = get_peft_model(model, config)
+    for name, layer in lora_layers(wrapped).items():
+        layer.anchor(ADAPTER, factors.factors[name].A, factors.factors[name].B)
+    wrapped.peft_config[ADAPTER].init_lora_weights = MARK
+    return wrapped
+
+
+def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> "PeftModel":
+    """The anchored model again, from the untouched base and a folder of ``save_pretrained``.
+
+    Args:
+        model: the base model that ``apply_anchor`` was given.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        is_trainable: whether D_A and D_B are to be trained on.
+
+    Raises:
+        UserError: the folder holds no anchored adapter, or one of another model.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise UserError(f"no {file} in {folder}; expected a folder that save_pretrained wrote")
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    if config.init_lora_weights != MARK:
+        raise UserError(f"{folder} holds no anchored adapter; load it by PeftModel.from_pretrained")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    anchors = {key.removeprefix("base_model.model."): t for key, t in tensors.items() if key.endswith(".anchor")}
+    names = {key.removesuffix(".lora_A.anchor") for key in anchors if key.endswith(".lora_A.anchor")}
+    config = _dispatching(config, model, names)
+    config.inference_mode = not is_trainable
+    targets = resolve_targets(model, config)
+    if set(targets) != names:
+        raise UserError(f"the adapter in {folder} was made for another model: its layers differ")
+    for name, target in targets.items():
+        A0, B0 = anchors[f"{name}.lora_A.anchor"], anchors[f"{name}.lora_B.anchor"]
+        if (len(A0), *_shape(name, model.get_submodule(name))) != (target.rank, len(B0), A0.shape[1]):
+            raise UserError(f"the adapter in {folder} was made for another model: layer {name} has another shape")
+    wrapped = get_peft_model(model, config)
+    for name, layer in lora_layers(wrapped).items():
+        layer.anchor(ADAPTER, anchors[f"{name}.lora_A.anchor"], anchors[f"{name}.lora_B.anchor"])
+    set_peft_model_state_dict(wrapped, tensors)
+    wrapped.peft_config[ADAPTER].init_lora_weights = MARK
+    return wrapped
+
+
+def _dispatching(lora_config: "LoraConfig", model: nn.Module, names: Iterable[str]) -> Any:
+    """A copy of the configuration by which peft makes an ``AnchoredLinear`` of each named layer, whatever its type."""
+    if lora_config.use_dora:
+        raise UserError("an anchored adapter cannot be combined with DoRA (use_dora)")
+    config: Any = copy.deepcopy(lora_config)
+    config.init_lora_weights = True
+    modules = dict(model.named_modules())
+    config._register_custom_module({type(modules[name]): AnchoredLinear for name in names if name in modules})
+    return config
+
+
+def _shape(name: str, layer: Any) -> tuple[int, int]:
+    if isinstance(layer, Conv1D):
+        return (layer.weight.shape[1], layer.weight.shape[0])
+    if isinstance(layer, nn.Embedding) or not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+        raise UnsupportedLayerError(f"layer {name} is a {type(layer).__name__}; expected a linear layer")
+    return (layer.out_features, layer.in_features)
+
+
+class _AnchoredA(nn.Linear):
+    """x -> [D_A x, (A0 + D_A) x]: (..., n) -> (..., 2r). ``weight`` is D_A, the buffer ``anchor`` is A0."""
+
+    anchor: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = F.linear(x, self.weight)
+        return torch.cat([change, F.linear(x, self.anchor) + change], dim=-1)
+
+
+class _AnchoredB(nn.Linear):
+    """[u, v] -> B0 u + D_B v: (..., 2r) -> (..., m). ``weight`` is D_B, the buffer ``anchor`` is B0."""
+
+    anchor: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = x.chunk(2, dim=-1)
+        return F.linear(u, self.anchor) + super().forward(v)
+
+
+class AnchoredLinear(lora.Linear):
+    """peft's LoRA layer around a linear one, with a start (A0, B0) that is subtracted without being computed.
+
+        y = W x + s [ B0 (D_A x) + D_B ((A0 + D_A) x) ],    merged:  W + s [ B0 D_A + D_B (A0 + D_A) ]
+
+    Until ``anchor`` is called for an adapter, that adapter is a plain LoRA, so others may join. D_A and D_B are
+    ``lora_A[adapter].weight`` and ``lora_B[adapter].weight``, where peft and optimisers look for parameters; A0 and B0
+    are buffers beside them and go into the same files.
+
+    Shapes: x (..., n) -> y (..., m).
+    Source: ours; peft makes it through ``LoraConfig._register_custom_module``.
+    """
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        """Plain LoRA only: peft's variants compute with A and B themselves."""
+        return {(): None}
+
+    @torch.no_grad()
+    def anchor(self, adapter: str, A0: Tensor, B0: Tensor) -> None:
+        """Start ``adapter`` at A0 (r, n) and B0 (m, r), kept in the dtype of its parameters; D_A and D_B become zero."""
+        for parts, kind, start in ((self.lora_A, _AnchoredA, A0), (self.lora_B, _AnchoredB, B0)):
+            plain: Any = parts[adapter]
+            part = kind(plain.in_features, plain.out_features, device="meta")
+            part.weight, part.bias = plain.weight, plain.bias
+            part.register_buffer("anchor", torch.empty_like(plain.weight, requires_grad=False).copy_(start))
+            nn.init.zeros_(part.weight)
+            parts[adapter] = part
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s (B A - B0 A0) without the cancellation, in the layout of the base layer's weight."""
+        down: Any = self.lora_A[adapter]
+        up: Any = self.lora_B[adapter]
+        if isinstance(down, _AnchoredA):
+            product = up.anchor @ down.weight + up.weight @ (down.anchor + down.weight)
+        else:
+            product = up.weight @ down.weight
+        change: Tensor = self.scaling[adapter] * product
+        return change.T if isinstance(self.get_base_layer(), Conv1D) else change
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W <- W + s (B A - B0 A0).
+
+        Raises:
+            UnsupportedLayerError: W is quantised.
+        """
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if weight is None or not weight.is_floating_point():
+            kind = type(self.get_base_layer()).__name__
+            raise UnsupportedLayerError(
+                f"cannot merge into the quantised weight of a {kind}; save it by to_lora instead"
+            )
+        super().merge(safe_merge, adapter_names)
