@@ -13,20 +13,34 @@ _HOMES = {
     "FactorSet": "factors",
     "Factors": "solvers",
     "InitReport": "convert",
+    "allocate_by_energy": "plus",
+    "allocate_ranks": "plus",
+    "allocate_uniform": "plus",
     "apply_anchor": "anchor",
     "apply_corda": "attach",
     "build_factors": "factors",
     "collect_context": "context",
+    "compactness": "plus",
+    "component_energies": "plus",
     "factorize": "solvers",
     "get_corda_model": "attach",
+    "layer_spectra": "plus",
     "load_anchor": "anchor",
     "output_energies": "factors",
+    "preprocess_corda": "interchange",
     "resolve_targets": "targets",
     "save_initial": "attach",
+    "select_context": "plus",
+    "select_covariances": "plus",
+    "spectrum": "plus",
+    "stats_from_peft": "interchange",
+    "stats_to_peft": "interchange",
     "to_lora": "convert",
     "truncate": "truncation",
     "truncate_model": "truncation",
+    "uniform_budget": "plus",
     "verify_init": "convert",
+    "with_ranks": "plus",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 
@@ -37,6 +51,20 @@ if TYPE_CHECKING:
     from corda.context import ContextStats, collect_context
     from corda.convert import ConversionReport, InitReport, to_lora, verify_init
     from corda.factors import FactorSet, build_factors, output_energies
+    from corda.interchange import preprocess_corda, stats_from_peft, stats_to_peft
+    from corda.plus import (
+        allocate_by_energy,
+        allocate_ranks,
+        allocate_uniform,
+        compactness,
+        component_energies,
+        layer_spectra,
+        select_context,
+        select_covariances,
+        spectrum,
+        uniform_budget,
+        with_ranks,
+    )
     from corda.solvers import DampedCovariance, Factors, factorize
     from corda.targets import resolve_targets
     from corda.truncation import truncate, truncate_model

@@ -8,6 +8,8 @@ damping.
 import contextlib
 import dataclasses
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import weakref
@@ -188,6 +190,22 @@ class _Collector:
 
         return before
 
+    def watch(self, model: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """A hook that takes number and mask of each forward pass of a model that somebody else runs."""
+        parameters = list(inspect.signature(model.forward).parameters)
+        number = itertools.count()
+
+        def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = dict(zip(parameters, arguments, strict=False)) | keywords
+            mask = given.get("attention_mask")
+            tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+            self.batch = next(number)
+            self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            if self.mask is not None and tokens is not None:  # with a cache of keys, the mask covers earlier tokens too
+                self.mask = self.mask[:, -tokens.shape[1] :]
+
+        return before
+
     def _observe(self, name: str, x: Tensor) -> None:
         self._calls[name] += 1
         parent = name.rpartition(".")[0]
@@ -322,7 +340,7 @@ def collect_context(
     Args:
         model: any module; called as ``model(**batch)``, or ``model(batch)`` for a tensor.
         data: batches (dicts with ``input_ids`` and, for padded rows, ``attention_mask``; or plain tensors), or a
-            function without arguments that runs the model on its data itself, without padding.
+            function without arguments that runs the model itself; the ``attention_mask`` of each of its passes counts.
         targets: full names of ``nn.Linear`` modules; default: all of them but the output head.
         init: ``scale`` and ``skip_first`` are used; default ``CordaInit()``.
         share: False sums up every target on its own; the same numbers, more time and memory.
@@ -348,6 +366,7 @@ def collect_context(
                     collector.end_of_batch()
             else:
                 collector.batch = 0
+                hooks.append(model.register_forward_pre_hook(collector.watch(model), with_kwargs=True))
                 data()
                 collector.end_of_batch()
     finally:

@@ -1,0 +1,216 @@
+"""CorDA as peft spells it: ``preprocess_corda`` in place of peft's own, and the two files that it reads and writes.
+
+peft initialises in two steps: ``preprocess_corda`` leaves singular vectors on each target, from which ``get_peft_model``
+with ``init_lora_weights="corda"`` makes A, B and the residual. Here the first step is ours, with our statistics and our
+solvers; the second one stays peft's. A training script keeps all its lines but the import.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corda.config import MODES, CordaInit
+from corda.context import ContextStats, collect_context, fingerprint
+from corda.factors import FactorSet, build_factors
+from corda.targets import Target, linear, resolve_targets
+from tenfold import UserError
+from tenfold.errors import MissingExtraError, did_you_mean
+from tenfold.runs import replacing
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+FilePath = str | os.PathLike[str]
+
+
+class _Eigens(NamedTuple):
+    """What peft's ``corda_init`` asks of a layer: Sigma_S (r,), U_S (m, r) and W^T U_S Sigma_S^-1 (n, r)."""
+
+    S_WC: Tensor
+    U_WC: Tensor
+    V_WC: Tensor
+
+
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: "LoraConfig",
+    run_model: Callable[[], object] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Make a model ready for ``get_peft_model`` with ``init_lora_weights="corda"``; stands in for peft's function.
+
+        S_WC = Sigma_S,  U_WC = U_S,  V_WC = W^T U_S Sigma_S^-1        as ``eigens`` of each targeted layer
+        peft then takes  B = U_WC sqrt(S_WC / s),  A = sqrt(S_WC / s) V_WC^T,  so that s B A = U_S U_S^T W
+
+    Samples may come in batches and padded: each row is a sample of its own, and tokens that the forward pass's
+    ``attention_mask`` leaves out do not count. Training flags and hooks are afterwards as they were, and no attribute but
+    ``eigens`` is left, also when ``run_model`` raises.
+
+    Of ``lora_config.corda_config``, ``corda_method``, ``cache_file`` (the eigens) and ``covariance_file`` count: each file
+    is read if it is there and not empty, the cache first, and otherwise written, whole or not at all. ``verbose``,
+    ``use_float16_for_covariance`` (the sums are fp64, the file fp32) and ``prune_temporary_fields`` (there are none)
+    have no effect.
+
+    Args:
+        model: the plain base model.
+        lora_config: the very configuration that ``get_peft_model`` gets next; targets, ranks and patterns as there,
+            ``"all-linear"`` and the model's default targets included.
+        run_model: runs the calibration samples through the model; not called where a file makes it unnecessary.
+        hooked_model: the model that ``run_model`` runs, if it is another one with layers of the same names.
+
+    Raises:
+        UserError: no ``corda_config``, no ``run_model`` where it is needed, a file that is not peft's or of other layers
+            or ranks, a rank above its layer's size, or a layer that is no linear one with weights of its own.
+        TargetNotReachedError: a target that ``run_model`` never ran through; the message names it.
+        NonFiniteError: NaN or infinity in a layer's input or weight, with the layer's name.
+        MissingExtraError: peft's module for CorDA needs attrs, which peft itself does not install.
+    """
+    eigens_of_peft = _type_of_peft()
+    settings = lora_config.corda_config
+    if settings is None:
+        raise UserError("lora_config has no corda_config; expected LoraConfig(corda_config=CordaConfig(...))")
+    targets = resolve_targets(model, lora_config)
+    if _filled(settings.cache_file):
+        eigens = _read_cache(settings.cache_file, model, targets)
+    else:
+        if settings.corda_method not in MODES:
+            hint = did_you_mean(str(settings.corda_method), MODES)
+            raise UserError(f"unknown corda_method '{settings.corda_method}' in corda_config: {hint}")
+        init = CordaInit(mode=settings.corda_method)
+        if _filled(settings.covariance_file):
+            stats = stats_from_peft(settings.covariance_file, model, lora_config)
+        else:
+            if run_model is None:
+                raise UserError("run_model is missing, and neither cache_file nor covariance_file exists yet")
+            stats = collect_context(hooked_model or model, run_model, list(targets), init)
+            stats = dataclasses.replace(stats, fingerprint=fingerprint(model))
+            if settings.covariance_file is not None:
+                stats_to_peft(stats, settings.covariance_file)
+        try:
+            eigens = _eigens(build_factors(model, stats, lora_config, init))
+        except np.linalg.LinAlgError as error:  # rounding to fp16 costs more than the damping makes up for
+            raise UserError(
+                f"a covariance in {settings.covariance_file} is not positive definite, even damped"
+            ) from error
+        if settings.cache_file is not None:
+            _write_cache(eigens, settings.cache_file)
+    for name, found in eigens.items():
+        layer: Any = model.get_submodule(name)
+        layer.eigens = eigens_of_peft(**found._asdict())
+
+
+def stats_from_peft(path: FilePath, model: nn.Module, lora_config: "LoraConfig") -> ContextStats:
+    """Read a ``covariance_file``, peft's or ours, as statistics of the layers that ``lora_config`` targets.
+
+    Such a file holds means of an unknown number of samples: the counts are 0 and the scale is ``none``, so the outcome
+    cannot be added to statistics that are means of known numbers. Neither does it say of which model it is: only shapes
+    are checked. Layers of one parent with equal covariances count as having one input.
+
+    Raises:
+        UserError: not such a file, a target is missing in it, or a covariance does not fit its layer.
+    """
+    found = _read(path, "covariance_file")
+    targets = resolve_targets(model, lora_config)
+    moments: dict[str, Tensor] = {}
+    groups: dict[str, str] = {}
+    for name in targets:
+        weight = linear(model, name).weight
+        n = weight.shape[1]
+        covariance = _entry(found, name, path)
+        if covariance.shape != (n, n):
+            raise UserError(f"{path}: covariance of layer {name} is {_by(covariance)}, expected {n} x {n}")
+        parent = name.rpartition(".")[0]
+        siblings = [other for other in moments if other.rpartition(".")[0] == parent]
+        same = (other for other in siblings if torch.equal(found[other], covariance))
+        groups[name] = next(same, name)
+        if groups[name] == name:
+            moments[name] = covariance.to(weight.device, torch.float64)
+    none = dict.fromkeys(moments, 0)
+    return ContextStats(moments, none, dict(none), groups, scale="none", fingerprint=fingerprint(model))
+
+
+def stats_to_peft(stats: ContextStats, path: FilePath) -> None:
+    """Write the covariance of each layer, fp32, as a ``covariance_file``; layers of one input share it there too."""
+    shared = {group: stats.covariance(group).float().cpu() for group in stats.moments}
+    _write({name: shared[group] for name, group in stats.groups.items()}, path)
+
+
+def _type_of_peft() -> Any:
+    """``CordaEigens``, imported late: its module imports attrs, which not everybody has who has peft."""
+    try:
+        from peft.tuners.lora.corda import CordaEigens
+    except ModuleNotFoundError as error:
+        if error.name != "attr":
+            raise
+        raise MissingExtraError(
+            "peft's corda module needs attrs, which peft does not bring: pip install attrs"
+        ) from error
+    return CordaEigens
+
+
+def _eigens(factors: FactorSet) -> dict[str, _Eigens]:
+    """V = W^T U Sigma^-1, from A = sqrt(1 / (s Sigma)) U^T W; zero in directions without any weight."""
+    eigens = {}
+    for name, found in factors.factors.items():
+        root = torch.where(found.sigma > 0, (factors.targets[name].scaling / found.sigma).sqrt(), 0.0)
+        eigens[name] = _Eigens(found.sigma, found.left.contiguous(), (found.A.T * root).contiguous())
+    return eigens
+
+
+def _write_cache(eigens: Mapping[str, _Eigens], path: FilePath) -> None:
+    _write({f"{name}.eigens.{key}": t for name, found in eigens.items() for key, t in found._asdict().items()}, path)
+
+
+def _read_cache(path: FilePath, model: nn.Module, targets: Mapping[str, Target]) -> dict[str, _Eigens]:
+    cache = _read(path, "cache_file")
+    eigens = {}
+    for name, target in targets.items():
+        weight = linear(model, name).weight
+        (m, n), r = weight.shape, target.rank
+        parts = [_entry(cache, f"{name}.eigens.{key}", path) for key in _Eigens._fields]
+        for part, key, shape in zip(parts, _Eigens._fields, [(r,), (m, r), (n, r)], strict=True):
+            if part.shape != shape:
+                wanted = " x ".join(map(str, shape))
+                raise UserError(f"{path}: {key} of layer {name} is {_by(part)}, expected {wanted} for rank {r}")
+        eigens[name] = _Eigens(*(part.to(weight.device) for part in parts))
+    return eigens
+
+
+def _filled(path: FilePath | None) -> TypeGuard[FilePath]:
+    """Whether there is a file to be read; an empty one, as ``mktemp`` makes it, is there to be written."""
+    return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0
+
+
+def _write(tensors: Mapping[str, Tensor], path: FilePath) -> None:
+    with replacing(path) as temporary:
+        torch.save(dict(tensors), temporary)
+
+
+def _read(path: FilePath, kind: str) -> dict[str, Tensor]:
+    """The tensors of one of peft's files, on the CPU; nothing but tensors is unpickled."""
+    wrong = f"{path} is no {kind} of peft: expected a dictionary of tensors that torch.save wrote"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # a damaged file makes torch raise nearly anything, bare assertions included
+        raise UserError(wrong) from error
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        raise UserError(wrong)
+    return found
+
+
+def _entry(found: Mapping[str, Tensor], key: str, path: FilePath) -> Tensor:
+    if key not in found:
+        raise UserError(f"{path}: no entry {key}: {did_you_mean(key, found)}")
+    return found[key]
+
+
+def _by(tensor: Tensor) -> str:
+    return " x ".join(str(size) for size in tensor.shape)
