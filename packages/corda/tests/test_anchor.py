@@ -7,6 +7,7 @@ from corda.anchor import AnchoredLinear, apply_anchor, load_anchor
 from corda.attach import lora_layers
 from corda.factors import FactorSet
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -160,10 +161,24 @@ def test_the_layer_computes_its_formula_and_merges_into_it(llama, batches):
     wrapped.merge_adapter()
     torch.testing.assert_close(logits(wrapped, batches), trained, rtol=0, atol=1e-12)
     wrapped.unmerge_adapter()
+    for name, layer in lora_layers(wrapped).items():
+        torch.testing.assert_close(layer.get_base_layer().weight, base.get_submodule(name).weight, rtol=0, atol=1e-15)
     merged = wrapped.merge_and_unload()
     for name, weight in expected.items():
         torch.testing.assert_close(merged.get_submodule(name).weight.detach(), weight, rtol=0, atol=1e-12)
     torch.testing.assert_close(logits(merged, batches), trained, rtol=0, atol=1e-12)
+
+
+def test_peft_mixes_no_anchored_adapter(llama, batches):
+    """``add_weighted_adapter`` would take D_A and D_B for A and B."""
+    config = configuration()
+    wrapped = sgd(apply_anchor(llama, factors_of(llama, batches, config), config), batches)
+    trained = logits(wrapped, batches)
+    for kind in ("svd", "cat", "linear"):
+        with pytest.raises(UserError, match="cannot be mixed .* convert it by to_lora first"):
+            wrapped.add_weighted_adapter(["default"], [1.0], kind, combination_type=kind)
+        wrapped.delete_adapter(kind)
+    assert torch.equal(logits(wrapped, batches), trained)
 
 
 def test_only_the_differences_are_trained(llama, batches):
@@ -189,7 +204,7 @@ def test_saved_by_peft_and_loaded_again_it_is_the_same_model_and_trains_on(llama
     assert torch.equal(logits(loaded, batches), logits(wrapped, batches))
     assert torch.equal(logits(sgd(loaded, batches), batches), logits(sgd(wrapped, batches), batches))
     assert not any(p.requires_grad for p in load_anchor(copy.deepcopy(base), tmp_path).parameters())
-    with pytest.raises(ValueError, match="eigens"):
+    with pytest.raises(ValueError, match="anchored_corda"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
@@ -293,15 +308,16 @@ def test_bad_models_and_configurations(llama, batches, tmp_path):
     factors = factors_of(llama, batches, config)
     with pytest.raises(UserError, match="other layers or ranks"):
         apply_anchor(llama, factors, configuration(r=2))
-    with pytest.raises(UserError, match="DoRA"):
-        apply_anchor(llama, factors, configuration(use_dora=True))
+    for option in ("use_dora", "lora_bias"):
+        with pytest.raises(UserError, match=f"cannot be combined with {option}"):
+            apply_anchor(llama, factors, configuration(**{option: True}))
     other = copy.deepcopy(llama)
     other.model.layers[1].mlp.down_proj = nn.Linear(40, 32)
     with pytest.raises(UserError, match=r"layer model\.layers\.1\.mlp\.down_proj has another shape"):
         apply_anchor(other, factors, config)
     embedding = copy.deepcopy(llama)
     embedding.model.layers[1].mlp.down_proj = nn.Embedding(48, 32)
-    with pytest.raises(TypeError, match="down_proj is a Embedding; expected a linear layer"):
+    with pytest.raises(TypeError, match="down_proj is a Embedding; expected nn.Linear"):
         apply_anchor(embedding, factors, config)
     with pytest.raises(UserError, match="no adapter_config.json in"):
         load_anchor(llama, tmp_path)
@@ -316,6 +332,40 @@ def test_bad_models_and_configurations(llama, batches, tmp_path):
     apply_corda(base, factors, config).save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match="holds no anchored adapter"):
         load_anchor(other, tmp_path / "plain")
+
+
+def test_damaged_and_foreign_files_are_named(llama, batches, tmp_path):
+    """Property 23."""
+    base, config = copy.deepcopy(llama), configuration(modules_to_save=["lm_head"])
+    wrapped = apply_anchor(llama, factors_of(llama, batches, config), config)
+    wrapped.save_pretrained(tmp_path)
+    tensors, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    whole, as_saved = load_file(tensors), settings.read_text()
+    name = "base_model.model.model.layers.0.mlp.down_proj"
+    cut = {key: value for key, value in whole.items() if key != f"{name}.lora_B.anchor"}
+    headless = {key: value for key, value in whole.items() if "lm_head" not in key}
+    other_head = {**whole, "base_model.model.lm_head.weight": torch.zeros(7, 32)}
+    before = tensors.read_bytes()
+    for content, message in (
+        (before[:1000], r"adapter_model\.safetensors is damaged or no safetensors file"),
+        (b"PK\x03\x04 a torch file", r"adapter_model\.safetensors is damaged or no safetensors file"),
+        (save(cut), r"lacks lora_B\.anchor of layer model\.layers\.0\.mlp\.down_proj"),
+        (save({"weight": torch.zeros(2)}), "no layer of the model is targeted|its layers differ"),
+        (save(headless), "does not fit the model"),
+        (save(other_head), "does not fit the model"),
+    ):
+        tensors.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_anchor(copy.deepcopy(base), tmp_path)
+    tensors.write_bytes(before)
+    for text, message in (
+        ("{", r"adapter_config\.json is no configuration of peft"),
+        ('{"peft_type": "IA3"}', "holds no anchored adapter"),
+        (as_saved.replace("anchored_corda", "corda"), r"belongs to the residual model.*init_lora_weights is true"),
+    ):
+        settings.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_anchor(base, tmp_path)
 
 
 def test_factor_sets_are_left_alone(llama, batches):

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from corda import (
+    AnchoredLinear,
     CordaInit,
     apply_corda,
     build_factors,
@@ -22,6 +23,12 @@ from torch import nn
 
 from tenfold import UserError
 
+EXTRAS = [
+    {"bias": "all", "modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3, 37]}},
+    {"bias": "lora_only"},
+    {"lora_bias": True},
+    {"use_dora": True},
+]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -38,6 +45,16 @@ def train(wrapped, batches, steps=3):
         wrapped(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     return wrapped.eval()
+
+
+def with_biases(model):
+    for path, owner in list(model.named_modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, nn.Linear) and path:
+                layer = nn.Linear(child.in_features, child.out_features)
+                layer.weight = child.weight
+                setattr(owner, name, layer)
+    return model
 
 
 def logits(model, batches):
@@ -228,12 +245,71 @@ def test_bad_layers_and_models(llama, batches):
         build_factors(wrapped.unload(), stats, configuration())
 
 
-def test_quantised_and_tied_weights_are_refused(llama, batches):
-    """Property 23."""
+def test_tied_weights_and_other_shapes_are_refused(llama, batches):
+    """Property 23; and no weight has changed, nor is the model wrapped."""
+    config = configuration()
+    factors = build_factors(llama, collect_context(llama, batches), config)
+    before = copy.deepcopy(llama.state_dict())
+    llama.model.layers[1].mlp.down_proj = nn.Linear(40, 32)
+    with pytest.raises(UserError, match=r"layer model\.layers\.1\.mlp\.down_proj has another shape"):
+        apply_corda(llama, factors, config)
+    llama.model.layers[1].mlp.down_proj = nn.Linear(48, 32)
+    llama.model.layers[1].self_attn.q_proj.weight = llama.model.layers[0].self_attn.q_proj.weight
+    with pytest.raises(UserError, match=r"layer model\.layers\.0\.self_attn\.q_proj shares its weight"):
+        apply_corda(llama, factors, config)
+    assert torch.equal(llama.model.layers[0].mlp.down_proj.weight, before["model.layers.0.mlp.down_proj.weight"])
+    assert not any("lora" in name for name, _ in llama.named_modules())
     llama.lm_head.weight = llama.model.embed_tokens.weight
     with pytest.raises(UserError, match="layer lm_head shares its weight"):
         collect_context(llama, batches, ["lm_head"])
-    layer = llama.model.layers[0].mlp.up_proj
-    layer.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"up_proj has torch.int8 weights; expected floating point"):
-        collect_context(llama, batches, ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(UserError, match="layer lm_head shares its weight"):
+        build_factors(llama, None, configuration(target_modules=["lm_head"]), CordaInit(power=0))
+
+
+def test_dora_takes_its_magnitudes_of_what_it_starts_from(llama, batches):
+    """The norms of the rows of W' + s B A, so that the start is as near to the base as without DoRA."""
+    llama = llama.bfloat16()
+    base = copy.deepcopy(llama)
+    wrapped = get_corda_model(llama, configuration(use_dora=True, lora_alpha=8), batches, CordaInit(mode="ipm"))
+    for layer in lora_layers(wrapped).values():
+        A, B = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+        norms = (layer.get_base_layer().weight.double() + 2 * B @ A).norm(dim=1)
+        magnitudes = layer.lora_magnitude_vector["default"].weight
+        assert magnitudes.requires_grad
+        torch.testing.assert_close(magnitudes.double(), norms, rtol=2e-7, atol=0)
+    plain = get_corda_model(copy.deepcopy(base), configuration(lora_alpha=8), batches, CordaInit(mode="ipm"))
+    start = logits(base, batches)
+    gap, other = ((logits(model, batches) - start).abs().max() for model in (wrapped, plain))
+    assert gap <= 3 * other
+    moved = logits(train(wrapped, batches), batches)
+    assert (moved - start).abs().max() > 10 * gap
+
+
+@pytest.mark.parametrize("change", EXTRAS)
+def test_the_initial_adapter_holds_all_that_is_trained(llama, batches, tmp_path, change):
+    """Biases, a whole head, single tokens, magnitudes: what peft saves besides A and B."""
+    llama = with_biases(llama)
+    base = copy.deepcopy(llama)
+    wrapped = train(get_corda_model(llama, configuration(**change), batches), batches)
+    save_initial(wrapped, tmp_path)
+    residual = copy.deepcopy(base)
+    residual.load_state_dict(residual_state(wrapped))
+    for name, value in base.state_dict().items():
+        if "_proj.weight" not in name and "bias" not in name:
+            assert torch.equal(residual.state_dict()[name], value)
+        elif name.endswith(".bias"):
+            residual.get_parameter(name).data = value.clone()
+    assert torch.equal(logits(PeftModel.from_pretrained(residual, tmp_path), batches), logits(wrapped, batches))
+
+
+def test_the_one_call_attaches_in_either_way(llama, batches):
+    base = copy.deepcopy(llama)
+    wrapped = get_corda_model(llama, configuration(), batches, attach="anchor")
+    assert torch.equal(logits(wrapped, batches), logits(base, batches))
+    assert all(isinstance(layer, AnchoredLinear) for layer in lora_layers(wrapped).values())
+    bounded = get_corda_model(copy.deepcopy(base), configuration(), batches, attach="anchor", memory_budget="64KB")
+    for name, layer in lora_layers(bounded).items():
+        found = lora_layers(wrapped)[name]
+        torch.testing.assert_close(layer.lora_A["default"].anchor, found.lora_A["default"].anchor)
+    with pytest.raises(UserError, match="unknown attach 'anchored': did you mean anchor"):
+        get_corda_model(base, configuration(), batches, attach="anchored")

@@ -6,7 +6,7 @@ import torch
 from corda import CordaInit, apply_corda, build_factors, collect_context, resolve_targets
 from corda.anchor import apply_anchor
 from corda.attach import lora_layers
-from corda.convert import InitReport, to_lora, verify_init
+from corda.convert import InitReport, LayerStart, to_lora, verify_init
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -192,6 +192,49 @@ def test_without_recompression_the_stacked_parts_are_written_as_they_are(llama, 
     assert settings["init_lora_weights"] is True
 
 
+@pytest.mark.parametrize("attach", ATTACH)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": "all", "modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3, 37]}},
+        {"bias": "lora_only", "lora_bias": True},
+    ],
+)
+def test_what_else_was_trained_is_kept(llama, batches, tmp_path, attach, change):
+    """Property 15, with trained biases, a head and single tokens; recompressed, they are still there."""
+    for block in llama.model.layers:
+        for owner, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj"), (block.mlp, "up_proj")):
+            plain = getattr(owner, name)
+            setattr(owner, name, nn.Linear(plain.in_features, plain.out_features))
+    if attach == "anchor":
+        change = {key: value for key, value in change.items() if key != "lora_bias"}
+    base = copy.deepcopy(llama)
+    config = configuration(**change)
+    factors = factors_of(llama, batches, config)
+    wrapped = train(ATTACH[attach](llama, factors, config), batches)
+    to_lora(wrapped, factors, tmp_path / "whole")
+    plain = loaded(base, tmp_path / "whole")
+    torch.testing.assert_close(logits(plain, batches), logits(wrapped, batches), rtol=0, atol=1e-5)
+    for (name, ours), theirs in zip(lora_layers(wrapped).items(), lora_layers(plain).values(), strict=True):
+        assert not torch.equal(ours.get_base_layer().bias, base.get_submodule(name).bias)
+        assert torch.equal(ours.get_base_layer().bias, theirs.get_base_layer().bias)
+    to_lora(wrapped, factors, tmp_path / "small", rank=2)
+    saved = [load_file(tmp_path / size / "adapter_model.safetensors") for size in ("whole", "small")]
+    others = {key for key in saved[0] if ".lora_A" not in key and ".lora_B.weight" not in key}
+    assert len(others) >= len(factors.factors) + 2 * ("modules_to_save" in change)
+    for key in others:
+        assert torch.equal(saved[0][key], saved[1][key])
+
+
+def test_an_anchored_model_holds_its_start(llama, batches, tmp_path):
+    config = configuration()
+    factors = factors_of(llama, batches, config)
+    wrapped = train(apply_anchor(llama, factors, config), batches)
+    assert to_lora(wrapped, None, tmp_path / "a") == to_lora(wrapped, factors, tmp_path / "b")
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
 def test_converting_twice_writes_the_same_files(llama, batches, tmp_path):
     """Property 20."""
     config = configuration()
@@ -223,9 +266,11 @@ def test_what_cannot_be_converted_is_refused(llama, batches, tmp_path):
         to_lora(wrapped, factors_of(base, batches, configuration(target_modules=["q_proj"])), tmp_path / "out")
     with pytest.raises(UserError, match="another shape or rank"):
         to_lora(wrapped, factors_of(base, batches, configuration(r=2)), tmp_path / "out")
-    head = apply_anchor(copy.deepcopy(base), factors, configuration(modules_to_save=["lm_head"]))
-    with pytest.raises(UserError, match="modules_to_save"):
-        to_lora(head, factors, tmp_path / "out")
+    dora = apply_corda(copy.deepcopy(base), factors, configuration(use_dora=True))
+    with pytest.raises(UserError, match=r"q_proj, a DoraLinearVariant: a plain LoRA cannot hold"):
+        to_lora(dora, factors, tmp_path / "out")
+    with pytest.raises(UserError, match="not anchored needs the factors"):
+        to_lora(apply_corda(copy.deepcopy(base), factors, config), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -236,10 +281,49 @@ def test_an_anchored_start_is_exact_and_a_residual_one_is_close(llama, batches):
     factors = factors_of(llama, batches, config)
     anchored, residual = apply_anchor(copy.deepcopy(base), factors, config), apply_corda(llama, factors, config)
     residual.train()
-    assert verify_init(base, anchored, batches[0]) == InitReport(0.0, 0.0, 0.0)
+    exact = {name: LayerStart("anchor", 0.0) for name in factors.factors}
+    assert verify_init(base, anchored, batches[0]) == InitReport(0.0, 0.0, 0.0, exact)
     report = verify_init(base, residual, batches[0])
     assert 0 < report.mean_difference < report.max_difference < 1e-5
     assert residual.training
+    assert list(report.layers) == list(factors.factors)
+    assert report.wrong == []
+    for layer in report.layers.values():
+        assert layer.attach == "residual"
+        assert 0.2 < layer.units <= 0.5 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("attach", "dtype"),
+    [
+        ("residual", torch.bfloat16),
+        ("residual", torch.float32),
+        ("residual", torch.float64),
+        ("anchor", torch.bfloat16),
+    ],
+)
+def test_a_layer_that_starts_elsewhere_is_named(llama, batches, attach, dtype):
+    """Properties 2 and 14, layer by layer: one bit of one weight, a stale factor, or an adapter cast after the attaching."""
+    llama = llama.to(dtype)
+    base = copy.deepcopy(llama)
+    config = configuration()
+    wrapped = ATTACH[attach](llama, factors_of(llama, batches, config), config)
+    assert verify_init(base, wrapped, batches[0]).wrong == []
+    layers = lora_layers(wrapped)
+    name = "model.layers.1.self_attn.q_proj"
+    part, W = layers[name].lora_B["default"], layers[name].get_base_layer().weight
+    with torch.no_grad():
+        part.weight[2, 1] += 0.1
+        assert verify_init(base, wrapped, batches[0]).wrong == [name]
+        part.weight[2, 1] -= 0.1
+        W[3, 4] *= 1 + 8 * torch.finfo(dtype).eps
+        report = verify_init(base, wrapped, batches[0])
+        assert report.wrong == [name]
+        assert report.layers[name].units == pytest.approx(8, rel=1)
+    if attach == "residual" and dtype == torch.float32:
+        for other in layers.values():
+            other.lora_A["default"].bfloat16(), other.lora_B["default"].bfloat16()
+        assert verify_init(base, wrapped, batches[0]).wrong == list(layers)
 
 
 def test_the_differences_are_those_of_the_counted_tokens(llama, batches):

@@ -15,19 +15,32 @@ from transformers import AutoTokenizer
 from tenfold import UserError
 from tenfold.runs import Run
 
-SETTINGS = DemoSettings(level="quick", steps=2, facts=16)
+SETTINGS = DemoSettings(level="quick", steps=2, facts=16, seeds=[0, 1])
+STARTS = ("lora", "pissa", "milora", "corda-kpm", "corda-ipm")
 ARMS = ["whole", "svd"] + [f"{name}-{kind}" for name in ("asvd", "half", "corda") for kind in ("facts", "text")]
+ARMS += [f"directions-{kind}" for kind in ("facts", "text")]
+ARMS += [f"{rate}-{name}" for rate in ("tuned", "common") for name in STARTS]
 
 
 def open_run(path, **options):
     return Run.open(path, package="corda", verb="demo", settings=SETTINGS, **options)
 
 
+FEWER = """
+demo.CALIBRATION_WINDOWS["quick"] = 16
+demo.MEASURED_WINDOWS = demo.TASK_WINDOWS = 4
+demo.TASK_STEPS["quick"] = 2
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_measurements():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(demo.CALIBRATION_WINDOWS, "quick", 16)
-        patch.setattr(demo, "MEASURED_WINDOWS", 16)
+        for name in ("CALIBRATION_WINDOWS", "TASK_STEPS"):
+            patch.setattr(demo, name, dict(getattr(demo, name)))
+        for name in ("MEASURED_WINDOWS", "TASK_WINDOWS"):
+            patch.setattr(demo, name, getattr(demo, name))
+        exec(FEWER, {"demo": demo})
         yield
 
 
@@ -41,64 +54,69 @@ def test_quick_level_measures_every_arm_and_decides_nothing(first):
     folder, summary = first
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["level"] == "quick"
-    assert summary["seeds"] == [0]
-    assert sorted(summary["arms"]) == sorted([*ARMS, "directions-facts", "directions-text"])
-    assert [claim["holds"] for claim in summary["claims"]] == [None] * 10
-    assert {claim["kind"] for claim in summary["claims"]} == {"ratio", "count"}
-    assert summary["arms"]["directions-facts"]["layers"] == [21]
-    assert (folder / "figures/truncation.png").stat().st_size > 10_000
-    assert "data:image/png" in (folder / "report.html").read_text()
+    assert summary["seeds"] == [0, 1]
+    assert sorted(summary["arms"]) == sorted(ARMS)
+    assert [claim["holds"] for claim in summary["claims"]] == [None] * 13
+    assert {claim["kind"] for claim in summary["claims"]} == {"ratio", "count", "difference"}
+    assert summary["arms"]["directions-facts"]["layers"] == [21, 21]
+    assert summary["arms"]["tuned-lora"]["reached"] == [0, 0]
+    assert summary["arms"]["tuned-lora"]["steps"] == [2, 2]
+    for name in ("truncation", "fine-tuning"):
+        assert (folder / f"figures/{name}.png").stat().st_size > 10_000
+    assert (folder / "report.html").read_text().count("data:image/png") == 2
 
 
-def test_equal_seeds_give_equal_numbers_and_another_seed_others(first, tmp_path):
-    again = demo.run(DemoSettings(level="quick", steps=2, facts=16, seeds=[0]), open_run(tmp_path / "b"), quiet=True)
-    assert again["arms"] == first[1]["arms"]
-    assert again["claims"] == first[1]["claims"]
-    parts = demo.halves(16, 0), demo.halves(16, 1)
-    assert parts[0] != parts[1]
+def test_another_seed_gives_other_facts_and_other_numbers(first):
+    for arm in ("whole", "corda-text", "directions-text", "tuned-corda-kpm"):
+        assert any(a != b for a, b in first[1]["arms"][arm].values())
+    assert demo.halves(16, 0) != demo.halves(16, 1)
 
 
-def test_resume_measures_no_seed_twice(first, tmp_path, monkeypatch):
-    folder, summary = first
-    run = open_run(tmp_path / "killed")
-    values = json.loads((folder / "results/seed-0.json").read_text())
-    run.write_json("results/seed-0.json", values)
-    trained = []
-    monkeypatch.setattr(demo, "train", lambda facts, seed, steps, **_: trained.append(seed))
-    resumed = demo.run(SETTINGS, open_run(tmp_path / "killed", resume=True), quiet=True)
-    assert trained == []
-    assert resumed["arms"] == summary["arms"]
-    assert resumed["seconds"] == summary["seconds"]
-
-
-KILLED = """
+KILLED = f"""
 import os, signal, sys
 from corda import cli, demo
-
-demo.CALIBRATION_WINDOWS["quick"] = demo.MEASURED_WINDOWS = 16
-directions, calls = demo.directions, []
+{FEWER}
+finetune, calls = demo.finetune, []
 
 def until_killed(*arguments):
     calls.append(arguments)
-    if len(calls) == 4:  # in the second seed, after its training and most of its measurements
+    if len(calls) == int(sys.argv[1]):  # in the second seed, after most of its measurements
         os.kill(os.getpid(), signal.SIGKILL)
-    return directions(*arguments)
+    return finetune(*arguments)
 
-demo.directions = until_killed
-cli.main(sys.argv[1:])
+demo.finetune = until_killed
+cli.main(sys.argv[2:])
 """
 
 
-def test_a_killed_demo_resumes_to_the_numbers_of_an_unbroken_one(tmp_path, capsys):
-    words = ["demo", "--quick", "--steps", "2", "--facts", "16", "--seeds", "0,1", "--quiet", "--out"]
-    command = [sys.executable, "-c", KILLED, *words, str(tmp_path / "killed")]
+def test_a_killed_demo_resumes_to_the_numbers_of_an_unbroken_one_and_measures_no_seed_twice(
+    first, tmp_path, capsys, monkeypatch
+):
+    words = [
+        "demo",
+        "--quick",
+        "--steps",
+        "2",
+        "--facts",
+        "16",
+        "--seeds",
+        "0,1",
+        "--quiet",
+        "--out",
+        f"{tmp_path}/run",
+    ]
+    fine_tunings = len({(name, rate) for name in STARTS for rate in (demo.RATES[name], demo.COMMON_RATE)})
+    command = [sys.executable, "-c", KILLED, str(fine_tunings + 2), *words]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "killed/results").iterdir()] == ["seed-0.json"]
-    assert main([*words, str(tmp_path / "killed")]) == 2  # unfinished: neither --resume nor --overwrite
-    assert main([*words, str(tmp_path / "killed"), "--resume"]) == 0
-    assert main([*words, str(tmp_path / "whole")]) == 0
-    killed, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole"))
-    assert {**killed, "seconds": 0} == {**whole, "seconds": 0}
+    assert [path.name for path in (tmp_path / "run/results").iterdir()] == ["seed-0.json"]
+    assert main(words) == 2  # unfinished: neither --resume nor --overwrite
+    trained = []
+    train = demo.train
+    monkeypatch.setattr(demo, "train", lambda facts, seed, *a, **k: trained.append(seed) or train(facts, seed, *a, **k))
+    assert main([*words, "--resume"]) == 0
+    assert trained == [1]
+    resumed = json.loads((tmp_path / "run/summary.json").read_text())
+    assert {**resumed, "seconds": 0} == {**first[1], "seconds": 0}
 
 
 def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
@@ -110,6 +128,11 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
         values[f"corda-{'text' if kind == 'facts' else 'facts'}"][f"{kind} +loss 50"] = 0.29
     values["whole"]["facts known"] = 95
     values["directions-text"]["layers, energy KPM / MiLoRA"] = 20
+    for name, lost, steps in (("lora", 40, 100), ("corda-kpm", 33, 50), ("corda-ipm", 90, 79)):
+        values[f"tuned-{name}"]["facts lost"] = lost
+        values[f"common-{name}"]["steps"] = steps
+    for name in STARTS:
+        values[f"tuned-{name}"]["reached"] = 1
     monkeypatch.setitem(demo.DROPS, "full", (50,))
     settings = DemoSettings(level="full")
     run = Run.open(tmp_path / "full", package="corda", verb="demo", settings=settings)
@@ -118,10 +141,9 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
     summary = demo.run(settings, run, quiet=True)
     assert summary["seeds"] == [0, 1, 2, 3, 4]
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"]}
-    true = dict.fromkeys(
-        ("learned", "svd_facts", "svd_text", "asvd_facts", "asvd_text", "gain_kpm", "energy_ipm"), True
-    )
-    assert claims == true | dict.fromkeys(("matched_facts", "matched_text", "energy_kpm"), False)
+    true = ("learned", "svd_facts", "svd_text", "asvd_facts", "asvd_text", "gain_kpm", "energy_ipm", "target", "steps")
+    false = ("matched_facts", "matched_text", "energy_kpm", "kept")
+    assert claims == dict.fromkeys(true, True) | dict.fromkeys(false, False)
 
 
 def test_the_saved_model_goes_on_with_the_command_line(first, tmp_path, capsys):
@@ -143,9 +165,10 @@ def test_calibration_and_measurement_share_neither_facts_nor_paragraphs():
     parts = demo.halves(192, 3)
     assert len(set(parts["calibration"]) | set(parts["measured"])) == 192
     assert len(parts["calibration"]) == len(parts["measured"]) == 96
-    paragraphs = [text.split("\n\n") for text in demo.texts().values()]
-    assert not set(paragraphs[0]) & set(paragraphs[1])
-    assert len(paragraphs[1]) > 100
+    for kind in ("text", "code"):
+        paragraphs = [text.split("\n\n") for text in demo.texts(kind).values()]
+        assert not set(paragraphs[0]) & set(paragraphs[1])
+        assert len(paragraphs[1]) > 100
 
 
 def test_losses_count_the_names_only(llama):

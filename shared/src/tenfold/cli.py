@@ -175,8 +175,9 @@ class App:
             try:
                 code = verb.handler(settings, invocation)
             except MissingExtraError as error:
-                what = str(error).partition(";")[0]  # the package's own extra brings that of tenfold
-                raise UserError(f'{what}; pip install "{self.dist}[demo]"' if verb.claims else str(error)) from error
+                what, _, hint = str(error).partition(";")  # the package's own extra brings that of tenfold
+                own = verb.claims and "tenfold[" in hint
+                raise UserError(f'{what}; pip install "{self.dist}[demo]"' if own else str(error)) from error
         if run is not None:
             run.finish()
         return code or 0

@@ -32,6 +32,7 @@ _TEMPORARY = ".tenfold-"
 _USER_MENDABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -50,6 +51,11 @@ def _mendable(path: Path) -> Iterator[None]:
         if error.errno not in _USER_MENDABLE:
             raise
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+    except Exception as error:  # safetensors raises an error of its own, with the system's number in its words
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error).__name__ != "SafetensorError" or number is None or int(number[1]) not in _USER_MENDABLE:
+            raise
+        raise UserError(f"cannot write {path}: {os.strerror(int(number[1]))}") from error
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,10 @@ _HOMES = {
     "AnchoredLinear": "anchor",
     "ContextStats": "context",
     "ConversionReport": "convert",
+    "CordaCallback": "lightning_callback",
     "CordaInit": "config",
+    "CordaTrainerCallback": "training",
+    "CrossMoment": "solvers",
     "DampedCovariance": "solvers",
     "FactorSet": "factors",
     "Factors": "solvers",
@@ -22,6 +25,7 @@ _HOMES = {
     "collect_context": "context",
     "compactness": "plus",
     "component_energies": "plus",
+    "convert_adapter": "convert",
     "factorize": "solvers",
     "get_corda_model": "attach",
     "layer_spectra": "plus",
@@ -35,6 +39,7 @@ _HOMES = {
     "spectrum": "plus",
     "stats_from_peft": "interchange",
     "stats_to_peft": "interchange",
+    "stream_factors": "streaming",
     "to_lora": "convert",
     "truncate": "truncation",
     "truncate_model": "truncation",
@@ -49,9 +54,10 @@ if TYPE_CHECKING:
     from corda.attach import apply_corda, get_corda_model, save_initial
     from corda.config import CordaInit
     from corda.context import ContextStats, collect_context
-    from corda.convert import ConversionReport, InitReport, to_lora, verify_init
+    from corda.convert import ConversionReport, InitReport, convert_adapter, to_lora, verify_init
     from corda.factors import FactorSet, build_factors, output_energies
     from corda.interchange import preprocess_corda, stats_from_peft, stats_to_peft
+    from corda.lightning_callback import CordaCallback
     from corda.plus import (
         allocate_by_energy,
         allocate_ranks,
@@ -65,8 +71,10 @@ if TYPE_CHECKING:
         uniform_budget,
         with_ranks,
     )
-    from corda.solvers import DampedCovariance, Factors, factorize
+    from corda.solvers import CrossMoment, DampedCovariance, Factors, factorize
+    from corda.streaming import stream_factors
     from corda.targets import resolve_targets
+    from corda.training import CordaTrainerCallback
     from corda.truncation import truncate, truncate_model
 
 

@@ -7,7 +7,7 @@ Instead of W - s B0 A0 + s B A, with the first two put into one weight, an ancho
 with A0 and B0 frozen and D_A = D_B = 0 at the start. So it starts at the base model bit for bit, W may be quantised, and
 other adapters of the same base stay usable. ("+ s B A - s B0 A0" would not do: (a + t) - t is not a in floating point.)
 The gradients of D_A and D_B are those of A and B; weight decay, however, now pulls towards A0 and B0 instead of zero.
-For peft's ``add_weighted_adapter``, which mixes A and B themselves, convert an anchored adapter by ``to_lora`` first.
+peft's ``add_weighted_adapter`` mixes A and B themselves, so it is refused: convert by ``to_lora`` first.
 
 Shapes: m outputs, n inputs, rank r; W (m, n), A0 and D_A (r, n), B0 and D_B (m, r).
 """
@@ -24,34 +24,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from corda.attach import ADAPTER, lora_layers
+from corda.attach import ADAPTER, PREFIX, lora_layers
 from corda.factors import FactorSet
-from corda.targets import UnsupportedLayerError, resolve_targets
+from corda.targets import FLOATS, UnsupportedLayerError, is_quantised, resolve_targets, shape_of
 from tenfold import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-MARK = "corda_anchor"
+MARK = "anchored_corda"
 """``init_lora_weights`` of a saved anchored adapter: plain peft, which cannot compute the formula above, refuses it."""
 
 
 def apply_anchor(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig") -> "PeftModel":
     """Wrap the model by peft with anchored layers: y = W x + s [ B0 (D_A x) + D_B ((A0 + D_A) x) ].
 
-    W is read by nobody but the layer itself, so it may be quantised: build the factors on the model before that. The
-    adapter is trained, saved and resumed by peft like any other; ``load_anchor`` reads what ``save_pretrained`` wrote,
-    and ``to_lora`` makes it a plain LoRA.
+    W is read by nobody but the layer itself, so it may be quantised, be it before or after the factors were built. The
+    adapter is trained, saved and resumed by peft like any other; ``load_anchor`` reads what ``save_pretrained`` wrote, and
+    ``to_lora`` makes it a plain LoRA.
 
     Args:
-        model: the base model, of ``nn.Linear``, transformers' ``Conv1D`` or any layer with ``in_features`` and
-            ``out_features``.
+        model: the base model; targets as in ``linear_targets``, so quantised layers of any kind.
         factors: of this model, or of its unquantised form.
         lora_config: as for ``build_factors``.
 
     Raises:
         UserError: the model has an adapter already, is not the one that the factors were made for, is targeted
-            otherwise, or the configuration asks for DoRA.
+            otherwise, or the configuration asks for ``use_dora`` or ``lora_bias``.
         UnsupportedLayerError: a target is no linear layer.
     """
     from peft import get_peft_model
@@ -61,7 +60,7 @@ def apply_anchor(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig"
     if targets != factors.targets:
         raise UserError("the LoRA configuration targets other layers or ranks than the factors were built for")
     for name in targets:
-        if _shape(name, model.get_submodule(name)) != factors.layers[name].shape:
+        if shape_of(model.get_submodule(name), name) != factors.layers[name].shape:
             raise UserError(f"layer {name} has another shape than the factors were built for")
     wrapped = get_peft_model(model, config)
     for name, layer in lora_layers(wrapped).items():
@@ -79,55 +78,80 @@ def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainabl
         is_trainable: whether D_A and D_B are to be trained on.
 
     Raises:
-        UserError: the folder holds no anchored adapter, or one of another model.
+        UserError: the folder holds no anchored adapter, a damaged one, or one of another model.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import get_peft_model, set_peft_model_state_dict
 
-    folder = Path(folder)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise UserError(f"no {file} in {folder}; expected a folder that save_pretrained wrote")
-    config: Any = LoraConfig.from_pretrained(str(folder))
-    if config.init_lora_weights != MARK:
-        raise UserError(f"{folder} holds no anchored adapter; load it by PeftModel.from_pretrained")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    anchors = {key.removeprefix("base_model.model."): t for key, t in tensors.items() if key.endswith(".anchor")}
-    names = {key.removesuffix(".lora_A.anchor") for key in anchors if key.endswith(".lora_A.anchor")}
+    config, tensors = _read(Path(folder))
+    parts = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if ".lora_" in key}
+    names = {key.removesuffix(".lora_A.anchor") for key in parts if key.endswith(".lora_A.anchor")}
     config = _dispatching(config, model, names)
     config.inference_mode = not is_trainable
     targets = resolve_targets(model, config)
     if set(targets) != names:
         raise UserError(f"the adapter in {folder} was made for another model: its layers differ")
     for name, target in targets.items():
-        A0, B0 = anchors[f"{name}.lora_A.anchor"], anchors[f"{name}.lora_B.anchor"]
-        if (len(A0), *_shape(name, model.get_submodule(name))) != (target.rank, len(B0), A0.shape[1]):
-            raise UserError(f"the adapter in {folder} was made for another model: layer {name} has another shape")
+        m, n = shape_of(model.get_submodule(name), name)
+        for key, shape in (("lora_A", (target.rank, n)), ("lora_B", (m, target.rank))):
+            for kind in ("anchor", "weight"):
+                if f"{name}.{key}.{kind}" not in parts:
+                    raise UserError(f"the adapter in {folder} lacks {key}.{kind} of layer {name}")
+                if parts[f"{name}.{key}.{kind}"].shape != shape:
+                    raise UserError(
+                        f"the adapter in {folder} was made for another model: layer {name} has another shape"
+                    )
     wrapped = get_peft_model(model, config)
     for name, layer in lora_layers(wrapped).items():
-        layer.anchor(ADAPTER, anchors[f"{name}.lora_A.anchor"], anchors[f"{name}.lora_B.anchor"])
-    set_peft_model_state_dict(wrapped, tensors)
+        layer.anchor(ADAPTER, parts[f"{name}.lora_A.anchor"], parts[f"{name}.lora_B.anchor"])
+    try:
+        set_peft_model_state_dict(wrapped, tensors)
+    except (KeyError, RuntimeError) as error:  # of what else was trained, modules_to_save for instance
+        raise UserError(f"the adapter in {folder} does not fit the model: {error}") from error
     wrapped.peft_config[ADAPTER].init_lora_weights = MARK
     return wrapped
 
 
+def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    from peft import LoraConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    settings, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for path in (settings, file):
+        if not path.is_file():
+            raise UserError(f"no {path.name} in {folder}; expected a folder that save_pretrained wrote")
+    try:
+        config: Any = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{settings} is no configuration of peft: {error}") from error
+    found = getattr(config, "init_lora_weights", None)
+    if found == "corda":
+        raise UserError(
+            f"{folder} holds an adapter that peft started by CorDA: it belongs to the residual model, and loads on that one "
+            "by PeftModel.from_pretrained once init_lora_weights is true in its adapter_config.json"
+        )
+    if found != MARK:
+        raise UserError(f"{folder} holds no anchored adapter; load it by PeftModel.from_pretrained")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
+    return config, tensors
+
+
 def _dispatching(lora_config: "LoraConfig", model: nn.Module, names: Iterable[str]) -> Any:
     """A copy of the configuration by which peft makes an ``AnchoredLinear`` of each named layer, whatever its type."""
-    if lora_config.use_dora:
-        raise UserError("an anchored adapter cannot be combined with DoRA (use_dora)")
+    for option in ("use_dora", "lora_bias"):  # a saved lora_bias is refused by peft together with our mark
+        if getattr(lora_config, option):
+            raise UserError(f"an anchored adapter cannot be combined with {option}; attach the residual (apply_corda)")
     config: Any = copy.deepcopy(lora_config)
     config.init_lora_weights = True
     modules = dict(model.named_modules())
-    config._register_custom_module({type(modules[name]): AnchoredLinear for name in names if name in modules})
+    found = [name for name in names if name in modules]
+    for name in found:
+        shape_of(modules[name], name)
+    config._register_custom_module({type(modules[name]): AnchoredLinear for name in found})
     return config
-
-
-def _shape(name: str, layer: Any) -> tuple[int, int]:
-    if isinstance(layer, Conv1D):
-        return (layer.weight.shape[1], layer.weight.shape[0])
-    if isinstance(layer, nn.Embedding) or not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
-        raise UnsupportedLayerError(f"layer {name} is a {type(layer).__name__}; expected a linear layer")
-    return (layer.out_features, layer.in_features)
 
 
 class _AnchoredA(nn.Linear):
@@ -163,16 +187,32 @@ class AnchoredLinear(lora.Linear):
     Source: ours; peft makes it through ``LoraConfig._register_custom_module``.
     """
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        m, n = shape_of(module, "")
+        return (n, m)
+
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
         """Plain LoRA only: peft's variants compute with A and B themselves."""
         return {(): None}
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
+        """As peft does it; but the settings of an anchored adapter make no other one.
+
+        Raises:
+            UserError: peft is at mixing an anchored adapter (``add_weighted_adapter``), or at loading a second one.
+        """
+        if init_lora_weights == MARK:
+            raise UserError("an anchored adapter cannot be mixed or loaded beside others; convert it by to_lora first")
+        super().reset_lora_parameters(adapter_name, init_lora_weights)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def anchor(self, adapter: str, A0: Tensor, B0: Tensor) -> None:
         """Start ``adapter`` at A0 (r, n) and B0 (m, r), kept in the dtype of its parameters; D_A and D_B become zero."""
         for parts, kind, start in ((self.lora_A, _AnchoredA, A0), (self.lora_B, _AnchoredB, B0)):
             plain: Any = parts[adapter]
+            if plain.weight.dtype not in FLOATS:  # older versions of peft take over the one byte of an fp8 base
+                plain.float()
             part = kind(plain.in_features, plain.out_features, device="meta")
             part.weight, part.bias = plain.weight, plain.bias
             part.register_buffer("anchor", torch.empty_like(plain.weight, requires_grad=False).copy_(start))
@@ -196,8 +236,7 @@ class AnchoredLinear(lora.Linear):
         Raises:
             UnsupportedLayerError: W is quantised.
         """
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if weight is None or not weight.is_floating_point():
+        if is_quantised(self.get_base_layer()):
             kind = type(self.get_base_layer()).__name__
             raise UnsupportedLayerError(
                 f"cannot merge into the quantised weight of a {kind}; save it by to_lora instead"

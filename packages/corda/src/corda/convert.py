@@ -8,19 +8,21 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corda.anchor import AnchoredLinear
-from corda.attach import ADAPTER, _save, lora_layers
+from corda.anchor import MARK, AnchoredLinear
+from corda.attach import ADAPTER, PREFIX, Attach, _save, adapter_state, lora_layers
 from corda.context import Batch
 from corda.factors import FactorSet
+from corda.targets import UnsupportedLayerError, layer_weight, weight_of
 from tenfold import NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class ConversionReport:
 
 def to_lora(
     wrapped: "PeftModel",
-    factors: FactorSet,
+    factors: FactorSet | None,
     folder: str | os.PathLike[str],
     rank: int | None = None,
     tol: float | None = None,
@@ -76,31 +78,162 @@ def to_lora(
 
     Args:
         wrapped: the trained model of ``apply_corda`` or ``apply_anchor`` with these factors.
-        factors: what it started from.
+        factors: what it started from; None for an anchored model, which holds its start.
         folder: gets ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all, for
-            ``PeftModel.from_pretrained(untouched, folder)``.
+            ``PeftModel.from_pretrained(untouched, folder)``. What else peft saves of an adapter (trained biases,
+            ``modules_to_save``, ``trainable_token_indices``) goes into it as it is.
         rank: q, or as many as a layer has where that is less.
         tol: the smallest q of each layer (at least 1) whose discarded norm is at most ``tol`` times that of the change.
 
     Raises:
-        UserError: both ``rank`` and ``tol``, a value out of range, factors that the model was not started from, or
-            trained parts that a plain LoRA of these layers cannot hold (biases, DoRA, ``modules_to_save``).
+        UserError: both ``rank`` and ``tol``, a value out of range, factors that the model was not started from, or a
+            variant of LoRA (DoRA ...), whose change is not of low rank.
 
     Source: the identity is ours; peft's own conversion stacks [A; A0] and [B, -B0], two large products that cancel.
     """
+    _check_size(rank, tol)
+    layers = lora_layers(wrapped)
+    if factors is None and not all(isinstance(layer, AnchoredLinear) for layer in layers.values()):
+        raise UserError("a model that is not anchored needs the factors that it was started from")
+    if factors is not None and set(layers) != set(factors.factors):
+        raise UserError("the model's adapted layers are not those of the factors")
+    config: Any = copy.deepcopy(wrapped.peft_config[ADAPTER])
+    for name, layer in layers.items():
+        if ADAPTER in layer.lora_variant:
+            variant = type(layer.lora_variant[ADAPTER]).__name__
+            raise UserError(f"cannot convert layer {name}, a {variant}: a plain LoRA cannot hold what it has learned")
+    changes = ((name, *_change(name, layer, factors), layer.scaling[ADAPTER]) for name, layer in layers.items())
+    written = {f"{PREFIX}{name}.lora_{x}.{part}" for name in layers for x in "AB" for part in ("weight", "anchor")}
+    others = {key: tensor for key, tensor in adapter_state(wrapped).items() if key not in written}
+    return _save_changes(changes, config, folder, rank, tol, others)
+
+
+def convert_adapter(
+    trained: str | os.PathLike[str],
+    initial: "str | os.PathLike[str] | FactorSet | None",
+    folder: str | os.PathLike[str],
+    rank: int | None = None,
+    tol: float | None = None,
+    base: str | None = None,
+) -> ConversionReport:
+    """``to_lora`` from folders: no model is loaded, the adapters alone suffice.
+
+    Args:
+        trained: folder of the trained adapter, as ``save_pretrained`` writes it.
+        initial: folder of the adapter that it started from (``save_initial``), or the factors; may be None for an
+            anchored adapter, which holds its start.
+        folder: as for ``to_lora``.
+        rank: likewise.
+        tol: likewise.
+        base: the untouched base model, for the written configuration; default: as the trained adapter has it.
+
+    Raises:
+        UserError: a folder without an adapter, adapters of other layers, shapes or scalings, or as for ``to_lora``.
+    """
+    _check_size(rank, tol)
+    config, layers, scalings, others = read_adapter(trained)
+    anchored = config.init_lora_weights == MARK
+    if initial is None and not anchored:
+        raise UserError(f"the adapter in {trained} is not anchored: give what it started from")
+    own = {name: _start_of(parts) for name, parts in layers.items()}
+    starts, expected = own, scalings
+    if isinstance(initial, FactorSet):
+        starts = {name: (found.A, found.B) for name, found in initial.factors.items()}
+        expected = {name: target.scaling for name, target in initial.targets.items()}
+    elif initial is not None:
+        _, tensors, expected, _ = read_adapter(initial)
+        starts = {name: _start_of(parts) for name, parts in tensors.items()}
+    wrong = f"{trained} was not started from {initial}"
+    if set(starts) != set(layers):
+        raise UserError(f"{wrong}: one of them has no layer {min(set(starts) ^ set(layers))}")
+    for name, (A0, B0) in starts.items():
+        A, B = own[name]
+        if A0.shape != A.shape or B0.shape != B.shape or not math.isclose(expected[name], scalings[name]):
+            raise UserError(f"{wrong}: layer {name} has another size or scaling")
+        if anchored and not (torch.equal(A0.to(A), A) and torch.equal(B0.to(B), B)):
+            raise UserError(f"{wrong}: layer {name} is anchored elsewhere")
+
+    def changes() -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        for name, parts in layers.items():
+            A, B, (A0, B0) = parts["lora_A.weight"], parts["lora_B.weight"], own[name] if anchored else starts[name]
+            A0, B0 = A0.to(torch.promote_types(A0.dtype, A.dtype)), B0.to(torch.promote_types(B0.dtype, B.dtype))
+            D_A, D_B, A = (A, B, A0 + A) if anchored else (A - A0, B - B0, A.to(A0))
+            yield name, torch.cat([D_A.to(A), A]), torch.cat([B0, D_B.to(B0)], dim=1), scalings[name]
+
+    if base is not None:
+        config.base_model_name_or_path = base
+    return _save_changes(changes(), config, folder, rank, tol, others)
+
+
+def read_adapter(
+    folder: str | os.PathLike[str],
+) -> tuple[Any, dict[str, dict[str, Tensor]], dict[str, float], dict[str, Tensor]]:
+    """A LoRA folder as it is: peft's configuration, layer -> A and B (and anchors) by their names, layer -> scaling, the rest.
+
+    Raises:
+        UserError: no adapter there, or one that is no LoRA of linear layers.
+    """
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise UserError(f"no {file} in {folder}; expected a LoRA adapter that save_pretrained wrote")
+    try:
+        config: Any = LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a LoRA adapter ({error})") from error
+    layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key in sorted(tensors, key=lambda key: [int(part) if part.isdigit() else -1 for part in key.split(".")]):
+        tensor = tensors[key]
+        name, dot, part = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not dot or part == "B.bias":
+            others[key] = tensor
+        elif part in ("A.weight", "B.weight", "A.anchor", "B.anchor") and tensor.ndim == 2:
+            layers.setdefault(name, {})["lora_" + part] = tensor
+        else:
+            raise UserError(f"{folder}: {key} belongs to no plain LoRA of a linear layer")
+    scalings = {}
+    for name, parts in layers.items():
+        if not {"lora_A.weight", "lora_B.weight"} <= set(parts):
+            raise UserError(f"{folder}: layer {name} lacks its A or B")
+        rank = len(parts["lora_A.weight"])
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+        scalings[name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return config, layers, scalings, others
+
+
+def _start_of(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of a layer as it was saved at the start, or anchored at any time."""
+    A, B = (parts.get(f"lora_{x}.anchor", parts[f"lora_{x}.weight"]) for x in "AB")
+    return A, B
+
+
+def _check_size(rank: int | None, tol: float | None) -> None:
     if rank is not None and tol is not None:
         raise UserError("give either rank or tol, not both")
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
     if tol is not None and not 0 <= tol < 1:
         raise UserError(f"tol must be at least 0 and below 1, got {tol}")
-    layers = lora_layers(wrapped)
-    if set(layers) != set(factors.factors):
-        raise UserError("the model's adapted layers are not those of the factors")
-    _check_only_factors_trained(wrapped)
-    tensors, report, scalings = {}, {}, {}
-    for name, layer in layers.items():
-        A, B = _change(name, layer, factors)
+
+
+def _save_changes(
+    changes: Iterable[tuple[str, Tensor, Tensor, float]],
+    config: Any,
+    folder: str | os.PathLike[str],
+    rank: int | None,
+    tol: float | None,
+    others: Mapping[str, Tensor],
+) -> ConversionReport:
+    """Save A' and B' of each layer, (name, A', B', scaling), recompressed where that is asked for, and other tensors."""
+    tensors, report, scalings = dict(others), {}, {}
+    for name, A, B, scaling in changes:
         left, singular, right = _thin_svd(A, B)
         kept = len(A)
         if rank is not None:
@@ -110,34 +243,22 @@ def to_lora(
         if kept < len(A):
             root = singular[:kept].sqrt()
             A, B = (root[:, None] * right[:kept]).to(A), (left[:, :kept] * root).to(B)
-        scaling = scalings[name] = layer.scaling[ADAPTER]
+        scalings[name] = scaling
         norm, discarded = (scaling * part.norm().item() for part in (singular, singular[kept:]))
         report[name] = ConvertedLayer(kept, norm, discarded)
-        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = A, B
-    config: Any = copy.deepcopy(wrapped.peft_config[ADAPTER])
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
     _set_ranks(config, {name: layer.rank for name, layer in report.items()}, scalings)
     _save(config, tensors, folder)
     return ConversionReport(report)
 
 
-def _check_only_factors_trained(wrapped: "PeftModel") -> None:
-    config: Any = wrapped.peft_config[ADAPTER]
-    others = {
-        "modules_to_save": bool(config.modules_to_save),
-        "trainable_token_indices": bool(config.trainable_token_indices),
-        "bias": config.bias != "none",
-        "lora_bias": config.lora_bias,
-        "use_dora": config.use_dora,
-    }
-    found = [name for name, used in others.items() if used]
-    if found:
-        raise UserError(f"cannot convert an adapter with {', '.join(found)}: only A and B of its layers are written")
-
-
-def _change(name: str, layer: Any, factors: FactorSet) -> tuple[Tensor, Tensor]:
+def _change(name: str, layer: Any, factors: FactorSet | None) -> tuple[Tensor, Tensor]:
     """A' (2r, n) and B' (m, 2r) of one layer, whatever way it is attached."""
     down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    A0, B0 = factors.factors[name].A.to(down.weight), factors.factors[name].B.to(up.weight)
+    if factors is None:
+        A0, B0 = down.anchor, up.anchor
+    else:
+        A0, B0 = factors.factors[name].A.to(down.weight), factors.factors[name].B.to(up.weight)
     if A0.shape != down.weight.shape or B0.shape != up.weight.shape:
         raise UserError(f"layer {name} has another shape or rank than its factors")
     if not isinstance(layer, AnchoredLinear):
@@ -180,6 +301,25 @@ def _whole(alpha: float) -> float:
 
 
 @dataclass(frozen=True)
+class LayerStart:
+    """How far one layer's effective weight starts from W of the base, which costs no forward pass to tell.
+
+    Attributes:
+        attach: residual (effective is W' + s B A) or anchor (W + s (B A - B0 A0)).
+        units: the largest entry of |W - effective|, in units of the last place of W and W' (the larger one). The one
+            rounding of W' to its dtype makes half a unit; fp64, where the check itself is rounded, up to 2.
+    """
+
+    attach: Attach
+    units: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layer starts at the base's: exactly if anchored, else up to that rounding."""
+        return self.units <= (0 if self.attach == "anchor" else 2)
+
+
+@dataclass(frozen=True)
 class InitReport:
     """How far a model starts from its base, over all tokens that are not padding.
 
@@ -187,15 +327,22 @@ class InitReport:
         max_difference: largest absolute difference of logits.
         mean_difference: mean absolute difference of logits.
         kl: mean over tokens of KL(base || wrapped) of the softmax over the last dimension, in nats.
+        layers: of each adapted layer, how far its weight is; not of a quantised one that cannot be dequantised.
     """
 
     max_difference: float
     mean_difference: float
     kl: float
+    layers: dict[str, LayerStart] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> list[str]:
+        """Names of the layers that do not start at the base's weights."""
+        return [name for name, layer in self.layers.items() if not layer.holds]
 
 
 def verify_init(base: nn.Module, wrapped: nn.Module, batch: Batch) -> InitReport:
-    """Compare the logits of an untouched base model and of the model that was just initialised.
+    """Compare an untouched base model and the model that was just initialised: their logits, and each layer's weight.
 
     Both are run in evaluation mode and left in the mode that they were in.
 
@@ -207,7 +354,7 @@ def verify_init(base: nn.Module, wrapped: nn.Module, batch: Batch) -> InitReport
     Shapes: logits (..., classes), in ``output.logits`` or the output itself.
 
     Raises:
-        UserError: ``base`` is the model inside ``wrapped``, or the logits differ in shape.
+        UserError: ``base`` is the model inside ``wrapped``, or logits or layers differ in shape.
         NonFiniteError: NaN or infinity in the logits.
     """
     if any(module is base for module in wrapped.modules()):
@@ -225,7 +372,26 @@ def verify_init(base: nn.Module, wrapped: nn.Module, batch: Batch) -> InitReport
             raise NonFiniteError(f"the {whose} model's logits hold NaN or infinity")
     difference = (after - before).abs()
     divergence = F.kl_div(F.log_softmax(after, -1), F.log_softmax(before, -1), reduction="none", log_target=True)
-    return InitReport(difference.max().item(), difference.mean().item(), divergence.sum(-1).mean().item())
+    layers = {}
+    for name, layer in lora_layers(wrapped).items():
+        with suppress(UnsupportedLayerError):  # for lack of a weight to compare
+            layers[name] = _layer_start(base, name, layer)
+    return InitReport(difference.max().item(), difference.mean().item(), divergence.sum(-1).mean().item(), layers)
+
+
+@torch.no_grad()
+def _layer_start(base: nn.Module, name: str, layer: Any) -> LayerStart:
+    W, frozen = weight_of(base, name), layer_weight(layer.get_base_layer(), name)
+    if W.shape != frozen.shape:
+        raise UserError(f"layer {name} is {tuple(W.shape)} in the base model, {tuple(frozen.shape)} in the other one")
+    anchored = hasattr(layer.lora_A[ADAPTER], "anchor")
+    A, B = _change(name, layer, None) if anchored else (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+    change = layer.scaling[ADAPTER] * (B.double() @ A.double())
+    gap = (W.double() - frozen.double() - change).abs()
+    kind = torch.finfo(W.dtype)
+    top = torch.maximum(W.abs(), frozen.abs()).double().clamp_min(kind.tiny)
+    unit = kind.eps * 2.0 ** (torch.frexp(top).exponent - 1)
+    return LayerStart("anchor" if anchored else "residual", (gap / unit).max().item())
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -7,6 +7,9 @@ but they are others than those that calibrate: what is shown is that a context s
 
 Directions, on text that did not calibrate: how strongly an adapter's input side answers to it (KPM against a random LoRA
 A), and how much of a layer's output energy lies along the adapted directions (IPM against PiSSA, KPM against MiLoRA).
+
+Fine-tuning. Adapters of each start learn Python code until the loss of other code has come down to the same target: how
+many of the facts are still known there, and how many steps did it take?
 """
 
 import copy
@@ -14,7 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +28,9 @@ from torch import Tensor, nn
 from corda.config import CordaInit, DemoSettings
 from corda.context import ContextStats, collect_context
 from corda.factors import output_energy
+from corda.finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
 from corda.solvers import factorize
-from corda.targets import linear, linear_targets
+from corda.targets import linear_targets, weight_of
 from corda.truncation import truncate_model
 from tenfold import NonFiniteError, datasets
 from tenfold.claims import Study, interval, mean_ci95
@@ -38,7 +42,7 @@ from tenfold.runs import Run
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-DATA = f"real: {datasets.topics()}; facts from {datasets.unicode_names().source}"
+DATA = f"real: {datasets.topics()}; {datasets.standard_library_code()}; facts from {datasets.unicode_names().source}"
 LENGTH = 128
 """Characters (tokens) of a window."""
 ROWS = {"facts": 5, "text": 3}
@@ -49,9 +53,26 @@ MEASURED_WINDOWS = 48
 DROPS = {"quick": (50,), "default": (10, 25, 50, 75), "full": (10, 25, 50, 75)}
 """Percent of the components of each layer."""
 STEPS = {"quick": 20, "default": 800, "full": 1200}
+TASK_STEPS = {"quick": 4, "default": 400, "full": 400}
+"""Fine-tuning ends here where the target is not reached."""
+TASK_ROWS = 4
+"""Windows of code in a batch of the fine-tuning."""
+TASK_WINDOWS = 32
+"""Windows of held-out code, and of held-out text, that are measured along the fine-tuning."""
+EVAL_EVERY = 10
+TARGET = 1.9
+"""Loss of held-out code (nats a character) that every arm is trained to."""
+LEVELS = (2.0, 1.95, 1.9)
+"""Losses on the way there at which the facts are counted."""
+COMMON_RATE = 3e-3
+RATES = {"lora": 3e-3, "pissa": 3e-3, "milora": 3e-3, "corda-kpm": 3e-3, "corda-ipm": 3e-3}
+"""For each arm the learning rate with the fewest steps to the target on tuning seeds."""
 METHODS: dict[str, dict[str, Any]] = {"asvd": {"method": "asvd"}, "half": {"power": 0.5}, "corda": {"power": 1.0}}
 CAPTION = """What dropping components adds to the loss, calibrated on text of the kind that is measured, but not on the same
 text. Mean over seeds (of logarithms where the axis is logarithmic), with its 95 % interval from three seeds on."""
+TASK_CAPTION = """Adapters of rank 8 learn Python code, each with the learning rate that is best for it. Left, from right to
+left: facts still known when the loss of held-out code has come down so far; higher is better at the same loss. Right:
+steps until then. Mean over seeds, with its 95 % interval from three seeds on."""
 LABELS = {"svd": "plain SVD", "asvd": "ASVD", "half": "CO-SVD, power 1/2", "corda": "CO-SVD, power 1 (CorDA)"}
 COMPARISONS = {
     "gain KPM / random": (True, "unseen text drives KPM's A less than a random LoRA A"),
@@ -80,17 +101,21 @@ def encode(text: str) -> Tensor:
 
 
 @cache
-def texts() -> dict[str, str]:
-    """Paragraphs of the documentation, none twice: nine tenths to train and calibrate, the last tenth to measure."""
-    paragraphs = list(dict.fromkeys(datasets.topics().text.split("\n\n")))
+def texts(kind: str) -> dict[str, str]:
+    """Paragraphs of the documentation ("text") or of Python source ("code"), none twice, in two parts.
+
+    Nine tenths train and calibrate, the last tenth is measured.
+    """
+    source = {"text": datasets.topics, "code": datasets.standard_library_code}[kind]()
+    paragraphs = list(dict.fromkeys(source.text.split("\n\n")))
     cut = len(paragraphs) * 9 // 10
     return {"calibration": "\n\n".join(paragraphs[:cut]), "measured": "\n\n".join(paragraphs[cut:])}
 
 
 @cache
-def token_ids() -> dict[str, Tensor]:
+def token_ids(kind: str) -> dict[str, Tensor]:
     """The tokens (T,) of ``texts``."""
-    return {part: encode(text) for part, text in texts().items()}
+    return {part: encode(text) for part, text in texts(kind).items()}
 
 
 def halves(facts: int, seed: int) -> dict[str, list[str]]:
@@ -112,9 +137,9 @@ def fact_windows(facts: Sequence[str], count: int, generator: torch.Generator) -
     return encode("".join(window[:LENGTH] for window in windows[:count])).view(count, LENGTH)
 
 
-def text_windows(part: str, count: int, generator: torch.Generator) -> Tensor:
-    """Windows (count, LENGTH) of running text at random places."""
-    text = token_ids()[part]
+def text_windows(kind: str, part: str, count: int, generator: torch.Generator) -> Tensor:
+    """Windows (count, LENGTH) of running text or code at random places."""
+    text = token_ids(kind)[part]
     starts = torch.randint(len(text) - LENGTH, (count,), generator=generator)
     return text[starts[:, None] + torch.arange(LENGTH)]
 
@@ -151,7 +176,7 @@ def train(facts: dict[str, list[str]], seed: int, steps: int, *, quiet: bool = F
     )
     batches = known.view(steps, ROWS["facts"], LENGTH)
     for step, rows in enumerate(track(batches, f"seed {seed}: training a small Llama", steps, quiet=quiet)):
-        ids = torch.cat([rows, text_windows("calibration", ROWS["text"], generator)])
+        ids = torch.cat([rows, text_windows("text", "calibration", ROWS["text"], generator)])
         loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)
         if not torch.isfinite(loss):
             raise NonFiniteError(f"training the small Llama: the loss is {loss.item()} at step {step}")
@@ -169,7 +194,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, facts: Sequence[str]) -> dict[str, float]:
+def losses(model: nn.Module, facts: Sequence[str], windows: int | None = None) -> dict[str, float]:
     """Loss (nats a character) of the facts' names, percentage of facts known, and loss of the held-out text.
 
     A fact is known when each character of its name, and the newline after it, is the likeliest given those before.
@@ -180,24 +205,37 @@ def losses(model: nn.Module, facts: Sequence[str]) -> dict[str, float]:
         row[: 1 + line.index("-> ") + 3] = -100  # the code point is given
     logits = model(input_ids=ids, use_cache=False).logits
     right = (logits[:, :-1].argmax(dim=2) == targets[:, 1:]) | (targets[:, 1:] == -100)
-    text = token_ids()["measured"]
-    windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
-    windows = windows[:: len(windows) // MEASURED_WINDOWS][:MEASURED_WINDOWS]
     return {
         "facts loss": token_loss(logits, targets).item(),
         "facts known": 100 * right.all(dim=1).double().mean().item(),
-        "text loss": token_loss(model(input_ids=windows, use_cache=False).logits, windows).item(),
+        "text loss": held_out_loss(model, "text", windows or MEASURED_WINDOWS),
     }
 
 
+@torch.no_grad()
+def held_out_loss(model: nn.Module, kind: str, count: int) -> float:
+    """Loss (nats a character) of evenly spaced windows of the text or code that is neither trained on nor calibrated on."""
+    text = token_ids(kind)["measured"]
+    windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
+    windows = windows[:: len(windows) // count][:count]
+    return token_loss(model(input_ids=windows, use_cache=False).logits, windows).item()
+
+
 def contexts(
-    model: nn.Module, facts: dict[str, list[str]], part: str, windows: int, init: CordaInit, seed: int
+    model: nn.Module,
+    facts: dict[str, list[str]],
+    part: str,
+    windows: int,
+    init: CordaInit,
+    seed: int,
+    other: Literal["text", "code"] = "text",
 ) -> dict[str, ContextStats]:
-    """Statistics of that part of the facts and of the text."""
+    """Statistics of that part of the facts and of the text or code."""
     generator = torch.Generator().manual_seed(seed)
-    read = {"facts": fact_windows(facts[part], windows, generator), "text": text_windows(part, windows, generator)}
+    read = {"facts": fact_windows(facts[part], windows, generator)}
+    read[other] = text_windows(other, part, windows, generator)
     return {
-        kind: collect_context(model, [{"input_ids": ids} for ids in rows.view(-1, 16, LENGTH)], init=init)
+        kind: collect_context(model, [{"input_ids": ids} for ids in torch.split(rows, 16)], init=init)
         for kind, rows in read.items()
     }
 
@@ -239,7 +277,7 @@ def directions(
     generator = torch.Generator().manual_seed(seed)
     logs: dict[str, list[float]] = {name: [] for name in COMPARISONS}
     for name in linear_targets(model):
-        W, C, XX = linear(model, name).weight.detach(), calibrated.covariance(name), measured.covariance(name)
+        W, C, XX = weight_of(model, name), calibrated.covariance(name), measured.covariance(name)
         ipm, pissa, kpm, milora = (
             factorize(W, C, rank, CordaInit(mode=mode, power=power)) for mode in ("ipm", "kpm") for power in (1.0, 0.0)
         )
@@ -262,6 +300,63 @@ def gain(A: Tensor, XX: Tensor) -> float:
     """|A X| / (|A| |X|) in Frobenius norms, from X X^T."""
     A = A.double()
     return math.sqrt(((A @ XX) * A).sum().item() / (A.square().sum() * XX.trace()).item())
+
+
+def fine_tuning(
+    model: nn.Module,
+    facts: Sequence[str],
+    stats: dict[str, ContextStats],
+    settings: DemoSettings,
+    seed: int,
+    *,
+    quiet: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Adapters of all starts learn code; for each, what it costs to bring held-out code's loss down to ``TARGET``.
+
+    The facts calibrate what is to be kept, the training part of the code what is to be learned. Arms with the learning
+    rate that is best for each are named ``tuned-NAME``, those with one rate for all ``common-NAME``.
+    """
+    from peft import LoraConfig
+
+    steps = TASK_STEPS[settings.level]
+    rows = text_windows("code", "calibration", steps * TASK_ROWS, torch.Generator().manual_seed(seed))
+    batches = [{"input_ids": ids, "labels": ids} for ids in rows.view(steps, TASK_ROWS, LENGTH)]
+    lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def evaluate(adapted: nn.Module) -> dict[str, float]:
+        return {"loss": held_out_loss(adapted, "code", TASK_WINDOWS), **losses(adapted, facts, TASK_WINDOWS)}
+
+    found: dict[tuple[str, float], dict[str, float]] = {}
+    runs = list(dict.fromkeys((name, rate) for name in ARMS for rate in (RATES[name], COMMON_RATE)))
+    for name, rate in track(runs, "fine-tuning on code from all starts", quiet=quiet):
+        torch.manual_seed(seed)
+        adapted = attach_arm(name, copy.deepcopy(model), lora, keep=stats["facts"], learn=stats["code"])
+        how = FinetuneSettings(learning_rate=rate, steps=steps, eval_every=EVAL_EVERY, target_loss=TARGET)
+        found[name, rate] = at_target(finetune(adapted, batches, evaluate, how))
+    tuned = {f"tuned-{name}": found[name, RATES[name]] for name in ARMS}
+    return tuned | {f"common-{name}": found[name, COMMON_RATE] for name in ARMS}
+
+
+def at_target(trajectory: Trajectory) -> dict[str, float]:
+    """What is left of facts and text at the target, how many facts are lost, and the facts known on the way there.
+
+    A loss that was not reached stands at the last evaluation, and ``reached`` is 0.
+    """
+    last = {"step": float(trajectory.steps[-1]), **{name: values[-1] for name, values in trajectory.metrics.items()}}
+    end = trajectory.at(TARGET)
+    values = end or last
+    on_the_way: dict[str, float] = {}
+    for level in LEVELS:
+        there = trajectory.at(level) or last
+        on_the_way |= {f"facts known at {level:.2f}": there["facts known"], f"steps to {level:.2f}": there["step"]}
+    return {
+        "reached": float(end is not None),
+        "steps": values["step"],
+        "code loss": values["loss"],
+        **{name: values[name] for name in ("facts known", "facts loss", "text loss")},
+        "facts lost": trajectory.metrics["facts known"][0] - values["facts known"],
+        **on_the_way,
+    }
 
 
 def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
@@ -287,14 +382,18 @@ def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, A
         unscaled = CordaInit(scale="none")
         for kind, unseen in contexts(model, facts, "measured", MEASURED_WINDOWS, unscaled, seed).items():
             arms[f"directions-{kind}"] = directions(model, stats[kind], unseen, settings.rank, seed)
-        return arms
+        even = CordaInit(scale="token_mean")
+        stats = contexts(model, facts, "calibration", CALIBRATION_WINDOWS[settings.level], even, seed, "code")
+        return arms | fine_tuning(model, facts["measured"], stats, settings, seed, quiet=quiet)
 
     study.over_seeds(measure)
     _decide(study)
     _note(study)
     _draw(study, run)
+    _draw_fine_tuning(study, run)
     summary = study.finish()
-    write_report(run, "corda: what the decomposition keeps", {"truncation": CAPTION})
+    captions = {"truncation": CAPTION, "fine-tuning": TASK_CAPTION}
+    write_report(run, "corda: what the decomposition keeps, and what its adapters do", captions)
     return summary
 
 
@@ -317,6 +416,18 @@ def _decide(study: Study) -> None:
     for id, (name, (_, text)) in zip(("gain_kpm", "energy_ipm", "energy_kpm"), COMPARISONS.items(), strict=True):
         count = sum(int(study.values((arm, f"layers, {name}")).sum()) for arm in found)
         study.count(id, f"layers (both contexts, all seeds) where {text}", count, total, required=f">= {total}")
+    reached = sum(int(study.values((f"tuned-{name}", "reached")).sum()) for name in ARMS)
+    total = len(ARMS) * len(study.seeds)
+    text = f"fine-tunings on code (all arms, all seeds) that reach a loss of {TARGET} nats a character"
+    study.count("target", text, reached, total, required=f">= {total}")
+    lora, kpm = (study.values((f"tuned-{name}", "facts lost")) for name in ("lora", "corda-kpm"))
+    saved, ci95 = mean_ci95((0.8 * lora - kpm).tolist())
+    text = "fine-tuned to that loss: 0.8 times the facts that LoRA loses, minus those that CorDA-KPM loses (percentage points)"
+    method = f"paired t over {len(kpm)} seeds" if ci95 else f"mean over {len(kpm)} seeds"
+    study.claim("kept", text, "difference", saved, ci95, method=method, required=">= 0", main=True)
+    text = f"steps to that loss, CorDA-IPM / LoRA, both with the best common learning rate ({COMMON_RATE:g})"
+    arms = ("common-corda-ipm", "steps"), ("common-lora", "steps")
+    study.ratio("steps", text, *arms, required="<= 0.8")
 
 
 def _note(study: Study) -> None:
@@ -336,6 +447,19 @@ def _note(study: Study) -> None:
             "At half of the components dropped, power 1/2 (which minimizes the error of the outputs) minus power 1: "
             f"{estimate} nats a character on {kind}, calibrated on {kind}; reported, not required."
         )
+    for kind, rate in (("tuned", "its own best learning rate"), ("common", f"learning rate {COMMON_RATE:g}")):
+        told = []
+        for name, arm in ARMS.items():
+            known, took, text = (
+                study.values((f"{kind}-{name}", metric)).mean() for metric in ("facts known", "steps", "text loss")
+            )
+            told.append(f"{arm.label} {known:.0f} % ({took:.0f} steps, text {text:.2f})")
+        study.note(f"Facts still known after learning code, each arm with {rate}: {', '.join(told)}.")
+    lost = {name: study.values((f"tuned-{name}", "facts lost")).mean() for name in ("lora", "corda-kpm")}
+    study.note(
+        f"Facts lost on the way to a loss of {TARGET} on code: LoRA {lost['lora']:.1f}, CorDA-KPM {lost['corda-kpm']:.1f} "
+        "percentage points, means over seeds."
+    )
 
 
 def _arms(kind: str) -> dict[str, str]:
@@ -355,7 +479,18 @@ def _draw(study: Study, run: Run) -> None:
     line_chart(run.own("figures/truncation.png"), panels)
 
 
-def _curve(drops: Sequence[int], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:
+def _draw_fine_tuning(study: Study, run: Run) -> None:
+    kept, pace = {}, {}
+    for name, arm in ARMS.items():
+        known = [study.values((f"tuned-{name}", f"facts known at {level:.2f}")) for level in LEVELS]
+        steps = [study.values((f"tuned-{name}", f"steps to {level:.2f}")) for level in LEVELS]
+        kept[arm.label], pace[arm.label] = _curve(LEVELS, known, log=False), _curve(LEVELS, steps, log=False)
+    xlabel = "loss of held-out code (nats a character)"
+    facts = Panel("what is kept", xlabel, "facts still known (%)", kept)
+    line_chart(run.own("figures/fine-tuning.png"), [facts, Panel("how soon", xlabel, "steps", pace)])
+
+
+def _curve(drops: Sequence[float], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:
     """Mean and interval over seeds at each drop; of the logarithms, as in the ratios, where ``log``."""
     points = [mean_ci95(np.log(values) if log else values) for values in rows]  # type: ignore[arg-type]
     lines = np.array([(mean, *(ci95 or (mean, mean))) for mean, ci95 in points]).T
@@ -372,4 +507,4 @@ def _save_model(model: "LlamaForCausalLM", facts: Sequence[str], run: Run) -> No
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     run.write_text("facts.jsonl", "".join(json.dumps({"text": fact}) + "\n" for fact in facts))
-    run.write_text("text.txt", texts()["calibration"])
+    run.write_text("text.txt", texts("text")["calibration"])

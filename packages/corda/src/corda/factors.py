@@ -1,21 +1,29 @@
 """The factors of all layers of a model, out of its weights and the calibration statistics."""
 
 import dataclasses
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from corda.config import CordaInit
-from corda.context import ContextStats
-from corda.solvers import DampedCovariance, Factors, factorize
-from corda.targets import Target, linear, resolve_targets
-from tenfold import NonFiniteError, UserError
+from corda.context import ContextStats, agreed
+from corda.solvers import STRIP, CrossMoment, DampedCovariance, Factors, factorize
+from corda.targets import Target, linear, resolve_targets, shape_of, weight_of
+from tenfold import NonFiniteError, UserError, checkpoints
+from tenfold.distributed import rank, world_size
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+METHOD = "corda.factors"
+TENSORS = ("A", "B", "left", "sigma")
+"""Of ``Factors``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +42,7 @@ class LayerReport:
         precision: of that solve.
         iterations: of the randomised solver.
         seconds: of that solve.
+        output_energy: the share of the layer's output energy in the adapted directions; None where it was left out.
     """
 
     shape: tuple[int, int]
@@ -47,6 +56,7 @@ class LayerReport:
     precision: str
     iterations: int
     seconds: float
+    output_energy: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +86,46 @@ class FactorSet:
         energies = energies or {}
         layers = {name: dataclasses.asdict(self.layers[name]) for name in self.layers}
         for name, layer in layers.items():
-            layer["output_energy"] = energies.get(name)
+            layer["output_energy"] = energies.get(name, layer["output_energy"])
         return {"init": dataclasses.asdict(self.init), "fingerprint": self.fingerprint, "layers": layers}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with everything in it, whole or not at all."""
+        from corda import __version__
+
+        tensors = {f"{name}.{part}": getattr(f, part) for name, f in self.factors.items() for part in TENSORS}
+        config = {"targets": self.targets, "layers": self.layers, "init": self.init, "fingerprint": self.fingerprint}
+        checkpoints.save(path, tensors, method=METHOD, version=__version__, config=config)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "FactorSet":
+        """Read what ``save`` wrote; a ``UserError`` names a file that is something else."""
+        checkpoint = checkpoints.load(path, method=METHOD)
+        config = checkpoint.config
+        targets = {name: Target(**target) for name, target in config["targets"].items()}
+        layers = {
+            name: LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for name, layer in config["layers"].items()
+        }
+        factors = {
+            name: Factors(
+                **{part: checkpoint.tensors[f"{name}.{part}"] for part in TENSORS},
+                solver=layer.solver,
+                precision=layer.precision,
+                null=layer.null,
+                iterations=layer.iterations,
+            )
+            for name, layer in layers.items()
+        }
+        return cls(factors, targets, layers, CordaInit(**config["init"]), config["fingerprint"])
 
 
 def build_factors(
     model: nn.Module, stats: ContextStats | None, lora_config: "LoraConfig", init: CordaInit | None = None
 ) -> FactorSet:
     """Solve every layer that ``lora_config`` targets; layers of one input share its damped covariance.
+
+    In a process group of several ranks, all of them must call it, with the same statistics (``ContextStats.reduce``). Each
+    input's layers are then solved by one rank, and all get its outcome, so that replicas start identical.
 
     Args:
         model: the plain base model; stays untouched.
@@ -92,63 +134,155 @@ def build_factors(
         init: default ``CordaInit()``.
 
     Raises:
-        UserError: a rank above its layer's size, a layer without statistics, statistics of another model, or a layer
-            that is no linear one with floating-point weights of its own.
+        UserError: a rank above its layer's size, a layer without statistics, statistics of another model, a layer
+            that is no linear one with floating-point weights of its own, or ranks with different statistics; if on one
+            rank, on all of them.
         NonFiniteError: NaN or infinity in a weight, with the layer's name.
     """
     init = init or CordaInit()
-    targets = resolve_targets(model, lora_config)
-    if init.power and stats is None:
-        raise UserError(f"power {init.power} needs calibration statistics")
-    if stats is not None:
-        stats.check_model(model)
-    factors, layers = {}, {}
-    for name, context in _by_group(list(targets), stats, init):
-        target, weight = targets[name], linear(model, name).weight.detach()
-        start = time.perf_counter()
-        try:
-            found = factorize(weight, context, target.rank, init, scaling=target.scaling)
-        except UserError as error:
-            raise type(error)(f"layer {name}: {error}") from error
-        seconds = time.perf_counter() - start
-        factors[name] = found
-        layers[name] = LayerReport(
-            shape=(weight.shape[0], weight.shape[1]),
-            group=stats.groups[name] if stats else None,
-            rank=target.rank,
-            scaling=target.scaling,
-            sigma_first=found.sigma[0].item(),
-            sigma_last=found.sigma[-1].item(),
-            null=found.null,
-            solver=found.solver,
-            precision=found.precision,
-            iterations=found.iterations,
-            seconds=seconds,
-        )
-    ordered = list(targets)
+
+    def checked() -> dict[str, Target]:
+        if init.power and stats is None:
+            raise UserError(f"power {init.power} needs calibration statistics")
+        if stats is not None:
+            stats.check_model(model)
+        return resolve_targets(model, lora_config)
+
+    targets = agreed(checked)
+    solved = solve_layers(model, targets, stats, init)
     return FactorSet(
-        {name: factors[name] for name in ordered},
+        {name: factors for name, (factors, _) in solved.items()},
         targets,
-        {name: layers[name] for name in ordered},
+        {name: layer for name, (_, layer) in solved.items()},
         init,
         stats.fingerprint if stats else None,
     )
 
 
-def _by_group(
-    names: list[str], stats: ContextStats | None, init: CordaInit
-) -> Iterator[tuple[str, DampedCovariance | None]]:
-    """The layers, those of one input after another, with the covariance that they share (only one is alive at a time)."""
-    if stats is None:
-        yield from ((name, None) for name in names)
-        return
-    for group in dict.fromkeys([stats.group(name) for name in names]):  # says who has none, before any work is done
-        members = [name for name in names if stats.groups[name] == group]
+Solved = dict[str, tuple[Factors, LayerReport]]
+
+
+def solve_layers(
+    model: nn.Module, targets: Mapping[str, Target], stats: ContextStats | None, init: CordaInit, *, spend: bool = False
+) -> Solved:
+    """``build_factors`` for some layers of a model, whose statistics may cover more.
+
+    Args:
+        model: the plain base model.
+        targets: the layers.
+        stats: of them; None with ``power=0``.
+        init: the settings.
+        spend: also report output energies, and give the statistics' memory back layer by layer: they are empty afterwards.
+    """
+    groups = agreed(lambda: {name: stats.group(name) if stats else name for name in targets})
+    if world_size() > 1:
+        _check_equal(stats, groups, init)
+    owners = _owners(model, groups)
+    if stats and spend:
+        for group in [group for group in stats.moments if owners.get(group) != rank()]:
+            del stats.moments[group]
+        stats = stats.as_means()
+
+    def solve() -> Solved:
+        found: Solved = {}
+        for group in (group for group, owner in owners.items() if owner == rank()):
+            members = {name: targets[name] for name in targets if groups[name] == group}
+            found |= _solve_group(model, members, stats, init, energies=spend)
+            if stats and spend:
+                del stats.moments[group]
+        return found
+
+    solved = agreed(solve)
+    if world_size() > 1:
+        solved = _exchanged(model, solved, {name: owners[group] for name, group in groups.items()})
+    return {name: solved[name] for name in targets}
+
+
+def _solve_group(
+    model: nn.Module, targets: Mapping[str, Target], stats: ContextStats | None, init: CordaInit, *, energies: bool
+) -> Solved:
+    """The layers of one input."""
+    solved = {}
+    shared: Tensor | DampedCovariance | CrossMoment | None = None
+    for name, target in targets.items():
+        W = weight_of(model, name)
         try:
-            shared = DampedCovariance(stats.covariance(members[0]), init.damping) if init.power else None
+            if stats is not None and init.power and shared is None:
+                shared = stats.moment(name)
+                shared = DampedCovariance(shared, init.damping) if isinstance(shared, Tensor) else shared
+            start = time.perf_counter()
+            found = factorize(W, shared, target.rank, init, scaling=target.scaling)
+            seconds = time.perf_counter() - start
+            energy = output_energy(W, stats.moment(name), found.left) if stats and energies else None
         except UserError as error:
-            raise type(error)(f"layer {members[0]}: {error}") from error
-        yield from ((name, shared) for name in members)
+            raise type(error)(f"layer {name}: {error}") from error
+        solved[name] = (
+            found,
+            LayerReport(
+                shape=(W.shape[0], W.shape[1]),
+                group=stats.groups[name] if stats else None,
+                rank=target.rank,
+                scaling=target.scaling,
+                sigma_first=found.sigma[0].item(),
+                sigma_last=found.sigma[-1].item(),
+                null=found.null,
+                solver=found.solver,
+                precision=found.precision,
+                iterations=found.iterations,
+                seconds=seconds,
+                output_energy=energy,
+            ),
+        )
+    return solved
+
+
+def _check_equal(stats: ContextStats | None, groups: Mapping[str, str], init: CordaInit) -> None:
+    """Raise on every rank unless all hold the same statistics."""
+    held = [groups, init, stats and (stats.fingerprint, stats.tokens, stats.samples, stats.traces)]
+    if stats:
+        held.append({group: moment.diagonal().sum().item() for group, moment in stats.moments.items()})
+    others: list[Any] = [None] * world_size()
+    dist.all_gather_object(others, held)
+    if any(other != held for other in others):
+        raise UserError(
+            "the ranks hold different statistics, layers or settings; add the statistics up by reduce() first"
+        )
+
+
+def _owners(model: nn.Module, groups: Mapping[str, str]) -> dict[str, int]:
+    """Group -> the rank that solves it: the most expensive ones first, each to the rank that has least to do."""
+    costs: Counter[str] = Counter()
+    for name, group in groups.items():
+        m, n = shape_of(linear(model, name), name)
+        costs[group] += m * n * min(m, n) + n**3
+    loads = [0] * world_size()
+    owners = dict.fromkeys(groups.values(), 0)
+    for group in sorted(owners, key=lambda group: -costs[group]):
+        owners[group] = loads.index(min(loads))
+        loads[owners[group]] += costs[group]
+    return owners
+
+
+def _exchanged(model: nn.Module, solved: Solved, owners: Mapping[str, int]) -> Solved:
+    """What all ranks have solved, on each of them."""
+    parts = {
+        name: (dataclasses.replace(found, **dict.fromkeys(TENSORS, None)), found.A.dtype, layer)  # type: ignore[arg-type]
+        for name, (found, layer) in solved.items()
+    }
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, parts)
+    everything: Solved = {}
+    for name, owner in owners.items():
+        found, dtype, layer = gathered[owner][name]
+        (m, n), r = layer.shape, layer.rank
+        device = next(linear(model, name).parameters()).device
+        tensors = {}
+        for part, shape in zip(TENSORS, ((r, n), (m, r), (m, r), (r,)), strict=True):
+            own = getattr(solved[name][0], part) if owner == rank() else torch.empty(shape, dtype=dtype, device=device)
+            tensors[part] = own.contiguous()
+            dist.broadcast(tensors[part], owner)
+        everything[name] = dataclasses.replace(found, **tensors), layer
+    return everything
 
 
 def output_energies(model: nn.Module, stats: ContextStats, factors: FactorSet) -> dict[str, float]:
@@ -159,18 +293,24 @@ def output_energies(model: nn.Module, stats: ContextStats, factors: FactorSet) -
     It takes a product W C a layer, which costs more than the randomised solver; so ``build_factors`` leaves it out.
     """
     return {
-        name: output_energy(linear(model, name).weight.detach(), stats.covariance(name), found.left)
+        name: output_energy(weight_of(model, name), stats.moment(name), found.left)
         for name, found in factors.factors.items()
     }
 
 
-def output_energy(weight: Tensor, covariance: Tensor, left: Tensor) -> float:
-    """|U^T W X|^2 / |W X|^2 = tr(U^T W C W^T U) / tr(W C W^T): the share of the output energy along U."""
-    W = weight.double()
-    WC = W @ covariance.to(W)
+def output_energy(weight: Tensor, covariance: Tensor | CrossMoment, left: Tensor) -> float:
+    """|U^T W X|^2 / |W X|^2 = tr(U^T W C W^T U) / tr(W C W^T): the share of the output energy along U.
+
+    ``covariance`` is C, or the cross moment W C.
+    """
     U = left.double()
-    part = ((U.T @ WC) * (U.T @ W)).sum()
-    whole = (WC * W).sum()
+    UWC = UW = torch.zeros((), dtype=torch.float64, device=U.device)
+    whole = UW
+    for start in range(0, len(weight), STRIP):  # of rows: no second copy of W, and none of W C
+        rows = slice(start, start + STRIP)
+        W = weight[rows].double()
+        WC = covariance.product[rows].to(W) if isinstance(covariance, CrossMoment) else W @ covariance.to(W)
+        UWC, UW, whole = UWC + U[rows].T @ WC, UW + U[rows].T @ W, whole + (WC * W).sum()
     if not torch.isfinite(whole):
         raise NonFiniteError("the weight or the covariance holds NaN or infinity")
-    return float(part / whole) if whole > 0 else 0.0
+    return float((UWC * UW).sum() / whole) if whole > 0 else 0.0

@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
+import peft
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from corda.config import MODES, CordaInit
 from corda.context import ContextStats, collect_context, fingerprint
 from corda.factors import FactorSet, build_factors
-from corda.targets import Target, linear, resolve_targets
+from corda.targets import Target, resolve_targets, weight_of, writable_weight
 from tenfold import UserError
 from tenfold.errors import MissingExtraError, did_you_mean
 from tenfold.runs import replacing
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+KNOWS_CONV1D = (0, 19)
+"""The peft whose ``corda_init`` does; those before leave a wrong residual where the layer is square."""
 
 FilePath = str | os.PathLike[str]
 
@@ -66,7 +71,8 @@ def preprocess_corda(
 
     Raises:
         UserError: no ``corda_config``, no ``run_model`` where it is needed, a file that is not peft's or of other layers
-            or ranks, a rank above its layer's size, or a layer that is no linear one with weights of its own.
+            or ranks, a rank above its layer's size, or a layer that is no linear one with a weight of its own.
+        UnsupportedLayerError: a quantised layer: what peft does next replaces its weight.
         TargetNotReachedError: a target that ``run_model`` never ran through; the message names it.
         NonFiniteError: NaN or infinity in a layer's input or weight, with the layer's name.
         MissingExtraError: peft's module for CorDA needs attrs, which peft itself does not install.
@@ -76,6 +82,13 @@ def preprocess_corda(
     if settings is None:
         raise UserError("lora_config has no corda_config; expected LoraConfig(corda_config=CordaConfig(...))")
     targets = resolve_targets(model, lora_config)
+    version = tuple(map(int, peft.__version__.split(".")[:2]))
+    for name in targets:
+        writable_weight(model, name)
+        if isinstance(model.get_submodule(name), Conv1D) and version < KNOWS_CONV1D:
+            raise UserError(
+                f"layer {name} is a Conv1D, which peft {peft.__version__} cannot start: update it, or use apply_corda"
+            )
     if _filled(settings.cache_file):
         eigens = _read_cache(settings.cache_file, model, targets)
     else:
@@ -120,7 +133,7 @@ def stats_from_peft(path: FilePath, model: nn.Module, lora_config: "LoraConfig")
     moments: dict[str, Tensor] = {}
     groups: dict[str, str] = {}
     for name in targets:
-        weight = linear(model, name).weight
+        weight = weight_of(model, name)
         n = weight.shape[1]
         covariance = _entry(found, name, path)
         if covariance.shape != (n, n):
@@ -171,7 +184,7 @@ def _read_cache(path: FilePath, model: nn.Module, targets: Mapping[str, Target])
     cache = _read(path, "cache_file")
     eigens = {}
     for name, target in targets.items():
-        weight = linear(model, name).weight
+        weight = weight_of(model, name)
         (m, n), r = weight.shape, target.rank
         parts = [_entry(cache, f"{name}.eigens.{key}", path) for key in _Eigens._fields]
         for part, key, shape in zip(parts, _Eigens._fields, [(r,), (m, r), (n, r)], strict=True):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from corda.config import MODES, CordaInit
 from corda.context import ContextStats
 from corda.solvers import DampedCovariance
-from corda.targets import linear, resolve_targets
+from corda.targets import linear, resolve_targets, shape_of, weight_of
 from tenfold import NonFiniteError, UserError
 from tenfold.errors import did_you_mean
 
@@ -297,7 +297,7 @@ def select_context(
     found = Selection({}, {}, {})
     for leader in leaders:  # one group's matrices at a time
         members = [name for name in targets if pooled.groups[name] == leader]
-        weights = {name: linear(model, name).weight for name in members}
+        weights = {name: weight_of(model, name) for name in members}
         shared = [DampedCovariance(stats.covariance(leader), init.damping) for stats in pool]
         part = select_covariances(
             weights,
@@ -368,7 +368,7 @@ def layer_spectra(
         context = DampedCovariance(stats.covariance(leader), init.damping)
         extremes = _extremes(context)
         for name in (name for name in targets if stats.groups[name] == leader):
-            weight = linear(model, name).weight
+            weight = weight_of(model, name)
             try:
                 spectra[name] = spectrum(weight, context, init.power)
             except UserError as error:
@@ -581,7 +581,7 @@ def with_ranks(model: nn.Module, lora_config: "LoraConfig", ranks: Mapping[str, 
     config = copy.deepcopy(lora_config)
     config.rank_pattern, config.alpha_pattern = {}, {}
     for name, target in targets.items():
-        rank, size = ranks[name], min(linear(model, name).weight.shape)
+        rank, size = ranks[name], min(shape_of(linear(model, name), name))
         if not 1 <= rank <= size:
             raise UserError(f"layer {name}: rank {rank}, expected 1 to {size}")
         key = f"^{re.escape(name)}"

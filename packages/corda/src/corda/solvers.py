@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -25,6 +26,8 @@ from tenfold import NonFiniteError, UserError
 
 BLOCK = 16
 """Columns that the randomised solver adds at a time are a multiple of this: matrix products are efficient from there on."""
+STRIP = 256
+"""Rows of a matrix that are worked on at a time where no second copy of all of it is to be made."""
 ENERGY_TOLERANCE = 1e-6
 """The randomised solver ends when the captured energy has no more than this share left to gain,"""
 COMPONENT_TOLERANCE = 1e-3
@@ -63,6 +66,29 @@ class Factors:
         return self.sigma.double().square().sum().item()
 
 
+@dataclass(frozen=True)
+class CrossMoment:
+    """W C of one layer, in place of C: enough for power 1, since M = W C_d = W C + lambda W.
+
+    Attributes:
+        product: W C (m, n), undamped.
+        trace: tr C, so that lambda = delta * trace / n.
+    """
+
+    product: Tensor
+    trace: float
+
+    def damped(self, W: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+        """M = W C + lambda W (m, n), in the dtype asked for.
+
+        Raises:
+            UserError: all inputs were zero.
+            NonFiniteError: NaN or infinity.
+        """
+        mean = _positive_mean(self.trace / W.shape[1])
+        return _checked(self.product.to(W.device, dtype), "cross moment").add(W, alpha=damping * mean)
+
+
 class DampedCovariance:
     """C_d = C + damping * mean(diag C) I, with what several layers of one input share: its Cholesky factor and inverse.
 
@@ -82,12 +108,7 @@ class DampedCovariance:
     def __init__(self, covariance: Tensor, damping: float) -> None:
         if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
             raise UserError(f"a covariance is square, got shape {tuple(covariance.shape)}")
-        mean = covariance.diagonal().double().mean().item()
-        if not math.isfinite(mean):
-            raise NonFiniteError("the covariance holds NaN or infinity")
-        if mean <= 0:
-            raise UserError("the covariance has no positive diagonal: all inputs were zero")
-        self.damping = damping * mean
+        self.damping = damping * _positive_mean(covariance.diagonal().double().mean().item())
         self._covariance = covariance
 
     @property
@@ -101,7 +122,7 @@ class DampedCovariance:
 
     def after(self, matrix: Tensor) -> Tensor:
         """``matrix`` C_d, likewise."""
-        return _product(matrix, self._like(matrix)).add_(matrix, alpha=self.damping)
+        return self.times(matrix.T).T
 
     def _like(self, matrix: Tensor) -> Tensor:
         return (self._double if matrix.dtype == torch.float64 else self._single).to(matrix.device)
@@ -117,19 +138,33 @@ class DampedCovariance:
     @cached_property
     def cholesky(self) -> Tensor:
         """Lower triangular L with C_d = L L^T, in fp64."""
+        return self._factor()
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """C_d^-1 in fp64, from the Cholesky factor, whose memory it takes."""
+        return _inverse_from_cholesky(self._factor())
+
+    def _factor(self) -> Tensor:
         damped = self._double.clone(memory_format=torch.contiguous_format)
         damped.diagonal().add_(self.damping)
         return _cholesky(damped)
 
-    @cached_property
-    def inverse(self) -> Tensor:
-        """C_d^-1 in fp64, from the Cholesky factor."""
-        return _inverse_from_cholesky(self.cholesky)
+
+Context = DampedCovariance | CrossMoment | None
+
+
+def _positive_mean(mean: float) -> float:
+    if not math.isfinite(mean):
+        raise NonFiniteError("the covariance holds NaN or infinity")
+    if mean <= 0:
+        raise UserError("the covariance has no positive diagonal: all inputs were zero")
+    return mean
 
 
 def factorize(
     weight: Tensor,
-    covariance: "Tensor | DampedCovariance | None",
+    covariance: Tensor | DampedCovariance | CrossMoment | None,
     rank: int,
     init: CordaInit | None = None,
     *,
@@ -143,7 +178,8 @@ def factorize(
 
     Args:
         weight: W (m, n), any float dtype.
-        covariance: C (n, n) undamped, or a ``DampedCovariance`` that several layers share; None with ``power=0``.
+        covariance: C (n, n) undamped, a ``DampedCovariance`` that several layers share, or with ``power=1`` the layer's
+            ``CrossMoment``; None with ``power=0``.
         rank: r, at most min(m, n).
         init: mode, power, damping, balance, solver, precision; default ``CordaInit()``.
         scaling: s, LoRA's factor in front of B A.
@@ -165,7 +201,7 @@ def factorize(
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise UserError(f"rank {rank} of a {m} x {n} layer: expected 1 to {min(m, n)}")
-    context = _context(covariance, init, n)
+    context = _context(covariance, init, m, n)
     solver: str = init.solver
     if solver == "auto":
         few = 4 * (rank + BLOCK) < min(m, n)
@@ -176,37 +212,32 @@ def factorize(
         double = init.mode == "kpm" or weight.dtype == torch.float64
     else:
         double = init.precision == "fp64"
-    with _scipy_alone() if double and _on_cpu(weight) else contextlib.nullcontext():
-        W = _checked(weight.double() if double else weight.float(), "weight")
-        return _solve(W, weight.dtype, context, rank, init, solver, scaling)
+    with matmul_precision(tf32=False), _scipy_alone() if double and _on_cpu(weight) else contextlib.nullcontext():
+        _checked(weight, "weight")
+        return _solve(weight, torch.float64 if double else torch.float32, context, rank, init, solver, scaling)
 
 
 def _solve(
-    W: Tensor,
-    dtype: torch.dtype,
-    context: DampedCovariance | None,
-    rank: int,
-    init: CordaInit,
-    solver: str,
-    scaling: float,
+    W: Tensor, dtype: torch.dtype, context: Context, rank: int, init: CordaInit, solver: str, scaling: float
 ) -> Factors:
+    """In ``dtype``, to which each step converts W for itself: one copy less while the others need the memory."""
     null = iterations = 0
     if solver == "randomized":
-        found = _randomized(W, context, init, rank)
+        found = _randomized(W.to(dtype), context, init, rank)
         if found:
             left, sigma, iterations = found
         else:
-            solver, W = "exact", W.double()
+            solver, dtype = "exact", torch.float64
     if solver == "lapack_svd":
-        left, sigma = _lapack_svd(W, context, init, rank)
+        left, sigma = _lapack_svd(_operator(W, context, init, dtype), init, rank)
     elif solver == "exact" and init.mode == "ipm":
-        left, sigma = _exact_leading(W, context, init.power, rank)
+        left, sigma = _exact_leading(_operator(W, context, init, dtype), rank)
     elif solver == "exact":
         solver = "inverse"
-        left, sigma, null = _inverse_trailing(W, context, init, rank)
-    out = torch.float64 if dtype == torch.float64 else torch.float32
-    A, B, left, sigma = (part.to(out) for part in _assemble(W, left, sigma, init, scaling))
-    precision = "fp64" if W.dtype == torch.float64 else "fp32"
+        left, sigma, null = _inverse_trailing(W, context, init, rank, dtype)
+    out = torch.float64 if W.dtype == torch.float64 else torch.float32
+    A, B, left, sigma = (part.to(out) for part in _assemble(W.to(dtype), left, sigma, init, scaling))
+    precision = "fp64" if dtype == torch.float64 else "fp32"
     for factor in (A, B):
         _checked(factor, f"solution of {solver} in {precision}")
     return Factors(A, B, left, sigma, solver, precision, null, iterations)
@@ -214,16 +245,25 @@ def _solve(
 
 def _checked(matrix: Tensor, name: str) -> Tensor:
     """``matrix``, if it holds no NaN and no infinity: either would reach its sum (which its values do not overflow)."""
-    if not torch.isfinite(matrix.sum()):
+    if not torch.isfinite(matrix.sum(dtype=torch.float32 if matrix.element_size() < 4 else None)):
         raise NonFiniteError(f"the {name} holds NaN or infinity")
     return matrix
 
 
-def _context(covariance: "Tensor | DampedCovariance | None", init: CordaInit, n: int) -> DampedCovariance | None:
+def _context(covariance: Tensor | Context, init: CordaInit, m: int, n: int) -> Context:
     if init.power == 0:
         return None
     if covariance is None:
         raise UserError(f"power {init.power} needs a covariance")
+    if isinstance(covariance, CrossMoment):
+        if init.power != 1:
+            raise UserError(
+                f"a cross moment serves power 1 only, got power {init.power}; collect with accumulate='cov'"
+            )
+        if covariance.product.shape != (m, n):
+            shape = " x ".join(map(str, covariance.product.shape))
+            raise UserError(f"a cross moment of {shape} does not fit a weight of {m} x {n}")
+        return covariance
     context = covariance if isinstance(covariance, DampedCovariance) else DampedCovariance(covariance, init.damping)
     if context.size != n:
         raise UserError(f"a covariance of {context.size} inputs does not fit a weight of {n} inputs")
@@ -240,11 +280,17 @@ def _root(block: Tensor, context: DampedCovariance | None, power: float, *, tran
     return context.times(block)
 
 
-def _operator(W: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
-    """M = W F (m, n). It has the left singular vectors and singular values of W C_d^p, since M M^T is the same."""
+def _operator(W: Tensor, context: Context, init: CordaInit, dtype: torch.dtype) -> Tensor:
+    """M = W F (m, n), in memory of its own. Its left singular vectors and singular values are those of W C_d^p.
+
+    They are, since M M^T is the same.
+    """
     if context is None:
-        return W
-    return _product(W, context.cholesky.to(W)) if power == 0.5 else context.after(W)
+        return W.to(dtype, copy=True)
+    if isinstance(context, CrossMoment):
+        return context.damped(W, init.damping, dtype)
+    W = W.to(dtype)
+    return _product(W, context.cholesky.to(W)) if init.power == 0.5 else context.after(W)
 
 
 def _width(rank: int) -> int:
@@ -252,10 +298,8 @@ def _width(rank: int) -> int:
     return -(-rank // BLOCK) * BLOCK
 
 
-def _randomized(
-    W: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int
-) -> tuple[Tensor, Tensor, int] | None:
-    """Leading left singular vectors from a randomised block Krylov space; M = W F itself is never formed.
+def _randomized(W: Tensor, context: Context, init: CordaInit, rank: int) -> tuple[Tensor, Tensor, int] | None:
+    """Leading left singular vectors from a randomised block Krylov space; M = W F itself is formed of a cross moment only.
 
     The space is that of M M^T (m <= n) or of M^T M, the smaller one. Each step multiplies a block of columns by F, W and
     their transposes and orthogonalises it against all earlier ones. Rayleigh and Ritz: with Q the basis, the leading
@@ -265,11 +309,15 @@ def _randomized(
     m, n = W.shape
     width, size = _width(rank), min(m, n)
 
+    outer, inner = (
+        (context.damped(W, init.damping, W.dtype), None) if isinstance(context, CrossMoment) else (W, context)
+    )
+
     def times(block: Tensor) -> Tensor:
-        return W @ _root(block, context, init.power)
+        return outer @ _root(block, inner, init.power)
 
     def transposed(block: Tensor) -> Tensor:
-        return _root((block.T @ W).T, context, init.power, transposed=True)
+        return _root((block.T @ outer).T, inner, init.power, transposed=True)
 
     forward, back = (transposed, times) if m <= n else (times, transposed)
     generator = torch.Generator().manual_seed(init.seed)
@@ -315,9 +363,8 @@ def _settled(history: list[Tensor], eps: float) -> bool:
     return bool((remaining.sum() <= ENERGY_TOLERANCE * last.sum()) & (remaining <= COMPONENT_TOLERANCE * last).all())
 
 
-def _exact_leading(W: Tensor, context: DampedCovariance | None, power: float, rank: int) -> tuple[Tensor, Tensor]:
+def _exact_leading(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors from the fp64 Gram matrix of the smaller side."""
-    M = _operator(W, context, power)
     if M.shape[0] <= M.shape[1]:
         values, left = _leading_eigenpairs(gram(M), rank)
         return left, values.clamp_min(0).sqrt()
@@ -325,27 +372,34 @@ def _exact_leading(W: Tensor, context: DampedCovariance | None, power: float, ra
     return _orthonormal(_product(M, right)), values.clamp_min(0).sqrt()
 
 
-def _lapack_svd(W: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int) -> tuple[Tensor, Tensor]:
+def _lapack_svd(M: Tensor, init: CordaInit, rank: int) -> tuple[Tensor, Tensor]:
     """The published way to the singular vectors, for comparison: all of them, then crop."""
-    left, sigma, _ = torch.linalg.svd(_operator(W, context, init.power), full_matrices=False)
+    left, sigma, _ = torch.linalg.svd(M, full_matrices=False)
     chosen = slice(None, rank) if init.mode == "ipm" else slice(len(sigma) - rank, None)
     return left[:, chosen], sigma[chosen]
 
 
 def _inverse_trailing(
-    W: Tensor, context: DampedCovariance | None, init: CordaInit, rank: int
+    W: Tensor, context: Context, init: CordaInit, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, int]:
     """Trailing left singular vectors as the leading ones of the inverse, where small singular values are large.
 
     m >= n, with W = Q L^T (L the Cholesky factor of W^T W):  M = Q (L^T F), so U = Q Y with Y the leading eigenvectors
     of S = Z Z^T, Z = L^-1 F^-T.      m < n, with M^T = Q R:  M M^T = R^T R, so U are those of S = R^-1 R^-T.
-    A rank-deficient W = Q1 T (rank-revealing QR) is solved as the wide T. Its null directions, those of Q beyond Q1,
+    m >= n, where M is all that is known, M = Q R:  U = Q Y with Y those of S = R^-T R^-1.
+    A rank-deficient W = Q1 T (rank-revealing QR) is solved as the wide Q1^T M. Its null directions, those of Q beyond Q1,
     are left out, or with ``skip_null=False`` come first as the zero components that they are.
     """
     m, n = W.shape
-    found = _trailing_tall(W, context, init.power, rank) if m >= n else _trailing_wide(W, context, init.power, rank)
+    if m < n:
+        found = _trailing_wide(_operator(W, context, init, dtype), rank)
+    elif isinstance(context, CrossMoment):
+        found = _trailing_formed(_operator(W, context, init, dtype), rank)
+    else:
+        found = _trailing_tall(W, context, init.power, rank, dtype)
     if found:
         return *found, 0
+    W = W.to(dtype)
     Q, r, _ = scipy.linalg.qr(W.cpu().numpy(), mode="economic", pivoting=True, check_finite=False)
     diagonal = np.abs(np.diag(r))
     full = int((diagonal > diagonal[0] * max(m, n) * np.finfo(r.dtype).eps).sum())
@@ -357,7 +411,7 @@ def _inverse_trailing(
     sigma = torch.zeros(dead).to(W)
     if rank > dead:
         basis = torch.from_numpy(Q[:, :full]).to(W)
-        found = _trailing_wide(basis.T @ W, context, init.power, rank - dead)
+        found = _trailing_wide(_product(basis.T, _operator(W, context, init, dtype)), rank - dead)
         if not found:
             raise UserError(
                 f"a {m} x {n} layer is too ill-conditioned for mode kpm in this precision; use precision fp64"
@@ -367,36 +421,52 @@ def _inverse_trailing(
 
 
 def _trailing_tall(
-    W: Tensor, context: DampedCovariance | None, power: float, rank: int
+    W: Tensor, context: DampedCovariance | None, power: float, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     """None when W^T W has no usable Cholesky factor."""
     try:
-        L = _cholesky(gram(W.T))
+        L = _cholesky(gram(W.to(dtype).T))
     except np.linalg.LinAlgError:
         return None
     if context is None:
         Z = _inverse_triangular(L)
     elif power == 0.5:
-        Z = _solve_triangular(L, _inverse_triangular(context.cholesky.to(W)).T)
+        Z = _solve_triangular(L, _inverse_triangular(context.cholesky.to(L)).T)
     else:
-        Z = _solve_triangular(L, context.inverse.to(W).T)
-    values, Y = _leading_eigenpairs(gram(Z), rank)
-    left = _product(W, _solve_triangular(L, Y, transposed=True))
-    if (_product(left.T, left) - torch.eye(rank).to(left)).abs().max() > 10 * torch.finfo(W.dtype).eps ** 0.5:
+        Z = _solve_triangular(L, context.inverse.to(L).T)
+    S = gram(Z)
+    del Z
+    values, Y = _leading_eigenpairs(S, rank)
+    left = _product(W.to(dtype), _solve_triangular(L, Y, transposed=True))
+    if (_product(left.T, left) - torch.eye(rank).to(left)).abs().max() > 10 * torch.finfo(dtype).eps ** 0.5:
         return None
     return _orthonormal(left), values.rsqrt()
 
 
-def _trailing_wide(
-    W: Tensor, context: DampedCovariance | None, power: float, rank: int
-) -> tuple[Tensor, Tensor] | None:
-    """None when M is rank-deficient in this precision."""
-    R = _upper_factor(_operator(W, context, power).T)
-    diagonal = R.diagonal().abs()
-    if diagonal.min() <= diagonal.max() * len(diagonal) * torch.finfo(R.dtype).eps:
+def _trailing_formed(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Of a tall M; None when it is rank-deficient in this precision."""
+    R = _usable(_upper_factor(M))
+    if R is None:
+        return None
+    inverse = _inverse_triangular(R.T)  # R^-T
+    values, Y = _leading_eigenpairs(gram(inverse), rank)
+    return _orthonormal(_product(M, _product(inverse.T, Y))), values.rsqrt()
+
+
+def _trailing_wide(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Of a wide M, which is overwritten; None when it is rank-deficient in this precision."""
+    R = _usable(_upper_factor(M.T, overwrite=True))
+    del M
+    if R is None:
         return None
     values, left = _leading_eigenpairs(gram(_inverse_triangular(R.T).T), rank)
     return left, values.rsqrt()
+
+
+def _usable(R: Tensor) -> Tensor | None:
+    """A triangular factor, unless it is singular in its precision."""
+    diagonal = R.diagonal().abs()
+    return None if diagonal.min() <= diagonal.max() * len(diagonal) * torch.finfo(R.dtype).eps else R
 
 
 def _assemble(
@@ -418,6 +488,32 @@ def _assemble(
 
 # Dense algebra in fp64 on the CPU is SciPy's, elsewhere torch's: its OpenBLAS is two to five times as fast here as torch's
 # MKL on an AMD processor, and it computes only the eigenvectors that are asked for.
+
+
+@contextlib.contextmanager
+def matmul_precision(*, tf32: bool) -> Iterator[None]:
+    """Whether products of fp32 matrices may round their factors to TF32, whatever the user's own setting is.
+
+    It holds values of bf16 and fp16 exactly, those of fp32 to 1e-3.
+    """
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    libraries: Any = torch.backends
+    backends = [libraries.cuda.matmul, libraries.mkldnn.matmul]
+    settings = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if tf32 else "ieee"
+        yield
+    finally:
+        for backend, setting in zip(backends, settings, strict=True):
+            backend.fp32_precision = setting
 
 
 @contextlib.contextmanager
@@ -449,13 +545,13 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.from_numpy(scipy.linalg.blas.dgemm(1.0, a, b, trans_a=turned[0], trans_b=turned[1]))
 
 
-def _upper_factor(matrix: Tensor) -> Tensor:
+def _upper_factor(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
     """R of a QR decomposition."""
     if not _on_cpu(matrix):
         return torch.linalg.qr(matrix, mode="r").R
     a, size = _numpy(matrix), matrix.shape[1]
     (geqrt,) = scipy.linalg.get_lapack_funcs(("geqrt",), (a,))  # recursive: twice as fast as geqrf of scipy.linalg.qr
-    packed, *_ = geqrt(min(64, size), a)
+    packed, *_ = geqrt(min(64, size), a, overwrite_a=overwrite)
     return torch.from_numpy(np.triu(packed[:size]))
 
 
@@ -494,20 +590,31 @@ def _inverse_triangular(lower: Tensor) -> Tensor:
     if not _on_cpu(lower):
         return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
     (trtri,) = scipy.linalg.get_lapack_funcs(("trtri",), dtype=_numpy(lower).dtype)
-    inverse, info = trtri(np.tril(_numpy(lower)), lower=1)
+    upper = np.tril(_numpy(lower)).T  # a copy, in Fortran's order
+    inverse, info = trtri(upper, lower=0, overwrite_c=1)
     assert info == 0, "a triangular factor with a zero on its diagonal"
-    return torch.from_numpy(inverse)
+    return torch.from_numpy(inverse.T)
 
 
 def _inverse_from_cholesky(lower: Tensor) -> Tensor:
-    """(L L^T)^-1."""
+    """(L L^T)^-1, in the place of L."""
     if not _on_cpu(lower):
         return torch.cholesky_inverse(lower)
     (potri,) = scipy.linalg.get_lapack_funcs(("potri",), dtype=_numpy(lower).dtype)
-    inverse, info = potri(_numpy(lower), lower=1)
+    inverse, info = potri(_numpy(lower).T, lower=0, overwrite_c=1)
     assert info == 0, "a Cholesky factor with a zero on its diagonal"
-    triangle = np.tril(inverse)
-    return torch.from_numpy(triangle + np.tril(triangle, -1).T)
+    found = torch.from_numpy(inverse.T)
+    mirror(found)
+    return found
+
+
+def mirror(matrix: Tensor) -> None:
+    """Copy the lower triangle to the upper one, in place."""
+    for start in range(0, len(matrix), STRIP):
+        end = start + STRIP
+        corner = matrix[start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        matrix[start:end, end:] = matrix[end:, start:end].T
 
 
 def _leading_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,18 @@
-"""Which layers of a model an adapter covers, with which rank and scaling: peft itself is asked."""
+"""Which layers of a model an adapter covers, with which rank and scaling (peft itself is asked), and their weights.
+
+Shapes: m outputs, n inputs. Whatever the layer, its weight is given as W (m, n) in floating point, as ``nn.Linear`` has
+it: transposed for transformers' ``Conv1D``, dequantised for a quantised layer.
+"""
 
 import copy
 import dataclasses
+import warnings
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tenfold import UserError
 from tenfold.errors import did_you_mean
@@ -14,9 +20,12 @@ from tenfold.errors import did_you_mean
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that hold a weight itself; a float of one byte is worth nothing without its scale."""
+
 
 class UnsupportedLayerError(UserError, TypeError):
-    """A target that is no linear layer with floating-point weights of its own."""
+    """A target that is no linear layer, or whose weight cannot be read or changed as it should be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,57 +38,137 @@ class Target:
 
 
 def linear_targets(model: nn.Module) -> list[str]:
-    """Full names of all ``nn.Linear`` modules but the output head, in the model's order."""
+    """Full names of all linear layers but the output head and those that share their weight, in the model's order.
+
+    Linear are ``nn.Linear``, transformers' ``Conv1D`` and, as quantised layers are, any other module without children
+    that has ``in_features`` and ``out_features``.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    uses = _uses(model)
+    modules = model.named_modules()
+    return [name for name, m in modules if _is_linear(m) and m is not head and not _is_shared(m, uses)]
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of this name, with floating-point weights that no other layer shares.
+def linear(model: nn.Module, name: str) -> nn.Module:
+    """The linear layer of this name, whose weight no other layer shares.
 
     Raises:
         UserError: no such layer, or its weight is tied to another one (a change would reach that one too).
-        UnsupportedLayerError: not an ``nn.Linear``, or quantised.
+        UnsupportedLayerError: not a linear layer.
     """
     modules = dict(model.named_modules())
     if name not in modules:
         raise UserError(f"no layer {name} in the model: {did_you_mean(name, modules)}")
-    module = modules[name]
-    if not isinstance(module, nn.Linear):
-        raise UnsupportedLayerError(f"layer {name} is a {type(module).__name__}; expected nn.Linear")
-    if not module.weight.is_floating_point():
-        raise UnsupportedLayerError(f"layer {name} has {module.weight.dtype} weights; expected floating point")
-    uses = Counter(id(weight) for other in modules.values() for weight in other.parameters(recurse=False))
-    if uses[id(module.weight)] > 1:
+    layer = modules[name]
+    shape_of(layer, name)
+    if _is_shared(layer, _uses(model)):
         raise UserError(f"layer {name} shares its weight with another layer; leave it out of the targets")
-    return module
+    return layer
+
+
+def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
+    """(m, n) of a linear layer, however it keeps its weight.
+
+    Raises:
+        UnsupportedLayerError: not a linear layer.
+    """
+    if not _is_linear(layer):
+        kinds = "nn.Linear, Conv1D or a quantised linear layer"
+        raise UnsupportedLayerError(f"layer {name} is a {type(layer).__name__}; expected {kinds}")
+    if isinstance(layer, Conv1D):
+        return (layer.weight.shape[1], layer.weight.shape[0])
+    found: Any = layer
+    return (found.out_features, found.in_features)
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """W (m, n) of the linear layer of this name; see ``linear`` and ``layer_weight``, also for the errors."""
+    return layer_weight(linear(model, name), name)
+
+
+def layer_weight(layer: nn.Module, name: str) -> Tensor:
+    """W (m, n) of a linear layer: its own memory where it is kept in floating point, else dequantised.
+
+    bitsandbytes' layers are dequantised by peft; any other class (HQQ, torchao, quanto ...) through ``dequantize()``, of
+    the layer or of its weight tensor.
+
+    Raises:
+        UnsupportedLayerError: not a linear layer, or one that cannot be dequantised.
+    """
+    shape = shape_of(layer, name)
+    kept = _kept(layer)
+    if kept is not None:
+        return kept.detach().T if isinstance(layer, Conv1D) else kept.detach()
+    W = _dequantised(layer)
+    if not isinstance(W, Tensor) or W.dtype not in FLOATS or W.shape != shape:
+        raise UnsupportedLayerError(
+            f"layer {name} is a {type(layer).__name__} whose weight cannot be dequantised; "
+            "build the factors on the unquantised model and attach them by apply_anchor"
+        )
+    return W.detach()
+
+
+def writable_weight(model: nn.Module, name: str) -> Tensor:
+    """W (m, n) of the linear layer of this name, as a view through which the layer's own weight is changed.
+
+    Raises:
+        UserError: as for ``linear``.
+        UnsupportedLayerError: not a linear layer, or a quantised one.
+    """
+    layer = linear(model, name)
+    if is_quantised(layer):
+        raise UnsupportedLayerError(
+            f"layer {name} is a {type(layer).__name__} whose weight is quantised, or no parameter of its own, and "
+            "cannot be replaced; apply_anchor (attach='anchor') leaves it as it is"
+        )
+    return layer_weight(layer, name)
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight otherwise than as a floating-point parameter of that shape."""
+    kept = _kept(layer)
+    return kept is None or layer._parameters.get("weight") is not kept
+
+
+def dequantises(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that holds quantised values behind a floating-point dtype (torchao, quanto)."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Target]:
     """The layers, ranks and scalings that ``peft.get_peft_model(model, lora_config)`` would give, by full name.
 
     A copy of the model without storage is wrapped, so every option of the configuration counts (``"all-linear"``,
-    patterns, layers to transform, rsLoRA) and the model itself stays untouched.
+    patterns, layers to transform, rsLoRA) and the model itself stays untouched. Quantised layers are there as plain
+    ones, so none of their packages need take part.
 
     Raises:
         UserError: no layer is targeted, or the model is wrapped by peft already.
     """
     from peft import PeftModel, get_peft_model
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners import lora
 
     if isinstance(model, PeftModel):
         raise UserError("the model has an adapter already; give the plain base model")
-    plain = copy.deepcopy(lora_config)
+    plain: Any = copy.deepcopy(lora_config)
     plain.init_lora_weights = True
+    plain._register_custom_module({_StandIn: lora.Linear})
     tensors = [*model.parameters(), *model.buffers()]
-    empty = {id(tensor): _without_storage(tensor) for tensor in tensors}
+    empty: dict[int, Any] = {id(tensor): _without_storage(tensor) for tensor in tensors}
+    for name, module in model.named_modules():
+        if _is_linear(module) and is_quantised(module):
+            m, n = shape_of(module, name)
+            kind = nn.Linear if isinstance(module, nn.Linear) else _StandIn  # "all-linear" takes the former only
+            empty[id(module)] = kind(n, m, device="meta")
     try:
-        wrapped = get_peft_model(copy.deepcopy(model, empty), plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft says the same of the model itself, once it is wrapped
+            wrapped = get_peft_model(copy.deepcopy(model, empty), plain)
     except ValueError as error:
         raise UserError(f"peft cannot apply this LoRA configuration: {error}") from error
     found = {}
     for path, module in wrapped.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, lora.LoraLayer):
             name = path.removeprefix("base_model.model.")
             found[name] = Target(name, module.r["default"], module.scaling["default"])
     if not found:
@@ -87,6 +176,52 @@ def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Ta
     return found
 
 
-def _without_storage(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+class _StandIn(nn.Module):
+    """A linear layer that is no ``nn.Linear``, as GPTQ's and HQQ's are not."""
+
+    def __init__(self, in_features: int, out_features: int, device: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
+
+
+def _without_storage(tensor: Tensor) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # empty_like asks a tensor's own class
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes) and not any(module.children())
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    return Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+
+
+def _is_shared(layer: nn.Module, uses: Counter[int]) -> bool:
+    return any(uses[id(p)] > 1 for name, p in layer.named_parameters(recurse=False) if name != "bias")
+
+
+def _kept(layer: nn.Module) -> Tensor | None:
+    """The weight of a layer that keeps it in floating point, in the layer's own layout."""
+    weight = None if hasattr(layer, "dequantize") else getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or dequantises(weight):
+        return None
+    m, n = shape_of(layer, "")
+    fits = weight.shape == ((n, m) if isinstance(layer, Conv1D) else (m, n))  # packed into floats, it does not
+    return weight if fits else None
+
+
+def _dequantised(layer: Any) -> Any:
+    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+
+    weight: Any = getattr(layer, "weight", None)
+    if get_bnb_param_type(weight):
+        # not through peft's dequantize_module_weight, after which an 8-bit layer on a CPU has lost its scales
+        return dequantize_bnb_weight(weight, state=getattr(layer, "state", None))
+    if hasattr(layer, "dequantize"):
+        return layer.dequantize()
+    return weight.dequantize() if isinstance(weight, Tensor) and dequantises(weight) else None

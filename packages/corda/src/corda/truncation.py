@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from corda.config import CordaInit
 from corda.context import ContextStats
 from corda.solvers import DampedCovariance
-from corda.targets import linear
+from corda.targets import writable_weight
 from tenfold import UserError
 from tenfold.errors import did_you_mean
 
@@ -76,6 +76,20 @@ def truncate(
     return (left @ (left.T @ W)).to(weight.dtype)
 
 
+def output_error(weight: Tensor, truncated: Tensor, covariance: Tensor) -> float:
+    """|(W - W') X| / |W X| = sqrt(tr(D C D^T) / tr(W C W^T)) with D = W - W': the error of the layer's outputs.
+
+    Args:
+        weight: W (m, n).
+        truncated: W' (m, n).
+        covariance: C (n, n), undamped.
+    """
+    W = weight.double()
+    D, C = W - truncated.double(), covariance.to(W)
+    lost, whole = (((part @ C) * part).sum().clamp_min(0) for part in (D, W))
+    return float((lost / whole).sqrt()) if whole > 0 else 0.0
+
+
 def truncate_model(
     model: nn.Module,
     stats: ContextStats | None,
@@ -86,7 +100,7 @@ def truncate_model(
     power: float = 1.0,
     alpha: float = 0.5,
     damping: float = 0.01,
-) -> None:
+) -> dict[str, int]:
     """Truncate every target in place.
 
     Args:
@@ -100,6 +114,9 @@ def truncate_model(
         alpha: likewise.
         damping: likewise.
 
+    Returns:
+        Layer -> number of components that it has lost.
+
     Raises:
         UserError: as for ``truncate``, or the statistics are of another model; then no weight has changed.
     """
@@ -111,7 +128,7 @@ def truncate_model(
         if stats is None:
             raise UserError("without statistics, name the targets")
         targets = stats.targets
-    layers = {name: linear(model, name).weight for name in targets}
+    layers = {name: writable_weight(model, name) for name in targets}
     counts = {}
     for name, weight in layers.items():
         size = min(weight.shape)
@@ -125,3 +142,4 @@ def truncate_model(
             covariance = stats.covariance(name) if stats else None
             options = {"power": power, "alpha": alpha, "damping": damping}
             weight.copy_(truncate(weight, covariance, counts[name], method=method, **options))
+    return counts

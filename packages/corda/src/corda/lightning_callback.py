@@ -1,0 +1,83 @@
+"""The same start for Lightning: a callback for modules that hold a model wrapped by peft."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corda.attach import Attach
+from corda.config import CordaInit
+from corda.context import Data
+from corda.start import Start
+from tenfold import UserError
+from tenfold.errors import MissingExtraError
+
+try:
+    import lightning as L
+except ModuleNotFoundError as error:
+    raise MissingExtraError('lightning is not installed; pip install "corda[lightning]"') from error
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class CordaCallback(L.Callback):
+    """For ``lightning.Trainer``: CorDA on the adapter of a model that the LightningModule holds.
+
+    It starts the adapter before the optimisers are made and keeps the factors as ``corda_start.safetensors`` in the
+    folder; a run resumed by ``ckpt_path`` takes them from there, and is refused on another base model. At the end of the
+    fit it writes ``lora/`` into the folder: a plain LoRA for the untouched base model.
+
+    Args:
+        data, init, attach, memory_budget: as for ``CordaTrainerCallback``.
+        model: name of the LightningModule's attribute that is the ``PeftModel``.
+        folder: default: the trainer's ``default_root_dir``.
+
+    Raises:
+        UserError: (in fit) as ``CordaTrainerCallback``, or there is no such attribute.
+    """
+
+    def __init__(
+        self,
+        data: Data | None,
+        init: CordaInit | None = None,
+        *,
+        attach: Attach = "anchor",
+        memory_budget: str | int | None = None,
+        model: str = "model",
+        folder: str | Path | None = None,
+    ) -> None:
+        self._start = Start(data, init, attach, memory_budget)
+        self._model = model
+        self._path = folder
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Start the adapter; a checkpoint is loaded over it afterwards."""
+        if stage != "fit" or self._start.factors is not None:
+            return
+        wrapped, folder = self._wrapped(pl_module), self._folder(trainer)
+        pl_module.to(trainer.strategy.root_device)  # where Lightning puts it a moment later; calibration is work
+        if trainer.ckpt_path is None:
+            self._start.begin(wrapped, folder, write=trainer.is_global_zero)
+        else:
+            self._start.restore(wrapped, folder, recorded=None, trained=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into every checkpoint."""
+        return dict(self._start.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base model or another start."""
+        self._start.check(state_dict)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the plain LoRA."""
+        if trainer.is_global_zero:
+            self._start.end(self._wrapped(pl_module), self._folder(trainer))
+
+    def _wrapped(self, module: L.LightningModule) -> "PeftModel":
+        if not hasattr(module, self._model):
+            raise UserError(f"{type(module).__name__} has no attribute '{self._model}' that could be the PeftModel")
+        found: PeftModel = getattr(module, self._model)
+        return found
+
+    def _folder(self, trainer: L.Trainer) -> Path:
+        return Path(self._path or trainer.default_root_dir)

@@ -1,0 +1,78 @@
+"""The callback for ``transformers.Trainer``: ``start`` at the beginning and at the end of a training."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from corda.attach import Attach
+from corda.config import CordaInit
+from corda.context import Data
+from corda.start import Start
+from tenfold import UserError
+
+
+class CordaTrainerCallback(TrainerCallback):
+    """For ``transformers.Trainer`` and what derives from it (TRL): CorDA on the adapter that the model comes with.
+
+    At the start of the training it calibrates on the base model, starts the adapter "default" in place and keeps the
+    factors as ``corda_start.safetensors`` in the output folder. A resumed run takes them from there, and refuses another
+    base model than the one that the checkpoint was trained on. At the end it writes ``lora/`` into the output folder: a
+    plain LoRA for the untouched base model. (The checkpoints themselves hold A and B relative to the start, and say so
+    in ``init_lora_weights``, which plain peft refuses.)
+
+    Args:
+        data: calibration batches, as for ``collect_context``; None with ``power=0``. Not the training loader itself:
+            running through it would move its order on.
+        init: default ``CordaInit()``.
+        attach: "anchor" leaves the base untouched: bit-exact start, quantised bases, and trainers that switch the adapter
+            off to get the reference model (DPO) find the base model under it. "residual" is the paper's way: W - s B A
+            under the adapter, 2 r (m + n) fewer multiplications a token and layer.
+        memory_budget: as for ``get_corda_model``.
+
+    Raises:
+        UserError: (in training) the model is no fresh LoRA of peft, weights are sharded (ZeRO-3, FSDP), or the
+            checkpoint to resume belongs to another base model or another start.
+    """
+
+    def __init__(
+        self,
+        data: Data | None,
+        init: CordaInit | None = None,
+        *,
+        attach: Attach = "anchor",
+        memory_budget: str | int | None = None,
+    ) -> None:
+        self._start = Start(data, init, attach, memory_budget)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the adapter, or put the base under it as it was."""
+        records: Any = (
+            state.stateful_callbacks
+        )  # by name; what is in it goes into trainer_state.json of every checkpoint
+        if self._start.factors is None:
+            folder, model = _folder(args), kwargs["model"]
+            recorded = records.get("corda")
+            if state.global_step == 0:
+                self._start.begin(model, folder, write=state.is_world_process_zero)
+            elif recorded is None:
+                raise UserError("the checkpoint to resume was not made with CordaTrainerCallback")
+            else:
+                self._start.restore(model, folder, recorded=recorded, trained=True)
+        records["corda"] = self._start.state
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the plain LoRA."""
+        if state.is_world_process_zero:
+            self._start.end(kwargs["model"], _folder(args))
+
+
+def _folder(args: TrainingArguments) -> Path:
+    if args.output_dir is None:
+        raise UserError("CordaTrainerCallback needs an output_dir")
+    return Path(os.fspath(args.output_dir))
