@@ -4,11 +4,13 @@ import pytest
 import torch
 from corda import ContextStats, CordaInit, collect_context
 from corda.context import TargetNotReachedError
+from corda.solvers import matmul_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from tenfold import NonFiniteError, UserError
+from tenfold.testing import assert_same_as_reference
 
 PLAIN = CordaInit(scale="none")
 
@@ -277,6 +279,123 @@ def test_data_may_be_a_function_that_runs_the_model(llama, batches):
     by_batches = collect_context(llama, batches)
     for group, moment in by_batches.moments.items():
         torch.testing.assert_close(by_function.moments[group], moment, rtol=1e-5, atol=1e-6)
+
+
+class Wide(nn.Module):
+    """Two siblings of few outputs and one of many inputs, with biases."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.k, self.v = nn.Linear(8, 2), nn.Linear(8, 3)
+        self.mlp = nn.Sequential(nn.Linear(5, 24), nn.Linear(24, 4))
+
+    def forward(self, x):
+        return self.mlp(torch.cat([self.k(x), self.v(x)], dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", ["cov", "cross"])
+@pytest.mark.parametrize("scale", ["peft", "none"])
+def test_half_precision_inputs_lose_nothing(dtype, accumulate, scale):
+    """Whole numbers, whose sums fp32 holds exactly: nothing is rounded but the factor 1 / max^2, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-9, 8, (3, 40, 8), generator=generator)
+    x[1] //= 3  # no power of 2 among the largest: 7, 2 -> 6
+    x[1] *= 3
+    model = nn.Sequential(nn.Linear(8, 5)).to(dtype)
+    model[0].weight.data = torch.randint(-3, 4, (5, 8), generator=generator).to(dtype)
+    stats = collect_context(model, [x.to(dtype)], init=CordaInit(scale=scale, accumulate=accumulate))
+    C = torch.zeros(8, 8, dtype=torch.float64)
+    for row in x.double():
+        weight = 1 / row.max() ** 2 if scale == "peft" else 1.0
+        for token in row:
+            C += weight * torch.outer(token, token)
+    expected = C if accumulate == "cov" else model[0].weight.detach().double() @ C
+    assert_same_as_reference(stats.moments["0"], expected, relative=1e-14)
+    if accumulate == "cross":
+        assert stats.traces["0"] == pytest.approx(C.trace().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["peft", "token_mean", "none"])
+def test_cross_moments_equal_products_with_the_covariance(llama, padded, scale, tmp_path):
+    """Property 10: W C and tr C of every layer, tall ones too; kept, added up and saved as covariances are."""
+    llama.double()
+    cov, cross = (
+        collect_context(llama, [padded], init=CordaInit(scale=scale, accumulate=accumulate))
+        for accumulate in ("cov", "cross")
+    )
+    cross.save(tmp_path / "cross.safetensors")
+    twice = cross + ContextStats.load(tmp_path / "cross.safetensors")
+    for name in cov.targets:
+        C, W = cov.covariance(name), llama.get_submodule(name).weight.detach()
+        for stats, times in ((cross, 1), (twice, 2 if scale == "none" else 1)):
+            found = stats.moment(name)
+            assert_same_as_reference(found.product, times * W @ C, relative=1e-10)
+            assert found.trace == pytest.approx(times * C.trace().item(), rel=1e-10)
+    assert twice.tokens["model.layers.0.mlp.down_proj"] == 2 * int(padded["attention_mask"].sum())
+    with pytest.raises(UserError, match="has a cross moment, no covariance; collect with accumulate='cov'"):
+        cross.covariance(name)
+    with pytest.raises(UserError, match="another accumulate"):
+        cov + cross
+
+
+def test_auto_takes_cross_moments_where_they_are_smaller_and_nobody_else_needs_more():
+    x = [torch.randn(2, 5, 8)]
+
+    def crossed(reusable=False, **init):
+        stats = collect_context(Wide(), x, init=CordaInit(**init), reusable=reusable)
+        assert all(stats.groups[name] == name for name in stats.traces)
+        return sorted(stats.traces)
+
+    assert crossed() == ["k", "mlp.1", "v"]
+    assert crossed(reusable=True) == crossed(accumulate="cov") == crossed(power=0.5) == []
+    assert crossed(reusable=True, accumulate="cross") == ["k", "mlp.0", "mlp.1", "v"]
+    tall = Wide()
+    tall.v, tall.mlp[0] = nn.Linear(8, 6), nn.Linear(8, 24)  # k and v have as many outputs as inputs
+    assert collect_context(tall, x, init=CordaInit(), reusable=False).traces.keys() == {"mlp.1"}
+    with pytest.raises(UserError, match="accumulate cross serves power 1 only, got power 0.5"):
+        CordaInit(accumulate="cross", power=0.5)
+
+
+@pytest.mark.parametrize("accumulate", ["cov", "cross"])
+def test_a_share_without_data_adds_nothing(llama, batches, accumulate):
+    """Property 11: as for two ranks, of which one has no data, or none that reaches every layer."""
+    init = CordaInit(accumulate=accumulate)
+    whole = collect_context(llama, batches, init=init)
+    nothing = collect_context(llama, [], init=init, complete=False)
+    for found in (whole + nothing, nothing + whole, nothing + whole + nothing):
+        assert (found.groups, found.tokens, found.traces) == (whole.groups, whole.tokens, whole.traces)
+        assert all(torch.equal(found.moments[group], moment) for group, moment in whole.moments.items())
+    with pytest.raises(TargetNotReachedError, match="no token has reached layer model.layers.0"):
+        (nothing + nothing).moment("model.layers.0.mlp.up_proj")
+    assert whole.reduce() is whole, "without a process group"
+
+
+@pytest.mark.parametrize("setting", ["highest", "medium"])
+def test_products_do_not_depend_on_the_precision_that_the_user_allows(setting):
+    before = torch.get_float32_matmul_precision()
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    try:
+        torch.set_float32_matmul_precision(setting)
+        own = [backend.fp32_precision for backend in backends]
+        with matmul_precision(tf32=False):
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+        with pytest.raises(KeyError), matmul_precision(tf32=True):
+            assert backends[0].fp32_precision == "tf32"
+            raise KeyError
+        assert [backend.fp32_precision for backend in backends] == own
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_output_head_is_not_computed_unless_it_is_a_target(llama, batches):
+    heads = []
+    llama.lm_head.register_forward_hook(lambda *args: heads.append(1))
+    collect_context(llama, batches)
+    assert not heads
+    assert "lm_head" in collect_context(llama, batches, ["lm_head", "model.layers.0.mlp.up_proj"]).moments
 
 
 def test_saved_and_loaded(llama, batches, tmp_path):

@@ -10,13 +10,14 @@ import torch
 from corda import demo
 from corda.cli import main
 from corda.config import DemoSettings
+from corda.finetune import Trajectory
 from transformers import AutoTokenizer
 
 from tenfold import UserError
 from tenfold.runs import Run
 
 SETTINGS = DemoSettings(level="quick", steps=2, facts=16, seeds=[0, 1])
-STARTS = ("lora", "pissa", "milora", "corda-kpm", "corda-ipm")
+STARTS = ("lora", "corda-kpm", "corda-ipm", "ipm-balanced")
 ARMS = ["whole", "svd"] + [f"{name}-{kind}" for name in ("asvd", "half", "corda") for kind in ("facts", "text")]
 ARMS += [f"directions-{kind}" for kind in ("facts", "text")]
 ARMS += [f"{rate}-{name}" for rate in ("tuned", "common") for name in STARTS]
@@ -26,7 +27,8 @@ def open_run(path, **options):
     return Run.open(path, package="corda", verb="demo", settings=SETTINGS, **options)
 
 
-FEWER = """
+FEWER = f"""
+demo.STARTS = {{name: demo.STARTS[name] for name in {STARTS}}}
 demo.CALIBRATION_WINDOWS["quick"] = 16
 demo.MEASURED_WINDOWS = demo.TASK_WINDOWS = 4
 demo.TASK_STEPS["quick"] = 2
@@ -38,7 +40,7 @@ def few_measurements():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CALIBRATION_WINDOWS", "TASK_STEPS"):
             patch.setattr(demo, name, dict(getattr(demo, name)))
-        for name in ("MEASURED_WINDOWS", "TASK_WINDOWS"):
+        for name in ("MEASURED_WINDOWS", "TASK_WINDOWS", "STARTS"):
             patch.setattr(demo, name, getattr(demo, name))
         exec(FEWER, {"demo": demo})
         yield
@@ -56,7 +58,7 @@ def test_quick_level_measures_every_arm_and_decides_nothing(first):
     assert summary["level"] == "quick"
     assert summary["seeds"] == [0, 1]
     assert sorted(summary["arms"]) == sorted(ARMS)
-    assert [claim["holds"] for claim in summary["claims"]] == [None] * 13
+    assert [claim["holds"] for claim in summary["claims"]] == [None] * 15
     assert {claim["kind"] for claim in summary["claims"]} == {"ratio", "count", "difference"}
     assert summary["arms"]["directions-facts"]["layers"] == [21, 21]
     assert summary["arms"]["tuned-lora"]["reached"] == [0, 0]
@@ -76,16 +78,16 @@ KILLED = f"""
 import os, signal, sys
 from corda import cli, demo
 {FEWER}
-finetune, calls = demo.finetune, []
+truncation, calls = demo.truncation, []
 
-def until_killed(*arguments):
+def until_killed(*arguments, **options):
     calls.append(arguments)
-    if len(calls) == int(sys.argv[1]):  # in the second seed, after most of its measurements
+    if len(calls) == 2:  # in the second seed, after its training
         os.kill(os.getpid(), signal.SIGKILL)
-    return finetune(*arguments)
+    return truncation(*arguments, **options)
 
-demo.finetune = until_killed
-cli.main(sys.argv[2:])
+demo.truncation = until_killed
+cli.main(sys.argv[1:])
 """
 
 
@@ -105,8 +107,7 @@ def test_a_killed_demo_resumes_to_the_numbers_of_an_unbroken_one_and_measures_no
         "--out",
         f"{tmp_path}/run",
     ]
-    fine_tunings = len({(name, rate) for name in STARTS for rate in (demo.RATES[name], demo.COMMON_RATE)})
-    command = [sys.executable, "-c", KILLED, str(fine_tunings + 2), *words]
+    command = [sys.executable, "-c", KILLED, *words]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
     assert [path.name for path in (tmp_path / "run/results").iterdir()] == ["seed-0.json"]
     assert main(words) == 2  # unfinished: neither --resume nor --overwrite
@@ -119,6 +120,11 @@ def test_a_killed_demo_resumes_to_the_numbers_of_an_unbroken_one_and_measures_no
     assert {**resumed, "seconds": 0} == {**first[1], "seconds": 0}
 
 
+def demo_metrics(level):
+    losses = demo.levels(demo.TARGET[level])
+    return [f"{what} {loss:.2f}" for what in ("facts known at", "steps to") for loss in losses]
+
+
 def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
     results = json.loads((first[0] / "results/seed-0.json").read_text())
     values = results["values"]
@@ -128,11 +134,12 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
         values[f"corda-{'text' if kind == 'facts' else 'facts'}"][f"{kind} +loss 50"] = 0.29
     values["whole"]["facts known"] = 95
     values["directions-text"]["layers, energy KPM / MiLoRA"] = 20
-    for name, lost, steps in (("lora", 40, 100), ("corda-kpm", 33, 50), ("corda-ipm", 90, 79)):
+    measured = (("lora", 40, 100), ("corda-kpm", 33, 50), ("corda-ipm", 90, 81), ("ipm-balanced", 50, 79))
+    for name, lost, steps in measured:
         values[f"tuned-{name}"]["facts lost"] = lost
-        values[f"common-{name}"]["steps"] = steps
+        values[f"common-{name}"].update({"facts lost": 31 if name == "corda-kpm" else lost, "steps": steps})
     for name in STARTS:
-        values[f"tuned-{name}"]["reached"] = 1
+        values[f"tuned-{name}"] |= {"reached": 1, **dict.fromkeys(demo_metrics("full"), 50)}
     monkeypatch.setitem(demo.DROPS, "full", (50,))
     settings = DemoSettings(level="full")
     run = Run.open(tmp_path / "full", package="corda", verb="demo", settings=settings)
@@ -141,8 +148,9 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
     summary = demo.run(settings, run, quiet=True)
     assert summary["seeds"] == [0, 1, 2, 3, 4]
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"]}
-    true = ("learned", "svd_facts", "svd_text", "asvd_facts", "asvd_text", "gain_kpm", "energy_ipm", "target", "steps")
-    false = ("matched_facts", "matched_text", "energy_kpm", "kept")
+    true = ("learned", "svd_facts", "svd_text", "asvd_facts", "asvd_text", "gain_kpm", "energy_ipm", "target")
+    true += ("kept_common", "steps_ipm_balanced")
+    false = ("matched_facts", "matched_text", "energy_kpm", "kept_tuned", "steps_corda_ipm")
     assert claims == dict.fromkeys(true, True) | dict.fromkeys(false, False)
 
 
@@ -195,6 +203,18 @@ def test_gain_is_the_norm_of_the_answer():
     A, X = torch.randn(4, 16, dtype=torch.float64), torch.randn(16, 50, dtype=torch.float64)
     expected = torch.linalg.norm(A @ X) / torch.linalg.norm(A) / torch.linalg.norm(X)
     assert demo.gain(A, X @ X.T) == pytest.approx(expected.item())
+
+
+def test_price_is_what_stands_at_the_target_and_on_the_way_there():
+    metrics = {"loss": [2.2, 1.8, 1.6], "facts known": [90.0, 70.0, 60.0], "facts loss": [0.1, 0.3, 0.4]}
+    trajectory = Trajectory([0, 10, 20], metrics | {"text loss": [1.5, 1.6, 1.8]})
+    found = demo.price(trajectory, 1.7)
+    expected = {"reached": 1, "steps": 15, "facts known": 65, "facts loss": 0.35, "text loss": 1.7, "facts lost": 25}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["steps to 2.00"] == pytest.approx(5)
+    assert found["facts known at 2.00"] == pytest.approx(80)
+    unreached = demo.price(trajectory, 1.5)
+    assert (unreached["reached"], unreached["steps"], unreached["facts known at 1.50"]) == (0, 20, 60)
 
 
 def test_fact_windows_begin_with_a_whole_fact():

@@ -1,7 +1,8 @@
 import mpmath
 import pytest
 import torch
-from corda import CordaInit, DampedCovariance, factorize
+from corda import CordaInit, CrossMoment, DampedCovariance, factorize
+from corda.factors import output_energy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -267,6 +268,77 @@ def test_a_shared_damped_covariance_gives_the_same_factors():
         own = factorize(W, C, 3, CordaInit(mode=mode))
         shared = factorize(W, DampedCovariance(C, 0.01), 3, CordaInit(mode=mode))
         assert torch.equal(own.A, shared.A)
+
+
+def cross(W, C):
+    return CrossMoment(W.double() @ C, C.trace().item())
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (128, 128), (160, 96)])
+@pytest.mark.parametrize(
+    "init",
+    [
+        CordaInit(mode="kpm"),
+        CordaInit(mode="kpm", solver="lapack_svd"),
+        CordaInit(mode="ipm", solver="randomized"),
+        CordaInit(mode="ipm", solver="exact", balance="balanced"),
+    ],
+)
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_cross_moment_gives_what_the_covariance_gives(monkeypatch, shape, init, on_cpu):
+    """Property 10: W C in place of C, wide, square and tall; also by the functions that a GPU takes."""
+    W, C, X = problem(*shape)
+    before = cross(W, C)
+    expected = factorize(W, C, 6, init)
+    monkeypatch.setattr("corda.solvers._on_cpu", lambda matrix: on_cpu)
+    moment = cross(W, C)
+    found = factorize(W, moment, 6, init)
+    assert (found.solver, found.precision) == (expected.solver, expected.precision)
+    assert_same_as_reference(found.B @ found.A, expected.B @ expected.A, relative=1e-10)
+    assert_same_as_reference(found.sigma, expected.sigma, relative=1e-10)
+    assert torch.equal(moment.product, before.product), "not written into"
+    energy = (found.left.T @ W @ X).square().sum() / (W @ X).square().sum()
+    assert output_energy(W, moment, found.left) == pytest.approx(energy.item(), rel=1e-9)
+    assert output_energy(W, C, found.left) == pytest.approx(energy.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (16, 16), (24, 16)])
+def test_null_directions_with_a_cross_moment(shape):
+    W, C, _ = problem(*shape)
+    W[:4, :] = 0
+    W[:, :6] = 0
+    for skip in (True, False):
+        init = CordaInit(mode="kpm", skip_null=skip)
+        found, expected = factorize(W, cross(W, C), 3, init), factorize(W, C, 3, init)
+        assert found.null == expected.null > 0
+        assert_same_as_reference(found.B @ found.A, expected.B @ expected.A, relative=1e-9)
+
+
+def test_bad_cross_moments():
+    """Property 23."""
+    W, C, _ = problem(12, 20)
+    with pytest.raises(UserError, match="serves power 1 only, got power 0.5; collect with accumulate='cov'"):
+        factorize(W, cross(W, C), 3, CordaInit(power=0.5))
+    with pytest.raises(UserError, match="cross moment of 10 x 20 does not fit a weight of 12 x 20"):
+        factorize(W, cross(W[:10], C), 3)
+    with pytest.raises(UserError, match="all inputs were zero"):
+        factorize(W, cross(W, 0 * C), 3)
+    with pytest.raises(NonFiniteError, match="the cross moment holds NaN"):
+        factorize(W, CrossMoment(W * float("nan"), 1.0), 3)
+
+
+def test_nothing_that_is_given_is_written_into():
+    """Whatever the solvers overwrite is their own, fp64 and every power included."""
+    for shape in SHAPES:
+        W, C, _ = problem(*shape)
+        given = W.clone(), C.clone()
+        for mode in MODES:
+            for power in (1, 0.5, 0):
+                shared = DampedCovariance(C, 0.01)
+                one = factorize(W, shared, 3, CordaInit(mode=mode, power=power))
+                assert torch.equal(one.A, factorize(W, shared, 3, CordaInit(mode=mode, power=power)).A)
+        assert torch.equal(W, given[0])
+        assert torch.equal(C, given[1])
 
 
 def test_dtypes_of_the_factors():

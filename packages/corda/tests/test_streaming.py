@@ -9,8 +9,14 @@ from corda import CordaInit, build_factors, collect_context, output_energies, st
 from corda.streaming import parse_bytes
 from peft import LoraConfig
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, T5Config
-from transformers import T5ForConditionalGeneration
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tenfold import NonFiniteError, UserError
 from tenfold.testing import assert_same_as_reference
@@ -101,7 +107,7 @@ def test_everything_is_as_before(blocks, data):
 
 
 class Surrounded(nn.Module):
-    """A stack between two layers, all of them targets; of `kind` chain, or of blocks that hand more on than they say."""
+    """A stack between two layers, all of them targets: a chain, blocks that hand on more, or not always as many."""
 
     def __init__(self, kind="chain"):
         super().__init__()
@@ -113,8 +119,8 @@ class Surrounded(nn.Module):
     def forward(self, x):
         x = self.first(x)
         skip = x
-        for block in self.blocks:
-            x = block(x)
+        for block in self.blocks[: len(x) if self.kind == "early" else None]:
+            x = block(input=x)
             if self.kind == "skip":
                 x, skip = x + skip, x
         if self.kind == "twice":
@@ -135,6 +141,12 @@ def test_layers_outside_of_the_stack_and_stacks_that_are_no_chain(kind, warning,
         found = stream_factors(model, data, lora, memory_budget=budget)
     assert [warning in str(w.message) for w in caught if "not streamed" in str(w.message)] == [True] * bool(warning)
     assert_same(found, expected)
+
+
+def test_a_batch_that_leaves_the_stack_early():
+    lora = LoraConfig(r=2, target_modules=r"blocks\.\d\.0")
+    with pytest.raises(UserError, match="a batch takes another way through blocks than the first one"):
+        stream_factors(Surrounded("early"), [torch.randn(rows, 5, 6).double() for rows in (3, 2)], lora)
 
 
 def test_a_function_is_called_once_for_each_pass(blocks, data):

@@ -176,7 +176,7 @@ def solve_layers(
     """
     groups = agreed(lambda: {name: stats.group(name) if stats else name for name in targets})
     if world_size() > 1:
-        _check_equal(stats, groups, init)
+        _check_equal(stats, dict(targets), init)
     owners = _owners(model, groups)
     if stats and spend:
         for group in [group for group in stats.moments if owners.get(group) != rank()]:
@@ -236,10 +236,11 @@ def _solve_group(
     return solved
 
 
-def _check_equal(stats: ContextStats | None, groups: Mapping[str, str], init: CordaInit) -> None:
+def _check_equal(stats: ContextStats | None, targets: dict[str, Target], init: CordaInit) -> None:
     """Raise on every rank unless all hold the same statistics."""
-    held = [groups, init, stats and (stats.fingerprint, stats.tokens, stats.samples, stats.traces)]
+    held: list[Any] = [targets, init]
     if stats:
+        held += [stats.fingerprint, stats.groups, stats.tokens, stats.samples, stats.traces]
         held.append({group: moment.diagonal().sum().item() for group, moment in stats.moments.items()})
     others: list[Any] = [None] * world_size()
     dist.all_gather_object(others, held)

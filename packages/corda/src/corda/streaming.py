@@ -49,8 +49,8 @@ UNITS = {
     **{f"{unit}{i}b": (1024 if i else 1000) ** k for k, unit in enumerate(("", *"kmgt")) for i in ("", "i")},
 }
 """What follows the number of a memory budget, in small letters -> bytes."""
-ROUNDING = 64
-"""Units in the last place of its largest value by which a stack's streamed output may differ from the model's own."""
+ROUNDING = 2
+"""By how many times the precision of its dtype a stack's streamed output may differ from the model's own (in norm)."""
 
 
 def stream_factors(
@@ -266,6 +266,8 @@ class _Recorder:
 
         with _replaced_forwards(self.stack.blocks, identity):
             forward(self.model, batch)
+        if len(calls) != len(self.stack.blocks):
+            raise UserError(f"a batch takes another way through {self.stack.name} than the first one")
         return _Pass(hidden[0], mask_of(batch), calls)
 
 
@@ -369,8 +371,11 @@ class _Job:
             return f"block by block it fails ({type(error).__name__}: {error})"
         finally:
             stack.last = None
-        allowed = ROUNDING * torch.finfo(expected.dtype).eps * expected.abs().max()
-        if found.hidden.shape != expected.shape or not (found.hidden.to(expected) - expected).abs().max() <= allowed:
+        allowed = ROUNDING * torch.finfo(expected.dtype).eps * expected.double().norm()
+        if (
+            found.hidden.shape != expected.shape
+            or not (found.hidden.to(expected) - expected).double().norm() <= allowed
+        ):
             return "block by block, the first batch comes out otherwise than from the model"
         return ""
 
