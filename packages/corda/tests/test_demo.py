@@ -139,7 +139,8 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
         values[f"tuned-{name}"]["facts lost"] = lost
         values[f"common-{name}"].update({"facts lost": 31 if name == "corda-kpm" else lost, "steps": steps})
     for name in STARTS:
-        values[f"tuned-{name}"] |= {"reached": 1, **dict.fromkeys(demo_metrics("full"), 50)}
+        for kind in ("tuned", "common"):
+            values[f"{kind}-{name}"] |= {"reached": 1, **dict.fromkeys(demo_metrics("full"), 50)}
     monkeypatch.setitem(demo.DROPS, "full", (50,))
     settings = DemoSettings(level="full")
     run = Run.open(tmp_path / "full", package="corda", verb="demo", settings=settings)
@@ -152,6 +153,22 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
     true += ("kept_common", "steps_ipm_balanced")
     false = ("matched_facts", "matched_text", "energy_kpm", "kept_tuned", "steps_corda_ipm")
     assert claims == dict.fromkeys(true, True) | dict.fromkeys(false, False)
+
+
+def test_the_default_level_fine_tunes_with_one_rate_and_decides_the_main_claims(first, tmp_path, monkeypatch):
+    assert demo.fine_tuned("default") == {f"common-{name}": (name, demo.COMMON_RATE) for name in STARTS}
+    results = json.loads((first[0] / "results/seed-0.json").read_text())
+    values = {arm: metrics for arm, metrics in results["values"].items() if not arm.startswith("tuned")}
+    for name in STARTS:
+        values[f"common-{name}"]["facts lost"] = 30 if name == "corda-kpm" else 50
+    monkeypatch.setitem(demo.DROPS, "default", (50,))
+    settings = DemoSettings()
+    run = Run.open(tmp_path / "default", package="corda", verb="demo", settings=settings)
+    run.write_json("results/seed-0.json", {**results, "values": values})
+    summary = demo.run(settings, run, quiet=True)
+    claims = {claim["id"]: claim["holds"] for claim in summary["claims"] if claim["id"].startswith(("kept", "steps"))}
+    assert claims == {"kept_common": True, "steps_corda_ipm": None, "steps_ipm_balanced": None}
+    assert "tuned-lora" not in summary["arms"]
 
 
 def test_the_saved_model_goes_on_with_the_command_line(first, tmp_path, capsys):

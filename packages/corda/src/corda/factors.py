@@ -1,6 +1,7 @@
 """The factors of all layers of a model, out of its weights and the calibration statistics."""
 
 import dataclasses
+import itertools
 import os
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from corda.config import CordaInit
 from corda.context import ContextStats, agreed
 from corda.solvers import STRIP, CrossMoment, DampedCovariance, Factors, factorize
-from corda.targets import Target, linear, resolve_targets, shape_of, weight_of
+from corda.targets import Target, resolve_targets, shape_of, weight_of
 from tenfold import NonFiniteError, UserError, checkpoints
 from tenfold.distributed import rank, world_size
 
@@ -252,9 +253,11 @@ def _check_equal(stats: ContextStats | None, targets: dict[str, Target], init: C
 
 def _owners(model: nn.Module, groups: Mapping[str, str]) -> dict[str, int]:
     """Group -> the rank that solves it: the most expensive ones first, each to the rank that has least to do."""
+    if world_size() == 1:
+        return dict.fromkeys(groups.values(), 0)
     costs: Counter[str] = Counter()
     for name, group in groups.items():
-        m, n = shape_of(linear(model, name), name)
+        m, n = shape_of(model.get_submodule(name), name)
         costs[group] += m * n * min(m, n) + n**3
     loads = [0] * world_size()
     owners = dict.fromkeys(groups.values(), 0)
@@ -276,7 +279,8 @@ def _exchanged(model: nn.Module, solved: Solved, owners: Mapping[str, int]) -> S
     for name, owner in owners.items():
         found, dtype, layer = gathered[owner][name]
         (m, n), r = layer.shape, layer.rank
-        device = next(linear(model, name).parameters()).device
+        module = model.get_submodule(name)
+        device = next(itertools.chain(module.parameters(), module.buffers())).device
         tensors = {}
         for part, shape in zip(TENSORS, ((r, n), (m, r), (m, r), (r,)), strict=True):
             own = getattr(solved[name][0], part) if owner == rank() else torch.empty(shape, dtype=dtype, device=device)
