@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from corda.factors import FactorSet, build_factors
 from corda.streaming import stream_factors
 from corda.targets import resolve_targets, writable_weight
 from tenfold import UserError
+from tenfold.distributed import world_size
 from tenfold.errors import did_you_mean
 from tenfold.runs import replacing
 
@@ -47,8 +49,8 @@ def get_corda_model(
         init: default ``CordaInit()``.
         attach: residual (the paper's and peft's way, see ``apply_corda``), or anchor (the base stays untouched and may be
             quantised, and the start is exact; see ``apply_anchor``).
-        memory_budget: the most that statistics may take at once, such as ``"6GB"``, for which the data are gone through
-            more than once (see ``stream_factors``). Default: the statistics of all layers in one pass.
+        memory_budget: the most that statistics may take at once, such as ``"6GB"`` (see ``stream_factors``). Default: those
+            of one decoder block at a time; of all layers where the data are a generator, which is used up by one pass.
 
     Returns:
         The ``PeftModel``; train it as any LoRA. ``to_lora`` then saves the outcome for the untouched base model: from an
@@ -88,9 +90,10 @@ def calibrated_factors(
         return build_factors(model, None, lora_config, init)
     if data is None:
         raise UserError(f"power {init.power} needs calibration data")
-    if memory_budget is not None:
+    if memory_budget is not None or not isinstance(data, Iterator):
         return stream_factors(model, data, lora_config, init, memory_budget=memory_budget)
-    stats = collect_context(model, data, list(resolve_targets(model, lora_config)), init)
+    targets = list(resolve_targets(model, lora_config))
+    stats = collect_context(model, data, targets, init, reusable=False, complete=world_size() == 1).reduce()
     return build_factors(model, stats, lora_config, init)
 
 

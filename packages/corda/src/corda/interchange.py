@@ -101,7 +101,8 @@ def preprocess_corda(
         else:
             if run_model is None:
                 raise UserError("run_model is missing, and neither cache_file nor covariance_file exists yet")
-            stats = collect_context(hooked_model or model, run_model, list(targets), init)
+            kept = settings.covariance_file is not None
+            stats = collect_context(hooked_model or model, run_model, list(targets), init, reusable=kept)
             stats = dataclasses.replace(stats, fingerprint=fingerprint(model))
             if settings.covariance_file is not None:
                 stats_to_peft(stats, settings.covariance_file)
