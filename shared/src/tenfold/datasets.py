@@ -496,7 +496,7 @@ def npz_images(path: str | Path) -> tuple[Images, Images | None]:
 
 
 def _npz_forms(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and type of the arrays, from their headers; empty for a file that cannot be read, which ``npz_arrays`` then says."""
+    """Shape and type of the arrays, by their headers; empty for a file that cannot be read, as ``npz_arrays`` then says."""
     forms = {}
     try:
         with zipfile.ZipFile(path) as archive:
