@@ -3,6 +3,7 @@
 Shape suffixes: M rows (both halves of the batch), C classes, D columns of the factor, B rows of a block.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,7 +71,7 @@ def category_contrast(
         lse_M, top_M = _StreamingLogSumExp.apply(A_MD, G_DD, tau, chunk, eps is not None)
         if eps is not None:
             diagonal_M = (AG_MD * A_MD).sum(dim=1).detach() / tau
-            lse_M = torch.logaddexp(lse_M, torch.maximum(top_M, diagonal_M) + torch.tensor(eps).log())
+            lse_M = torch.logaddexp(lse_M, torch.maximum(top_M, diagonal_M) + math.log(eps))
         out: Tensor = (tau / tau0) * (lse_M - positive_M)
         return out
 

@@ -54,7 +54,7 @@ class Split:
 
     def part(self, indices: Sequence[int] | Tensor) -> "Split":
         """Some of the images."""
-        where = torch.as_tensor(indices)
+        where = torch.as_tensor(indices, dtype=torch.int64)
         paths = tuple(self.paths[i] for i in where.tolist()) if self.paths else ()
         return Split(self.labels[where], None if self.images is None else self.images[where], paths, self.size)
 
@@ -115,7 +115,7 @@ class Indexed(Dataset[Any]):
 
 
 def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def _square_side(side: int) -> int:
@@ -176,6 +176,10 @@ def load(source: str, settings: DataSettings | None = None) -> Data:
     train = data.train
     if settings.limit:
         train = train.part(_stratified(train.labels, settings.limit / len(train))[0])
+    if not len(train) or not len(data.test):
+        raise DataError(
+            f"--data {source}: {len(train)} training and {len(data.test)} test images: one of each at least is needed"
+        )
     val = None
     if settings.val_fraction:
         chosen, rest = _stratified(train.labels, settings.val_fraction)
@@ -184,12 +188,12 @@ def load(source: str, settings: DataSettings | None = None) -> Data:
 
 
 def _stratified(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
-    """Indices of about that share of each class (one at least), and of the rest; the same for the same labels."""
+    """Indices of about that share of each class (one at least, but not the last one), and of the rest; the same for the same labels."""
     generator = torch.Generator().manual_seed(0)
     taken: list[int] = []
     for label in torch.unique(labels):
         members = (labels == label).nonzero()[:, 0]
-        count = max(1, min(len(members), round(len(members) * share)))
+        count = min(max(1, round(len(members) * share)), len(members) - (share < 1))
         taken += members[torch.randperm(len(members), generator=generator)[:count]].tolist()
     rest = set(range(len(labels))) - set(taken)
     return sorted(taken), sorted(rest)

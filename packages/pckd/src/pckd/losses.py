@@ -35,6 +35,11 @@ class Outputs:
     bias: Tensor | None = None
     hint: Tensor | None = None
 
+    def detach(self) -> "Outputs":
+        """Without gradients: what a teacher gives."""
+        bias, hint = (None if x is None else x.detach() for x in (self.bias, self.hint))
+        return Outputs(self.logits.detach(), self.feature.detach(), self.weight.detach(), bias, hint)
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -232,11 +237,9 @@ class CategoryContrastLoss(nn.Module):
         q_NT = F.normalize(self.to_teacher(feature), dim=1)
         config = self.config
         if config.contrast == "center":
-            own = F.cross_entropy(
-                u_NS.float() @ F.normalize(weight.float(), dim=1).T / config.tau, labels, reduction="none"
-            )
-            other = q_NT.float() @ F.normalize(teacher.float(), dim=1).T / config.tau
-            return own + F.cross_entropy(other, labels, reduction="none")
+            own = u_NS @ F.normalize(weight, dim=1).T / config.tau
+            other = q_NT @ F.normalize(teacher.to(q_NT.dtype), dim=1).T / config.tau
+            return F.cross_entropy(own, labels, reduction="none") + F.cross_entropy(other, labels, reduction="none")
         gram = None
         wide = len(weight) > u_NS.shape[1] + q_NT.shape[1]
         if config.gram == "always" or (config.gram == "auto" and wide and not config.normalize_relations):
@@ -357,6 +360,7 @@ class PCKDLoss(Objective):
         if self.teacher_rows != "none" and teacher is None:
             raise ValueError("a weight above 0 needs the teacher's outputs")
         if teacher is not None:
+            teacher = teacher.detach()
             upright_t = teacher.logits[:: len(teacher.logits) // len(labels)]
             if config.delta:
                 kd = ((v if "kd" in preview.targets else one) * kd_per_sample(upright, upright_t, config.T)).mean()
@@ -420,6 +424,7 @@ class BaselineLoss(Objective):
         terms = {"ce": total.detach()}
         if self.method != "ce":
             assert teacher is not None
+            teacher = teacher.detach()
             upright_t = teacher.logits[:: len(teacher.logits) // len(labels)]
             if self.method == "kd":
                 term = kd_per_sample(upright, upright_t, self.kd.T).mean()

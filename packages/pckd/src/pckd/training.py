@@ -87,8 +87,8 @@ class PCKDLightning(pl.LightningModule):
         loss: LossOutput = self.distiller(
             images, labels, epoch + 1, self.epochs, teacher_images=teacher_images, teacher_outputs=outputs
         )
-        terms = {"loss": loss.total.detach(), **loss.terms, "mean weight": loss.weights.mean()}
-        self.log_dict(terms)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # logging in vain costs as much as the losses
+            self.log_dict({"loss": loss.total.detach(), **loss.terms, "mean weight": loss.weights.mean()})
         return {"loss": loss.total, "index": index, "gamma": loss.gamma, "weights": loss.weights}
 
     def on_validation_epoch_start(self) -> None:

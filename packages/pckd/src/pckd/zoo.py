@@ -347,6 +347,6 @@ ZOO: dict[str, Callable[[int], nn.Module]] = {
     "MobileNetV2": MobileNetV2,
     "ShuffleV1": ShuffleV1,
     "ShuffleV2": ShuffleV2,
-    **{f"plain{w}": partial(Plain, w) for w in (4, 8, 32)},
+    **{f"plain{w}": partial(Plain, w) for w in (4, 8, 16, 32)},
 }
 """Name -> a function of the number of classes."""
