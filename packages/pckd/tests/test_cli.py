@@ -157,6 +157,7 @@ def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
         "cifar:plain4",
         "--out",
         str(tmp_path / "m"),
+        "--overwrite",
         *SMALL,
     ]
     taught = [*base, "--teacher", "cifar:plain8", "--teacher_weights", str(teacher)]

@@ -158,7 +158,8 @@ loss = model(images.view(8, 2, 10)[half].flatten(0, 1), labels[half], 3)
 loss.total.backward()
 total = loss.total.detach().clone()
 dist.all_reduce(total)
-torch.save({"total": total / 2, "gamma": loss.gamma, **{n: p.grad for n, p in distiller.named_parameters()}}, f"{out}/{rank}.pt")
+grads = {n: p.grad for n, p in distiller.named_parameters()}
+torch.save({"total": total / 2, "gamma": loss.gamma, **grads}, f"{out}/{rank}.pt")
 """
 MODEL = """
 import torch

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 512
-"""Rows of a block; a tile of scores is CHUNK x CHUNK."""
-KEPT_BYTES = 16 * 2**20
-"""Exponentials of no more than this are kept for the backward pass; beyond, it computes them again."""
+CHUNK = 128
+"""Rows of a strip of scores, (CHUNK, M)."""
 
 
 def category_contrast(
@@ -32,9 +30,8 @@ def category_contrast(
         S = A A^T / tau,   P(i) = {j != i : y_j = y_i}
         ell_i = (tau / tau0) (log sum_{k != i} exp S_ik  -  mean_{j in P(i)} S_ij)  >=  (tau / tau0) log |P(i)|
 
-    The mean over positives needs class sums only, O(M C). The log-sum-exp runs over tiles of the upper triangle, which
-    the backward pass computes again beyond 16 MiB, so memory is O(M C + chunk^2). Not differentiable twice. Always in
-    fp32 at least.
+    The mean over positives needs class sums only, O(M C). The log-sum-exp runs over strips of the upper triangle, which
+    the backward pass computes again, so memory is O(M C + chunk M). Not differentiable twice. Always in fp32 at least.
 
     Args:
         relations: A; rows are not normalized here, as in the authors' code.
@@ -45,7 +42,7 @@ def category_contrast(
             in a basis of D vectors and G their Gram matrix, the cost is independent of the number of classes.
         eps: as in the authors' code, which subtracts each row's maximum with the diagonal in it and adds 1e-7 to the sum;
             with large norms the repulsion then vanishes. None is the exact formula above.
-        chunk: rows of a block; changes memory and speed only.
+        chunk: rows of a strip; changes memory and speed only.
 
     Shapes: (M, C), (M,) -> (M,); with ``gram`` (D, D): (M, D), (M,) -> (M,).
 
@@ -76,28 +73,11 @@ def category_contrast(
         return out
 
 
-def _tiles(rows: int, chunk: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of rows and columns of the upper triangle."""
-    starts = range(0, rows, chunk)
-    for first, i in enumerate(starts):
-        for j in starts[first:]:
-            yield slice(i, min(i + chunk, rows)), slice(j, min(j + chunk, rows))
-
-
-class _Products:
-    """Tiles of L R^T in one buffer, that is used again for the next tile; -inf on the diagonal of the whole."""
-
-    def __init__(self, left: Tensor, right: Tensor, chunk: int) -> None:
-        self.left, self.right = left, right
-        side = min(chunk, len(left))
-        self.buffer = left.new_empty(side * side)
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        """L[rows] R[columns]^T."""
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        out = self.buffer[: height * width].view(height, width)
-        torch.mm(self.left[rows], self.right[columns].T, out=out)
-        return out.fill_diagonal_(-torch.inf) if rows == columns else out
+def _strips(rows: int, chunk: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Blocks of rows, with the columns from the block on, and those after it: the upper triangle."""
+    for start in range(0, rows, chunk):
+        stop = min(start + chunk, rows)
+        yield slice(start, stop), slice(start, rows), slice(stop, rows)
 
 
 class _StreamingLogSumExp(torch.autograd.Function):
@@ -116,38 +96,29 @@ class _StreamingLogSumExp(torch.autograd.Function):
         size = len(x_MD)
         half_M = (x_MD * xG_MD).sum(dim=1) / (2 * tau)
         left_ME, right_ME = _factors(x_MD, xG_MD, half_M, tau)
-        products = _Products(left_ME, right_ME, chunk)
+        buffer = x_MD.new_empty(min(chunk, size) * size)
         shift = half_M.max()
         b_M = (half_M - shift).exp()
         sum_M = torch.zeros_like(b_M)
         top_M = torch.full_like(b_M, -torch.inf)
-        keep = size * (size + chunk) // 2 * x_MD.element_size() <= KEPT_BYTES and (
-            x_MD.requires_grad or (G_DD is not None and G_DD.requires_grad)
-        )
-        kept = []
-        for rows, columns in _tiles(size, chunk):
-            E_BB = products.tile(rows, columns)
+        for rows, here, after in _strips(size, chunk):
+            E_BM = _product(left_ME[rows], right_ME[here], buffer)
             if tops:
-                S_BB = E_BB + half_M[rows, None] + half_M[columns]
-                top_M[rows] = torch.maximum(top_M[rows], S_BB.amax(dim=1))
-                top_M[columns] = torch.maximum(top_M[columns], S_BB.amax(dim=0))
-            E_BB.exp_()
-            sum_M[rows].addmv_(E_BB, b_M[columns])
-            if rows != columns:
-                sum_M[columns].addmv_(E_BB.T, b_M[rows])
-            if keep:
-                kept.append(E_BB.clone())
+                S_BM = E_BM + half_M[rows, None] + half_M[here]
+                top_M[rows] = torch.maximum(top_M[rows], S_BM.amax(dim=1))
+                top_M[here] = torch.maximum(top_M[here], S_BM.amax(dim=0))
+            E_BM.exp_()
+            sum_M[rows].addmv_(E_BM, b_M[here])
+            sum_M[after].addmv_(E_BM[:, len(E_BM) :].T, b_M[rows])
         ctx.even = bool((sum_M > 1e-30).all())
         lse_M = sum_M.log() + half_M + shift
         if not ctx.even:
             lse_M.fill_(-torch.inf)
-            products = _Products(x_MD / tau, xG_MD, chunk)
-            for rows, columns in _tiles(size, chunk):
-                S_BB = products.tile(rows, columns)
-                lse_M[rows] = torch.logaddexp(lse_M[rows], S_BB.logsumexp(dim=1))
-                if rows != columns:
-                    lse_M[columns] = torch.logaddexp(lse_M[columns], S_BB.logsumexp(dim=0))
-        ctx.save_for_backward(x_MD, G_DD, xG_MD, half_M, lse_M, *(kept if ctx.even else ()))
+            for rows, here, after in _strips(size, chunk):
+                S_BM = _product(x_MD[rows] / tau, xG_MD[here], buffer)
+                lse_M[rows] = torch.logaddexp(lse_M[rows], S_BM.logsumexp(dim=1))
+                lse_M[after] = torch.logaddexp(lse_M[after], S_BM[:, len(S_BM) :].logsumexp(dim=0))
+        ctx.save_for_backward(x_MD, G_DD, xG_MD, half_M, lse_M)
         ctx.tau, ctx.chunk = tau, chunk
         ctx.mark_non_differentiable(top_M)
         return lse_M, top_M
@@ -155,31 +126,36 @@ class _StreamingLogSumExp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_M: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, G_DD, xG_MD, half_M, lse_M, *kept = ctx.saved_tensors
-        shift = half_M.max()
-        factors = _factors(x_MD, xG_MD, half_M, ctx.tau) if ctx.even else (x_MD / ctx.tau, xG_MD)
-        products = _Products(factors[0], factors[1], ctx.chunk)
-        b_M = (half_M - shift).exp()
-        a_M = g_M * (half_M + shift - lse_M).exp()
-        ab_M2, ba_M2 = torch.stack([a_M, b_M], dim=1), torch.stack([b_M, a_M], dim=1)
-        outer = g_M.new_empty(products.buffer.shape)
+        x_MD, G_DD, xG_MD, half_M, lse_M = ctx.saved_tensors
+        size = len(x_MD)
+        buffer, other = x_MD.new_empty(2, min(ctx.chunk, size) * size)
+        if ctx.even:
+            left_ME, right_ME = _factors(x_MD, xG_MD, half_M, ctx.tau)
+            shift = half_M.max()
+            b_M = (half_M - shift).exp()
+            a_M = g_M * (half_M + shift - lse_M).exp()
+            ab_M2, ba_M2 = torch.stack([a_M, b_M], dim=1), torch.stack([b_M, a_M], dim=1)
         H_MD = torch.zeros_like(x_MD)  # (dS + dS^T) x, where dS_ik = g_i exp(S_ik - lse_i)
-        for number, (rows, columns) in enumerate(_tiles(len(x_MD), ctx.chunk)):
-            if not ctx.even:
-                S_BB = products.tile(rows, columns)
-                dS_BB = g_M[rows, None] * (S_BB - lse_M[rows, None]).exp()
-                dS_BB += g_M[columns] * (S_BB - lse_M[columns]).exp()
+        for rows, here, after in _strips(size, ctx.chunk):
+            if ctx.even:
+                dS_BM = _product(left_ME[rows], right_ME[here], buffer).exp_()
+                outer_BM = other[: dS_BM.numel()].view(dS_BM.shape)
+                dS_BM.mul_(torch.mm(ab_M2[rows], ba_M2[here].T, out=outer_BM))
             else:
-                E_BB = kept[number] if kept else products.tile(rows, columns).exp_()
-                dS_BB = outer[: E_BB.numel()].view(E_BB.shape)
-                torch.mm(ab_M2[rows], ba_M2[columns].T, out=dS_BB).mul_(E_BB)
-            H_MD[rows].addmm_(dS_BB, x_MD[columns])
-            if rows != columns:
-                H_MD[columns].addmm_(dS_BB.T, x_MD[rows])
+                S_BM = _product(x_MD[rows] / ctx.tau, xG_MD[here], buffer)
+                dS_BM = g_M[rows, None] * (S_BM - lse_M[rows, None]).exp() + g_M[here] * (S_BM - lse_M[here]).exp()
+            H_MD[rows].addmm_(dS_BM, x_MD[here])
+            H_MD[after].addmm_(dS_BM[:, len(dS_BM) :].T, x_MD[rows])
         H_MD /= ctx.tau
         if G_DD is None:
             return H_MD, None, None, None, None
         return H_MD @ G_DD, x_MD.T @ H_MD / 2, None, None, None
+
+
+def _product(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+    """A strip (B, M) in a buffer that serves all of them, -inf on its diagonal, which is that of the whole."""
+    out = buffer[: len(left) * len(right)].view(len(left), len(right))
+    return torch.mm(left, right.T, out=out).fill_diagonal_(-torch.inf)
 
 
 def _factors(x_MD: Tensor, xG_MD: Tensor, half_M: Tensor, tau: float) -> tuple[Tensor, Tensor]:

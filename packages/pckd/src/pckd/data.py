@@ -188,7 +188,7 @@ def load(source: str, settings: DataSettings | None = None) -> Data:
 
 
 def _stratified(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
-    """Indices of about that share of each class (one at least, but not the last one), and of the rest; the same for the same labels."""
+    """Indices of about that share of each class (one at least, never all), and of the rest; equal labels, equal answer."""
     generator = torch.Generator().manual_seed(0)
     taken: list[int] = []
     for label in torch.unique(labels):

@@ -69,28 +69,27 @@ class MultiView:
             raise ValueError(f"views are made of uint8 images, got {images.dtype}")
         if views.kind == "none":
             return images
-        B, K, H, W = images.shape
+        B, _, H, W = images.shape
         V, P = views.count, views.padding
         if views.kind == "rot90" and V > 1 and H != W:
             raise ValueError(f"quarter turns need square images, got {H} x {W}")
         mirrored, corner = self.parameters(index, epoch)
-        padded = images.new_zeros(B, H + 2 * P, W + 2 * P, K)
-        padded[:, P : P + H, P : P + W] = images.permute(0, 2, 3, 1)
+        padded = images.new_zeros(B, H + 2 * P, W + 2 * P, 4)  # of four bytes, so that a pixel is one number to gather
+        padded[:, P : P + H, P : P + W, :3] = images.permute(0, 2, 3, 1)
         side = H + 2 * P - 1
         rows = torch.arange(H, device=images.device)[:, None]
         columns = torch.arange(W, device=images.device)
-        base = torch.arange(B, device=images.device).view(B, 1, 1)
-        flat = padded.view(-1, K)
-        out = images.new_empty(B, V, H, W, K)
+        base = torch.arange(B, device=images.device).view(B, 1, 1) * (H + 2 * P)
+        places = torch.empty(B, V, H, W, dtype=torch.int64, device=images.device)
         for v in range(V):
             r, c = rows + corner[:, v, 0].view(B, 1, 1), columns + corner[:, v, 1].view(B, 1, 1)
-            turns = v if views.kind == "rot90" else 0
-            for _ in range(turns):  # the pixel at (r, c) of an image turned counter-clockwise is that at (c, side - r)
-                r, c = c, side - r
+            for _ in range(v if views.kind == "rot90" else 0):
+                r, c = c, side - r  # the pixel at (r, c) of an image turned counter-clockwise is that at (c, side - r)
             flipped = mirrored ^ (views.kind == "flip" and v % 2 == 1)
             c = torch.where(flipped.view(B, 1, 1), W + 2 * P - 1 - c, c)
-            out[:, v] = flat[((base * (H + 2 * P) + r) * (W + 2 * P) + c).view(-1)].view(B, H, W, K)
-        return out.view(B * V, H, W, K).permute(0, 3, 1, 2)
+            torch.add((base + r) * (W + 2 * P), c, out=places[:, v])
+        out = padded.view(torch.int32).view(-1).index_select(0, places.view(-1))
+        return out.view(torch.uint8).view(B * V, H, W, 4)[..., :3].permute(0, 3, 1, 2)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
