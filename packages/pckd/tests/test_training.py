@@ -97,7 +97,7 @@ def test_the_student_alone_is_exported(whole):
     assert sum(v.numel() for v in state.values()) < 10_000
     checkpoint = torch.load(whole / "checkpoints/last.ckpt", weights_only=True)
     heads = {name.split(".")[2] for name in checkpoint["state_dict"] if name.startswith("distiller.objective")}
-    assert heads == {"g", "to_student", "to_teacher"}
+    assert heads == {"contrast", "feature_align"}
     assert all(name.startswith(("distiller.student", "distiller.objective")) for name in checkpoint["state_dict"])
     preview = np.load(whole / "weights.npz")
     assert preview["weights"].shape == preview["gamma"].shape == (2, 100)

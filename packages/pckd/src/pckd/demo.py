@@ -111,7 +111,7 @@ def settings_of(
         teacher_epochs=TEACHER_EPOCHS[level],
         clip_norm=5.0,
         log_every=50,
-        views=Views(kind="crop", number=4, padding=2, mirror=False),
+        views=Views(kind="crop", number=2, padding=2, mirror=False),
         optimizer=Optimizer(lr=lr or RATES[arm], schedule="cosine"),
         losses=ARMS[arm][1],
         reading=DataSettings(),

@@ -114,7 +114,8 @@ def find_classifier(model: nn.Module, path: str | None = None) -> str:
         if path not in linear:
             raise ClassifierNotFound(f"'{path}' is no linear layer: {_candidates(model, path)}")
         return path
-    named: Any = model.get_classifier() if hasattr(model, "get_classifier") else None
+    getter: Any = getattr(model, "get_classifier", None)  # timm
+    named = None if getter is None else getter()
     if isinstance(named, nn.Linear):
         return next(name for name, module in linear.items() if module is named)
     if named is None:
