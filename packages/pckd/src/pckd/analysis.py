@@ -107,11 +107,11 @@ def draw_difficulty(run: Run, preview: Mapping[str, NDArray[Any]], config: Previ
     gamma, weights = preview["gamma"].astype(np.float64), preview["weights"].astype(np.float64)
     epochs = len(gamma)
     x = list(range(1, epochs + 1))
-    levels = {f"{q} % of the samples": np.nanquantile(gamma, q / 100, axis=1).tolist() for q in (50, 90, 99)}
+    levels = {f"{q} % of the samples lie below": np.nanquantile(gamma, q / 100, axis=1).tolist() for q in (50, 90, 99)}
     curves = {name: Curve(x, values) for name, values in levels.items()}
     threshold = [config.threshold(e, epochs) for e in x]
     curves["threshold"] = Curve(x, threshold)
-    panels = [Panel("difficulty up to which lie", "epoch", "cross-entropy / mean of the batch", curves)]
+    panels = [Panel("difficulty of the training images", "epoch", "cross-entropy / mean of the batch", curves)]
     if weighted:
         late = {
             "mean weight": Curve(x, np.nanmean(weights, axis=1).tolist()),
