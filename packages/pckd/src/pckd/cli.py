@@ -114,8 +114,7 @@ def _evaluate(settings: EvaluateSettings, invocation: Invocation) -> None:
     from pckd import analysis
     from pckd.config import DataSettings
     from pckd.data import load
-    from pckd.models import build
-    from pckd.training import predict
+    from pckd.training import load_teacher, predict
     from tenfold.trainer_config import choose_device
 
     model, card = _student_of(settings.run)
@@ -138,8 +137,8 @@ def _evaluate(settings: EvaluateSettings, invocation: Invocation) -> None:
     found = {"top1": analysis.top_k(out.logits, labels), "top5": analysis.top_k(out.logits, labels, 5)}
     found["fisher ratio"] = analysis.fisher_ratio(out.feature, labels)
     if settings.teacher is not None:
-        teacher = build(settings.teacher, len(data.classes), settings.teacher_weights).to(device)
-        taught = predict(teacher, data.test, statistics, batch_size=settings.batch_size)
+        teacher = load_teacher(settings.teacher, settings.teacher_weights, data)
+        taught = predict(teacher.plain.to(device), data.test, teacher.statistics, batch_size=settings.batch_size)
         found["teacher's top1"] = analysis.top_k(taught.logits, labels)
         found["teacher's fisher ratio"] = analysis.fisher_ratio(taught.feature, labels)
         found["same answer as the teacher"] = analysis.top_k(out.logits, taught.logits.argmax(dim=1))
