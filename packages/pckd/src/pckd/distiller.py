@@ -1,0 +1,169 @@
+"""Student, teacher and loss as one module: tensors in, loss out, for any training loop."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pckd.config import METHODS, REFERENCE_EPOCHS, Losses
+from pckd.losses import BaselineLoss, LossOutput, Objective, Outputs, PCKDLoss, with_terms
+from pckd.tap import ClassifierTap, second_stage
+from tenfold import UserError
+from tenfold.errors import did_you_mean
+
+
+class Distiller(nn.Module):
+    """Trains a student by one of the methods; the teacher is frozen and is in no state dict.
+
+    Args:
+        student: any classifier; it is used as it is, and trained in place.
+        teacher: any classifier of the same classes, in evaluation mode for ever; None for method ce, or where its outputs
+            are given in each step.
+        method: ce, kd, dkd, fitnet, ckd, pckd or pckd-nokd.
+        losses: settings of the methods.
+        example: images (N, 3, H, W) as the models take them; both are run on them once, to measure and to check.
+        tap: path of the student's last linear layer, where it is not found.
+        teacher_tap: path of the teacher's.
+        teacher_dims: (classes, width of the feature) of a teacher whose outputs are given in each step.
+
+    Raises:
+        ValueError: student and teacher have different classes; the message names both.
+        ClassifierNotFound: a last linear layer is not found.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        method: str = "pckd",
+        losses: Losses | None = None,
+        *,
+        example: Tensor,
+        tap: str | None = None,
+        teacher_tap: str | None = None,
+        teacher_dims: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if method not in METHODS:
+            raise UserError(f"unknown method '{method}': {did_you_mean(method, METHODS)}")
+        losses = losses or Losses()
+        hints: list[str | None] = [None, None]
+        if method == "fitnet":
+            if teacher is None:
+                raise UserError("method fitnet needs the teacher itself, not its cached outputs")
+            hints[0] = losses.fitnet.student or second_stage(student, example)
+            hints[1] = losses.fitnet.teacher or second_stage(teacher, example)
+        self.method = method
+        self.student = ClassifierTap(student, tap, hints[0])
+        self._teacher: tuple[ClassifierTap, ...] = ()  # in a tuple, so that it is no submodule
+        shown = self.student.check(example)
+        taught: Outputs | None = None
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+            self._teacher = (ClassifierTap(teacher, teacher_tap, hints[1]),)
+            taught = self._teacher[0].check(example)
+            teacher_dims = (self._teacher[0].num_classes, self._teacher[0].feature_dim)
+        if teacher_dims is not None and teacher_dims[0] != self.student.num_classes:
+            raise UserError(f"the teacher has {teacher_dims[0]} classes, the student {self.student.num_classes}")
+        if method != "ce" and teacher_dims is None:
+            raise UserError(f"method {method} needs a teacher")
+        self.objective: Objective
+        if method in {"pckd", "ckd", "pckd-nokd"}:
+            assert teacher_dims is not None
+            self.objective = PCKDLoss(self.student.feature_dim, teacher_dims[1], with_terms(losses.pckd, method))
+        else:
+            channels = None
+            if method == "fitnet":
+                assert shown.hint is not None and taught is not None and taught.hint is not None  # noqa: PT018
+                channels = (shown.hint.shape[1], taught.hint.shape[1])
+            self.objective = BaselineLoss(method, kd=losses.kd, dkd=losses.dkd, fitnet=losses.fitnet, channels=channels)
+
+    @property
+    def teacher(self) -> ClassifierTap | None:
+        """The frozen teacher."""
+        return self._teacher[0] if self._teacher else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for tap in self._teacher:
+            tap._apply(fn)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the student and of the heads of the loss."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def teach(self, images: Tensor, views: int) -> Outputs | None:
+        """The teacher's outputs for N rows, or for the upright ones where the loss needs no others."""
+        teacher, rows = self.teacher, self.objective.teacher_rows
+        if teacher is None or rows == "none":
+            return None
+        teacher.eval()
+        return teacher(images if rows == "all" or views == 1 else images[::views])
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        epoch: int,
+        epochs: int = REFERENCE_EPOCHS,
+        *,
+        teacher_images: Tensor | None = None,
+        teacher_outputs: Outputs | None = None,
+    ) -> LossOutput:
+        """The loss of one batch.
+
+        Args:
+            images: (B V, 3, H, W), image-major, the first view of each image upright; or (B, V, 3, H, W).
+            labels: (B,).
+            epoch: 1-based.
+            epochs: of the whole training.
+            teacher_images: the same, normalized for the teacher where it expects other statistics.
+            teacher_outputs: take these instead of running the teacher.
+        """
+        if images.ndim == 5:
+            images = images.flatten(0, 1)
+        views = max(1, len(images) // max(len(labels), 1))
+        out = self.student(images)
+        if teacher_outputs is None:
+            teacher_outputs = self.teach(images if teacher_images is None else teacher_images, views)
+        loss: LossOutput = self.objective(out, teacher_outputs, labels, epoch, epochs)
+        return loss
+
+
+class PCKDTask(nn.Module):
+    """The protocol of timm's training tasks: ``task(input, target)`` gives a dict with loss, output, task_loss, kd_loss.
+
+    Call ``set_epoch`` at the beginning of each epoch, 0-based as in timm's loop; the method's own epochs are 1-based.
+
+    Args:
+        distiller: student, teacher and loss.
+        epochs: of the whole training.
+    """
+
+    def __init__(self, distiller: Distiller, epochs: int) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.epochs = epochs
+        self.epoch = 0
+        self._output: Any = None
+        distiller.student.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Outputs) -> None:
+        self._output = output.logits
+
+    @property
+    def trainable_module(self) -> nn.Module:
+        """What the optimizer trains."""
+        return self.distiller
+
+    def set_epoch(self, epoch: int) -> None:
+        """Number of the epoch that begins, from 0."""
+        self.epoch = epoch
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Images (B V, 3, H, W) or (B, V, 3, H, W) and labels (B,)."""
+        loss = self.distiller(input, target, self.epoch + 1, self.epochs)
+        ce = loss.terms["ce"]
+        return {"loss": loss.total, "output": self._output, "task_loss": ce, "kd_loss": loss.total.detach() - ce}

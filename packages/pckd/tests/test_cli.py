@@ -1,0 +1,178 @@
+"""The commands as a person types them, on folders of PNG files, and what they answer to mistakes."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+from pckd.cli import main
+from pckd.models import build
+from PIL import Image
+from safetensors.torch import load_file
+
+from tenfold.testing import assert_user_error
+
+SMALL = ["--max_epochs", "1", "--batch_size", "8", "--device", "cpu", "--quiet", "--reading.size", "32"]
+SMALL += ["--views.number", "2", "--losses.pckd.align_hidden", "32"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for part, images in (("train", 8), ("val", 4)):
+        for name, color in (("blue", 2), ("green", 1), ("red", 0)):
+            (root / part / name).mkdir(parents=True)
+            for i in range(images):
+                pixels = rng.integers(0, 90, (36, 40, 3), dtype=np.uint8)
+                pixels[..., color] += 120
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(pictures, tmp_path_factory):
+    """A teacher that was trained by the command itself, as its folder."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    assert (
+        main(["train", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain8", *SMALL, "--out", str(out)])
+        == 0
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(pictures, teacher, tmp_path_factory):
+    out = tmp_path_factory.mktemp("student") / "run"
+    words = ["--student", "cifar:plain4", "--teacher", "cifar:plain8", "--teacher_weights", str(teacher)]
+    assert main(["train", "--data", f"imagefolder:{pictures}", *words, *SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_train_leaves_what_the_contract_names(student, pictures):
+    files = {path.relative_to(student).as_posix() for path in student.rglob("*") if path.is_file()}
+    expected = {"config.yaml", "environment.json", "metrics.csv", "checkpoints/last.ckpt", "student.safetensors"}
+    expected |= {"config.json", "report.html", "summary.json", "weights.npz", "previewed.csv"}
+    expected |= {f"figures/{name}.png" for name in ("accuracy", "difficulty", "previewed")}
+    assert expected <= files
+    summary = json.loads((student / "summary.json").read_text())
+    assert list(summary["arms"]) == ["pckd"]
+    rows = list(csv.DictReader((student / "previewed.csv").open()))
+    assert len(rows) == 24
+    assert rows[0]["image"].startswith(str(pictures))
+    assert [float(r["mean_weight"]) for r in rows] == sorted(float(r["mean_weight"]) for r in rows)
+
+
+def test_a_finished_run_is_refused_or_passed_over(student, pictures, teacher, capsys):
+    words = ["train", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
+    words += ["--teacher_weights", str(teacher), *SMALL, "--out", str(student)]
+    assert_user_error(main, words, capsys, "--resume", "--overwrite")
+    assert main([*words, "--resume"]) == 0
+
+
+def test_evaluate(student, teacher, pictures, tmp_path, capsys):
+    words = ["evaluate", "--run", str(student), "--teacher", "cifar:plain8", "--teacher_weights", str(teacher)]
+    assert main([*words, "--out", str(tmp_path / "e"), "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert found["top1"] == pytest.approx(json.loads((student / "config.json").read_text())["top1"])
+    assert set(found["classes"]) == {"blue", "green", "red"}
+    assert "center correlation" in capsys.readouterr().out
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    for part in ("train", "val"):
+        (other / part / "red").rename(other / part / "rose")
+    words = ["evaluate", "--run", str(student), "--data", f"imagefolder:{other}", "--out", str(tmp_path / "f")]
+    assert_user_error(main, words, capsys, "differing: red, rose")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch-export", "onnx"])
+def test_export_gives_the_students_logits(student, tmp_path, kind):
+    """Section 9, property 17; for ONNX as onnxruntime computes them, for another batch size than it was traced with."""
+    assert main(["export", "--run", str(student), "--format", kind, "--out", str(tmp_path / "x"), "--quiet"]) == 0
+    model = build("cifar:plain4", 3, str(student)).eval()
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+    if kind == "safetensors":
+        plain = build("cifar:plain4", 3).eval()
+        plain.load_state_dict(load_file(tmp_path / "x/student.safetensors"))
+        assert torch.equal(plain(images), expected)
+    elif kind == "torch-export":
+        found = torch.export.load(tmp_path / "x/student.pt2").module()(images)
+        assert torch.allclose(found, expected, atol=1e-5)
+    else:
+        session = onnxruntime.InferenceSession(tmp_path / "x/student.onnx")
+        (found,) = session.run(None, {"images": images.numpy()})
+        assert np.allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_compare(pictures, tmp_path, capsys):
+    words = ["compare", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
+    words += ["--teacher_epochs", "1", "--methods", "ce,kd,dkd,fitnet,pckd", "--seeds", "0,1,2", *SMALL]
+    assert main([*words, "--out", str(tmp_path / "c")]) == 0
+    out = capsys.readouterr().out
+    assert "top-1 of pckd - top-1 of kd" in out
+    summary = json.loads((tmp_path / "c/summary.json").read_text())
+    assert list(summary["arms"]) == ["ce", "kd", "dkd", "fitnet", "pckd"]
+    assert all(claim["ci95"] is not None for claim in summary["claims"])
+    assert len(summary["claims"]) == 4 + 3
+    for name in ("methods", "accuracy", "difficulty", "previewed"):
+        assert (tmp_path / f"c/figures/{name}.png").stat().st_size > 5000
+    assert len((tmp_path / "c/previewed.csv").read_text().splitlines()) == 25
+    settings = yaml.safe_load((tmp_path / "c/config.yaml").read_text())
+    assert settings["methods"] == ["ce", "kd", "dkd", "fitnet", "pckd"]
+
+
+@pytest.mark.parametrize("method", ["pckd", "kd", "fitnet", "ce"])
+def test_inspect(pictures, teacher, capsys, method):
+    words = ["inspect", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
+    words += ["--teacher_weights", str(teacher), "--method", method, *SMALL]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "gradient norm" in out
+    assert ("cannot fall below" in out) == (method == "pckd")
+
+
+def test_streamed_folders_and_held_out_images(pictures, teacher, tmp_path):
+    """Images that do not fit into memory, decoded by two workers; the best epoch by images held out."""
+    words = ["train", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
+    words += ["--teacher_weights", str(teacher), *SMALL, "--reading.resident_gb", "0", "--reading.val_fraction", "0.3"]
+    assert main([*words, "--max_epochs", "2", "--out", str(tmp_path / "s")]) == 0
+    header, *rows = (tmp_path / "s/metrics.csv").read_text().splitlines()
+    assert "val_top1" in header
+    assert rows
+
+
+def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
+    """Property 24: an unknown method with the list, a teacher without weights, other classes, what is missing."""
+    base = [
+        "train",
+        "--data",
+        f"imagefolder:{pictures}",
+        "--student",
+        "cifar:plain4",
+        "--out",
+        str(tmp_path / "m"),
+        "--overwrite",
+        *SMALL,
+    ]
+    taught = [*base, "--teacher", "cifar:plain8", "--teacher_weights", str(teacher)]
+    assert_user_error(main, [*base, "--method", "pkd"], capsys, "--method", "pckd-nokd")
+    assert_user_error(main, [*base, "--method", "kd"], capsys, "--method kd needs --teacher")
+    assert_user_error(main, [*base, "--teacher", "cifar:plain8"], capsys, "--teacher_weights is missing")
+    assert_user_error(main, [*taught, "--tap", "features"], capsys, "'features' is no linear layer", "fc")
+    assert_user_error(main, [*taught, "--views.number", "3"], capsys, "1, 2 or 4")
+    assert_user_error(main, [*taught, "--cache", str(tmp_path)], capsys, "pckd cache")
+    assert_user_error(
+        main,
+        [*base, "--data", "digits", "--teacher", "cifar:plain8", "--teacher_weights", str(teacher)],
+        capsys,
+        "3 classes, the data 10",
+    )
+    assert_user_error(
+        main, ["evaluate", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "n")], capsys, "config.json"
+    )

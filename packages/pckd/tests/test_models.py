@@ -1,0 +1,179 @@
+"""Taps, models by name, and the files of weights that people have."""
+
+import argparse
+import collections
+
+import pytest
+import torch
+from pckd import ClassifierNotFound, ClassifierTap
+from pckd.models import build, freeze, load_weights, read_weights
+from pckd.tap import second_stage
+from pckd.zoo import ZOO
+from torch import nn
+
+from tenfold import UserError
+
+PARAMETERS = {
+    "resnet20": 278_324,
+    "resnet32": 472_756,
+    "resnet56": 861_620,
+    "resnet110": 1_736_564,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_2": 703_284,
+    "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156,
+    "vgg8": 3_965_028,
+    "vgg13": 9_462_180,
+    "ResNet50": 23_705_252,
+    "MobileNetV2": 812_836,
+    "ShuffleV1": 949_258,
+    "ShuffleV2": 1_355_528,
+}
+"""For 100 classes, as tables of the field give them."""
+WIDTHS = {"resnet20": 64, "resnet8x4": 256, "wrn_40_2": 128, "wrn_40_1": 64, "vgg8": 512, "ResNet50": 2048}
+WIDTHS |= {"MobileNetV2": 1280, "ShuffleV1": 960, "ShuffleV2": 1024, "plain4": 64}
+OTHERS = [
+    "timm:resnet10t",
+    "timm:mobilenetv3_small_050",
+    "timm:vit_tiny_patch16_224",
+    "timm:convnext_atto",
+    "tv:resnet18",
+]
+OTHERS += ["tv:mobilenet_v3_small", "tv:shufflenet_v2_x0_5", "tv:squeezenet1_0", "tv:vgg11"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_topologies_have_the_published_number_of_parameters(name):
+    assert sum(p.numel() for p in ZOO[name](100).parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_tap_reproduces_the_logits_of_the_zoo(name):
+    """Section 9, property 16."""
+    model = ZOO[name](7).eval()
+    tap = ClassifierTap(model)
+    with torch.no_grad():
+        out = tap(torch.randn(2, 3, 32, 32))
+    assert tap.feature_dim == WIDTHS[name]
+    assert torch.allclose(out.feature @ out.weight.T + out.bias, out.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [s for s in OTHERS if "squeezenet" not in s])
+def test_the_tap_reproduces_the_logits_of_timm_and_torchvision(spec):
+    """Property 16: also a classifier of several layers, of which the last counts."""
+    side = 224 if "vit" in spec or "vgg" in spec else 64
+    tap = ClassifierTap(build(spec, 7).eval())
+    out = tap.check(torch.randn(2, 3, side, side))
+    assert out.logits.shape == (2, 7)
+    assert torch.allclose(out.feature @ out.weight.T + out.bias, out.logits, atol=1e-5)
+
+
+def test_heads_without_bias_and_explicit_paths():
+    model = nn.Sequential(collections.OrderedDict(body=nn.Linear(4, 5), fc=nn.Linear(5, 3, bias=False)))
+    out = ClassifierTap(model)(torch.randn(2, 4))
+    assert out.bias is None
+    assert torch.allclose(out.feature @ out.weight.T, out.logits)
+    odd = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    assert ClassifierTap(odd, "2").feature_dim == 5
+    with pytest.raises(ClassifierNotFound, match="linear layers are 0, 2"):
+        ClassifierTap(odd)
+    with pytest.raises(ClassifierNotFound, match="'1' is no linear layer"):
+        ClassifierTap(odd, "1")
+    with pytest.raises(ClassifierNotFound, match="no linear layer inside"):
+        ClassifierTap(build("tv:squeezenet1_0", 3))
+    with pytest.raises(ClassifierNotFound, match="not those of the layer '0'"):
+        ClassifierTap(odd, "0").check(torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"must be \(N, D\)"):
+        ClassifierTap(nn.Sequential(collections.OrderedDict(fc=nn.Linear(4, 3))))(torch.randn(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("spec", "stage"),
+    [("cifar:resnet20", "layer2"), ("cifar:wrn_16_1", "block2"), ("cifar:MobileNetV2", "blocks.4.2.conv.7")],
+)
+def test_second_stages(spec, stage):
+    found = second_stage(build(spec, 5), torch.randn(2, 3, 32, 32))
+    assert found == stage or found.startswith("blocks"), found
+
+
+@pytest.mark.parametrize("spec", ["cifar:resnet8", "cifar:ShuffleV2", "tv:resnet18", "timm:resnet10t"])
+def test_a_folded_teacher_gives_the_same_logits(spec):
+    """Batch norms go into convolutions where the model can be traced; the tap finds the classifier all the same."""
+    torch.manual_seed(0)
+    model = build(spec, 5)
+    images = torch.randn(4, 3, 32, 32)
+    model(images)  # statistics that are not those of the beginning
+    model.eval()
+    folded = freeze(model, images)
+    with torch.no_grad():
+        expected = model(images)
+        out = ClassifierTap(folded)(images)
+    assert torch.allclose(out.logits, expected, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in folded.parameters())
+    if spec == "cifar:resnet8":
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_other_programs_load(tmp_path, key, prefix):
+    """Property 17: RepDistiller's and mdistiller's {"model"}, SSKD's {"state_dict"}, with options beside, of DataParallel."""
+    model = ZOO["resnet8"](5)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    holds = state if key is None else {key: state, "epoch": 240, "opt": argparse.Namespace(lr=0.05)}
+    torch.save(holds, tmp_path / "last.pth")
+    other = ZOO["resnet8"](5)
+    load_weights(other, tmp_path / "last.pth")
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Foreign:
+    """What a file must not bring to life."""
+
+    def __init__(self):
+        self.weights = torch.zeros(1)
+
+
+def test_files_that_do_not_fit_or_would_run_code(tmp_path):
+    torch.save({"model": Foreign()}, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match="without running what is in it"):
+        read_weights(tmp_path / "foreign.pth")
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="broken.pth"):
+        read_weights(tmp_path / "broken.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a whole safetensors"):
+        read_weights(tmp_path / "broken.safetensors")
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(tmp_path / "none.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="expected weights by name"):
+        read_weights(tmp_path / "empty.pth")
+    torch.save(ZOO["resnet8"](7).state_dict(), tmp_path / "seven.pth")
+    with pytest.raises(UserError, match="has 7 classes, the data 5"):
+        load_weights(ZOO["resnet8"](5), tmp_path / "seven.pth")
+    torch.save(ZOO["resnet14"](5).state_dict(), tmp_path / "deeper.pth")
+    with pytest.raises(UserError, match="unknown layer1.1"):
+        load_weights(ZOO["resnet8"](5), tmp_path / "deeper.pth")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet8", "expected cifar:NAME"),
+        ("cifar:resnet8x", "did you mean resnet8x4"),
+        ("timm:resnet_18", "timm"),
+        ("tv:resnet19", "did you mean resnet1"),
+        ("tm:resnet18", "unknown kind 'tm'; did you mean timm"),
+        ("pckd.zoo:none", "none"),
+    ],
+)
+def test_unknown_models(spec, message):
+    with pytest.raises(UserError, match=message):
+        build(spec, 5)
+
+
+def test_models_of_ones_own():
+    assert sum(p.numel() for p in build("pckd.zoo:ResNet50", 100).parameters()) == PARAMETERS["ResNet50"]
