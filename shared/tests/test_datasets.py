@@ -3,7 +3,10 @@
 import ast
 import hashlib
 import io
+import os
+import pickle
 import re
+import struct
 import subprocess
 import sys
 import unicodedata
@@ -352,6 +355,90 @@ def test_npz_arrays_refuses_broken_files(tmp_path):
     np.savez(file, **arrays(weights=weights))
     with pytest.raises(NonFiniteError, match=r"'weights' holds inf at \(2, 1\)"):
         datasets.npz_arrays(file, WANTED)
+
+
+class _Python2(pickle._Pickler):
+    """Writes strings and bytes as Python 2 did, which the published CIFAR files come from."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_string(self, value):
+        raw = value if isinstance(value, bytes) else value.encode("latin-1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_string
+
+
+def write_cifar(folder, python2=True, **changes):
+    """CIFAR-100's three files with four classes; returns what they hold."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    images = {name: rng.integers(0, 256, (n, 3072)).astype(np.uint8) for name, n in (("train", 12), ("test", 5))}
+    labels = {name: rng.integers(0, 4, len(rows)).tolist() for name, rows in images.items()}
+    files = {name: {"data": images[name], "fine_labels": labels[name], "filenames": ["a.png"]} for name in images}
+    files["meta"] = {"fine_label_names": ["apple", "bee", "cup", "dog"]}
+    files["train"] |= changes
+    for name, content in files.items():
+        with (folder / name).open("wb") as file:
+            (_Python2 if python2 else pickle.Pickler)(file, protocol=2).dump(content)
+    return images, labels
+
+
+@pytest.mark.parametrize("python2", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_cifar_gives_the_images_of_its_files(tmp_path, python2):
+    images, labels = write_cifar(tmp_path / "cifar-100-python", python2)
+    for root in (tmp_path, tmp_path / "cifar-100-python"):
+        for part, name in zip(datasets.cifar(root), ("train", "test"), strict=True):
+            assert part.classes == ("apple", "bee", "cup", "dog")
+            assert part.labels.tolist() == labels[name]
+            assert part.images.shape == (len(labels[name]), 32, 32, 3)
+            for row, image in zip(images[name], part.images, strict=True):  # three planes, each by rows
+                assert all(image[7, 9, color] == row[1024 * color + 32 * 7 + 9] for color in range(3))
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": _Evil()}, "it asks for posix.mkdir"),
+        ({"more": np.array([None])}, "it holds an array of 'O8'"),
+        ({"data": np.zeros((12, 3071), np.uint8)}, "expected 'data' as uint8 (N, 3072)"),
+        ({"fine_labels": [0] * 11}, "expected a whole number for each of the 12 images as 'fine_labels'"),
+        ({"fine_labels": [[0]] * 12}, "expected a whole number for each of the 12 images as 'fine_labels'"),
+        ({"fine_labels": [0] * 11 + [4]}, "'fine_labels' holds 4, there are 4 classes"),
+    ],
+)
+def test_cifar_runs_nothing_of_a_file_and_says_what_is_wrong(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    write_cifar(tmp_path / "c", python2=False, **changes)
+    with pytest.raises(UserError) as caught:
+        datasets.cifar(tmp_path / "c")
+    assert message in str(caught.value)
+    assert str(tmp_path / "c/train") in str(caught.value)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_cifar_names_what_is_missing_or_broken(tmp_path):
+    with pytest.raises(UserError, match="found neither"):
+        datasets.cifar(tmp_path)
+    write_cifar(tmp_path)
+    whole = (tmp_path / "test").read_bytes()
+    for content in (b"", b"text", whole[:-30], whole[: len(whole) // 2]):
+        (tmp_path / "test").write_bytes(content)
+        with pytest.raises(UserError, match="test: not a file of CIFAR for Python"):
+            datasets.cifar(tmp_path)
+    (tmp_path / "test").unlink()
+    with pytest.raises(UserError, match="test: no such file"):
+        datasets.cifar(tmp_path)
+    write_cifar(tmp_path / "cifar-100-python")
+    with pytest.raises(UserError, match="give the folder of one"):
+        datasets.cifar(tmp_path)
 
 
 def test_without_an_extra_the_message_holds_the_command_that_installs_it():

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import pickle
 import sys
 import sysconfig
 import unicodedata
@@ -31,7 +32,7 @@ class Images:
     """Images with labels.
 
     Attributes:
-        images: (N, H, W) uint8, 0 is black.
+        images: (N, H, W) uint8, 0 is black; in color (N, H, W, 3), RGB.
         labels: (N,) int64.
         classes: name of each label.
         source: where they come from, and whether they are real or rendered.
@@ -425,3 +426,100 @@ def npz_arrays(
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
             raise NonFiniteError(f"{path}: '{key}' holds {array[where]} at {where}")
     return arrays
+
+
+_CIFAR = {
+    # files of the train part, file of the test part, file of the names, key of the labels, key of the names
+    "CIFAR-10": (tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta", "labels", "label_names"),
+    "CIFAR-100": (("train",), "test", "meta", "fine_labels", "fine_label_names"),
+}
+
+
+def cifar(root: str | Path) -> tuple[Images, Images]:
+    """CIFAR-10 or CIFAR-100 as published for Python, as (train, test); images (N, 32, 32, 3).
+
+    Its files are pickles. They are read by an unpickler that knows lists, dicts, strings, numbers and NumPy arrays of
+    integers, and refuses to look up anything else, so nothing in a file is ever run.
+
+    Args:
+        root: the unpacked folder (``cifar-10-batches-py``, ``cifar-100-python``) or the one above it.
+
+    Raises:
+        UserError: no such folder, a file that is missing, broken, or holds something else; the message names it.
+    """
+    root = Path(root)
+    folders = [root, root / "cifar-10-batches-py", root / "cifar-100-python"]
+    found = [(folder, kind) for folder in folders for kind, files in _CIFAR.items() if (folder / files[2]).is_file()]
+    if not found:
+        raise UserError(f"{root}: expected the files of CIFAR-10 or CIFAR-100 (batches.meta or meta), found neither")
+    if len(found) > 1:
+        raise UserError(f"{root} holds {' and '.join(kind for _, kind in found)}: give the folder of one")
+    folder, kind = found[0]
+    train, test, meta, label_key, name_key = _CIFAR[kind]
+    names = _cifar_file(folder / meta).get(name_key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / meta}: expected a list of names as '{name_key}'")
+
+    def part(files: Sequence[str]) -> Images:
+        images, labels = zip(*(_cifar_images(folder / file, label_key, len(names)) for file in files), strict=True)
+        source = f"real: {kind}, from files of the user"
+        return Images(np.concatenate(images), np.concatenate(labels), tuple(names), source)
+
+    return part(train), part([test])
+
+
+def _cifar_images(path: Path, label_key: str, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    content = _cifar_file(path)
+    rows, labels = content.get("data"), content.get(label_key)
+    if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
+        raise UserError(f"{path}: expected 'data' as uint8 (N, 3072)")
+    if not isinstance(labels, list) or len(labels) != len(rows) or not all(isinstance(label, int) for label in labels):
+        raise UserError(f"{path}: expected a whole number for each of the {len(rows)} images as '{label_key}'")
+    if unknown := [label for label in labels if not 0 <= label < classes]:
+        raise UserError(f"{path}: '{label_key}' holds {unknown[0]}, there are {classes} classes")
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), np.asarray(labels, np.int64)
+
+
+def _cifar_file(path: Path) -> dict[str, Any]:
+    """The dict that a file of CIFAR holds, with keys and names as text."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin-1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"{path}: not a file of CIFAR for Python ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a dict, found {type(content).__name__}")
+    return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Plain Python values and arrays of integers; every other name in the file is refused, so nothing of it runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in {"numpy.core.multiarray", "numpy._core.multiarray"} and name == "_reconstruct":
+            return _empty_array
+        if module == "numpy" and name == "ndarray":
+            return np.ndarray
+        if module == "numpy" and name == "dtype":
+            return _integer_dtype
+        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them for Python 2
+            return _latin_bytes
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _empty_array(kind: type, shape: tuple[int, ...], dtype: object) -> NDArray[np.uint8]:
+    """What NumPy pickles an array as: an empty one first, whose state follows."""
+    return np.empty(0, np.uint8)
+
+
+def _integer_dtype(code: str, *old: object) -> np.dtype[Any]:
+    """A type of integers, without the flags (align, copy) that NumPy deprecates."""
+    if code.lstrip("<>|=") not in {"u1", "i1", "i4", "i8"}:
+        raise pickle.UnpicklingError(f"it holds an array of '{code}'")
+    return np.dtype(code)
+
+
+def _latin_bytes(text: str, encoding: str) -> bytes:
+    return text.encode("latin-1")
