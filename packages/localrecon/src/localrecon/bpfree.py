@@ -99,6 +99,7 @@ class _Layer(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return activate(self.apply_weight(x, bias=True), self.activation)[0]
 
     @torch.no_grad()
@@ -189,12 +190,15 @@ class BPFreeLinear(_Layer):
         nn.init.zeros_(self.bias)
 
     def apply_weight(self, x: Tensor, *, bias: bool) -> Tensor:
+        """W x, with or without b."""
         return F.linear(x, self.weight, self.bias if bias else None)
 
     def to_input(self, d: Tensor, x: Tensor) -> Tensor:
+        """W^T d, of the shape of x."""
         return d @ self.weight
 
     def weight_gradient(self, d: Tensor, x: Tensor) -> Tensor:
+        """sum d x^T."""
         return d.T @ x
 
 
@@ -233,12 +237,15 @@ class BPFreeConv2d(_Layer):
         nn.init.zeros_(self.bias)
 
     def apply_weight(self, x: Tensor, *, bias: bool) -> Tensor:
+        """W x, with or without b."""
         return F.conv2d(x, self.weight, self.bias if bias else None, self.stride, self.padding)
 
     def to_input(self, d: Tensor, x: Tensor) -> Tensor:
+        """W^T d, of the shape of x."""
         return torch.nn.grad.conv2d_input(x.shape, self.weight, d, self.stride, self.padding)
 
     def weight_gradient(self, d: Tensor, x: Tensor) -> Tensor:
+        """sum d x^T."""
         return torch.nn.grad.conv2d_weight(x, self.weight.shape, d.contiguous(), self.stride, self.padding)
 
 
@@ -257,8 +264,18 @@ class BPFreeNet(nn.Module):
             raise UserError("a BPFreeNet needs at least one layer")
         self.layers = nn.ModuleList(layers)
 
+    @property
+    def k(self) -> int:
+        """Number of layers, each a module of its own."""
+        return len(self.layers)
+
+    def parameters_of(self, k: int) -> list[nn.Parameter]:
+        """What layer k (from 0 on) trains."""
+        return [p for p in self.layers[k].parameters() if p.requires_grad]
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return self.forward_exits(x)[-1]
 
     @torch.no_grad()

@@ -161,10 +161,12 @@ class _DetachedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The owner's, without gradient."""
         weight: Any = self.borrowed[0].weight
         return torch.as_tensor(weight).detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -299,6 +301,7 @@ class ListAdapter(nn.Module):
         self.parts = nn.ModuleDict({str(i): step for i, step in enumerate(steps) if isinstance(step, nn.Module)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         for step in self.steps:
             x = step(x)
         return x
@@ -381,7 +384,9 @@ def timm_vit_adapter(model: nn.Module) -> Chain | None:
     def tail(x: Tensor, context: Context) -> Tensor:
         return torch.as_tensor(net.forward_head(net.norm(x)))
 
-    blocks = [Block(f"blocks.{name}", _plain(child), (f"blocks.{name}",)) for name, child in net.blocks.named_children()]
+    blocks = [
+        Block(f"blocks.{name}", _plain(child), (f"blocks.{name}",)) for name, child in net.blocks.named_children()
+    ]
     late = tuple(n for n in ("norm", "fc_norm", "head_drop", "head", "head_dist", "attn_pool") if _is_part(net, n))
     early = _rest(model, [*(block.owns[0] for block in blocks), *late])
     return Chain(model, (Block("embed", embed, early), *blocks), Block("head", tail, late), "timm_vit")
@@ -506,7 +511,8 @@ def transformers_adapter(model: nn.Module) -> Chain | None:
         return x
 
     blocks = [
-        Block(f"{layers}.{name}", layer(child), (f"{layers}.{name}",)) for name, child in _get(model, layers).named_children()
+        Block(f"{layers}.{name}", layer(child), (f"{layers}.{name}",))
+        for name, child in _get(model, layers).named_children()
     ]
     late = (family.before_head, *family.head)
     early = _rest(model, [*(block.owns[0] for block in blocks), *late])

@@ -123,7 +123,7 @@ def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> Recon
             boundaries.append(_boundary(before, g_in))
         assert g_out is not None
         local += [_or_zero(g, p) for g, p in zip(grads, backbone, strict=True)]
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         accuracies.append(float(correct) / terms)
         answers.append(logits.argmax(dim=-1))
         before = (out, backbone, g_out)
@@ -140,9 +140,7 @@ def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> Recon
     against = [k + 1 for k, b in enumerate(boundaries) if b.certificate < 0]
     if against:
         warnings.append(f"the update of module {', '.join(map(str, against))} raises the loss of the module after it")
-    return ReconReport(
-        tuple(losses), tuple(accuracies), tuple(boundaries), alignment, agreement, tuple(warnings)
-    )
+    return ReconReport(tuple(losses), tuple(accuracies), tuple(boundaries), alignment, agreement, tuple(warnings))
 
 
 def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class TokenPool(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return x[:, 0] if self.pool == "cls" else x.mean(dim=1)
 
 
@@ -64,6 +65,7 @@ class TransformerBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -93,9 +95,7 @@ def _conv_gap(shape: Sequence[int], classes: int, spec: HeadSpec, last_stage: bo
     conv = _conv(channels, channels) if last_stage else _conv(channels, 2 * channels, stride=2)
     features = channels if last_stage else 2 * channels
     hidden = [nn.Linear(features, spec.hidden), nn.ReLU(inplace=True)]
-    return nn.Sequential(
-        *conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *hidden, classifier(spec.hidden, classes, spec)
-    )
+    return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *hidden, classifier(spec.hidden, classes, spec))
 
 
 def _mlp_sr(shape: Sequence[int], classes: int, spec: HeadSpec) -> nn.Module:
@@ -106,7 +106,9 @@ def _mlp_sr(shape: Sequence[int], classes: int, spec: HeadSpec) -> nn.Module:
     mlp: list[nn.Module] = []
     for _ in range(2):
         mlp += [nn.Linear(features, features), nn.BatchNorm1d(features), nn.ReLU(inplace=True)]
-    return nn.Sequential(small, *convs, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *mlp, classifier(features, classes, spec))
+    return nn.Sequential(
+        small, *convs, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *mlp, classifier(features, classes, spec)
+    )
 
 
 def _aug(later: Sequence[Sequence[int]], shape: Sequence[int], depth: int, classes: int, spec: HeadSpec) -> nn.Module:
@@ -178,6 +180,11 @@ def build_head(
     return nn.Sequential(*block, TokenPool(spec.pool), _norm_linear(shape[1], classes, spec))
 
 
+def full_precision(logits: Tensor) -> Tensor:
+    """Half precision becomes single; double stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def terms_of(labels: Tensor, task: str) -> int:
     """Number of terms in the mean of the loss: samples, or tokens that count."""
     return int((labels != IGNORED).sum()) if task == "lm" else labels.shape[0]
@@ -197,10 +204,12 @@ def loss_and_correct(
     """
     if task == "lm":
         return _lm_loss(head, x, labels, spec.chunk)
-    logits = head(x).float()
+    logits = full_precision(head(x))
     loss = F.cross_entropy(logits, labels, label_smoothing=spec.label_smoothing if local else 0.0)
     if local and spec.predsim:
-        loss = (1 - spec.predsim) * loss + spec.predsim * F.mse_loss(_similarity(x), _similarity(_one_hot(labels, logits)))
+        loss = (1 - spec.predsim) * loss + spec.predsim * F.mse_loss(
+            _similarity(x), _similarity(_one_hot(labels, logits))
+        )
     truth = labels if labels.ndim == 1 else labels.argmax(dim=1)
     return loss, (logits.argmax(dim=1) == truth).sum()
 
@@ -211,7 +220,8 @@ def _one_hot(labels: Tensor, logits: Tensor) -> Tensor:
 
 def _similarity(x: Tensor) -> Tensor:
     x = x.flatten(2).std(dim=2) if x.ndim == 4 else x.mean(dim=1) if x.ndim == 3 else x
-    x = F.normalize(x.float() - x.float().mean(dim=1, keepdim=True), dim=1)
+    x = full_precision(x)
+    x = F.normalize(x - x.mean(dim=1, keepdim=True), dim=1)
     return x @ x.T
 
 
@@ -220,7 +230,7 @@ def _lm_loss(head: Any, x: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, 
     x_ND, y_N = x.flatten(0, 1), labels.flatten()
 
     def part(x_MD: Tensor, y_M: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(x_MD).float()
+        logits = full_precision(head(x_MD))
         right = ((logits.argmax(dim=1) == y_M) & (y_M != IGNORED)).sum()
         return F.cross_entropy(logits, y_M, ignore_index=IGNORED, reduction="sum"), right
 

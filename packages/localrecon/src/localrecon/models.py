@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from localrecon.bpfree import BPFreeConv2d, BPFreeLinear, BPFreeNet, Feedback
 from localrecon.config import ModelSettings
-from localrecon.data import Data
 from localrecon.heads import TokenPool, TransformerBlock
 from tenfold import UserError
 from tenfold.errors import MissingExtraError, did_you_mean
@@ -56,6 +56,7 @@ class Residual(nn.Module):
         self.stride, self.added = stride, after - before
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         short = x[:, :, :: self.stride, :: self.stride]
         if self.added:
             short = F.pad(short, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
@@ -84,6 +85,7 @@ class Patches(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return self.project(x).flatten(2).transpose(1, 2) + self.positions
 
 
@@ -97,6 +99,7 @@ class Tokens(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return torch.as_tensor(self.token(x)) + self.position[:, : x.shape[1]]
 
 
@@ -123,8 +126,23 @@ def gpt(vocabulary: int, window: int, width: int = 128, depth: int = 4) -> nn.Se
     return nn.Sequential(Tokens(vocabulary, window, width), *blocks, head)
 
 
-def build_model(settings: ModelSettings, data: Data) -> nn.Module:
-    """The model that the settings name, for that data.
+@dataclass(frozen=True)
+class DataForm:
+    """What a model has to know of its data.
+
+    Attributes:
+        task: classify or lm.
+        shape: of an image (C, H, W); (T,) of text.
+        classes: or size of the vocabulary.
+    """
+
+    task: str
+    shape: tuple[int, ...]
+    classes: int
+
+
+def build_model(settings: ModelSettings, data: DataForm) -> nn.Module:
+    """The model that the settings name, for data of that form.
 
     Raises:
         UserError: an unknown name, or one that does not go with the data.
@@ -136,7 +154,9 @@ def build_model(settings: ModelSettings, data: Data) -> nn.Module:
         forms = "timm:NAME, hf:FOLDER_OR_CONFIG.json or py:MODULE:FUNCTION"
         raise UserError(f"--model {settings.model}: {did_you_mean(settings.model, NAMES)}; or {forms}")
     if (settings.model == "gpt") != (data.task == "lm"):
-        raise UserError(f"--model {settings.model} does not go with --data {settings.data}: text wants gpt or hf:, images not")
+        raise UserError(
+            f"--model {settings.model} does not go with --data {settings.data}: text wants gpt or hf:, images not"
+        )
     sizes = {key: value for key in ("width", "depth") if (value := getattr(settings, key)) is not None}
     if settings.model == "gpt":
         return gpt(data.classes, settings.window, **sizes)
@@ -152,7 +172,7 @@ def build_model(settings: ModelSettings, data: Data) -> nn.Module:
     return cifar_resnet(int(settings.model.removeprefix("resnet")), channels, data.classes, **sizes)
 
 
-def _from_elsewhere(full: str, kind: str, name: str, data: Data) -> nn.Module:
+def _from_elsewhere(full: str, kind: str, name: str, data: DataForm) -> nn.Module:
     if kind == "timm":
         _needs("timm", "timm")
         import timm
@@ -182,7 +202,7 @@ def _as_module(model: Any) -> nn.Module:
     return model
 
 
-def _transformers(full: str, name: str, data: Data) -> nn.Module:
+def _transformers(full: str, name: str, data: DataForm) -> nn.Module:
     _needs("transformers", "transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -204,7 +224,9 @@ def _transformers(full: str, name: str, data: Data) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config)
     vocabulary = model.config.vocab_size
     if vocabulary < data.classes:
-        raise UserError(f"{path}: a vocabulary of {vocabulary} is too small for bytes, of which there are {data.classes}")
+        raise UserError(
+            f"{path}: a vocabulary of {vocabulary} is too small for bytes, of which there are {data.classes}"
+        )
     return untie(_as_module(model))
 
 
@@ -213,7 +235,7 @@ def _needs(module: str, extra: str) -> None:
         raise MissingExtraError(f'{module} is not installed; pip install "localrecon[{extra}]"')
 
 
-def build_bpfree(settings: ModelSettings, data: Data, feedback: Feedback) -> BPFreeNet:
+def build_bpfree(settings: ModelSettings, data: DataForm, feedback: Feedback) -> BPFreeNet:
     """The BP-free net of the size of ``mlp`` or ``convnet``: one layer a module, ReLU, no normalization.
 
     Raises:

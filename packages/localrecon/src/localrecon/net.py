@@ -48,7 +48,9 @@ class Stage(nn.Module):
     It borrows the user's submodules, so its own state_dict is not for saving; ``LocalNet`` has the names.
     """
 
-    def __init__(self, chain: Chain, blocks: Sequence[Block], head: nn.Module | None, index: int, spec: HeadSpec) -> None:
+    def __init__(
+        self, chain: Chain, blocks: Sequence[Block], head: nn.Module | None, index: int, spec: HeadSpec
+    ) -> None:
         super().__init__()
         self.index = index
         self.is_last = head is None
@@ -196,7 +198,13 @@ class LocalNet(nn.Module):
     chain: Chain
     segments: list[Stage]
 
+    @property
+    def k(self) -> int:
+        """Number of modules."""
+        return self.plan.k
+
     def forward(self, x: Inputs) -> Any:
+        """See the class."""
         return self.model(**x) if isinstance(x, dict) else self.model(x)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -300,6 +308,7 @@ class EarlyExit(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
         context = self.net.chain.context(x)
         left = torch.arange(x.shape[0], device=x.device)
         exits = torch.zeros_like(left)

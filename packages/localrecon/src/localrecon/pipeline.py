@@ -6,6 +6,7 @@ threads; random states depend on seed, module and step alone).
 
 import contextlib
 import dataclasses
+import itertools
 import queue as queues
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,7 +106,7 @@ class PipelineTrainer:
         self._results: Any = context.Queue()
         self._stop = context.Event()
         self._processes = []
-        for w, (first, past) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for w, (first, past) in enumerate(itertools.pairwise(edges)):
             work = _Work(net, first, past, optimizer, scheduler, self.sgr, self.options, devices[w], threads)
             after = self._inputs[w + 1] if w + 1 < self.workers else None
             arguments = (work, w, self._inputs[w], after, self._results, self._stop)
@@ -239,10 +240,7 @@ def _work(work: _Work, number: int, inputs: Any, after: Any, results: Any, stop:
         if message[0] == "collect":
             if after is not None:
                 _offer(after, message, stop)
-            weights = {
-                stage.index: (_moved(stage.state_dict(), "cpu"), stage.loss_average)
-                for stage in stages
-            }
+            weights = {stage.index: (_moved(stage.state_dict(), "cpu"), stage.loss_average) for stage in stages}
             results.put(("weights", weights))
             continue
         _, step, *fields = message

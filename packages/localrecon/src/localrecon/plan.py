@@ -1,6 +1,7 @@
 """A split: which blocks form which module, and how it was chosen."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class SplitPlan:
     def ranges(self) -> list[tuple[int, int]]:
         """First and one past the last block of each module."""
         edges = [0, *self.cuts, len(self.blocks)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(itertools.pairwise(edges))
 
     def to_json(self) -> str:
         """All of it as JSON."""

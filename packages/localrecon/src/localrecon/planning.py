@@ -107,7 +107,7 @@ def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
         x: Any = sample
         for block in chain.blocks:
             if isinstance(x, Tensor) and x.is_floating_point():
-                x = x.detach().requires_grad_()
+                x = x.detach().requires_grad_().clone()  # no leaf, since blocks may begin in place
             kept: dict[int, Tensor] = {}
 
             def pack(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
@@ -129,7 +129,9 @@ def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
             del out, kept
         logits = chain.tail.run(x.detach(), context)
     if logits.ndim not in (2, 3):
-        raise UnsplittableModelError(f"the model gives {tuple(logits.shape)}: expected (B, classes) or (B, T, vocabulary)")
+        raise UnsplittableModelError(
+            f"the model gives {tuple(logits.shape)}: expected (B, classes) or (B, T, vocabulary)"
+        )
     _check_same(chain, sample, probe)
     return SplitPlan(
         adapter=chain.adapter,

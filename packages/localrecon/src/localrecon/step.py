@@ -198,6 +198,8 @@ def train_stage(
         lam *= min(1.0, stage.loss_average / boundary.loss_average) ** 2
     if lam and sgr.fraction < 1 and stage.norms:
         raise UserError(f"fraction {sgr.fraction} needs a model without BatchNorm, which {stage.name} has: use every")
+    if scaler is not None:
+        scaler.scale(torch.zeros((), device=boundary.labels[0].device))  # makes its state, which ``unscale_`` needs
     terms = [terms_of(labels, stage.task) for labels in boundary.labels]
     total = max(1, sum(terms))
     parts = len(terms)
@@ -422,7 +424,9 @@ class _Pass:
         assert probed is not None
         assert g_out is not None
         gradient = out.grad.mul_(self.terms / (self.weight * self.scale))
-        self._hand_on(out.detach().index_copy(0, chosen, probed), gradient.index_copy(0, chosen, g_out.to(gradient.dtype)))
+        self._hand_on(
+            out.detach().index_copy(0, chosen, probed), gradient.index_copy(0, chosen, g_out.to(gradient.dtype))
+        )
 
     def _probe(self, x: Tensor, t: Tensor, labels: Tensor, terms: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Shifted input, per-sample gradient at the output, and the output; no gradient for any parameter."""
@@ -453,15 +457,14 @@ class _Pass:
             with _math_attention(self.sgr.math_attention):
                 out, loss, _ = self._forward(leaf, trains=True)
                 asked = [leaf] if self.stage.is_last else [leaf, out]
-                judged = loss
-                if not self.sgr.reg_to_head:
-                    with (
-                        without_parameter_gradients(self.stage.head_parameters()),
-                        frozen_statistics(self.stage.norms),
-                        self.computing(),
-                    ):
-                        judged, _ = self.stage.judge(out, self.context, self.labels)
-                grads = torch.autograd.grad(judged * self.scale, asked, create_graph=True)
+                with contextlib.ExitStack() as stack:
+                    judged = loss
+                    if not self.sgr.reg_to_head:  # also while differentiating, which makes the second graph
+                        stack.enter_context(without_parameter_gradients(self.stage.head_parameters()))
+                        stack.enter_context(frozen_statistics(self.stage.norms))
+                        with self.computing():
+                            judged, _ = self.stage.judge(out, self.context, self.labels)
+                    grads = torch.autograd.grad(judged * self.scale, asked, create_graph=True)
                 g = grads[0] * (self.terms / self.scale)
                 terms = self.terms
                 if chosen is not None:
