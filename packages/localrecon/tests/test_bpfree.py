@@ -51,7 +51,7 @@ def test_the_closed_form_is_the_double_backward(kind, activation, loss):
 
 def test_feedback_replaces_the_heads_weights_on_the_way_back_alone():
     for feedback in ("fa", "sign"):
-        layer, x, y, target = layer_and_data("linear", "tanh", "ce", feedback=feedback)
+        layer, x, y, _ = layer_and_data("linear", "tanh", "ce", feedback=feedback)
         h, g_out, _ = layer.local_gradients(x, y, None, 0.0)
         e = (h @ layer.head.T).softmax(1) - F.one_hot(y, 3)
         back = layer.fixed if feedback == "fa" else layer.head.sign() * layer.head.abs().mean()

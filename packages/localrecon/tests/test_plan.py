@@ -156,7 +156,7 @@ def vit():
 def test_the_peak_falls_as_promised(kind):
     """Property 19, counted in tensor bytes."""
     model = {"conv": lambda: convs(12, width=24, classes=10), "vit": vit}[kind]
-    x, y = images(count=32 if kind == "vit" else 16, size=48 if kind == "vit" else 24, classes=10)
+    x, y = images(count=32 if kind == "vit" else 48, size=48 if kind == "vit" else 24, classes=10)
     peaks = {}
     for name, k, sgr in (
         ("bp", 1, SGRConfig(lam=0)),

@@ -10,6 +10,7 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from localrecon.config import SGRConfig
 from localrecon.heads import simplex_etf
@@ -185,7 +186,7 @@ class BPFreeLinear(_Layer):
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
         plain = nn.Linear(inputs, features)
-        self.weight, self.bias = plain.weight, plain.bias
+        self.weight, self.bias = cast("nn.Parameter", plain.weight), cast("nn.Parameter", plain.bias)
         nn.init.kaiming_normal_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -231,7 +232,7 @@ class BPFreeConv2d(_Layer):
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
         plain = nn.Conv2d(inputs, features, kernel)
-        self.weight, self.bias = plain.weight, cast("nn.Parameter", plain.bias)
+        self.weight, self.bias = cast("nn.Parameter", plain.weight), cast("nn.Parameter", plain.bias)
         self.stride, self.padding = stride, kernel // 2
         nn.init.kaiming_normal_(self.weight)
         nn.init.zeros_(self.bias)
@@ -242,11 +243,11 @@ class BPFreeConv2d(_Layer):
 
     def to_input(self, d: Tensor, x: Tensor) -> Tensor:
         """W^T d, of the shape of x."""
-        return torch.nn.grad.conv2d_input(x.shape, self.weight, d, self.stride, self.padding)
+        return conv2d_input(x.shape, self.weight, d, self.stride, self.padding)
 
     def weight_gradient(self, d: Tensor, x: Tensor) -> Tensor:
         """sum d x^T."""
-        return torch.nn.grad.conv2d_weight(x, self.weight.shape, d.contiguous(), self.stride, self.padding)
+        return conv2d_weight(x, self.weight.shape, d.contiguous(), self.stride, self.padding)
 
 
 class BPFreeNet(nn.Module):

@@ -154,6 +154,8 @@ def untie(model: nn.Module) -> nn.Module:
 class _DetachedLinear(nn.Module):
     """A linear layer that borrows a weight, and passes no gradient to it."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, owner: nn.Module, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.borrowed = (owner,)  # a tuple, so that it is not registered here
@@ -223,7 +225,7 @@ def fx_adapter(model: nn.Module) -> Chain:
     ]
     merged = _merge_without_parameters(model, blocks)
     if len(merged) < 2:
-        i = min(range(len(crossing) - 1), key=lambda i: (len(crossing[i]), -i), default=0)
+        i = min(range(len(crossing) - 1), key=lambda i: len(crossing[i]), default=0)
         fewest = [n.name for n in crossing[i]] if crossing else []
         raise UnsplittableModelError(
             f"{type(model).__name__} has no point where exactly one tensor crosses between layers with parameters; the best"

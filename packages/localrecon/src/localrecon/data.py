@@ -279,7 +279,7 @@ def _training_transform(settings: TrainingSettings) -> Callable[[Any], Tensor]:
     if settings.augment == "crop":
         return _CropTransform(settings.image_size)
     try:
-        from timm.data import create_transform
+        from timm.data.transforms_factory import create_transform
     except ImportError as error:
         raise MissingExtraError('--augment timm needs timm; pip install "localrecon[timm]"') from error
     transform: Callable[[Any], Tensor] = create_transform(

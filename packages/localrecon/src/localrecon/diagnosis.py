@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from localrecon.chain import Inputs
 from localrecon.heads import terms_of
@@ -104,7 +104,7 @@ def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> Recon
     context = net.chain.context(inputs)
     x: Any = inputs
     terms = max(1, terms_of(labels, net.plan.task))
-    before: tuple[Tensor, list[Tensor], Tensor] | None = None  # output with its graph, parameters, g_out
+    before: tuple[Tensor, list[nn.Parameter], Tensor] | None = None  # output with its graph, parameters, g_out
     for stage in net.segments:
         if before is not None:
             x = x.detach().requires_grad_()
@@ -147,7 +147,7 @@ def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient.detach()
 
 
-def _boundary(before: tuple[Tensor, list[Tensor], Tensor], g_in: Tensor) -> BoundaryReport:
+def _boundary(before: tuple[Tensor, list[nn.Parameter], Tensor], g_in: Tensor) -> BoundaryReport:
     out, parameters, g_out = before
     ours, theirs = (
         [

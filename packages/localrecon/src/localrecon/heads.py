@@ -113,7 +113,7 @@ def _mlp_sr(shape: Sequence[int], classes: int, spec: HeadSpec) -> nn.Module:
 
 def _aug(later: Sequence[Sequence[int]], shape: Sequence[int], depth: int, classes: int, spec: HeadSpec) -> nn.Module:
     """Convolutions of the widths and sizes that evenly spaced later blocks have."""
-    places = torch.linspace(0, len(later) - 1, depth).round().long().unique().tolist()
+    places = sorted(set(torch.linspace(0, len(later) - 1, depth).round().long().tolist()))
     layers: list[nn.Module] = []
     channels, height = shape[0], shape[1]
     for place in places:
@@ -147,7 +147,7 @@ def build_head(
         UserError: the head does not fit the module's output.
     """
     shape = shapes[place]
-    kind = spec.kind
+    kind: str = spec.kind
     if kind == "auto":
         kind = "lm" if task == "lm" else {1: "linear", 2: "token", 3: "conv_gap"}.get(len(shape), "linear")
     needs = {"linear": 1, "gap_linear": 3, "conv_gap": 3, "mlp_sr": 3, "aug": 3, "token": 2, "token_block": 2, "lm": 2}
@@ -164,7 +164,7 @@ def build_head(
     if kind == "gap_linear":
         return _gap_linear(shape[0], classes, spec)
     if kind == "conv_gap":
-        return _conv_gap(shape, classes, spec, last_stage=list(shape) == list(shapes[-1]))
+        return _conv_gap(shape, classes, spec, last_stage=list(shape) == list(shapes[-1]) and shape[1] <= 8)
     if kind == "mlp_sr":
         return _mlp_sr(shape, classes, spec)
     if kind == "aug":
@@ -239,7 +239,7 @@ def _lm_loss(head: Any, x: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, 
         loss, correct = part(x_ND, y_N)
         return loss / terms, correct
     losses, corrects = [], []
-    for x_MD, y_M in zip(x_ND.split(chunk), y_N.split(chunk), strict=True):
+    for x_MD, y_M in zip(torch.split(x_ND, chunk), torch.split(y_N, chunk), strict=True):
         loss, correct = checkpoint(part, x_MD, y_M, use_reentrant=False, preserve_rng_state=False)
         losses.append(loss)
         corrects.append(correct)

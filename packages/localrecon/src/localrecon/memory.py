@@ -1,7 +1,6 @@
 """What a piece of code needs at its peak: live tensor bytes, counted, and what the system says."""
 
 import contextlib
-import gc
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -57,7 +56,6 @@ class MemoryProbe:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack))
         self._stack.enter_context(_Watcher(self))
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._rss = _reset_resident_peak()
@@ -124,9 +122,9 @@ def _unpack(saved: Any) -> Tensor:
     return torch.as_tensor(saved.tensor)
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     def __init__(self, probe: MemoryProbe) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.probe = probe
 
     def __torch_dispatch__(

@@ -221,7 +221,7 @@ def _transformers(full: str, name: str, data: DataForm) -> nn.Module:
             config = AutoConfig.for_model(values.pop("model_type"), **values)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a configuration of transformers ({error})") from error
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     vocabulary = model.config.vocab_size
     if vocabulary < data.classes:
         raise UserError(

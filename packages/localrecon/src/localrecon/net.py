@@ -1,6 +1,7 @@
 """A user's model as gradient-isolated modules with local heads."""
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -28,6 +29,21 @@ def frozen_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm in tracked:
             norm.track_running_stats = True
+
+
+@contextlib.contextmanager
+def _recomputing(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """A second forward of the same batch: it saves the same tensors, and leaves running statistics as they are."""
+    before = [(norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 @contextlib.contextmanager
@@ -82,7 +98,7 @@ class Stage(nn.Module):
             return torch.as_tensor(x)
 
         def contexts() -> tuple[Any, Any]:  # computed a second time, the statistics are not to be updated again
-            return contextlib.nullcontext(), frozen_statistics(self.norms)
+            return contextlib.nullcontext(), _recomputing(self.norms)
 
         for start in range(0, len(self.blocks), self.checkpointing):
             segment = self.blocks[start : start + self.checkpointing]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,14 +75,13 @@ def plan_split(
             return _measured(model, plan, sample, heads, sgr, optimizer_states) if measure else plan
         cost = _costs(base, sample, balance, heads)
         if budget is None:
-            plan = dataclasses.replace(base, cuts=partition(len(base.blocks), k, lambda a, b: cost(k, a, b)))
+            plan = dataclasses.replace(base, cuts=partition(len(base.blocks), k, partial(cost, k)))
             return _measured(model, plan, sample, heads, sgr, optimizer_states) if measure else plan
         limit = parse_bytes(budget) if isinstance(budget, str) else budget
         floor = None
         for count in range(1, len(base.blocks) + 1):
-            plan = dataclasses.replace(
-                base, cuts=partition(len(base.blocks), count, lambda a, b, count=count: cost(count, a, b))
-            )
+            cuts_of_count = partition(len(base.blocks), count, partial(cost, count))
+            plan = dataclasses.replace(base, cuts=cuts_of_count)
             plan = _measured(model, plan, sample, heads, sgr, optimizer_states)
             assert plan.predicted_peak is not None
             if plan.predicted_peak <= limit:
@@ -179,7 +179,7 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
     def head(place: int, count: int) -> int:
         if place == len(sizes) - 1:
             return 0
-        key = (*base.shapes[place], int(base.shapes[place] == base.shapes[-1]))
+        key = base.shapes[place]
         if key not in known:
             with keyed_random(torch.device("cpu"), 0):
                 module = build_head(heads, base.shapes, place, (0, count), base.classes, base.task)

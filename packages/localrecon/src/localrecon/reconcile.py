@@ -186,5 +186,6 @@ def jvp(
     def gradient(at: Tensor) -> Gradients:
         return torch.func.grad(lambda p: f(p, at))(fixed)
 
-    plain, along = torch.func.jvp(gradient, (x.detach(),), (d,))
+    pair: tuple[Gradients, Gradients] = torch.func.jvp(gradient, (x.detach(),), (d,))  # type: ignore[assignment]
+    plain, along = pair
     return {name: plain[name] + lam * along[name] for name in plain}

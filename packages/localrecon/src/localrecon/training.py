@@ -250,7 +250,8 @@ class LocalTrainer:
         if difference := plan.difference(self.net.plan):
             raise PlanMismatchError(f"{path} is of another split ({difference})")
         self.net.load_state_dict(state["net"])
-        parts = ((self.optimizers, "optimizers"), (self.schedulers, "schedulers"), (self.scalers or [], "scalers"))
+        parts: list[tuple[Sequence[Any], str]] = [(self.optimizers, "optimizers"), (self.schedulers, "schedulers")]
+        parts.append((self.scalers or [], "scalers"))
         for objects, name in parts:
             for one, saved in zip(objects, state[name], strict=True):
                 one.load_state_dict(saved)
@@ -449,7 +450,7 @@ class MemoryMonitor(pl.Callback):
         if self._probe is not None:
             self._probe.__exit__(None, None, None)
             found = {"peak_mib": self._probe.peak_bytes, "saved_mib": self._probe.saved_bytes}
-            self.log_dict({f"memory/{name}": value / 2**20 for name, value in found.items()})
+            module.log_dict({f"memory/{name}": value / 2**20 for name, value in found.items()})
             self._probe = None
 
 
@@ -541,9 +542,9 @@ def module_for(prepared: Prepared, settings: TrainingSettings, seed: int, total_
 def _mixing(settings: TrainingSettings, data: Data) -> Callable[[Any, Tensor], tuple[Any, Tensor]] | None:
     if not (settings.mixup or settings.cutmix):
         return None
-    from timm.data import Mixup
+    from timm.data.mixup import Mixup
 
-    mixup: Any = Mixup(
+    mixup: Any = Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=settings.mixup,
         cutmix_alpha=settings.cutmix,
         label_smoothing=settings.head.label_smoothing,
@@ -592,9 +593,10 @@ def peak_bytes(prepared: Prepared, settings: TrainingSettings, seed: int) -> int
     optimizers = make_optimizers(net, partial(optimizer_of, settings.optimizer))
     sgr = dataclasses.replace(prepared.sgr, ramp=0.0)
     options = StepOptions(seed=seed, accumulate=prepared.accumulate)
-    train_step(net, *batch, optimizers, sgr, options)
+    inputs, labels = batch
+    train_step(net, inputs, labels, optimizers, sgr, options)
     with MemoryProbe(net, optimizers, batch) as probe:
-        train_step(net, *batch, optimizers, sgr, options)
+        train_step(net, inputs, labels, optimizers, sgr, options)
     return probe.peak_bytes
 
 
