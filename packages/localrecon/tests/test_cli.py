@@ -190,7 +190,7 @@ def test_npz_in_both_layouts_and_text_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--model", "resnet21"], "did you mean resnet20"),
+        (["--model", "resnet21"], "did you mean resnet32 or resnet20"),
         (["--model", "gpt"], "does not go with --data digits"),
         (["--model", "tim:resnet18"], "unknown kind 'tim'; did you mean timm"),
         (["--model", "py:no_such_module_at_all:f"], "py:MODULE:FUNCTION"),

@@ -186,7 +186,7 @@ class BPFreeLinear(_Layer):
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
         plain = nn.Linear(inputs, features)
-        self.weight, self.bias = cast("nn.Parameter", plain.weight), cast("nn.Parameter", plain.bias)
+        self.weight, self.bias = plain.weight, cast("nn.Parameter", plain.bias)
         nn.init.kaiming_normal_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -243,11 +243,11 @@ class BPFreeConv2d(_Layer):
 
     def to_input(self, d: Tensor, x: Tensor) -> Tensor:
         """W^T d, of the shape of x."""
-        return conv2d_input(x.shape, self.weight, d, self.stride, self.padding)
+        return conv2d_input(x.shape, self.weight, d, self.stride, self.padding)  # type: ignore[no-untyped-call]
 
     def weight_gradient(self, d: Tensor, x: Tensor) -> Tensor:
         """sum d x^T."""
-        return conv2d_weight(x, self.weight.shape, d.contiguous(), self.stride, self.padding)
+        return conv2d_weight(x, self.weight.shape, d.contiguous(), self.stride, self.padding)  # type: ignore[no-untyped-call]
 
 
 class BPFreeNet(nn.Module):

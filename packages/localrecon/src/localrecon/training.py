@@ -709,8 +709,8 @@ def train(settings: TrainSettings, run: Run, *, quiet: bool = False) -> dict[str
     study = _study(run, "train", data, [seed])
     study.over_arms({settings.method: lambda seed: found})
     study.finish()
-    _draw_metrics(run)
-    write_report(run, f"localrecon: {settings.model} on {settings.data}", {"losses": "Local loss of each module."})
+    captions = {"losses": "Local loss of each module, and how far neighbors agree."} if _draw_metrics(run) else {}
+    write_report(run, f"localrecon: {settings.model} on {settings.data}", captions)
     return found
 
 
@@ -721,11 +721,11 @@ def _study(run: Run, command: str, data: Data, seeds: Sequence[int]) -> Study:
     return Study(run, level="full", seeds=seeds, **head)
 
 
-def _draw_metrics(run: Run) -> None:
-    """Loss of each module and cosine at each boundary, over the steps."""
+def _draw_metrics(run: Run) -> bool:
+    """Loss of each module and cosine at each boundary, over the steps; False where nothing was logged."""
     path = run.path / "metrics.csv"
     if not path.exists():
-        return
+        return False
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     panels = []
@@ -744,6 +744,7 @@ def _draw_metrics(run: Run) -> None:
             panels.append(Panel(title, "step", label, curves))
     if panels:
         line_chart(run.own("figures/losses.png"), panels)
+    return bool(panels)
 
 
 def arms_of(settings: CompareSettings) -> dict[str, tuple[Method, TrainingSettings]]:
