@@ -186,7 +186,7 @@ class BPFreeLinear(_Layer):
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
         plain = nn.Linear(inputs, features)
-        self.weight, self.bias = plain.weight, cast("nn.Parameter", plain.bias)
+        self.weight, self.bias = cast("nn.Parameter", plain.weight), plain.bias
         nn.init.kaiming_normal_(self.weight)
         nn.init.zeros_(self.bias)
 

@@ -39,8 +39,8 @@ DATA = (
 TRAINED_ON = 400
 """Of the 1797 digits; the other 1397 test."""
 STEPS = {"quick": 10, "default": 200, "full": 200}
-CONV_STEPS = {"quick": 4, "default": 100, "full": 200}
-TEXT_STEPS = {"quick": 3, "default": 60, "full": 200}
+CONV_STEPS = {"quick": 4, "default": 100, "full": 150}
+TEXT_STEPS = {"quick": 3, "default": 60, "full": 120}
 SHIFT = SGRConfig()
 MLP_ARMS: dict[str, tuple[int, SGRConfig]] = {
     "bp": (1, SGRConfig(lam=0)),
