@@ -457,6 +457,21 @@ def test_chunks_of_the_language_models_loss_are_the_whole():
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(whole, x)[0])
 
 
+@pytest.mark.parametrize("estimator", ["shift", "exact"])
+def test_rows_of_text_without_a_token_that_counts_do_no_harm(estimator):
+    from localrecon.models import gpt
+
+    torch.manual_seed(0)
+    x = torch.randint(9, (4, 6))
+    labels = torch.randint(9, (4, 6))
+    labels[2:] = -100
+    net = split(gpt(9, 6, width=16, depth=2).double(), x, 2, adapter="sequential")
+    sgr = SGRConfig(ramp=0, estimator=estimator, math_attention=True)
+    whole, parts = gradients(net, x, labels, sgr), gradients(net, x, labels, sgr, accumulate=2)
+    for name in whole:
+        assert_same_as_reference(parts[name], whole[name], relative=1e-9)
+
+
 def test_predsim_compares_similarity_matrices():
     from localrecon.heads import loss_and_correct
 

@@ -364,7 +364,7 @@ class _Pass:
         self._backward(loss)
         if not self.stage.is_last:
             assert out.grad is not None
-            factor = self.terms / (self.weight * self.scale)
+            factor = self.total / self.scale
             self._hand_on(out, out.grad if factor == 1 else out.grad.mul_(factor))
 
     def _compare(self, g: Tensor, t: Tensor, terms: int) -> None:
@@ -394,6 +394,7 @@ class _Pass:
         else:
             x, t, labels = self.x[chosen], self.target[chosen], self.labels[chosen]
             terms = terms_of(labels, self.stage.task)
+        terms = max(1, terms)  # a part may hold no token that counts
         x, g_out, probed = self._probe(x, t, labels, terms)
         del t
         if chosen is not None:
@@ -423,7 +424,7 @@ class _Pass:
         assert out.grad is not None
         assert probed is not None
         assert g_out is not None
-        gradient = out.grad.mul_(self.terms / (self.weight * self.scale))
+        gradient = out.grad.mul_(self.total / self.scale)
         self._hand_on(
             out.detach().index_copy(0, chosen, probed), gradient.index_copy(0, chosen, g_out.to(gradient.dtype))
         )
@@ -470,6 +471,7 @@ class _Pass:
                 if chosen is not None:
                     g, t = g[chosen], t[chosen]
                     terms = terms_of(self.labels[chosen], self.stage.task)
+                terms = max(1, terms)
                 self._compare(g.detach(), t, terms)
                 objective = loss + self.lam * distance(g, t, terms, self.sgr.dist)
                 gradient = None if self.stage.is_last else grads[1].detach() * (self.terms / self.scale)
