@@ -357,6 +357,86 @@ def test_npz_arrays_refuses_broken_files(tmp_path):
         datasets.npz_arrays(file, WANTED)
 
 
+def test_image_folders_pairs_train_with_its_test_part(tmp_path):
+    for part, names in (("train", "abc"), ("test", "ca")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / part / name / "0.png")
+    train, test = datasets.image_folders(tmp_path)
+    assert train.classes == test.classes == ("a", "b", "c")
+    assert [(path.parent.name, label) for path, label in zip(test.paths, test.labels, strict=True)] == [
+        ("a", 0),
+        ("c", 2),
+    ]
+    alone, none = datasets.image_folders(tmp_path / "train")
+    assert none is None
+    assert alone.paths == train.paths
+    (tmp_path / "test/a").rename(tmp_path / "test/aa")
+    with pytest.raises(UserError, match=r"aa: no such class in .*train: did you mean a\?|known: a, b, c"):
+        datasets.image_folders(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "held")
+    with pytest.raises(UserError, match="neither val nor test"):
+        datasets.image_folders(tmp_path)
+
+
+def labeled(**changes):
+    rng = np.random.default_rng(0)
+    good = {
+        "train_images": rng.integers(0, 256, (5, 4, 6, 3)).astype(np.uint8),
+        "train_labels": np.array([0, 1, 2, 1, 0], np.uint8),
+        "test_images": rng.integers(0, 256, (2, 4, 6, 3)).astype(np.uint8),
+        "test_labels": np.array([2, 0]),
+    }
+    return {**good, **changes}
+
+
+def test_npz_images_knows_three_layouts(tmp_path):
+    arrays = labeled()
+    first, second, third = (tmp_path / name for name in ("a.npz", "b.npz", "c.npz"))
+    np.savez(first, classes=np.array(["x", "y", "z", "unused"]), **arrays)
+    np.savez_compressed(second, **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays.values(), strict=True)))
+    np.savez(third, x=arrays["train_images"][..., 0], y=arrays["train_labels"].astype(np.int32))
+    for path, names in ((first, ("x", "y", "z", "unused")), (second, ("0", "1", "2"))):
+        train, test = datasets.npz_images(path)
+        assert train.classes == test.classes == names
+        np.testing.assert_array_equal(train.images, arrays["train_images"])
+        np.testing.assert_array_equal(test.images, arrays["test_images"])
+        assert train.labels.tolist() == [0, 1, 2, 1, 0]
+        assert train.labels.dtype == test.labels.dtype == np.int64
+    gray, none = datasets.npz_images(third)
+    assert none is None
+    np.testing.assert_array_equal(gray.images, arrays["train_images"][..., 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": np.array([3, -1])}, "'test_labels' holds -1, expected 0 to 3"),
+        ({"classes": np.array(["x", "y"])}, "'train_labels' holds 2, expected 0 to 1"),
+        ({"classes": np.array(["x", None])}, "'classes' is object, expected names"),
+        ({"test_images": np.zeros((2, 5, 6, 3), np.uint8)}, "'test_images' is (2, 5, 6, 3): H is 5 here, but 4 in"),
+        ({"train_images": np.zeros((5, 4, 6, 3))}, "'train_images' is float64 (5, 4, 6, 3), expected uint8"),
+        ({"train_labels": np.zeros(4, int)}, "'train_labels' is (4,): N0 is 4 here, but 5 in 'train_images'"),
+    ],
+)
+def test_npz_images_names_what_is_wrong(tmp_path, changes, message):
+    np.savez(tmp_path / "a.npz", **labeled(**changes))
+    with pytest.raises(UserError) as caught:
+        datasets.npz_images(tmp_path / "a.npz")
+    assert message in str(caught.value)
+    assert str(tmp_path / "a.npz") in str(caught.value)
+
+
+def test_npz_images_refuses_broken_files(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"text")
+    for name in ("a.npz", "none.npz"):
+        with pytest.raises(UserError, match="not a whole npz file|no such file"):
+            datasets.npz_images(tmp_path / name)
+    np.savez(tmp_path / "a.npz", images=np.zeros(3))
+    with pytest.raises(UserError, match="no array 'train_images'"):
+        datasets.npz_images(tmp_path / "a.npz")
+
+
 class _Python2(pickle._Pickler):
     """Writes strings and bytes as Python 2 did, which the published CIFAR files come from."""
 

@@ -355,6 +355,30 @@ def image_folder(root: str | Path, *, verify: bool = False) -> ImageFolder:
     return ImageFolder(tuple(folder.name for folder in folders), tuple(paths), np.asarray(labels, np.int64))
 
 
+def image_folders(root: str | Path, *, verify: bool = False) -> tuple[ImageFolder, ImageFolder | None]:
+    """Read ``root/train/class/name.png`` with ``root/val`` or ``root/test`` beside it, or ``root/class/name.png`` alone.
+
+    Returns:
+        The part to train on and the part to test on, whose labels index the same class names; None where there is none.
+
+    Raises:
+        UserError: as for ``image_folder``; ``train`` without a test part; a class of the test part that is not in ``train``.
+    """
+    root = Path(root)
+    if not (root / "train").is_dir():
+        return image_folder(root, verify=verify), None
+    held = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if held is None:
+        raise UserError(f"{root} has train, but neither val nor test beside it")
+    train, test = image_folder(root / "train", verify=verify), image_folder(held, verify=verify)
+    number = {name: label for label, name in enumerate(train.classes)}
+    for name in test.classes:
+        if name not in number:
+            raise UserError(f"{held / name}: no such class in {root / 'train'}: {did_you_mean(name, number)}")
+    labels = np.asarray([number[name] for name in test.classes], np.int64)[test.labels]
+    return train, ImageFolder(train.classes, test.paths, labels)
+
+
 def read_image(path: str | Path) -> NDArray[np.uint8]:
     """Decode one image file as (H, W, 3) uint8 RGB, as it is stored (a camera's orientation tag is not applied).
 
@@ -426,6 +450,65 @@ def npz_arrays(
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
             raise NonFiniteError(f"{path}: '{key}' holds {array[where]} at {where}")
     return arrays
+
+
+_PARTS = (
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("x", "y"),
+)
+
+
+def npz_images(path: str | Path) -> tuple[Images, Images | None]:
+    """Images with labels out of an ``.npz`` file, as (train, test).
+
+    Arrays are ``train_images, train_labels, test_images, test_labels``, or ``x_train, y_train, x_test, y_test``, or ``x, y``
+    alone (test is then None): images (N, H, W) or (N, H, W, 3) uint8, labels whole numbers from 0. ``classes``, where it is
+    there, names them.
+
+    Raises:
+        UserError: no such file, not an npz, another form, images of two sizes, a label that is negative or has no name.
+    """
+    path = Path(path)
+    forms = _npz_forms(path)
+    keys = next((keys for keys in _PARTS if keys[0] in forms), _PARTS[0])
+    expected: dict[str, tuple[str, Shape]] = {}
+    for number, key in enumerate(keys):
+        rows = f"N{number // 2}"
+        color: Shape = (3,) if key in forms and len(forms[key][0]) == 4 else ()
+        expected[key] = ("uint8|int16|int32|int64", (rows,)) if number % 2 else ("uint8", (rows, "H", "W", *color))
+    found = npz_arrays(path, expected)
+    labels = {key: found[key].astype(np.int64) for key in keys[1::2]}
+    top = max(int(part.max(initial=-1)) for part in labels.values())
+    names = tuple(str(label) for label in range(top + 1))
+    if "classes" in forms:
+        dtype = forms["classes"][1]
+        if dtype.kind != "U":
+            raise UserError(f"{path}: 'classes' is {dtype}, expected names")
+        names = tuple(map(str, npz_arrays(path, {"classes": (dtype.str, ("C",))})["classes"]))
+    for key, part in labels.items():
+        if len(part) and not 0 <= part.min() <= part.max() < len(names):
+            wrong = int(part.min() if part.min() < 0 else part.max())
+            raise UserError(f"{path}: '{key}' holds {wrong}, expected 0 to {len(names) - 1}")
+    source = f"the user's: {path.name}"
+    parts = [Images(found[i], labels[j], names, source) for i, j in zip(keys[::2], keys[1::2], strict=True)]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _npz_forms(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and type of the arrays, by their headers; empty for a file that cannot be read, as ``npz_arrays`` then says."""
+    forms = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    old = np.lib.format.read_magic(file) == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                    forms[member.removesuffix(".npy")] = shape, dtype
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return {}
+    return forms
 
 
 _CIFAR = {
