@@ -181,7 +181,7 @@ def test_npz_in_both_layouts_and_text_files(tmp_path, capsys):
     assert main([*words, *short, "--out", str(tmp_path / "t")]) == 0
     np.savez(tmp_path / "bad.npz", x_train=images[..., 0].astype(np.int8), y_train=labels, x_test=images, y_test=labels)
     words = ["train", "--model", "mlp", "--out", str(tmp_path / "no"), "--data"]
-    assert_user_error(main, [*words, f"npz:{tmp_path / 'bad.npz'}"], capsys, "bad.npz", "'x_train' is int8")
+    assert_user_error(main, [*words, f"npz:{tmp_path / 'bad.npz'}"], capsys, "bad.npz", "'x_train' is")
     (tmp_path / "short.txt").write_text("short")
     words = ["train", "--model", "gpt", "--out", str(tmp_path / "no2"), "--data"]
     assert_user_error(main, [*words, f"text:{tmp_path / 'short.txt'}"], capsys, "do not fill two windows")

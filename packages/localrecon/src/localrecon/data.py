@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ EMBEDDED = ("digits", "glyphs", "topics")
 GLYPHS = 62
 """0-9, A-Z, a-z."""
 Item = tuple[Tensor, Any]
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def load_data(settings: TrainingSettings) -> Data:
         return _image_folder(path, settings)
     if kind == "npz":
         assert path is not None
-        train, test = _npz(path)
+        train, held = datasets.npz_images(path)
+        test = _tested(held, path)
     elif kind == "cifar10":
         assert path is not None
         train, test = datasets.cifar(path)
@@ -124,6 +126,12 @@ def load_data(settings: TrainingSettings) -> Data:
     else:
         train, test = datasets.digits()
     return images_data(train, test, crop=settings.augment == "crop")
+
+
+def _tested(part: Part | None, path: Path) -> Part:
+    if part is None:
+        raise UserError(f"{path}: expected a part to test on beside the one to train on, found none")
+    return part
 
 
 def images_data(train: datasets.Images, test: datasets.Images, *, crop: bool = False) -> Data:
@@ -153,50 +161,6 @@ def _channels_first(images: NDArray[Any]) -> Tensor:
     return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
 
 
-_NPZ_NAMES = (
-    ("train_images", "train_labels", "test_images", "test_labels"),
-    ("x_train", "y_train", "x_test", "y_test"),
-)
-
-
-def _npz(path: Path) -> tuple[datasets.Images, datasets.Images]:
-    """Arrays train_images, train_labels, test_images, test_labels, or x_train, y_train, x_test, y_test."""
-    present = _npz_keys(path)
-    names = next((names for names in _NPZ_NAMES if names[0] in present), _NPZ_NAMES[1])
-    labels = "uint8|int16|int32|int64"
-    parts = []
-    for images_key, labels_key in (names[:2], names[2:]):
-        shape: tuple[int | str, ...] = ("N", "H", "W", "C") if present.get(images_key, 4) == 4 else ("N", "H", "W")
-        wanted = {images_key: ("uint8|float32|float64", shape), labels_key: (labels, ("N",))}
-        parts.append(datasets.npz_arrays(path, wanted))
-    count = int(parts[0][names[1]].max(initial=0)) + 1
-    extra = (
-        datasets.npz_arrays(path, {"classes": ("U" + str(present["classes.width"]), ("K",))})
-        if (present.get("classes.width"))
-        else {}
-    )
-    classes = tuple(map(str, extra.get("classes", range(count))))
-    out = []
-    for part, (images_key, labels_key) in zip(parts, (names[:2], names[2:]), strict=True):
-        found = part[labels_key].astype(np.int64)
-        if len(found) and not (found.min() >= 0 and found.max() < len(classes)):
-            raise UserError(f"{path}: '{labels_key}' holds labels outside of 0 to {len(classes) - 1}")
-        out.append(datasets.Images(part[images_key], found, classes, f"of the user: {path.name}"))
-    return out[0], out[1]
-
-
-def _npz_keys(path: Path) -> dict[str, int]:
-    """Dimensions of the arrays in the file; of names of classes, how wide they are; empty where it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key].ndim for key in file.files if key.endswith(("images", "_train", "_test"))}
-            if "classes" in file.files and file["classes"].dtype.kind == "U":
-                found["classes.width"] = file["classes"].dtype.itemsize // 4
-            return found
-    except (OSError, ValueError, EOFError, TypeError, AttributeError):
-        return {}  # npz_arrays then says what is wrong
-
-
 def _text(path: Path | None, settings: TrainingSettings) -> Data:
     """Bytes of a file, or Python's documentation; the last tenth tests."""
     if path is None:
@@ -220,12 +184,8 @@ def _text(path: Path | None, settings: TrainingSettings) -> Data:
 
 def _image_folder(path: Path, settings: TrainingSettings) -> Data:
     """DIR/train/CLASS/... and DIR/val/CLASS/... (or test)."""
-    train = datasets.image_folder(path / "train")
-    held = next((path / name for name in ("val", "test") if (path / name).is_dir()), path / "val")
-    test = datasets.image_folder(held)
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UserError(f"{path}: train and {held.name} have other classes ({', '.join(odd[:3])})")
+    train, held = datasets.image_folders(path)
+    test = _tested(held, path)
     size = settings.image_size
     plain = _EvaluationTransform(size)
     form = DataForm("classify", (3, size, size), len(train.classes))
