@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from radiogat.graph import Adjacency
+from radiogat.graph import Adjacency, shifted
 
 Backend = Literal["csr", "stencil", "dense", "pyg"]
 BACKENDS = ("csr", "stencil", "dense", "pyg")
@@ -197,16 +197,10 @@ class _Raster:
     """Node values laid on the raster and taken from it, and the slices of each offset."""
 
     def __init__(self, adjacency: Adjacency, device: torch.device) -> None:
-        height, width = adjacency.street.shape
         self.street = torch.from_numpy(adjacency.street).to(device)
         self.mask = torch.from_numpy(adjacency.mask).to(device)
-        self.shifts = [
-            (
-                (slice(max(0, -dy), height - max(0, dy)), slice(max(0, -dx), width - max(0, dx))),
-                (slice(max(0, dy), height + min(0, dy)), slice(max(0, dx), width + min(0, dx))),
-            )
-            for dy, dx in adjacency.offsets.tolist()
-        ]
+        shape = (adjacency.street.shape[0], adjacency.street.shape[1])
+        self.shifts = [shifted(shape, dy, dx) for dy, dx in adjacency.offsets.tolist()]
 
     def lay(self, values: Tensor) -> Tensor:
         laid = values.new_zeros(*self.street.shape, *values.shape[1:])

@@ -187,6 +187,7 @@ class RaytraceConfig:
         extent_m: longest side of the map in metres, around the scene's middle.
         samples_per_tx: rays from each mast.
         max_depth: interactions of a ray.
+        diffraction: also first-order diffraction, which reaches into streets that no reflection does.
         power_dbm: what a mast sends.
         pattern: antenna of the masts: iso, dipole, hw_dipole, tr38901.
         seed: of the rays, the same for all bands.
@@ -200,6 +201,7 @@ class RaytraceConfig:
     extent_m: float = 1500.0
     samples_per_tx: int = 4_000_000
     max_depth: int = 5
+    diffraction: bool = True
     power_dbm: float = 43.0
     pattern: str = "iso"
     seed: int = 1

@@ -40,12 +40,15 @@ def stencil_offsets(radius: float) -> NDArray[np.int64]:
     return np.stack([dy[near], dx[near]], axis=1)
 
 
-def _shifted(values: NDArray[np.generic], dy: int, dx: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Slices of the targets and of their sources at this offset, inside of a raster."""
-    height, width = values.shape[-2:]
-    target = slice(max(0, -dy), height - max(0, dy)), slice(max(0, -dx), width - max(0, dx))
-    source = slice(max(0, dy), height + min(0, dy)), slice(max(0, dx), width + min(0, dx))
-    return target, source
+def shifted(shape: tuple[int, int], dy: int, dx: int) -> tuple[Window, Window]:
+    """Windows of the targets and of their sources at this offset, inside of a raster; empty where it is too small."""
+    (y, to_y), (x, to_x) = _range(shape[0], dy), _range(shape[1], dx)
+    return (slice(y, to_y), slice(x, to_x)), (slice(y + dy, to_y + dy), slice(x + dx, to_x + dx))
+
+
+def _range(size: int, offset: int) -> tuple[int, int]:
+    first = min(size, max(0, -offset))
+    return first, max(first, size - max(0, offset))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +239,7 @@ def _scores(street: Bools, offsets: NDArray[np.int64], values: Floats, gate: str
     score = np.full((len(offsets), *street.shape), np.inf, dtype=np.float32)
     count = len(offsets)
     for o, (dy, dx) in enumerate(offsets[: count // 2 + 1] if gate != "signed" else offsets):
-        target, source = _shifted(street, int(dy), int(dx))
+        target, source = shifted(street.shape, int(dy), int(dx))
         there = street[target] & street[source]
         if gate == "none" or not len(values):
             found = np.zeros(there.shape)
@@ -256,11 +259,11 @@ def _blocked(street: Bools, dy: int, dx: int) -> Bools:
     """(H, W): whether the straight segment from a cell to its neighbor at this offset crosses a building."""
     if (dy, dx) > (-dy, -dx):  # seen from the other end, so that both directions agree
         blocked = np.zeros(street.shape, dtype=bool)
-        target, source = _shifted(street, dy, dx)
+        target, source = shifted(street.shape, dy, dx)
         blocked[target] = _blocked(street, -dy, -dx)[source]
         return blocked
     blocked = np.zeros(street.shape, dtype=bool)
-    target, _ = _shifted(street, dy, dx)
+    target, _ = shifted(street.shape, dy, dx)
     rows, columns = np.arange(street.shape[0])[target[0]], np.arange(street.shape[1])[target[1]]
     n = max(abs(dy), abs(dx))
     for step in range(1, n):

@@ -149,6 +149,7 @@ def _band(
         cell_size=mitsuba.Point2f(config.cell_m, config.cell_m),
         samples_per_tx=config.samples_per_tx,
         max_depth=config.max_depth,
+        diffraction=config.diffraction,
         seed=config.seed,
     )
     watts = np.array(found.rss, dtype=np.float64).sum(axis=0)
