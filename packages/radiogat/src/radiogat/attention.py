@@ -90,10 +90,10 @@ def attend(
 ) -> Tensor:
     """sum_j alpha_ij values_j with alpha = softmax_j LeakyReLU(s_i + t_j) over the edges: (N), (N), (N, C) -> (N, C)."""
     if backend == "csr":
-        gathered, _ = _CsrAttend.apply(s, t, values, adjacency, slope)  # type: ignore[no-untyped-call]
+        gathered, _ = _CsrAttend.apply(s, t, values, adjacency, slope)
         return gathered
     if backend == "stencil":
-        return _StencilAttend.apply(s, t, values, adjacency, slope)  # type: ignore[no-untyped-call]
+        return _StencilAttend.apply(s, t, values, adjacency, slope)
     return dense_weights(s, t, adjacency, slope) @ values
 
 

@@ -380,7 +380,7 @@ def _plot(settings: PlotSettings, invocation: Invocation) -> None:
             raise UserError(f"--map {path}: no such file")
         found = read_netcdf(path) if path.suffix == ".nc" else read_geotiff(path)
         grid, freqs, power, level = found.layout.grid, found.layout.freq_mhz, found.rss_dbm, found.layout.level
-        building = np.isnan(power).all(axis=0)
+        building = np.asarray(np.isnan(power).all(axis=0))
     pictures.map_picture(run.own("figures/map.png"), grid, freqs, power, building=building)
     drawn = ["map.png"]
     if level is not None and found is not None:
@@ -535,7 +535,7 @@ def _reproduce(settings: ReproduceSettings, invocation: Invocation) -> None:
         "mean over areas and seeds [95 % interval]; dB\n\n"
     )
     text = head + table(["task", "rate", "method", *metrics], body) + "\n"
-    by_area = {}
+    by_area: dict[tuple[str, str, str], list[str]] = {}
     for task, rate, model in found:
         for area in settings.areas:
             chosen = [

@@ -190,6 +190,7 @@ class RaytraceConfig:
         diffraction: also first-order diffraction, which reaches into streets that no reflection does.
         power_dbm: what a mast sends.
         pattern: antenna of the masts: iso, dipole, hw_dipole, tr38901.
+        floor_dbm: weaker powers, which rest on few rays and no receiver hears, have no value.
         seed: of the rays, the same for all bands.
     """
 
@@ -204,6 +205,7 @@ class RaytraceConfig:
     diffraction: bool = True
     power_dbm: float = 43.0
     pattern: str = "iso"
+    floor_dbm: float = -120.0
     seed: int = 1
 
     def __post_init__(self) -> None:

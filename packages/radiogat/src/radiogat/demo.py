@@ -139,7 +139,7 @@ def cross_band(maps: RadioMaps, settings: DemoSettings, seed: int, *, quiet: boo
     assert depth is not None
     assert building is not None
     pair = (protocol.source, protocol.target)
-    windows = blocks(building.shape, 40)  # type: ignore[arg-type]
+    windows = blocks(building.shape, 40)
     train, test = protocol_split(len(windows), seed)
     config = RadioGATConfig(labels="full", epochs=EPOCHS[settings.level], dropout=0.0, learning_rate=1e-3, seed=seed)
     for arm, gate in (("radiogat", GraphConfig()), ("radiogat_around", GraphConfig(gate="none"))):

@@ -120,7 +120,12 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         power, scale = found[self.chosen_]
         bands = np.searchsorted(samples.bands, samples.freq_mhz[held])
         self.conformal_ = SpatialConformal(np.abs(truth - power) / scale, bands)
-        self.calibration_ = {"truth": truth, "power": power, "scale": scale, "band": bands}
+        self.calibration_: dict[str, Floats] = {
+            "truth": truth,
+            "power": power,
+            "scale": scale,
+            "band": bands.astype(np.float64),
+        }
         return self
 
     def _fallbacks(self) -> list[str]:
@@ -258,7 +263,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
     def save(self, path: str | Path) -> None:
         """One safetensors file with everything that predicting needs: measurements, scene, weights, calibration."""
         s, scene = self.samples_, self.scene_
-        tensors = {"xy": s.xy, "freq_mhz": s.freq_mhz, "rss_dbm": s.rss_dbm}
+        tensors: dict[str, NDArray[Any]] = {"xy": s.xy, "freq_mhz": s.freq_mhz, "rss_dbm": s.rss_dbm}
         tensors |= {f"calibration.{name}": values for name, values in self.calibration_.items()}
         about: dict[str, Any] = {"crs": s.crs, "chosen": self.chosen_, "heldout": self.heldout_, "scene": None}
         if scene is not None:

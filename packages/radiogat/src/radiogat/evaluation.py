@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,7 @@ class Protocol:
     target: int
 
     def __post_init__(self) -> None:
-        windows = blocks(self.maps.rss_dbm.shape[1:], 40)  # type: ignore[arg-type]
+        windows = blocks(self.maps.rss_dbm.shape[1:], 40)
         train, test = protocol_split(len(windows), self.seed)
         observed = protocol_mask(self.maps, windows, [*train, *test], self.rate, self.seed)
         in_test = np.zeros(self.maps.rss_dbm.shape[1:], dtype=bool)
@@ -199,7 +199,7 @@ def cross_validate(
         raise UserError(f"{len(np.unique(groups))} squares of {side:g} do not make {folds} folds: lower block or folds")
     shuffled = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups]
     parts = list(GroupKFold(folds).split(samples.xy, groups=shuffled))
-    calibration = "interpolate" if side is None else "extrapolate"
+    calibration: Literal["interpolate", "extrapolate"] = "interpolate" if side is None else "extrapolate"
     found: dict[str, list[Floats]] = {model: [] for model in models}
     truth: list[Floats] = []
     for (train, test), model in track([(part, model) for part in parts for model in models]):

@@ -152,8 +152,9 @@ _LONG = {
 
 
 def _axes(grid: Grid) -> tuple[Floats, Floats]:
-    x = grid.x0 + (np.arange(grid.width) + 0.5) * grid.cell
-    return x, grid.y0 - (np.arange(grid.height) + 0.5) * grid.cell
+    x: Floats = grid.x0 + (np.arange(grid.width) + 0.5) * grid.cell
+    y: Floats = grid.y0 - (np.arange(grid.height) + 0.5) * grid.cell
+    return x, y
 
 
 def write_csv(path: str | Path, names: Sequence[str], columns: Sequence[NDArray[Any]]) -> None:
@@ -287,7 +288,7 @@ def read_netcdf(path: str | Path) -> RadioMap:
                 raise UserError(f"{path}: no variable {', '.join(sorted(missing))}; expected rss_dbm over (freq, y, x)")
             freq, y, x = (np.ma.filled(file[name][:], np.nan).astype(np.float64) for name in ("freq", "y", "x"))
             names = [n for n in ("rss_dbm", "rss_lo", "rss_hi") if n in file.variables]
-            layers = {n: np.ma.filled(file[n][:].astype(np.float64), np.nan) for n in names}
+            layers: dict[str, Floats] = {str(n): np.ma.filled(file[n][:].astype(np.float64), np.nan) for n in names}
             crs, level = getattr(file, "crs", "") or None, float(getattr(file, "interval", 0.0)) or None
     except OSError as error:
         raise UserError(f"{path}: not a netCDF file ({error})") from error

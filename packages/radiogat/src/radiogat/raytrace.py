@@ -28,8 +28,8 @@ def trace(
 ) -> RadioMaps:
     """Trace a scene band by band, with the same random rays in each, so that noise does not hide the spectrum.
 
-    Power is summed over the masts in watts; a cell that no ray reached is NaN, and so are buildings: cells over which a ray
-    from above hits something higher than two metres above the ground.
+    Power is summed over the masts in watts. A cell below the floor of what a receiver hears is NaN, and so are buildings:
+    cells over which a ray from above hits something higher than two metres above the ground.
 
     Args:
         config: scene, bands, cell, rays.
@@ -62,7 +62,8 @@ def trace(
         found = cached(f"{freq:g}MHz", lambda freq=freq: _band(rt, scene(), config, ground, masts, freq))  # type: ignore[misc]
         power = found["watts"]
         with np.errstate(divide="ignore"):
-            dbm = np.where(power > 0, 10 * np.log10(1000 * power), np.nan)
+            dbm = 10 * np.log10(1000 * power)
+        dbm[dbm < config.floor_dbm] = np.nan
         maps.append(np.where(building, np.nan, dbm))
     return RadioMaps(
         np.stack(maps), tuple(map(float, config.freq_mhz)), masts, config.scene, config.cell_m, building.copy()
@@ -80,7 +81,7 @@ def _sionna() -> Any:
         import sionna.rt
     except ImportError as error:
         raise MissingExtraError('ray tracing needs sionna-rt; pip install "radiogat[raytrace]"') from error
-    if "cuda" not in mitsuba.variant() and not drjit.has_backend(drjit.JitBackend.LLVM):
+    if "cuda" not in str(mitsuba.variant()) and not drjit.has_backend(drjit.JitBackend.LLVM):
         raise UserError(
             "Dr.Jit finds no LLVM: apt-get install libllvm19, or set DRJIT_LIBLLVM_PATH to a libLLVM of 16 or later"
         )

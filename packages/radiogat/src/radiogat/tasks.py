@@ -32,8 +32,12 @@ DEGREES_OF_FREEDOM = 4.0
 class Task(Protocol):
     """Something to be trained."""
 
-    network: nn.Module
     steps: int
+
+    @property
+    def network(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def loss(self, step: int) -> Tensor:
         """The loss of one step."""
@@ -274,7 +278,7 @@ class BlockTask:
             self.freq_mhz[into],
             self.freq_mhz[to],
             origin=(window[0].start, window[1].start),
-            whole=self.building.shape,  # type: ignore[arg-type]
+            whole=self.building.shape,
             flag=self.config.observed_flag,
         )
         out: Tensor = self.network(x.to(self.device), *adjacencies, math.log10(self.freq_mhz[to] / self.reference))
