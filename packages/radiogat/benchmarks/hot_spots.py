@@ -175,8 +175,8 @@ def layer_rows() -> list[bench.Comparison]:
     theirs = [x, peer.lin.weight, peer.att_dst, peer.att_src, peer.bias]
 
     def same(found: list[Tensor], expected: list[Tensor]) -> str:
-        shaped = [e.T if e.shape == f.shape[::-1] and e.dim() == 2 and e.shape != f.shape else e for f, e in zip(found, expected, strict=True)]  # fmt: skip
-        return close(found, [e.reshape(f.shape) for f, e in zip(found, shaped, strict=True)])
+        expected = [each.T if number == 1 else each for number, each in enumerate(expected)]  # its weight is transposed
+        return close(found, [e.reshape(f.shape) for f, e in zip(found, expected, strict=True)])
 
     shape = f"80 -> 320, N = 10,000, E = {len(adjacency.indices):,}"
     return [
