@@ -16,7 +16,6 @@ from tenfold.runs import replacing
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 _BUILDING = "#9a9a9a"
-_COLUMNS = 3
 
 
 @contextlib.contextmanager
@@ -31,8 +30,13 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
             figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None}, bbox_inches="tight")
 
 
+def _columns(count: int) -> int:
+    """Panels side by side: at most three, and four make a square."""
+    return 2 if count == 4 else min(count, 3)
+
+
 def _panels(figure: Any, count: int) -> list[Any]:
-    columns = min(count, _COLUMNS)
+    columns = _columns(count)
     rows = -(-count // columns)
     axes = figure.subplots(rows, columns, squeeze=False)
     for spare in axes.ravel()[count:]:
@@ -41,7 +45,7 @@ def _panels(figure: Any, count: int) -> list[Any]:
 
 
 def _size(grid: Grid, count: int) -> tuple[float, float]:
-    columns = min(count, _COLUMNS)
+    columns = _columns(count)
     wide = 3.9
     return wide * columns + 0.9, -(-count // columns) * (wide * grid.height / grid.width * 0.9 + 0.75)
 
