@@ -180,6 +180,29 @@ def test_what_the_user_can_mend_is_one_line(words, said, capsys, tmp_path):
     assert_user_error(main, [*words, "--out", str(tmp_path / "o")], capsys, said)
 
 
+def test_the_faithful_network_is_trained_twice_and_resumable(simulated, tmp_path):
+    words = [
+        "train",
+        "--data",
+        f"npz:{simulated / 'maps.npz'}",
+        "--rate",
+        "0.1",
+        "--model",
+        "radiogat",
+        "--map",
+        "none",
+    ]
+    words += ["--gat.widths", "8,12", "--gat.epochs", "2", "--out", str(tmp_path / "g"), "--quiet"]
+    assert main(words) == 0
+    assert {p.name for p in (tmp_path / "g/checkpoints").iterdir()} == {"last.ckpt", "second.ckpt"}
+
+
+def test_a_map_without_a_plane_can_be_drawn(trained, tmp_path):
+    assert main(["plot", "--map", str(trained / "map.tif"), "--out", str(tmp_path / "f")]) == 0
+    words = ["convert", "--data", f"geotiff:{trained / 'map.tif'}", "--out", str(tmp_path / "c")]
+    assert main(words) == 2  # as an input it has to say where it lies
+
+
 def test_an_unknown_band_is_one_line(trained, simulated, capsys, tmp_path):
     direct = ["--data", f"csv:{simulated / 'samples.csv'}", *STEPS, "--network.head", "direct", "--fallback", "false"]
     assert main(["train", *direct, "--map", "none", "--out", str(tmp_path / "d"), "--quiet"]) == 0

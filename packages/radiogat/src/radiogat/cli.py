@@ -92,12 +92,21 @@ def _resumable(settings: TrainSettings, invocation: Invocation) -> "Callable[[An
     from radiogat.training import RadioGATModule, RadioMapDataModule
     from tenfold.training import TrainerConfig, fit
 
+    stages = iter(("", "second"))  # a model that is judged by a split is trained again on all measurements
+
     def train(task: Any) -> None:
         how = TrainerConfig(
             max_steps=task.steps, checkpoint_every=settings.checkpoint_every, device=settings.device, precision="32"
         )
         module = RadioGATModule(task)
-        fit(module, RadioMapDataModule(task).train_dataloader(), how, invocation.folder, quiet=invocation.quiet)
+        fit(
+            module,
+            RadioMapDataModule(task).train_dataloader(),
+            how,
+            invocation.folder,
+            stage=next(stages),
+            quiet=invocation.quiet,
+        )
         task.network.eval()
 
     return train
@@ -378,7 +387,7 @@ def _plot(settings: PlotSettings, invocation: Invocation) -> None:
         path = Path(settings.map)
         if not path.is_file():
             raise UserError(f"--map {path}: no such file")
-        found = read_netcdf(path) if path.suffix == ".nc" else read_geotiff(path)
+        found = read_netcdf(path) if path.suffix == ".nc" else read_geotiff(path, need_crs=False)
         grid, freqs, power, level = found.layout.grid, found.layout.freq_mhz, found.rss_dbm, found.layout.level
         building = np.asarray(np.isnan(power).all(axis=0))
     pictures.map_picture(run.own("figures/map.png"), grid, freqs, power, building=building)

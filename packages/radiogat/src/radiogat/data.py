@@ -293,6 +293,7 @@ def read_raster(path: str | Path) -> tuple[Floats, Grid, str]:
     try:
         with rasterio.open(path) as file:
             grid, crs = grid_of(Path(path), file)
+            assert crs is not None
             return file.read(1, masked=True).astype(np.float64).filled(np.nan), grid, crs
     except RasterioIOError as error:
         raise UserError(f"{path}: not a raster that can be read ({error})") from error

@@ -165,21 +165,24 @@ def write_csv(path: str | Path, names: Sequence[str], columns: Sequence[NDArray[
         writer.writerows(zip(*(np.asarray(column).tolist() for column in columns), strict=True))
 
 
-def grid_of(path: Path, file: Any) -> tuple[Grid, str]:
+def grid_of(path: Path, file: Any, need_crs: bool = True) -> tuple[Grid, str | None]:
     """Grid and coordinate system of an open raster.
 
     Raises:
         UserError: it has none, is in degrees, not north-up, or its cells are not square.
     """
-    if file.crs is None:
+    if file.crs is None and need_crs:
         raise UserError(f"{path} has no coordinate system: assign one (gdal_edit.py -a_srs EPSG:... FILE)")
-    if file.crs.is_geographic:
+    if file.crs is not None and file.crs.is_geographic:
         raise UserError(f"{path} is in degrees: reproject it to a plane in metres (gdalwarp -t_srs EPSG:... FILE OUT)")
     t = file.transform
     if t.b or t.d or t.a <= 0 or t.e >= 0 or abs(t.a + t.e) > 1e-6 * t.a:
         raise UserError(f"{path}: expected a north-up raster with square cells, found the transform {tuple(t)[:6]}")
+    grid = Grid(t.c, t.f, t.a, file.height, file.width)
+    if file.crs is None:
+        return grid, None
     code = file.crs.to_epsg()
-    return Grid(t.c, t.f, t.a, file.height, file.width), f"EPSG:{code}" if code else file.crs.to_wkt()
+    return grid, f"EPSG:{code}" if code else file.crs.to_wkt()
 
 
 def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
@@ -217,8 +220,12 @@ def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
                     file.write(values[name][f].astype(np.float32), f * len(layers) + n + 1, window=window)
 
 
-def read_geotiff(path: str | Path) -> RadioMap:
+def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
     """A map that ``write_geotiff`` wrote, or any GeoTIFF whose bands say their MHz in a tag or description.
+
+    Args:
+        path: the file.
+        need_crs: refuse a file without a coordinate system; a map of measurements without one has none.
 
     Raises:
         UserError: as of ``read_raster``, or a band does not say its frequency.
@@ -229,7 +236,7 @@ def read_geotiff(path: str | Path) -> RadioMap:
 
     try:
         with rasterio.open(path) as file:
-            grid, crs = grid_of(Path(path), file)
+            grid, crs = grid_of(Path(path), file, need_crs)
             found: dict[str, dict[float, Floats]] = {}
             for band in range(1, file.count + 1):
                 tags, said = file.tags(band), file.descriptions[band - 1] or ""

@@ -25,6 +25,8 @@ from tenfold import NonFiniteError, UserError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+_KEPT = 1 << 24
+"""Numbers of edge features that are computed once and kept (64 MB); with more, each batch computes its own."""
 DEGREES_OF_FREEDOM = 4.0
 """Of the Student t that the scale of the errors is trained under: errors of radio maps are heavy-tailed."""
 
@@ -111,12 +113,15 @@ class NeighborTask:
         self.tree = cKDTree(samples.xy)
         self.targets = np.flatnonzero(np.ones(len(samples), bool) if targets is None else targets)
         self._distance, self._index = self.donors(self.targets)
+        self._features: tuple[Tensor, ...] | None = None
         torch_state = torch.random.get_rng_state()
         torch.manual_seed(config.seed)
         shown = self._batch(np.arange(len(self.targets))[:: max(1, len(self.targets) // 4096)])
         self.network = RadioGATx(shown[0].shape[2], shown[1].shape[1], config)
         torch.random.set_rng_state(torch_state)
         self.network.standardize(shown[0], shown[1])
+        if len(self.targets) * shown[0][0].numel() <= _KEPT:
+            self._features = self._batch(np.arange(len(self.targets)))
 
     def donors(self, rows: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
         """Distances and indices (n, K) of the nearest measurements to some of them, leaving each out, or its place."""
@@ -133,6 +138,9 @@ class NeighborTask:
         return distance, np.take_along_axis(index, order, 1)
 
     def _batch(self, chosen: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        if self._features is not None:
+            at_once = torch.from_numpy(chosen)
+            return tuple(each[at_once] for each in self._features)
         rows = self.targets[chosen]
         at = self.samples.xy[rows], self.samples.freq_mhz[rows]
         return self.hoods.features(*at, self._distance[chosen], self._index[chosen])
