@@ -78,15 +78,6 @@ def _grid(samples: "RadioSamples", scene: "RadioScene | None", cell: float | Non
     return grid
 
 
-def _watched(quiet: bool, what: str) -> "Callable[[Any], None]":
-    from radiogat.tasks import run_task
-
-    def train(task: Any) -> None:
-        run_task(task, lambda steps: track(steps, what, len(steps), quiet=quiet))
-
-    return train
-
-
 def _resumable(settings: TrainSettings, invocation: Invocation) -> "Callable[[Any], None]":
     """Training by Lightning in the run folder: a killed run goes on to the same weights."""
     from radiogat.training import RadioGATModule, RadioMapDataModule
