@@ -42,7 +42,9 @@ class Regions:
         return self.rois[:, 0].long()
 
 
-def collect_regions(sampling: Sequence[Any], proposals: Sequence[Proposals], ground_truth: Sequence[int], added: bool) -> Regions:
+def collect_regions(
+    sampling: Sequence[Any], proposals: Sequence[Proposals], ground_truth: Sequence[int], added: bool
+) -> Regions:
     """Follow sampled rows back to the proposals that they were.
 
     A sampler's indices count ground truth first where it adds it as proposals, then the proposals.
@@ -89,7 +91,9 @@ def width_of(consumer: nn.Module, owner: str) -> tuple[int, bool]:
         return module.in_features, False
     channels = getattr(module, "in_channels", None)
     if channels is None:
-        raise UserError(f"{owner}: {type(consumer).__name__} does not say how many channels it takes; name another signal")
+        raise UserError(
+            f"{owner}: {type(consumer).__name__} does not say how many channels it takes; name another signal"
+        )
     return int(channels), True
 
 
@@ -140,7 +144,9 @@ class Assistant(nn.Module):
         known = tuple(head_signals(head))
         names = known if self.settings.akd is None else self.settings.akd
         if not names and (self.settings.akd_weight or self.settings.ckd_weight):
-            raise UserError(f"the assistant's {type(head).__name__} has no signal of a known name: name module paths in akd")
+            raise UserError(
+                f"the assistant's {type(head).__name__} has no signal of a known name: name module paths in akd"
+            )
         return names
 
 
@@ -236,7 +242,9 @@ class RoIAssistant(Assistant):
         """phi of one AKD term."""
         return self.akd[f"s{stage}_{name}".replace(".", "_")]
 
-    def sample(self, proposals: Sequence[Proposals], samples: Sequence[Any], features: Sequence[Tensor], *, cached: bool) -> Regions:
+    def sample(
+        self, proposals: Sequence[Proposals], samples: Sequence[Any], features: Sequence[Tensor], *, cached: bool
+    ) -> Regions:
         """Regions for its first stage; cached boxes hold the ground truth already, so none is added to them."""
         assigner, sampler = self.head.bbox_assigner, self.head.bbox_sampler
         if isinstance(assigner, list):
@@ -261,12 +269,14 @@ class RoIAssistant(Assistant):
                 losses = dict(self.head.bbox_loss(maps, regions.sampling)["loss_bbox"])
             return losses, rois, [{name: values[0].flatten(1) for name, values in seen.items()}]
         metas = [sample.metainfo for sample in samples]
-        sampling = regions.sampling
+        sampling, results = regions.sampling, []
         for stage in range(self.num_stages):
             self.head.current_stage = stage
             if stage:
                 refined = [
-                    Proposals(r.bboxes, r.bboxes.new_zeros(len(r.bboxes)), Provenance.none(len(r.bboxes), r.bboxes.device))
+                    Proposals(
+                        r.bboxes, r.bboxes.new_zeros(len(r.bboxes)), Provenance.none(len(r.bboxes), r.bboxes.device)
+                    )
                     for r in results
                 ]
                 later = sample_regions(
@@ -286,7 +296,9 @@ class RoIAssistant(Assistant):
                     break
         return losses, rois, signals
 
-    def at_rois(self, features: Sequence[Tensor], rois: Tensor, names: Sequence[str], stage: int = 0) -> dict[str, Tensor]:
+    def at_rois(
+        self, features: Sequence[Tensor], rois: Tensor, names: Sequence[str], stage: int = 0
+    ) -> dict[str, Tensor]:
         """Its activations (M, D) at given regions, without losses."""
         with capturing(resolve(box_heads(self.head)[stage], names, "the assistant's box head")) as seen:
             forward_stage(self.head, stage, self.maps(features), rois)
@@ -343,11 +355,13 @@ class DenseAssistant(Assistant):
         missing = [s for s, level in zip(own, self.levels, strict=True) if level is None]
         if self.levels[0] is None or any(s < max(strides) for s in missing):
             raise UserError(
-                f"the student's neck has strides {list(strides)}, which do not cover the dense head's {own}: no map for {missing}"
+                f"the student's neck has strides {list(strides)}, which do not cover the dense head's {own}"
             )
         if settings.ckd_weight:
             if not student_signals:
-                raise UserError("ckd_weight with a dense assistant needs a one-stage student: no signal of a two-stage one matches")
+                raise UserError(
+                    "ckd_weight with a dense assistant needs a one-stage student: no signal of a two-stage one matches"
+                )
             target = settings.ckd_target or "cls_tower"
             student = settings.ckd_student or "cls_tower"
             if student not in student_signals:
@@ -368,7 +382,9 @@ class DenseAssistant(Assistant):
             out.append(maps[level] if level is not None else nn.functional.max_pool2d(out[-1], 1, stride=2))
         return out
 
-    def forward(self, features: Sequence[Tensor], samples: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    def forward(
+        self, features: Sequence[Tensor], samples: Sequence[Any]
+    ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
         """Detection losses, and signal -> (N, D, H, W) for each level."""
         names = sorted({*self.akd_names, self.ckd_names[1]} - {""}) if len(self.akd) or self.ckd is not None else []
         with capturing(resolve(self.head, names, "the assistant's dense head")) as seen:

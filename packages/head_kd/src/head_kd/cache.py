@@ -79,7 +79,7 @@ class TargetCache:
         """Raise ``UserError`` when the cache was made for another annotation file."""
         if digest != self.header["data"]:
             raise UserError(
-                f"{self.path} was made for other data (annotations {self.header['data'][:12]}, these {digest[:12]}): make it anew"
+                f"{self.path} was made for other annotations ({self.header['data'][:9]}, these: {digest[:9]}): make it anew"
             )
 
     def regions(self, samples: Sequence[Any], device: torch.device) -> tuple[list[Proposals], list[dict[str, Tensor]]]:
@@ -217,9 +217,13 @@ def write_cache(
             ids.append(sample.metainfo["img_id"])
             size = sample.metainfo["img_shape"][:2]
             chosen.append(
-                choose_boxes(proposed.bboxes.cpu(), sample.gt_instances.bboxes.cpu().float(), size, boxes_per_image, generator)
+                choose_boxes(
+                    proposed.bboxes.cpu(), sample.gt_instances.bboxes.cpu().float(), size, boxes_per_image, generator
+                )
             )
-        rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(chosen)]).to(batch.device)
+        rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(chosen)]).to(
+            batch.device
+        )
         values = teacher.at_rois(maps, rois, names)
         first = len(ids) - len(chosen)
         for name, value in values.items():

@@ -131,16 +131,21 @@ def resolve_config(config: Any) -> Any:
 
 
 def config_path(name: str) -> Path:
-    """The file of a config's name; ``mmdet::`` stands for the folder of configs in the installed mmdet."""
+    """The file of a config's name; ``mmdet::`` stands for mmdet's own configs, ``recipe:`` for this package's."""
     if name.startswith("mmdet::"):
         import mmdet
 
         path = Path(str(mmdet.__file__)).parent / ".mim" / "configs" / name.removeprefix("mmdet::")
+    elif name.startswith("recipe:"):
+        path = Path(__file__).parent / "recipes" / name.removeprefix("recipe:")
     else:
         path = Path(name).expanduser()
     if not path.is_file():
         from tenfold.errors import did_you_mean
 
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"{name}: no such config file" + (f" in {path.parent.name}; {did_you_mean(path.name, near)}" if near else ""))
+        raise UserError(
+            f"{name}: no such config file"
+            + (f" in {path.parent.name}; {did_you_mean(path.name, near)}" if near else "")
+        )
     return path

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,28 +143,37 @@ def teacher_free(model: Any, how: Distillation) -> list[dict[str, Any]]:
     classes = int((inner[0] if isinstance(inner, list | tuple) else inner).num_classes)
     common = {"akd_weight": 0.0, "ramp_detection": True, "transfer": False}
     dense_weight = 1.0 if how.ckd_weight is None else how.ckd_weight
+    strides = config_strides(model)
     is_fcos = not two_stage and model.bbox_head.type == "FCOSHead"
     dense = {
         **common,
         "kind": "dense",
-        "head": retina_head(classes, channels) if is_fcos else fcos_head(classes, channels),
+        "head": retina_head(classes, channels, strides) if is_fcos else fcos_head(classes, channels, strides),
         "train_cfg": retina_train_cfg() if is_fcos else None,
         "ckd_weight": 0.0 if two_stage else dense_weight,
         "detection_weight": 1.0 if two_stage else 0.5,
     }
     if two_stage:
         return [dense]
-    strides = [8, 16, 32, 64]
     roi = {
         **common,
         "kind": "roi",
-        "head": rcnn_head(classes, channels, strides),
+        "head": rcnn_head(classes, channels, strides[:4]),
         "train_cfg": rcnn_train_cfg(),
         "ckd_weight": 1.3 if how.ckd_weight is None else how.ckd_weight,
         "ckd_on": how.ckd_on or "all",
         "rois_per_image": how.rois_per_image,
     }
     return [roi, dense]
+
+
+def config_strides(model: Any) -> list[int]:
+    """Strides of a model config's neck, as its dense head or RPN states them; an RPN's finest is left out."""
+    if "roi_head" in model:
+        return [int(s) for s in model.rpn_head.anchor_generator.strides][1:]
+    head = model.bbox_head
+    stated = head.get("strides") or (head.get("anchor_generator") or {}).get("strides") or [8, 16, 32, 64, 128]
+    return [int(s[0]) if isinstance(s, list | tuple) else int(s) for s in stated]
 
 
 def rcnn_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
@@ -179,10 +189,14 @@ def rcnn_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, 
         "bbox_head": {
             "type": "Shared2FCBBoxHead",
             "in_channels": channels,
-            "fc_out_channels": 1024,
+            "fc_out_channels": 4 * channels,  # 1024 for the usual 256
             "roi_feat_size": 7,
             "num_classes": classes,
-            "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [0.1, 0.1, 0.2, 0.2]},
+            "bbox_coder": {
+                "type": "DeltaXYWHBBoxCoder",
+                "target_means": [0.0] * 4,
+                "target_stds": [0.1, 0.1, 0.2, 0.2],
+            },
             "reg_class_agnostic": False,
             "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
             "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
@@ -201,21 +215,29 @@ def rcnn_train_cfg(regions: int = 512) -> dict[str, Any]:
             "match_low_quality": False,
             "ignore_iof_thr": -1,
         },
-        "sampler": {"type": "RandomSampler", "num": regions, "pos_fraction": 0.25, "neg_pos_ub": -1, "add_gt_as_proposals": True},
+        "sampler": {
+            "type": "RandomSampler",
+            "num": regions,
+            "pos_fraction": 0.25,
+            "neg_pos_ub": -1,
+            "add_gt_as_proposals": True,
+        },
         "pos_weight": -1,
         "debug": False,
     }
 
 
-def fcos_head(classes: int, channels: int) -> dict[str, Any]:
+def fcos_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
     """An FCOS head with the tricks that the authors use beside an R-CNN assistant."""
+    bounds = [-1, *(8 * stride for stride in strides[:-1]), 1e8]
     return {
         "type": "FCOSHead",
         "num_classes": classes,
         "in_channels": channels,
         "feat_channels": channels,
         "stacked_convs": 4,
-        "strides": [8, 16, 32, 64, 128],
+        "strides": list(strides),
+        "regress_ranges": tuple(itertools.pairwise(bounds)),
         "norm_on_bbox": True,
         "centerness_on_reg": True,
         "center_sampling": True,
@@ -226,7 +248,7 @@ def fcos_head(classes: int, channels: int) -> dict[str, Any]:
     }
 
 
-def retina_head(classes: int, channels: int) -> dict[str, Any]:
+def retina_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
     """mmdet's config of a RetinaNet head."""
     return {
         "type": "RetinaHead",
@@ -239,7 +261,7 @@ def retina_head(classes: int, channels: int) -> dict[str, Any]:
             "octave_base_scale": 4,
             "scales_per_octave": 3,
             "ratios": [0.5, 1.0, 2.0],
-            "strides": [8, 16, 32, 64, 128],
+            "strides": list(strides),
         },
         "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [1.0] * 4},
         "loss_cls": {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 1.0},
@@ -250,7 +272,13 @@ def retina_head(classes: int, channels: int) -> dict[str, Any]:
 def retina_train_cfg() -> dict[str, Any]:
     """Assigner of a RetinaNet head."""
     return {
-        "assigner": {"type": "MaxIoUAssigner", "pos_iou_thr": 0.5, "neg_iou_thr": 0.4, "min_pos_iou": 0, "ignore_iof_thr": -1},
+        "assigner": {
+            "type": "MaxIoUAssigner",
+            "pos_iou_thr": 0.5,
+            "neg_iou_thr": 0.4,
+            "min_pos_iou": 0,
+            "ignore_iof_thr": -1,
+        },
         "sampler": {"type": "PseudoSampler"},
         "allowed_border": -1,
         "pos_weight": -1,
@@ -284,7 +312,9 @@ def use_data(cfg: Any, train: Any, val: Any) -> None:
         while "dataset" in dataset:
             dataset = dataset.dataset
         if "datasets" in dataset or "pipeline" not in dataset:
-            raise UserError(f"--data: the {name} data of the student's config is a {dataset.get('type')}, which is not replaced")
+            raise UserError(
+                f"--data: the {name} data of the student's config is a {dataset.get('type')}, which is not replaced"
+            )
         extra = {"filter_cfg": {"filter_empty_gt": True, "min_size": 1}} if name == "train" else {"test_mode": True}
         new = {
             "type": "CocoDataset",

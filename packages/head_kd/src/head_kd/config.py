@@ -131,7 +131,9 @@ class AssistantSettings:
             "bridge": ("auto", "off"),
         }.items():
             if getattr(self, name) not in known:
-                raise UserError(f"assistant: {name} '{getattr(self, name)}': {did_you_mean(str(getattr(self, name)), known)}")
+                raise UserError(
+                    f"assistant: {name} '{getattr(self, name)}': {did_you_mean(str(getattr(self, name)), known)}"
+                )
         if self.akd_weight == self.ckd_weight == self.detection_weight == 0:
             raise UserError("an assistant whose weights are all 0 does nothing: leave it out")
 
@@ -193,6 +195,7 @@ class Distillation:
         rois_per_image: regions that the assistant's sampler takes; default: as the teacher's config says.
         rois: student (its proposals) or teacher (those of the teacher's RPN).
         align_strides: pool regions at the teacher's strides.
+        other_classes: the teacher knows other classes than the data has; its inner features are distilled all the same.
     """
 
     preset: Preset = "own"
@@ -206,6 +209,7 @@ class Distillation:
     rois_per_image: int | None = None
     rois: Literal["student", "teacher"] = "student"
     align_strides: bool = False
+    other_classes: bool = False
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

@@ -54,14 +54,18 @@ def check_coco(annotations: str | Path, images: str | Path, *, classes: Sequence
         raise UserError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in ("images", "annotations", "categories")):
+    if not isinstance(content, dict) or any(
+        not isinstance(content.get(k), list) for k in ("images", "annotations", "categories")
+    ):
         raise UserError(f"{path}: expected COCO's lists images, annotations and categories")
     for key in ("images", "annotations", "categories"):
         if not content[key]:
             raise UserError(f"{path}: {key} is empty")
         twice = [i for i, n in collections.Counter(entry.get("id") for entry in content[key]).items() if n > 1]
         if twice:
-            raise UserError(f"{path}: {key}: id {twice[0]} stands {'more than once' if twice[0] is not None else 'nowhere'}")
+            raise UserError(
+                f"{path}: {key}: id {twice[0]} stands {'more than once' if twice[0] is not None else 'nowhere'}"
+            )
     categories = {c["id"]: str(c.get("name", c["id"])) for c in content["categories"]}
     if classes is not None:
         for name in classes:
@@ -116,7 +120,14 @@ def coco_folder(root: str | Path, split: str) -> Split:
     for annotations, images in _LAYOUTS:
         file = root / annotations.format(split=split)
         if file.is_file():
-            folder = next((f for f in (root / images.format(split=split), root / "images" / split, root / "images") if f.is_dir()), root)
+            folder = next(
+                (
+                    f
+                    for f in (root / images.format(split=split), root / "images" / split, root / "images")
+                    if f.is_dir()
+                ),
+                root,
+            )
             return check_coco(file, folder)
     expected = " or ".join(a.format(split=split) for a, _ in _LAYOUTS)
     raise UserError(f"coco:{root}: no annotations of the split '{split}': expected {expected}")
@@ -162,13 +173,20 @@ def voc_folder(root: str | Path, split: str, out: str | Path) -> Split:
             raise UserError(f"{file}: no size")
         picture = tree.findtext("filename") or f"{name}.jpg"
         images.append(
-            {"id": number, "file_name": picture, "width": int(number_in(size, "width")), "height": int(number_in(size, "height"))}
+            {
+                "id": number,
+                "file_name": picture,
+                "width": int(number_in(size, "width")),
+                "height": int(number_in(size, "height")),
+            }
         )
         for item in tree.iter("object"):
             box = item.find("bndbox")
             if box is None:
                 raise UserError(f"{file}: object {item.findtext('name')} has no bndbox")
-            x1, y1, x2, y2 = (number_in(box, tag) - (tag in ("xmin", "ymin")) for tag in ("xmin", "ymin", "xmax", "ymax"))
+            x1, y1, x2, y2 = (
+                number_in(box, tag) - (tag in ("xmin", "ymin")) for tag in ("xmin", "ymin", "xmax", "ymax")
+            )
             objects.append(
                 {
                     "id": len(objects) + 1,
@@ -184,7 +202,11 @@ def voc_folder(root: str | Path, split: str, out: str | Path) -> Split:
         entry["category_id"] = classes.index(entry.pop("category")) + 1
     from tenfold.runs import replacing
 
-    content = {"images": images, "annotations": objects, "categories": [{"id": i + 1, "name": c} for i, c in enumerate(classes)]}
+    content = {
+        "images": images,
+        "annotations": objects,
+        "categories": [{"id": i + 1, "name": c} for i, c in enumerate(classes)],
+    }
     with replacing(out) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
     return check_coco(out, root / "JPEGImages")

@@ -189,9 +189,13 @@ class HEADDetector(BaseDetector):
         weights = read_weights(checkpoint)
         self.cache.check_teacher(weights.state_dict)  # type: ignore[union-attr]
         with torch.random.fork_rng(devices=[]):
-            head: nn.Module = MODELS.build({**copy.deepcopy(model.roi_head), "test_cfg": model.test_cfg.rcnn, "train_cfg": None})
+            head: nn.Module = MODELS.build(
+                {**copy.deepcopy(model.roi_head), "test_cfg": model.test_cfg.rcnn, "train_cfg": None}
+            )
         prefix = "roi_head."
-        load_all(head, {k.removeprefix(prefix): v for k, v in weights.state_dict.items() if k.startswith(prefix)}, checkpoint)
+        load_all(
+            head, {k.removeprefix(prefix): v for k, v in weights.state_dict.items() if k.startswith(prefix)}, checkpoint
+        )
         return head.requires_grad_(False)
 
     @property
@@ -204,7 +208,9 @@ class HEADDetector(BaseDetector):
     def _teacher_parts(self) -> tuple[Any, Any, Any, str]:
         """Head config, train_cfg, test_cfg and kind of the teacher's head."""
         if self._teacher_config is None:
-            raise UserError("an assistant without `head` needs teacher=dict(config=..., checkpoint=...) to copy it from")
+            raise UserError(
+                "an assistant without `head` needs teacher=dict(config=..., checkpoint=...) to copy it from"
+            )
         model = self._teacher_config.model
         if "roi_head" in model:
             return model.roi_head, (model.get("train_cfg") or {}).get("rcnn"), model.test_cfg.rcnn, "roi"
@@ -218,13 +224,20 @@ class HEADDetector(BaseDetector):
                 raise UserError(f"the teacher's head is of kind {kind}, the assistant's settings say {settings.kind}")
             train_cfg = settings.train_cfg or own_train
         if train_cfg is None and settings.kind == "roi":
-            raise UserError("the assistant's head has no train_cfg (assigner and sampler): give it, or a teacher config that trains")
+            raise UserError(
+                "the assistant's head has no train_cfg (assigner and sampler): give it, or a teacher config that trains"
+            )
         student = self.student
         with_teacher = self.teacher is not None or self.cache is not None
         if settings.akd_weight and not with_teacher:
             raise UserError("akd_weight needs a teacher: set it to 0 for assistants on labels only and for TF-HEAD")
         channels = self._neck_channels()
-        common = {"channels": channels, "strides": self.strides, "num_classes": self.num_classes, "with_teacher": with_teacher}
+        common = {
+            "channels": channels,
+            "strides": self.strides,
+            "num_classes": self.num_classes,
+            "with_teacher": with_teacher,
+        }
         two_stage = is_two_stage(student)
         if settings.kind == "dense":
             signals = {} if two_stage else self._student_signals()
@@ -246,7 +259,14 @@ class HEADDetector(BaseDetector):
             signal = width_of(resolve(box_head, [name], "the student's head")[name], name)
         anchors = 1 if two_stage else int(student.bbox_head.num_base_priors)
         return RoIAssistant(
-            settings, head, train_cfg, test_cfg, student_signal=signal, num_anchors=anchors, shared_sample=shared, **common
+            settings,
+            head,
+            train_cfg,
+            test_cfg,
+            student_signal=signal,
+            num_anchors=anchors,
+            shared_sample=shared,
+            **common,
         )
 
     def _build_neck(self, mimic: NeckMimic | None) -> nn.ModuleList:
@@ -259,7 +279,9 @@ class HEADDetector(BaseDetector):
         theirs = detector_strides(self.teacher.detector)
         self._neck_pairs = [(self.strides.index(s), theirs.index(s)) for s in self.strides if s in theirs]
         if not self._neck_pairs:
-            raise UserError(f"neck_mimic: student strides {self.strides} and teacher strides {theirs} have none in common")
+            raise UserError(
+                f"neck_mimic: student strides {self.strides} and teacher strides {theirs} have none in common"
+            )
         own, wanted = self._neck_channels(), _neck_channels(self.teacher.detector)
         if mimic.kind == "pkd" and own == wanted:
             return nn.ModuleList()  # correlations need no adapter
@@ -362,7 +384,9 @@ class HEADDetector(BaseDetector):
         for name, value in losses.items():
             values = value if isinstance(value, list | tuple) else [value]
             if "loss" in name and not all(bool(torch.isfinite(v).all()) for v in values):
-                raise NonFiniteError(f"{name} is not finite at step {int(self.head_kd.step)}: lower the learning rate or its weight")
+                raise NonFiniteError(
+                    f"{name} is not finite at step {int(self.head_kd.step)}: lower the learning rate or its weight"
+                )
         if self.training:
             self.head_kd.step += 1
         return losses
@@ -395,7 +419,9 @@ class HEADDetector(BaseDetector):
             proposals = self._teacher_proposals(batch, samples)
         for number, assistant in enumerate(self.assistants):
             if isinstance(assistant, RoIAssistant):
-                found, more = self._roi_assistant(number, assistant, features, samples, proposals, shared, seen, maps, active)
+                found, more = self._roi_assistant(
+                    number, assistant, features, samples, proposals, shared, seen, maps, active
+                )
             else:
                 assert isinstance(assistant, DenseAssistant)
                 found, more = self._dense_assistant(number, assistant, features, samples, seen, maps, active)
@@ -431,7 +457,8 @@ class HEADDetector(BaseDetector):
         rpn_losses, results = student.rpn_head.loss_and_predict(tuple(features), rpn_samples, proposal_cfg=settings)
         losses = {(f"rpn_{k}" if "loss" in k and "rpn" not in k else k): v for k, v in rpn_losses.items()}
         proposals = [
-            Proposals(r.bboxes.detach(), r.scores.detach(), Provenance.none(len(r.bboxes), r.bboxes.device)) for r in results
+            Proposals(r.bboxes.detach(), r.scores.detach(), Provenance.none(len(r.bboxes), r.bboxes.device))
+            for r in results
         ]
         if not isinstance(student.roi_head, StandardRoIHead):
             return losses | student.roi_head.loss(tuple(features), results, samples), proposals, None, {}
@@ -458,7 +485,9 @@ class HEADDetector(BaseDetector):
     def _teacher_proposals(self, batch: Tensor, samples: list[Any]) -> list[Proposals]:
         assert self.teacher is not None
         with torch.no_grad():
-            found = self.teacher.detector.rpn_head.predict(self.teacher.features(batch, samples), samples, rescale=False)
+            found = self.teacher.detector.rpn_head.predict(
+                self.teacher.features(batch, samples), samples, rescale=False
+            )
         return [Proposals(r.bboxes, r.scores, Provenance.none(len(r.bboxes), r.bboxes.device)) for r in found]
 
     # ------------------------------------------------------------------ assistants
@@ -485,7 +514,11 @@ class HEADDetector(BaseDetector):
             with torch.random.fork_rng(devices=[]):  # the samplers draw from the CPU's stream
                 torch.manual_seed(self._stream(number))
                 regions = assistant.sample(proposals, samples, features, cached=cached is not None)
-        runs = settings.detection_weight > 0 or len(assistant.akd) > 0 or (assistant.ckd is not None and maps is None and cached is None)
+        runs = (
+            settings.detection_weight > 0
+            or len(assistant.akd) > 0
+            or (assistant.ckd is not None and maps is None and cached is None)
+        )
         losses: dict[str, Any] = {}
         terms: dict[str, Tensor] = {}
         rois, signals = [regions.rois], [{}]  # type: list[Tensor], list[dict[str, Tensor]]
@@ -599,7 +632,9 @@ class HEADDetector(BaseDetector):
             if targets is not None:
                 for own, target in zip(signals[name], targets[name], strict=True):
                     value = value + mimic_loss(phi(own), _fit(target, own), normalize=settings.normalize)
-                self._observe(f"akd{number}.{name}", _rows(signals[name][0]), _rows(_fit(targets[name][0], signals[name][0])))
+                self._observe(
+                    f"akd{number}.{name}", _rows(signals[name][0]), _rows(_fit(targets[name][0], signals[name][0]))
+                )
             terms[f"akd{number}.loss_{name}"] = settings.akd_weight * value
         if assistant.ckd is not None:
             value = touch(assistant.ckd)
@@ -627,7 +662,9 @@ class HEADDetector(BaseDetector):
             if len(self.head_kd.neck):
                 value = self.head_kd.neck[pair](value)
             target = _fit(maps[theirs], value)
-            total = total + (pkd_loss(value, target) if mimic.kind == "pkd" else mimic_loss(value, target, normalize=mimic.normalize))
+            total = total + (
+                pkd_loss(value, target) if mimic.kind == "pkd" else mimic_loss(value, target, normalize=mimic.normalize)
+            )
             self._observe(f"neck.{own}", _rows(features[own]), _rows(target))
         return mimic.weight * total
 
@@ -643,7 +680,9 @@ class HEADDetector(BaseDetector):
 
     # ------------------------------------------------------------------ balance
 
-    def gradient_norms(self, losses: Mapping[str, Any], terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> Tensor:
+    def gradient_norms(
+        self, losses: Mapping[str, Any], terms: Mapping[str, Tensor], features: Sequence[Tensor]
+    ) -> Tensor:
         """Norm of the gradient at the student's maps: of the student's detection loss first, then of each term."""
         detection = sum(
             torch.as_tensor(v).mean() if isinstance(v, Tensor) else sum(x.mean() for x in v)
@@ -656,7 +695,11 @@ class HEADDetector(BaseDetector):
                 norms.append(torch.zeros((), dtype=torch.float64))
                 continue
             grads = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
-            norms.append(torch.stack([g.double().square().sum().cpu() for g in grads if g is not None] or [torch.zeros(())]).sum().sqrt())
+            norms.append(
+                torch.stack([g.double().square().sum().cpu() for g in grads if g is not None] or [torch.zeros(())])
+                .sum()
+                .sqrt()
+            )
         return torch.stack(norms)
 
     def _measure(self, losses: Mapping[str, Any], terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> None:
@@ -674,7 +717,9 @@ class HEADDetector(BaseDetector):
         all_reduce(total)
         share = balance.ratio / max(1, len(terms))
         known = total[1:] > 0
-        self.head_kd.factors.copy_(torch.where(known, share * total[0] / total[1:].clamp_min(1e-30), torch.ones_like(total[1:])))
+        self.head_kd.factors.copy_(
+            torch.where(known, share * total[0] / total[1:].clamp_min(1e-30), torch.ones_like(total[1:]))
+        )
 
 
 def _fit(target: Tensor, own: Tensor) -> Tensor:

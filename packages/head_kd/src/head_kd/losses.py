@@ -89,6 +89,7 @@ class PerAnchorLinear(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(in_features, out_features) for _ in range(num_anchors))
 
     def forward(self, features: Tensor, anchor: Tensor) -> Tensor:
+        """Each row by the map of its anchor."""
         first: nn.Linear = self.maps[0]  # type: ignore[assignment]
         out = features.new_zeros(len(features), first.out_features)
         for index, linear in enumerate(self.maps):
@@ -122,7 +123,9 @@ def gap_r2(features: Tensor, targets: Tensor, *, ridge: float = 1e-2, held_out: 
     x_mean, t_mean = x[:cut].mean(dim=0), t[:cut].mean(dim=0)
     x_fit, t_fit = x[:cut] - x_mean, t[:cut] - t_mean
     gram = x_fit.T @ x_fit
-    damped = gram + ridge * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    damped = gram + ridge * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(
+        len(gram), dtype=x.dtype, device=x.device
+    )
     weight = torch.linalg.solve(damped, x_fit.T @ t_fit)
     residual = t[cut:] - t_mean - (x[cut:] - x_mean) @ weight
     total = ((t[cut:] - t[cut:].mean(dim=0)) ** 2).sum()

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-import torchvision.ops  # registers torch.ops.torchvision
 from torch import Tensor
 
 from head_kd.families import family
@@ -72,7 +71,9 @@ def softnms(
         order.append(i)
         left = torch.cat([left[:best], left[best + 1 :]])
         rest = current[left]
-        extent = (torch.minimum(rest[:, 2:], current[i, 2:]) - torch.maximum(rest[:, :2], current[i, :2]) + offset).clamp_min(0)
+        extent = (
+            torch.minimum(rest[:, 2:], current[i, 2:]) - torch.maximum(rest[:, :2], current[i, :2]) + offset
+        ).clamp_min(0)
         inner = extent.prod(dim=1)
         iou = inner / (area[i] + area[left] - inner)
         if method == 0:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torchvision.ops  # registers torch.ops.torchvision
 from torch import Tensor
 
 Decoder = Callable[[int, Tensor, Tensor], Tensor]

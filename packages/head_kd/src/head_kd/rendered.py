@@ -36,7 +36,11 @@ def _texture(rng: np.random.Generator) -> NDArray[np.float32]:
     for cells, strength in ((2, 40.0), (5, 28.0), (12, 18.0), (32, 10.0)):
         coarse = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
         octave = np.stack(
-            [np.asarray(Image.fromarray(coarse[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for c in range(3)], axis=-1
+            [
+                np.asarray(Image.fromarray(coarse[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+                for c in range(3)
+            ],
+            axis=-1,
         )
         image += octave
     return image

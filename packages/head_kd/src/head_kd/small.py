@@ -91,7 +91,13 @@ def point_detector(kind: str, width: int = 8, channels: int = 32, classes: int =
     strides = [8, 16, 32, 64]
     model = retinanet(width, channels, classes)
     norm = {"type": "GN", "num_groups": 8, "requires_grad": True}
-    common = {"num_classes": classes, "in_channels": channels, "feat_channels": channels, "stacked_convs": 2, "norm_cfg": norm}
+    common = {
+        "num_classes": classes,
+        "in_channels": channels,
+        "feat_channels": channels,
+        "stacked_convs": 2,
+        "norm_cfg": norm,
+    }
     anchors = {
         "type": "AnchorGenerator",
         "ratios": [1.0],
@@ -168,7 +174,13 @@ def faster_rcnn(
 
     def stage_cfg(iou: float) -> dict[str, Any]:
         return {
-            "assigner": {**_IOU, "pos_iou_thr": iou, "neg_iou_thr": iou, "min_pos_iou": iou, "match_low_quality": False},
+            "assigner": {
+                **_IOU,
+                "pos_iou_thr": iou,
+                "neg_iou_thr": iou,
+                "min_pos_iou": iou,
+                "match_low_quality": False,
+            },
             "sampler": {
                 "type": "RandomSampler",
                 "num": regions,
@@ -208,7 +220,12 @@ def faster_rcnn(
             "type": "RPNHead",
             "in_channels": channels,
             "feat_channels": channels,
-            "anchor_generator": {"type": "AnchorGenerator", "scales": [4], "ratios": [0.5, 1.0, 2.0], "strides": [4, 8, 16, 32, 64]},
+            "anchor_generator": {
+                "type": "AnchorGenerator",
+                "scales": [4],
+                "ratios": [0.5, 1.0, 2.0],
+                "strides": [4, 8, 16, 32, 64],
+            },
             "bbox_coder": _coder([1.0] * 4),
             "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 1.0},
             "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
@@ -216,7 +233,13 @@ def faster_rcnn(
         "roi_head": roi,
         "train_cfg": {
             "rpn": {
-                "assigner": {**_IOU, "pos_iou_thr": 0.7, "neg_iou_thr": 0.3, "min_pos_iou": 0.3, "match_low_quality": True},
+                "assigner": {
+                    **_IOU,
+                    "pos_iou_thr": 0.7,
+                    "neg_iou_thr": 0.3,
+                    "min_pos_iou": 0.3,
+                    "match_low_quality": True,
+                },
                 "sampler": {
                     "type": "RandomSampler",
                     "num": 128,
@@ -228,11 +251,21 @@ def faster_rcnn(
                 "pos_weight": -1,
                 "debug": False,
             },
-            "rpn_proposal": {"nms_pre": 500, "max_per_img": 200, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0},
+            "rpn_proposal": {
+                "nms_pre": 500,
+                "max_per_img": 200,
+                "nms": {"type": "nms", "iou_threshold": 0.7},
+                "min_bbox_size": 0,
+            },
             "rcnn": stage_cfg(0.5) if stages == 1 else [stage_cfg(iou) for iou in (0.5, 0.6, 0.7)],
         },
         "test_cfg": {
-            "rpn": {"nms_pre": 300, "max_per_img": 100, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0},
+            "rpn": {
+                "nms_pre": 300,
+                "max_per_img": 100,
+                "nms": {"type": "nms", "iou_threshold": 0.7},
+                "min_bbox_size": 0,
+            },
             "rcnn": {"score_thr": 0.05, "nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100},
         },
     }
@@ -253,7 +286,12 @@ def experiment(
         workers: processes that load data.
     """
     size = {"type": "Resize", "scale": (SIZE, SIZE), "keep_ratio": True}
-    load = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations", "with_bbox": True}, size, {"type": "PackDetInputs"}]
+    load = [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations", "with_bbox": True},
+        size,
+        {"type": "PackDetInputs"},
+    ]
 
     def loader(split: Any, size: int, training: bool) -> dict[str, Any]:
         return {
@@ -287,5 +325,7 @@ def experiment(
             "optimizer": {"type": "AdamW", "lr": rate, "weight_decay": 0.01},
             "clip_grad": {"max_norm": 20, "norm_type": 2},
         },
-        "param_scheduler": [{"type": "OneCycleLR", "eta_max": rate, "total_steps": steps, "by_epoch": False, "pct_start": 0.3}],
+        "param_scheduler": [
+            {"type": "OneCycleLR", "eta_max": rate, "total_steps": steps, "by_epoch": False, "pct_start": 0.3}
+        ],
     }

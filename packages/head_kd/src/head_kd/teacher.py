@@ -56,9 +56,8 @@ def _normalization(preprocessor: Any) -> tuple[Tensor, Tensor, bool]:
     swap = bool(getattr(preprocessor, "_channel_conversion", False))
     if not getattr(preprocessor, "_enable_normalize", False):
         return torch.zeros(3), torch.ones(3), swap
-    return tuple(getattr(preprocessor, key).detach().cpu().float().view(-1).expand(3) for key in ("mean", "std")) + (  # type: ignore[return-value]
-        swap,
-    )
+    mean, std = (getattr(preprocessor, key).detach().cpu().float().view(-1).expand(3) for key in ("mean", "std"))
+    return mean, std, swap
 
 
 class TeacherView:
@@ -123,7 +122,12 @@ class TeacherView:
         keys = None
         if self._memory is not None:
             keys = [
-                (s.metainfo["img_id"], s.metainfo.get("flip_direction"), s.metainfo["img_shape"], tuple(batch.shape[2:]))
+                (
+                    s.metainfo["img_id"],
+                    s.metainfo.get("flip_direction"),
+                    s.metainfo["img_shape"],
+                    tuple(batch.shape[2:]),
+                )
                 for s in samples
             ]
             if all(key in self._memory for key in keys):
@@ -136,7 +140,9 @@ class TeacherView:
         return maps
 
     @torch.no_grad()
-    def at_rois(self, features: Sequence[Tensor], rois: Tensor, names: Sequence[str], stage: int = 0) -> dict[str, Tensor]:
+    def at_rois(
+        self, features: Sequence[Tensor], rois: Tensor, names: Sequence[str], stage: int = 0
+    ) -> dict[str, Tensor]:
         """Activations (M, D) of its box head at the regions ``rois`` (M, 5)."""
         head = box_heads(self.detector.roi_head)[stage]
         with capturing(resolve(head, names, "the teacher's box head")) as seen:
@@ -174,7 +180,9 @@ def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: st
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     fitting = {k: v for k, v in state_dict.items() if k in expected and tuple(v.shape) == expected[k]}
     if len(fitting) < LOADED_AT_LEAST * len(expected):
-        share = f"{checkpoint} fills {len(fitting)} of {len(expected)} tensors of the configured {type(module).__name__}"
+        share = (
+            f"{checkpoint} fills {len(fitting)} of {len(expected)} tensors of the configured {type(module).__name__}"
+        )
         try:
             check_shapes(checkpoint, expected, dict(state_dict))
         except UserError as error:
