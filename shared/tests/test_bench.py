@@ -1,6 +1,9 @@
 import json
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 
 from tenfold import bench
@@ -56,3 +59,25 @@ def test_bench_json_has_the_agreed_form(tmp_path):
     assert set(read["comparisons"][0]) == fields
     headers, rows = bench.rows(read)
     assert len(headers) == len(rows[0])
+
+
+def allocating(megabytes):
+    return [sys.executable, "-c", f"x = b'1' * {megabytes * 1_000_000}; print('done', len(x))"]
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_the_benchmark():
+    ballast = np.ones(60_000_000)  # 480 MB here
+    small, large = bench.peak_rss(allocating(1)), bench.peak_rss(allocating(200))
+    assert ballast.size
+    assert small < 100
+    assert large - small == pytest.approx(199, abs=5)
+
+
+def test_the_peak_of_a_process_that_fails_is_no_number():
+    with pytest.raises(subprocess.CalledProcessError):
+        bench.peak_rss([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_measured_process_gets_the_given_variables():
+    command = [sys.executable, "-c", "import os; assert os.environ['MALLOC_ARENA_MAX'] == '1'"]
+    assert bench.peak_rss(command, {"MALLOC_ARENA_MAX": "1"}) > 1

@@ -3,7 +3,10 @@
 import ast
 import hashlib
 import io
+import os
+import pickle
 import re
+import struct
 import subprocess
 import sys
 import unicodedata
@@ -352,6 +355,170 @@ def test_npz_arrays_refuses_broken_files(tmp_path):
     np.savez(file, **arrays(weights=weights))
     with pytest.raises(NonFiniteError, match=r"'weights' holds inf at \(2, 1\)"):
         datasets.npz_arrays(file, WANTED)
+
+
+def test_image_folders_pairs_train_with_its_test_part(tmp_path):
+    for part, names in (("train", "abc"), ("test", "ca")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / part / name / "0.png")
+    train, test = datasets.image_folders(tmp_path)
+    assert train.classes == test.classes == ("a", "b", "c")
+    assert [(path.parent.name, label) for path, label in zip(test.paths, test.labels, strict=True)] == [
+        ("a", 0),
+        ("c", 2),
+    ]
+    alone, none = datasets.image_folders(tmp_path / "train")
+    assert none is None
+    assert alone.paths == train.paths
+    (tmp_path / "test/a").rename(tmp_path / "test/aa")
+    with pytest.raises(UserError, match=r"aa: no such class in .*train: did you mean a\?|known: a, b, c"):
+        datasets.image_folders(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "held")
+    with pytest.raises(UserError, match="neither val nor test"):
+        datasets.image_folders(tmp_path)
+
+
+def labeled(**changes):
+    rng = np.random.default_rng(0)
+    good = {
+        "train_images": rng.integers(0, 256, (5, 4, 6, 3)).astype(np.uint8),
+        "train_labels": np.array([0, 1, 2, 1, 0], np.uint8),
+        "test_images": rng.integers(0, 256, (2, 4, 6, 3)).astype(np.uint8),
+        "test_labels": np.array([2, 0]),
+    }
+    return {**good, **changes}
+
+
+def test_npz_images_knows_three_layouts(tmp_path):
+    arrays = labeled()
+    first, second, third = (tmp_path / name for name in ("a.npz", "b.npz", "c.npz"))
+    np.savez(first, classes=np.array(["x", "y", "z", "unused"]), **arrays)
+    np.savez_compressed(second, **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays.values(), strict=True)))
+    np.savez(third, x=arrays["train_images"][..., 0], y=arrays["train_labels"].astype(np.int32))
+    for path, names in ((first, ("x", "y", "z", "unused")), (second, ("0", "1", "2"))):
+        train, test = datasets.npz_images(path)
+        assert train.classes == test.classes == names
+        np.testing.assert_array_equal(train.images, arrays["train_images"])
+        np.testing.assert_array_equal(test.images, arrays["test_images"])
+        assert train.labels.tolist() == [0, 1, 2, 1, 0]
+        assert train.labels.dtype == test.labels.dtype == np.int64
+    gray, none = datasets.npz_images(third)
+    assert none is None
+    np.testing.assert_array_equal(gray.images, arrays["train_images"][..., 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": np.array([3, -1])}, "'test_labels' holds -1, expected 0 to 3"),
+        ({"classes": np.array(["x", "y"])}, "'train_labels' holds 2, expected 0 to 1"),
+        ({"classes": np.array(["x", None])}, "'classes' is object, expected names"),
+        ({"test_images": np.zeros((2, 5, 6, 3), np.uint8)}, "'test_images' is (2, 5, 6, 3): H is 5 here, but 4 in"),
+        ({"train_images": np.zeros((5, 4, 6, 3))}, "'train_images' is float64 (5, 4, 6, 3), expected uint8"),
+        ({"train_labels": np.zeros(4, int)}, "'train_labels' is (4,): N0 is 4 here, but 5 in 'train_images'"),
+    ],
+)
+def test_npz_images_names_what_is_wrong(tmp_path, changes, message):
+    np.savez(tmp_path / "a.npz", **labeled(**changes))
+    with pytest.raises(UserError) as caught:
+        datasets.npz_images(tmp_path / "a.npz")
+    assert message in str(caught.value)
+    assert str(tmp_path / "a.npz") in str(caught.value)
+
+
+def test_npz_images_refuses_broken_files(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"text")
+    for name in ("a.npz", "none.npz"):
+        with pytest.raises(UserError, match="not a whole npz file|no such file"):
+            datasets.npz_images(tmp_path / name)
+    np.savez(tmp_path / "a.npz", images=np.zeros(3))
+    with pytest.raises(UserError, match="no array 'train_images'"):
+        datasets.npz_images(tmp_path / "a.npz")
+
+
+class _Python2(pickle._Pickler):
+    """Writes strings and bytes as Python 2 did, which the published CIFAR files come from."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_string(self, value):
+        raw = value if isinstance(value, bytes) else value.encode("latin-1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_string
+
+
+def write_cifar(folder, python2=True, **changes):
+    """CIFAR-100's three files with four classes; returns what they hold."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    images = {name: rng.integers(0, 256, (n, 3072)).astype(np.uint8) for name, n in (("train", 12), ("test", 5))}
+    labels = {name: rng.integers(0, 4, len(rows)).tolist() for name, rows in images.items()}
+    files = {name: {"data": images[name], "fine_labels": labels[name], "filenames": ["a.png"]} for name in images}
+    files["meta"] = {"fine_label_names": ["apple", "bee", "cup", "dog"]}
+    files["train"] |= changes
+    for name, content in files.items():
+        with (folder / name).open("wb") as file:
+            (_Python2 if python2 else pickle.Pickler)(file, protocol=2).dump(content)
+    return images, labels
+
+
+@pytest.mark.parametrize("python2", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_cifar_gives_the_images_of_its_files(tmp_path, python2):
+    images, labels = write_cifar(tmp_path / "cifar-100-python", python2)
+    for root in (tmp_path, tmp_path / "cifar-100-python"):
+        for part, name in zip(datasets.cifar(root), ("train", "test"), strict=True):
+            assert part.classes == ("apple", "bee", "cup", "dog")
+            assert part.labels.tolist() == labels[name]
+            assert part.images.shape == (len(labels[name]), 32, 32, 3)
+            for row, image in zip(images[name], part.images, strict=True):  # three planes, each by rows
+                assert all(image[7, 9, color] == row[1024 * color + 32 * 7 + 9] for color in range(3))
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": _Evil()}, "it asks for posix.mkdir"),
+        ({"more": np.array([None])}, "it holds an array of 'O8'"),
+        ({"data": np.zeros((12, 3071), np.uint8)}, "expected 'data' as uint8 (N, 3072)"),
+        ({"fine_labels": [0] * 11}, "expected a whole number for each of the 12 images as 'fine_labels'"),
+        ({"fine_labels": [[0]] * 12}, "expected a whole number for each of the 12 images as 'fine_labels'"),
+        ({"fine_labels": [0] * 11 + [4]}, "'fine_labels' holds 4, there are 4 classes"),
+    ],
+)
+def test_cifar_runs_nothing_of_a_file_and_says_what_is_wrong(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    write_cifar(tmp_path / "c", python2=False, **changes)
+    with pytest.raises(UserError) as caught:
+        datasets.cifar(tmp_path / "c")
+    assert message in str(caught.value)
+    assert str(tmp_path / "c/train") in str(caught.value)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_cifar_names_what_is_missing_or_broken(tmp_path):
+    with pytest.raises(UserError, match="found neither"):
+        datasets.cifar(tmp_path)
+    write_cifar(tmp_path)
+    whole = (tmp_path / "test").read_bytes()
+    for content in (b"", b"text", whole[:-30], whole[: len(whole) // 2]):
+        (tmp_path / "test").write_bytes(content)
+        with pytest.raises(UserError, match="test: not a file of CIFAR for Python"):
+            datasets.cifar(tmp_path)
+    (tmp_path / "test").unlink()
+    with pytest.raises(UserError, match="test: no such file"):
+        datasets.cifar(tmp_path)
+    write_cifar(tmp_path / "cifar-100-python")
+    with pytest.raises(UserError, match="give the folder of one"):
+        datasets.cifar(tmp_path)
 
 
 def test_without_an_extra_the_message_holds_the_command_that_installs_it():

@@ -3,10 +3,12 @@
 import argparse
 import dataclasses
 import json
+import os
 import platform
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,6 +90,34 @@ def compare(
         holds=None if close and pairs < 21 else bound.decide(ratio, (float(low), float(high))),
         equal=agreement,
     )
+
+
+_LAUNCHER = """
+import os, sys
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) % 256)
+"""
+
+
+def peak_rss(command: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
+    """Peak resident size in MB (10^6 bytes) of a process that runs ``command``.
+
+    A process inherits the peak of the one that starts it, so a benchmark that has grown large would measure itself; a
+    small one in between starts the command.
+
+    Args:
+        command: the executable's path and its arguments.
+        environment: variables on top of this process's, such as settings of the allocator.
+
+    Raises:
+        CalledProcessError: the command failed; what it wrote to stderr has been shown.
+    """
+    launcher = [sys.executable, "-S", "-c", _LAUNCHER, *command]
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(launcher, check=True, stdout=subprocess.PIPE, text=True, env=variables)  # noqa: S603
+    return float(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def machine() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import pickle
 import sys
 import sysconfig
 import unicodedata
@@ -31,7 +32,7 @@ class Images:
     """Images with labels.
 
     Attributes:
-        images: (N, H, W) uint8, 0 is black.
+        images: (N, H, W) uint8, 0 is black; in color (N, H, W, 3), RGB.
         labels: (N,) int64.
         classes: name of each label.
         source: where they come from, and whether they are real or rendered.
@@ -354,6 +355,30 @@ def image_folder(root: str | Path, *, verify: bool = False) -> ImageFolder:
     return ImageFolder(tuple(folder.name for folder in folders), tuple(paths), np.asarray(labels, np.int64))
 
 
+def image_folders(root: str | Path, *, verify: bool = False) -> tuple[ImageFolder, ImageFolder | None]:
+    """Read ``root/train/class/name.png`` with ``root/val`` or ``root/test`` beside it, or ``root/class/name.png`` alone.
+
+    Returns:
+        The part to train on and the part to test on, whose labels index the same class names; None where there is none.
+
+    Raises:
+        UserError: as for ``image_folder``; ``train`` without a test part; a class of the test part that is not in ``train``.
+    """
+    root = Path(root)
+    if not (root / "train").is_dir():
+        return image_folder(root, verify=verify), None
+    held = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if held is None:
+        raise UserError(f"{root} has train, but neither val nor test beside it")
+    train, test = image_folder(root / "train", verify=verify), image_folder(held, verify=verify)
+    number = {name: label for label, name in enumerate(train.classes)}
+    for name in test.classes:
+        if name not in number:
+            raise UserError(f"{held / name}: no such class in {root / 'train'}: {did_you_mean(name, number)}")
+    labels = np.asarray([number[name] for name in test.classes], np.int64)[test.labels]
+    return train, ImageFolder(train.classes, test.paths, labels)
+
+
 def read_image(path: str | Path) -> NDArray[np.uint8]:
     """Decode one image file as (H, W, 3) uint8 RGB, as it is stored (a camera's orientation tag is not applied).
 
@@ -425,3 +450,159 @@ def npz_arrays(
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
             raise NonFiniteError(f"{path}: '{key}' holds {array[where]} at {where}")
     return arrays
+
+
+_PARTS = (
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("x", "y"),
+)
+
+
+def npz_images(path: str | Path) -> tuple[Images, Images | None]:
+    """Images with labels out of an ``.npz`` file, as (train, test).
+
+    Arrays are ``train_images, train_labels, test_images, test_labels``, or ``x_train, y_train, x_test, y_test``, or ``x, y``
+    alone (test is then None): images (N, H, W) or (N, H, W, 3) uint8, labels whole numbers from 0. ``classes``, where it is
+    there, names them.
+
+    Raises:
+        UserError: no such file, not an npz, another form, images of two sizes, a label that is negative or has no name.
+    """
+    path = Path(path)
+    forms = _npz_forms(path)
+    keys = next((keys for keys in _PARTS if keys[0] in forms), _PARTS[0])
+    expected: dict[str, tuple[str, Shape]] = {}
+    for number, key in enumerate(keys):
+        rows = f"N{number // 2}"
+        color: Shape = (3,) if key in forms and len(forms[key][0]) == 4 else ()
+        expected[key] = ("uint8|int16|int32|int64", (rows,)) if number % 2 else ("uint8", (rows, "H", "W", *color))
+    found = npz_arrays(path, expected)
+    labels = {key: found[key].astype(np.int64) for key in keys[1::2]}
+    top = max(int(part.max(initial=-1)) for part in labels.values())
+    names = tuple(str(label) for label in range(top + 1))
+    if "classes" in forms:
+        dtype = forms["classes"][1]
+        if dtype.kind != "U":
+            raise UserError(f"{path}: 'classes' is {dtype}, expected names")
+        names = tuple(map(str, npz_arrays(path, {"classes": (dtype.str, ("C",))})["classes"]))
+    for key, part in labels.items():
+        if len(part) and not 0 <= part.min() <= part.max() < len(names):
+            wrong = int(part.min() if part.min() < 0 else part.max())
+            raise UserError(f"{path}: '{key}' holds {wrong}, expected 0 to {len(names) - 1}")
+    source = f"the user's: {path.name}"
+    parts = [Images(found[i], labels[j], names, source) for i, j in zip(keys[::2], keys[1::2], strict=True)]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _npz_forms(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and type of the arrays, by their headers; empty for a file that cannot be read, as ``npz_arrays`` then says."""
+    forms = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    old = np.lib.format.read_magic(file) == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                    forms[member.removesuffix(".npy")] = shape, dtype
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return {}
+    return forms
+
+
+_CIFAR = {
+    # files of the train part, file of the test part, file of the names, key of the labels, key of the names
+    "CIFAR-10": (tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta", "labels", "label_names"),
+    "CIFAR-100": (("train",), "test", "meta", "fine_labels", "fine_label_names"),
+}
+
+
+def cifar(root: str | Path) -> tuple[Images, Images]:
+    """CIFAR-10 or CIFAR-100 as published for Python, as (train, test); images (N, 32, 32, 3).
+
+    Its files are pickles. They are read by an unpickler that knows lists, dicts, strings, numbers and NumPy arrays of
+    integers, and refuses to look up anything else, so nothing in a file is ever run.
+
+    Args:
+        root: the unpacked folder (``cifar-10-batches-py``, ``cifar-100-python``) or the one above it.
+
+    Raises:
+        UserError: no such folder, a file that is missing, broken, or holds something else; the message names it.
+    """
+    root = Path(root)
+    folders = [root, root / "cifar-10-batches-py", root / "cifar-100-python"]
+    found = [(folder, kind) for folder in folders for kind, files in _CIFAR.items() if (folder / files[2]).is_file()]
+    if not found:
+        raise UserError(f"{root}: expected the files of CIFAR-10 or CIFAR-100 (batches.meta or meta), found neither")
+    if len(found) > 1:
+        raise UserError(f"{root} holds {' and '.join(kind for _, kind in found)}: give the folder of one")
+    folder, kind = found[0]
+    train, test, meta, label_key, name_key = _CIFAR[kind]
+    names = _cifar_file(folder / meta).get(name_key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / meta}: expected a list of names as '{name_key}'")
+
+    def part(files: Sequence[str]) -> Images:
+        images, labels = zip(*(_cifar_images(folder / file, label_key, len(names)) for file in files), strict=True)
+        source = f"real: {kind}, from files of the user"
+        return Images(np.concatenate(images), np.concatenate(labels), tuple(names), source)
+
+    return part(train), part([test])
+
+
+def _cifar_images(path: Path, label_key: str, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    content = _cifar_file(path)
+    rows, labels = content.get("data"), content.get(label_key)
+    if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
+        raise UserError(f"{path}: expected 'data' as uint8 (N, 3072)")
+    if not isinstance(labels, list) or len(labels) != len(rows) or not all(isinstance(label, int) for label in labels):
+        raise UserError(f"{path}: expected a whole number for each of the {len(rows)} images as '{label_key}'")
+    if unknown := [label for label in labels if not 0 <= label < classes]:
+        raise UserError(f"{path}: '{label_key}' holds {unknown[0]}, there are {classes} classes")
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), np.asarray(labels, np.int64)
+
+
+def _cifar_file(path: Path) -> dict[str, Any]:
+    """The dict that a file of CIFAR holds, with keys and names as text."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin-1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"{path}: not a file of CIFAR for Python ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a dict, found {type(content).__name__}")
+    return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Plain Python values and arrays of integers; every other name in the file is refused, so nothing of it runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in {"numpy.core.multiarray", "numpy._core.multiarray"} and name == "_reconstruct":
+            return _empty_array
+        if module == "numpy" and name == "ndarray":
+            return np.ndarray
+        if module == "numpy" and name == "dtype":
+            return _integer_dtype
+        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them for Python 2
+            return _latin_bytes
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _empty_array(kind: type, shape: tuple[int, ...], dtype: object) -> NDArray[np.uint8]:
+    """What NumPy pickles an array as: an empty one first, whose state follows."""
+    return np.empty(0, np.uint8)
+
+
+def _integer_dtype(code: str, *old: object) -> np.dtype[Any]:
+    """A type of integers, without the flags (align, copy) that NumPy deprecates."""
+    if code.lstrip("<>|=") not in {"u1", "i1", "i4", "i8"}:
+        raise pickle.UnpicklingError(f"it holds an array of '{code}'")
+    return np.dtype(code)
+
+
+def _latin_bytes(text: str, encoding: str) -> bytes:
+    return text.encode("latin-1")
