@@ -92,7 +92,8 @@ def voc(root, objects, size=(100, 80)):
         f"<object><name>{n}</name><difficult>{d}</difficult><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin><xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>"
         for n, b, d in objects
     )
-    text = f"<annotation><filename>a.jpg</filename><size><width>{size[0]}</width><height>{size[1]}</height></size>{body}</annotation>"
+    size_tag = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    text = f"<annotation><filename>a.jpg</filename>{size_tag}{body}</annotation>"
     (root / "Annotations/a.xml").write_text(text)
 
 

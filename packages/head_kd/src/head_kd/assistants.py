@@ -269,7 +269,8 @@ class RoIAssistant(Assistant):
                 losses = dict(self.head.bbox_loss(maps, regions.sampling)["loss_bbox"])
             return losses, rois, [{name: values[0].flatten(1) for name, values in seen.items()}]
         metas = [sample.metainfo for sample in samples]
-        sampling, results = regions.sampling, []
+        sampling = regions.sampling
+        results: list[Any] = []
         for stage in range(self.num_stages):
             self.head.current_stage = stage
             if stage:
@@ -291,7 +292,8 @@ class RoIAssistant(Assistant):
             losses |= {f"s{stage}.{k}": v * weight if "loss" in k else v for k, v in done["loss_bbox"].items()}
             if stage < self.num_stages - 1:
                 with torch.no_grad():
-                    results = heads[stage].refine_bboxes(sampling, done, metas)
+                    box_head: Any = heads[stage]
+                    results = box_head.refine_bboxes(sampling, done, metas)
                 if results is None:
                     break
         return losses, rois, signals

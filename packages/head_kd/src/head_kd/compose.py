@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,8 @@ def pair(
     elif cache is not None:
         raise UserError(f"preset {how.preset} runs no teacher, so a cache has no part in it")
     cfg.model = parts
+    for name in IMPORTS:  # register HEADDetector here too, as custom_imports does when the config is read from a file
+        importlib.import_module(name)
     return cfg
 
 

@@ -28,7 +28,8 @@ def from_mapping(kind: type[T], values: Mapping[str, Any] | T | None, what: str)
     """
     if isinstance(values, kind):
         return values
-    given = dict(values or {})  # type: ignore[call-overload]
+    assert values is None or isinstance(values, Mapping)
+    given = dict(values or {})
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in given:
         if name not in known:

@@ -55,10 +55,10 @@ class Size:
 SIZES = {
     "quick": Size(24, 12, 4, 4, 4, (0,)),
     "default": Size(512, 200, 220, 8, 350, (0,)),
-    "full": Size(512, 200, 600, 8, 300, (0, 1, 2, 3, 4)),
+    "full": Size(512, 200, 500, 8, 250, (0, 1, 2, 3, 4)),
 }
 RATE = 6e-3
-"""Highest learning rate of the students, chosen for the plain one on seed 100."""
+"""Highest learning rate of all students; not tuned, nor for any arm."""
 TEACHER_RATE = 2e-3
 TEACHER_SEED = 1000
 _COMMON = {"warmup": 100, "rois_per_image": 32}
@@ -80,11 +80,13 @@ LEVEL_ARMS = {
 WITH_TEACHER = ("akd", "akd_ckd", "pkd", "fitnet", "direct")
 
 
-def train_teacher(folder: str, size: Size, threads: int, quiet: bool) -> float:
+def train_teacher(folder: str, size: Size) -> float:
     """Train the Faster R-CNN, leave it in ``teacher.safetensors``, return its AP in percent."""
+    import torch
+
     from head_kd import small, training
 
-    _start(threads)
+    torch.set_num_threads(1)
     train, val = _splits(folder, size)
     cfg = small.experiment(
         small.faster_rcnn(), train, val, steps=size.teacher_steps, batch=size.teacher_batch, rate=TEACHER_RATE
@@ -92,7 +94,7 @@ def train_teacher(folder: str, size: Size, threads: int, quiet: bool) -> float:
     from mmengine.config import Config
 
     settings = TrainSettings(student="demo", distill=Distillation(preset="plain"), seed=TEACHER_SEED, log_every=50)
-    done = training.fit(Config(cfg), settings, None, quiet=quiet, description="teacher", work_dir=Path(folder) / "log")
+    done = training.fit(Config(cfg), settings, None, quiet=True, description="teacher", work_dir=Path(folder) / "log")
     checkpoints.save(
         Path(folder) / "teacher.safetensors",
         done.model.state_dict(),
@@ -103,14 +105,15 @@ def train_teacher(folder: str, size: Size, threads: int, quiet: bool) -> float:
     return 100 * max(0.0, float(done.run_hook.last_validation["bbox_mAP"]))
 
 
-def train_arm(folder: str, arm: str, seed: int, size: Size, threads: int, keep: bool, quiet: bool) -> dict[str, float]:
+def train_arm(folder: str, arm: str, seed: int, size: Size, keep: bool) -> dict[str, float]:
     """Train one student and measure it; with ``keep`` its weights stay in ``students/``."""
+    import torch
     from mmengine.config import Config
 
     from head_kd import compose, small, training
     from head_kd.checkpoints import student_weights
 
-    _start(threads)
+    torch.set_num_threads(1)
     train, val = _splits(folder, size)
     plain = Config(small.experiment(small.retinanet(), train, val, steps=size.steps, batch=8, rate=RATE))
     how = ARMS[arm][1]
@@ -118,9 +121,7 @@ def train_arm(folder: str, arm: str, seed: int, size: Size, threads: int, keep: 
     checkpoint = Path(folder) / "teacher.safetensors" if how.needs_teacher else None
     cfg = compose.pair(plain, teacher, checkpoint, how, seed=seed, reuse_features=how.needs_teacher)
     settings = TrainSettings(student="demo", distill=Distillation(preset="plain"), seed=seed, log_every=50)
-    done = training.fit(
-        cfg, settings, None, quiet=quiet, description=f"{arm}, seed {seed}", work_dir=Path(folder) / "log"
-    )
+    done = training.fit(cfg, settings, None, quiet=True, work_dir=Path(folder) / "log")
     if keep:
         weights = student_weights(done.model.state_dict())
         checkpoints.save(
@@ -132,12 +133,6 @@ def train_arm(folder: str, arm: str, seed: int, size: Size, threads: int, keep: 
         )
     found = done.run_hook.last_validation
     return {"AP": 100 * max(0.0, found["bbox_mAP"]), "AP50": 100 * max(0.0, found["bbox_mAP_50"])}
-
-
-def _start(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _splits(folder: str, size: Size) -> tuple[Any, Any]:
@@ -208,50 +203,42 @@ def _measure(
     if not waiting and has_teacher:
         return
     path = str(folder.path)
+    tasks = [] if has_teacher else [("teacher", TEACHER_SEED)]
+    tasks += [task for task in waiting if has_teacher or task[0] not in WITH_TEACHER]
+    later = [task for task in waiting if task not in tasks]
+    progress = iter(track(range(len(tasks + later)), "training students and their teacher", quiet=quiet))
+
+    def save(arm: str, seed: int, values: dict[str, float]) -> None:
+        seconds = values.pop("seconds")
+        if arm == "teacher":
+            folder.write_json("results/teacher.json", values)
+        else:
+            folder.write_json(f"results/{arm}-seed-{seed}.json", {"seconds": seconds, "values": {arm: values}})
+        next(progress, None)
+
+    next(progress)
+    if processes == 1:
+        for arm, seed in tasks + later:
+            save(arm, seed, _timed(path, arm, seed, size, seed == first))
+        return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        pending: dict[concurrent.futures.Future[Any], tuple[str, int]] = {}
-
-        def submit(arm: str, seed: int) -> None:
-            keep = seed == first
-            pending[pool.submit(_timed, path, arm, seed, size, 1, keep)] = (arm, seed)
-
-        if not has_teacher:
-            pending[pool.submit(_timed, path, "teacher", -1, size, 1, True)] = ("teacher", -1)
-        later = []
-        for arm, seed in waiting:
-            if arm in WITH_TEACHER and not has_teacher:
-                later.append((arm, seed))
-            else:
-                submit(arm, seed)
-        total = len(waiting) + (not has_teacher)
-        finished = iter(track(range(total), "training students and their teacher", total, quiet=quiet))
-        next(finished)
+        pending = {pool.submit(_timed, path, arm, seed, size, seed == first): (arm, seed) for arm, seed in tasks}
         while pending:
             ready, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ready:
-                key = pending.pop(future)
-                values = future.result()
-                seconds = values.pop("seconds")
-                if key[0] == "teacher":
-                    folder.write_json("results/teacher.json", values)
-                else:
-                    name = f"results/{key[0]}-seed-{key[1]}.json"
-                    folder.write_json(name, {"seconds": seconds, "values": {key[0]: values}})
-                next(finished, None)
-                if key[0] == "teacher":
-                    for arm, seed in later:
-                        submit(arm, seed)
+                arm, seed = pending.pop(future)
+                save(arm, seed, future.result())
+                if arm == "teacher":
+                    pending |= {pool.submit(_timed, path, a, s, size, s == first): (a, s) for a, s in later}
 
 
-def _timed(path: str, arm: str, seed: int, size: Size, threads: int, keep: bool) -> dict[str, float]:
+def _timed(path: str, arm: str, seed: int, size: Size, keep: bool) -> dict[str, float]:
+    """One training, on one thread, and the seconds that it took."""
     import time
 
     begun = time.perf_counter()
-    if arm == "teacher":
-        values = {"AP": train_teacher(path, size, threads, True)}
-    else:
-        values = train_arm(path, arm, seed, size, threads, keep, True)
+    values = {"AP": train_teacher(path, size)} if arm == "teacher" else train_arm(path, arm, seed, size, keep)
     return {**values, "seconds": time.perf_counter() - begun}
 
 
@@ -293,8 +280,8 @@ def _pictures(folder: Run, study: Study, arms: tuple[str, ...]) -> None:
         rows.append(
             [_boxed(draw(i)[0], [], detections) for i, detections in zip(images, predict(file, images), strict=True)]
         )
-    for arm in arms:
-        folder.own(f"students/{arm}.safetensors")
+    for name in arms:
+        folder.own(f"students/{name}.safetensors")
     titles = ["ground truth", *(ARMS[arm][0] for arm in shown)]
     image_grid(folder.own("figures/detections.png"), rows, row_titles=titles, cell=1.7)
 

@@ -45,13 +45,14 @@ Observer = Callable[[str, Tensor, Tensor], None]
 def touch(*modules: nn.Module | None) -> Tensor:
     """0 that depends on every parameter, so that one that a batch does not use still has a (zero) gradient."""
     parameters = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
-    return sum((p.sum() * 0 for p in parameters), torch.zeros(()))  # type: ignore[return-value]
+    return sum((p.sum() * 0 for p in parameters), torch.zeros(()))
 
 
 class Extras(nn.Module):
     """What only training needs; its keys in a checkpoint begin with ``head_kd.``."""
 
     step: Tensor
+    norms: Tensor
     factors: Tensor
 
     def __init__(self, assistants: Sequence[Assistant], neck: nn.ModuleList, terms: int) -> None:
@@ -64,7 +65,7 @@ class Extras(nn.Module):
 
 
 @MODELS.register_module()
-class HEADDetector(BaseDetector):
+class HEADDetector(BaseDetector):  # type: ignore[misc]
     """HEAD and TF-HEAD: a student detector with assistant heads on its neck while it trains.
 
         L = L_gt^S + sum_j ( L_gt^{A_j} + w sum_k lambda_A MSE(phi_k(a_k), t_k) + w lambda_C MSE(psi(s), t) )
@@ -232,7 +233,7 @@ class HEADDetector(BaseDetector):
         if settings.akd_weight and not with_teacher:
             raise UserError("akd_weight needs a teacher: set it to 0 for assistants on labels only and for TF-HEAD")
         channels = self._neck_channels()
-        common = {
+        common: dict[str, Any] = {
             "channels": channels,
             "strides": self.strides,
             "num_classes": self.num_classes,
@@ -302,7 +303,7 @@ class HEADDetector(BaseDetector):
     @property
     def num_classes(self) -> int:
         """Classes of the student's head."""
-        head = box_heads(self.student.roi_head)[0] if is_two_stage(self.student) else self.student.bbox_head
+        head: Any = box_heads(self.student.roi_head)[0] if is_two_stage(self.student) else self.student.bbox_head
         return int(head.num_classes)
 
     # ------------------------------------------------------------------ life of the module
@@ -312,7 +313,7 @@ class HEADDetector(BaseDetector):
         if self.teacher is not None:
             self.teacher.apply(fn)
         if self._cached_head is not None:
-            self._cached_head._apply(fn)
+            self._cached_head._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> "HEADDetector":
@@ -540,13 +541,13 @@ class HEADDetector(BaseDetector):
                 terms[key] = settings.akd_weight * value
         if assistant.ckd is not None:
             value = touch(assistant.ckd)
-            target = None
+            goal: Tensor | None = None
             if targets:
-                target = targets[0][assistant.ckd_names[1]]
+                goal = targets[0][assistant.ckd_names[1]]
             elif active and signals[0] and self.teacher is None and self.cache is None:
-                target = signals[0][assistant.ckd_names[1]].detach()
-            if target is not None:
-                value = value + self._ckd(assistant, regions, seen, features, target, number)
+                goal = signals[0][assistant.ckd_names[1]].detach()
+            if goal is not None:
+                value = value + self._ckd(assistant, regions, seen, features, goal, number)
             terms[f"ckd{number}.loss"] = settings.ckd_weight * value
         return losses, terms
 

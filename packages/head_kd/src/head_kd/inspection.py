@@ -209,8 +209,8 @@ def cost(model: HEADDetector, size: tuple[int, int]) -> dict[str, float]:
             elif isinstance(assistant, DenseAssistant):
                 out[f"assistant {number}"] = count(lambda a=assistant: a.head(a.pyramid(features)))
         if model.teacher is not None:
-            out["teacher, backbone and neck"] = count(lambda: model.teacher.detector.extract_feat(image))  # type: ignore[union-attr]
-            out["teacher, whole detector"] = count(lambda: _whole(model.teacher, image))  # type: ignore[arg-type]
+            out["teacher, backbone and neck"] = count(lambda: model.teacher.detector.extract_feat(image))
+            out["teacher, whole detector"] = count(lambda: _whole(model.teacher, image))
     return out
 
 

@@ -139,7 +139,7 @@ class ResumableBatchSampler(Sampler[Sequence[int]]):
 
 
 @LOOPS.register_module()
-class ExactTrainLoop(EpochBasedTrainLoop):
+class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
     """Epochs or iterations, with an exact position inside of an epoch.
 
     Args:

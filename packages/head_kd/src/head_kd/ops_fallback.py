@@ -40,7 +40,7 @@ def nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: int) -> 
     """
     if offset != 0:
         _unsupported("nms with offset=1")
-    return torch.ops.torchvision.nms(boxes.float(), scores.float(), iou_threshold)
+    return torchvision.ops.nms(boxes.float(), scores.float(), iou_threshold)
 
 
 def softnms(
@@ -62,7 +62,7 @@ def softnms(
     left = torch.arange(len(boxes))
     current, current_scores = boxes.float(), scores.float().clone()
     area = (current[:, 2] - current[:, 0] + offset) * (current[:, 3] - current[:, 1] + offset)
-    order = []
+    order: list[Tensor] = []
     while len(left):
         best = int(current_scores[left].argmax())
         i = left[best]

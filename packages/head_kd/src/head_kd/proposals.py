@@ -109,17 +109,17 @@ def dense_proposals(
     # NMS sees one level of one image at a time, so a batch costs the sum of its groups, not the square of the sum
     out = []
     for parts in found:
-        kept = [torch.ops.torchvision.nms(boxes, scores, iou_threshold)[:max_per_image] for boxes, scores, _ in parts]
+        kept = [torchvision.ops.nms(boxes, scores, iou_threshold)[:max_per_image] for boxes, scores, _ in parts]
         boxes, scores, index = (
             torch.cat([part[field][rows] for part, rows in zip(parts, kept, strict=True)]) for field in range(3)
         )
-        level = torch.cat([torch.full_like(rows, number) for number, rows in enumerate(kept)])
+        levels = torch.cat([torch.full_like(rows, number) for number, rows in enumerate(kept)])
         order = scores.argsort(descending=True, stable=True)[:max_per_image]
-        boxes, scores, index, level = boxes[order], scores[order], index[order], level[order]
-        a_of = torch.tensor(anchors, device=device)[level]
-        w_of = torch.tensor(widths, device=device)[level]
+        boxes, scores, index, levels = boxes[order], scores[order], index[order], levels[order]
+        a_of = torch.tensor(anchors, device=device)[levels]
+        w_of = torch.tensor(widths, device=device)[levels]
         cell = index // a_of
-        out.append(Proposals(boxes, scores, Provenance(level, cell // w_of, cell % w_of, index % a_of)))
+        out.append(Proposals(boxes, scores, Provenance(levels, cell // w_of, cell % w_of, index % a_of)))
     return out
 
 

@@ -43,7 +43,7 @@ def _texture(rng: np.random.Generator) -> NDArray[np.float32]:
             axis=-1,
         )
         image += octave
-    return image
+    return image.astype(np.float32)
 
 
 def _mask(character: str, size: float, angle: float) -> NDArray[np.float32]:
@@ -60,7 +60,7 @@ def _mask(character: str, size: float, angle: float) -> NDArray[np.float32]:
     glyph = turned.crop(box)
     scale = size / math.sqrt(glyph.width * glyph.height)
     target = (max(3, round(glyph.width * scale)), max(3, round(glyph.height * scale)))
-    return np.asarray(glyph.resize(target, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    return np.asarray(glyph.resize(target, Image.Resampling.BILINEAR)).astype(np.float32) / np.float32(255)
 
 
 def _color_far_from(base: NDArray[np.floating[Any]], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -120,7 +120,8 @@ def write_split(folder: str | Path, name: str, first: int, count: int) -> Split:
     file = folder / f"{name}.json"
     if not file.exists():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number in range(count):
             picture, objects = draw(first + number)
             Image.fromarray(picture).save(folder / name / f"{number:05d}.png", compress_level=1)

@@ -117,30 +117,30 @@ def dense_decoder(head: Any) -> DenseDecoder:
         raise UserError(f"the student's {kind} has no sigmoid class scores, which proposals are taken from")
     generator = head.prior_generator
 
-    def priors(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    def grid(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
         return list(generator.grid_priors(sizes, device=device))
 
     if isinstance(head, FCOSHead):
 
-        def decode(level: int, points: Tensor, raw: Tensor) -> Tensor:
+        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
             if head.norm_on_bbox and head.training:  # the head itself multiplies when it does not train
                 raw = raw * head.strides[level]
-            return head.bbox_coder.decode(points[:, :2], raw)
+            return head.bbox_coder.decode(priors[:, :2], raw)
     elif isinstance(head, GFLHead):
 
-        def decode(level: int, anchors: Tensor, raw: Tensor) -> Tensor:
+        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
             stride = generator.strides[level]
             distance = head.integral(raw) * (stride[0] if isinstance(stride, tuple) else stride)
-            return head.bbox_coder.decode(head.anchor_center(anchors), distance)
+            return head.bbox_coder.decode(head.anchor_center(priors), distance)
     elif isinstance(head, AnchorHead) and isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
 
-        def decode(level: int, anchors: Tensor, raw: Tensor) -> Tensor:
-            return head.bbox_coder.decode(anchors, raw)
+        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
+            return head.bbox_coder.decode(priors, raw)
     else:
         raise UserError(
             f"the student's {kind} gives no proposals with a known cell: supported are RetinaNet, ATSS, FCOS and GFL heads"
         )
-    return DenseDecoder(priors, decode, int(head.num_base_priors))
+    return DenseDecoder(grid, decode, int(head.num_base_priors))
 
 
 def detector_strides(detector: Any) -> list[int]:

@@ -82,7 +82,7 @@ class RunHook(Hook):  # type: ignore[misc]
         """Log a row."""
         step = runner.iter + 1
         if step % self.log_every == 0 or step == runner.max_iters or step == 1:
-            values = {k: float(v) for k, v in (outputs or {}).items() if isinstance(v, Tensor | float | int)}
+            values = {k: float(torch.as_tensor(v).detach()) for k, v in (outputs or {}).items()}
             values["lr"] = float(runner.optim_wrapper.get_lr()["lr"][0])
             self.history.append((step, values))
             if self.metrics is not None:
