@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor
 
 from head_kd.families import family

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torchvision
 from torch import Tensor
 
 Decoder = Callable[[int, Tensor, Tensor], Tensor]
