@@ -2,7 +2,7 @@ import json
 
 import pytest
 from head_kd import rendered
-from head_kd.data import check_coco, coco_folder, voc_folder
+from head_kd.data import check_coco, coco_folder, voc_folder, write_drawn
 
 from tenfold import UserError
 
@@ -10,7 +10,7 @@ from tenfold import UserError
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    return folder, rendered.write_split(folder, "train", 0, 6)
+    return folder, write_drawn(folder, "train", 0, 6)
 
 
 def changed(drawn, tmp_path, change):

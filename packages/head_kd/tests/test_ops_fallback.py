@@ -195,6 +195,7 @@ def test_a_family_that_is_missing_or_mixed_is_one_line(monkeypatch, found, messa
 
 def test_importing_the_fallback_alone_is_enough():
     """In a process that has imported nothing else, mmcv's operators work."""
-    code = "import head_kd.ops_fallback, torch; from mmcv.ops import nms; print(nms(torch.tensor([[0.0, 0, 9, 9]]), torch.ones(1), 0.5)[1].tolist())"
+    use = "print(nms(torch.tensor([[0.0, 0, 9, 9]]), torch.ones(1), 0.5)[1].tolist())"
+    code = f"import head_kd.ops_fallback, torch; from mmcv.ops import nms; {use}"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout == "[0]\n", done.stderr

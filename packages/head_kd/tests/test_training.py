@@ -14,6 +14,7 @@ import torch
 from head_kd import rendered, small
 from head_kd.checkpoints import read_weights
 from head_kd.cli import main
+from head_kd.data import write_drawn
 from mmengine.config import Config
 from tiny_detectors import STUDENTS, build, teacher_config
 
@@ -25,7 +26,7 @@ def project(tmp_path_factory, teacher_file):
     """Two stock configs on a COCO folder: ``student.py``, ``teacher.py``, ``teacher.pth``, ``data``."""
     folder = tmp_path_factory.mktemp("project")
     data = folder / "data"
-    train, val = rendered.write_split(data, "train", 0, 8), rendered.write_split(data, "val", 900, 4)
+    train, val = write_drawn(data, "train", 0, 8), write_drawn(data, "val", 900, 4)
     student = small.experiment(STUDENTS["retinanet"], train, val, steps=6, batch=2, rate=1e-3)
     student["train_dataloader"]["dataset"]["pipeline"].insert(3, {"type": "RandomFlip", "prob": 0.5})
     Config(student).dump(str(folder / "student.py"))

@@ -270,7 +270,7 @@ class RoIAssistant(Assistant):
             return losses, rois, [{name: values[0].flatten(1) for name, values in seen.items()}]
         metas = [sample.metainfo for sample in samples]
         sampling = regions.sampling
-        results: list[Any] = []
+        results: Any = []
         for stage in range(self.num_stages):
             self.head.current_stage = stage
             if stage:

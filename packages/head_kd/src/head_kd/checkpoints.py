@@ -2,12 +2,14 @@
 
 import dataclasses
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from head_kd.families import family
 from tenfold import UserError
 
 EXTRAS = "head_kd."
@@ -121,6 +123,8 @@ def resolve_config(config: Any) -> Any:
         found = Config(dict(config) if "model" in config else {"model": dict(config)})
     else:
         path = config_path(str(config))
+        if family() == "mmdet":
+            _legacy_packaging(path)
         try:
             found = Config.fromfile(path)
         except (OSError, SyntaxError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -128,6 +132,20 @@ def resolve_config(config: Any) -> Any:
     if "model" not in found:
         raise UserError(f"{config} defines no model")
     return found
+
+
+def _legacy_packaging(path: Path) -> None:
+    """Upstream mmengine looks "mmdet::" up by pkg_resources, which setuptools has dropped; say so before it fails."""
+    if "::" not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated is mmengine's business
+        try:
+            import pkg_resources  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f'{path}: mmengine needs pkg_resources for "mmdet::": pip install "setuptools<81"'
+            ) from error
 
 
 def config_path(name: str) -> Path:

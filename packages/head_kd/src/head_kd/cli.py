@@ -1,6 +1,7 @@
 """The commands. Each parses its settings before it imports torch or mmdet."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,14 @@ def _ready() -> None:
     import head_kd.ops_fallback  # noqa: F401
 
 
+def _only(device: str) -> None:
+    """mmengine takes a GPU wherever torch sees one; before torch looks, it can be told not to."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _train(settings: TrainSettings, invocation: Invocation) -> None:
+    _only(settings.device)
     _ready()
     from head_kd import training
 
@@ -240,6 +248,7 @@ def _cache(settings: CacheSettings, invocation: Invocation) -> None:
 
 
 def _compare(settings: CompareSettings, invocation: Invocation) -> int:
+    _only(settings.device)
     _ready()
     from head_kd import __version__, training
     from head_kd.comparison import LABELS, claim_all

@@ -1,10 +1,9 @@
 """Two mmdet configs become one: the student's, with ``HEADDetector`` around its model."""
 
 import copy
-import dataclasses
 import importlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +336,3 @@ def use_data(cfg: Any, train: Any, val: Any) -> None:
                 "metric": "bbox",
                 "format_only": False,
             }
-
-
-def describe_settings(how: Distillation) -> Mapping[str, Any]:
-    """The distillation's settings that differ from their defaults."""
-    return {f.name: getattr(how, f.name) for f in dataclasses.fields(how) if getattr(how, f.name) != f.default}

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from head_kd import rendered
 from tenfold import UserError
 from tenfold.errors import did_you_mean
+from tenfold.runs import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +202,6 @@ def voc_folder(root: str | Path, split: str, out: str | Path) -> Split:
     classes = sorted({entry["category"] for entry in objects})
     for entry in objects:
         entry["category_id"] = classes.index(entry.pop("category")) + 1
-    from tenfold.runs import replacing
-
     content = {
         "images": images,
         "annotations": objects,
@@ -210,3 +210,36 @@ def voc_folder(root: str | Path, split: str, out: str | Path) -> Split:
     with replacing(out) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
     return check_coco(out, root / "JPEGImages")
+
+
+def write_drawn(folder: str | Path, name: str, first: int, count: int) -> Split:
+    """Draw images ``first`` .. ``first + count - 1`` as PNG files with a COCO file ``NAME.json``; what is there stays."""
+    from PIL import Image
+
+    folder = Path(folder)
+    file = folder / f"{name}.json"
+    if not file.exists():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number in range(count):
+            picture, objects = rendered.draw(first + number)
+            Image.fromarray(picture).save(folder / name / f"{number:05d}.png", compress_level=1)
+            images.append(
+                {"id": number + 1, "file_name": f"{number:05d}.png", "width": rendered.SIZE, "height": rendered.SIZE}
+            )
+            for label, box in objects:
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number + 1,
+                        "category_id": label + 1,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": i + 1, "name": name} for i, name in enumerate(rendered.CLASSES)]
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return check_coco(file, folder / name)

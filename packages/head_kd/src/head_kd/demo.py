@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 import head_kd
 from head_kd.config import DemoSettings, Distillation, TrainSettings
-from head_kd.rendered import CLASSES, SOURCE, draw, write_split
+from head_kd.data import write_drawn
+from head_kd.rendered import CLASSES, SOURCE, draw
 from tenfold import checkpoints
 from tenfold.claims import Study
 from tenfold.cli import track
@@ -55,7 +56,7 @@ class Size:
 SIZES = {
     "quick": Size(24, 12, 4, 4, 4, (0,)),
     "default": Size(512, 200, 220, 8, 350, (0,)),
-    "full": Size(512, 200, 500, 8, 250, (0, 1, 2, 3, 4)),
+    "full": Size(512, 200, 600, 8, 360, (0, 1, 2, 3, 4)),
 }
 RATE = 6e-3
 """Highest learning rate of all students; not tuned, nor for any arm."""
@@ -137,7 +138,7 @@ def train_arm(folder: str, arm: str, seed: int, size: Size, keep: bool) -> dict[
 
 def _splits(folder: str, size: Size) -> tuple[Any, Any]:
     data = Path(folder) / "data"
-    return write_split(data, "train", 0, size.images), write_split(data, "val", VALIDATION_FIRST, size.validation)
+    return write_drawn(data, "train", 0, size.images), write_drawn(data, "val", VALIDATION_FIRST, size.validation)
 
 
 def run(settings: DemoSettings, folder: Run, *, quiet: bool = False) -> dict[str, Any]:

@@ -415,9 +415,9 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
                 proposals = self._propose(outputs, samples)
         if not self.assistants and not self._neck_pairs:
             return losses, terms
-        maps = self._teacher_maps(batch, samples) if active else None
+        maps = self._teacher_maps(batch, samples) if active or self.rois == "teacher" else None
         if self.rois == "teacher" and needs_rois:
-            proposals = self._teacher_proposals(batch, samples)
+            proposals = self._teacher_proposals(maps, samples)
         for number, assistant in enumerate(self.assistants):
             if isinstance(assistant, RoIAssistant):
                 found, more = self._roi_assistant(
@@ -437,7 +437,11 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         return self.schedule.stop is not None and int(self.head_kd.step) >= self.schedule.stop
 
     def _teacher_maps(self, batch: Tensor, samples: Sequence[Any]) -> list[Tensor] | None:
-        uses = bool(self._neck_pairs) or any(len(a.akd) or a.ckd is not None for a in self.assistants)
+        uses = (
+            self.rois == "teacher"
+            or bool(self._neck_pairs)
+            or any(len(a.akd) or a.ckd is not None for a in self.assistants)
+        )
         return self.teacher.features(batch, samples) if self.teacher is not None and uses else None
 
     # ------------------------------------------------------------------ the student's part
@@ -483,12 +487,10 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
             **dataclasses.asdict(self.proposal_settings),
         )
 
-    def _teacher_proposals(self, batch: Tensor, samples: list[Any]) -> list[Proposals]:
+    @torch.no_grad()
+    def _teacher_proposals(self, maps: list[Tensor] | None, samples: list[Any]) -> list[Proposals]:
         assert self.teacher is not None
-        with torch.no_grad():
-            found = self.teacher.detector.rpn_head.predict(
-                self.teacher.features(batch, samples), samples, rescale=False
-            )
+        found = self.teacher.detector.rpn_head.predict(maps, samples, rescale=False)
         return [Proposals(r.bboxes, r.scores, Provenance.none(len(r.bboxes), r.bboxes.device)) for r in found]
 
     # ------------------------------------------------------------------ assistants

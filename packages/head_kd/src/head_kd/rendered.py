@@ -1,16 +1,11 @@
-"""A small detection data set that is drawn, not downloaded: six shapes on textured, cluttered images of 128 pixels."""
+"""Small detection images that are drawn, not downloaded: six shapes on textured, cluttered images of 128 pixels."""
 
 import functools
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from head_kd.data import Split, check_coco
-from tenfold.runs import replacing
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "heart")
 _GLYPHS = dict(zip(CLASSES, "\u25cf\u25a0\u25b2\u2605\u271a\u2665", strict=True))
@@ -110,34 +105,3 @@ def draw(index: int) -> tuple[NDArray[np.uint8], list[tuple[int, list[float]]]]:
             objects.append((label, [float(x), float(y), float(w), float(h)]))
     image += rng.normal(0, 8, image.shape)
     return image.clip(0, 255).astype(np.uint8), objects
-
-
-def write_split(folder: str | Path, name: str, first: int, count: int) -> Split:
-    """Draw images ``first`` .. ``first + count - 1`` as PNG files with a COCO file ``NAME.json``; what is there stays."""
-    from PIL import Image
-
-    folder = Path(folder)
-    file = folder / f"{name}.json"
-    if not file.exists():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for number in range(count):
-            picture, objects = draw(first + number)
-            Image.fromarray(picture).save(folder / name / f"{number:05d}.png", compress_level=1)
-            images.append({"id": number + 1, "file_name": f"{number:05d}.png", "width": SIZE, "height": SIZE})
-            for label, box in objects:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number + 1,
-                        "category_id": label + 1,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "iscrowd": 0,
-                    }
-                )
-        categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return check_coco(file, folder / name)

@@ -7,6 +7,7 @@ import io
 import itertools
 import logging
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from tenfold import UserError, checkpoints
 from tenfold.cli import track
 from tenfold.datasets import parse_source
 from tenfold.runs import Metrics, Run
+from tenfold.trainer_config import choose_device
 
 LAST = "checkpoints/last.ckpt"
 METHOD = "head_kd.student"
@@ -307,7 +309,7 @@ def build_runner(
     quiet_stack()
     register_all_modules(init_default_scope=True)
     prepared = prepare(cfg, settings, work_dir)
-    if settings.device in ("auto", "cpu") and not torch.cuda.is_available():
+    if choose_device(settings.device) == "cpu":
         torch.use_deterministic_algorithms(True)
     with _said_nothing():
         runner = Runner.from_cfg(prepared)
@@ -540,7 +542,7 @@ def plain_config(student: Any, data: str | None, run: Run | None, *, splits: tup
     if kind == "coco":
         train, val = (coco_folder(path, split) for split in splits)
     else:
-        folder = run.path if run is not None else Path(".")
+        folder = run.path if run is not None else Path(tempfile.mkdtemp(prefix="head-kd-"))
         train, val = (voc_folder(path, split, folder / "data" / f"{split}.json") for split in splits)
         if run is not None:
             for split in splits:
