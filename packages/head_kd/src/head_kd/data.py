@@ -213,7 +213,7 @@ def voc_folder(root: str | Path, split: str, out: str | Path) -> Split:
 
 
 def write_drawn(folder: str | Path, name: str, first: int, count: int) -> Split:
-    """Draw images ``first`` .. ``first + count - 1`` as PNG files with a COCO file ``NAME.json``; what is there stays."""
+    """Draw images ``first`` .. ``first + count - 1`` as PNG files; the COCO file ``NAME.json`` is written last, and stays."""
     from PIL import Image
 
     folder = Path(folder)

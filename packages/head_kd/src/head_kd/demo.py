@@ -9,7 +9,10 @@ All are measured by COCO's AP on images that none has seen.
 
 import concurrent.futures
 import dataclasses
+import json
 import multiprocessing
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +84,21 @@ LEVEL_ARMS = {
 WITH_TEACHER = ("akd", "akd_ckd", "pkd", "fitnet", "direct")
 
 
-def train_teacher(folder: str, size: Size) -> float:
+def train_teacher(folder: str, scratch: str, size: Size) -> float:
     """Train the Faster R-CNN, leave it in ``teacher.safetensors``, return its AP in percent."""
     import torch
 
     from head_kd import small, training
 
     torch.set_num_threads(1)
-    train, val = _splits(folder, size)
+    train, val = _splits(scratch, size)
     cfg = small.experiment(
         small.faster_rcnn(), train, val, steps=size.teacher_steps, batch=size.teacher_batch, rate=TEACHER_RATE
     )
     from mmengine.config import Config
 
     settings = TrainSettings(student="demo", distill=Distillation(preset="plain"), seed=TEACHER_SEED, log_every=50)
-    done = training.fit(Config(cfg), settings, None, quiet=True, description="teacher", work_dir=Path(folder) / "log")
+    done = training.fit(Config(cfg), settings, None, quiet=True, description="teacher", work_dir=Path(scratch) / "log")
     checkpoints.save(
         Path(folder) / "teacher.safetensors",
         done.model.state_dict(),
@@ -106,7 +109,7 @@ def train_teacher(folder: str, size: Size) -> float:
     return 100 * max(0.0, float(done.run_hook.last_validation["bbox_mAP"]))
 
 
-def train_arm(folder: str, arm: str, seed: int, size: Size, keep: bool) -> dict[str, float]:
+def train_arm(folder: str, scratch: str, arm: str, seed: int, size: Size, keep: bool) -> dict[str, float]:
     """Train one student and measure it; with ``keep`` its weights stay in ``students/``."""
     import torch
     from mmengine.config import Config
@@ -115,14 +118,14 @@ def train_arm(folder: str, arm: str, seed: int, size: Size, keep: bool) -> dict[
     from head_kd.checkpoints import student_weights
 
     torch.set_num_threads(1)
-    train, val = _splits(folder, size)
+    train, val = _splits(scratch, size)
     plain = Config(small.experiment(small.retinanet(), train, val, steps=size.steps, batch=8, rate=RATE))
     how = ARMS[arm][1]
     teacher = Config({"model": small.faster_rcnn()})
     checkpoint = Path(folder) / "teacher.safetensors" if how.needs_teacher else None
     cfg = compose.pair(plain, teacher, checkpoint, how, seed=seed, reuse_features=how.needs_teacher)
     settings = TrainSettings(student="demo", distill=Distillation(preset="plain"), seed=seed, log_every=50)
-    done = training.fit(cfg, settings, None, quiet=True, work_dir=Path(folder) / "log")
+    done = training.fit(cfg, settings, None, quiet=True, work_dir=Path(scratch) / "log")
     if keep:
         weights = student_weights(done.model.state_dict())
         checkpoints.save(
@@ -136,8 +139,8 @@ def train_arm(folder: str, arm: str, seed: int, size: Size, keep: bool) -> dict[
     return {"AP": 100 * max(0.0, found["bbox_mAP"]), "AP50": 100 * max(0.0, found["bbox_mAP_50"])}
 
 
-def _splits(folder: str, size: Size) -> tuple[Any, Any]:
-    data = Path(folder) / "data"
+def _splits(scratch: str, size: Size) -> tuple[Any, Any]:
+    data = Path(scratch) / "data"
     return write_drawn(data, "train", 0, size.images), write_drawn(data, "val", VALIDATION_FIRST, size.validation)
 
 
@@ -146,8 +149,6 @@ def run(settings: DemoSettings, folder: Run, *, quiet: bool = False) -> dict[str
     size = SIZES[settings.level]
     seeds = tuple(settings.seeds or size.seeds)
     arms = LEVEL_ARMS[settings.level]
-    path = str(folder.path)
-    _splits(path, size)
     study = Study(
         folder,
         package="head-kd",
@@ -157,26 +158,21 @@ def run(settings: DemoSettings, folder: Run, *, quiet: bool = False) -> dict[str
         data=DATA,
         seeds=seeds,
     )
-    teacher_file = folder.path / "teacher.safetensors"
     waiting = [
         (arm, seed)
         for seed in seeds
         for arm in arms
         if not (folder.path / "results" / f"{arm}-seed-{seed}.json").exists()
     ]
-    _measure(folder, size, waiting, teacher_file.exists(), seeds[0], settings.processes, quiet)
+    with tempfile.TemporaryDirectory(prefix="head-kd-demo-") as scratch:
+        _splits(scratch, size)
+        _measure(folder, scratch, size, waiting, seeds[0], settings.processes, quiet)
     study.over_arms(dict.fromkeys(arms, _must_be_there))
     _claims(study, settings.level)
-    import json
-
     study.note(
         f"the teacher, a Faster R-CNN trained here for {size.teacher_steps} steps, has AP"
         f" {json.loads((folder.path / 'results' / 'teacher.json').read_text())['AP']:.1f} on the same images"
     )
-    for left in sorted((folder.path / "data").rglob("*")) + sorted((folder.path / "log").rglob("*")):
-        if left.is_file():
-            folder.own(str(left.relative_to(folder.path)))
-    folder.own("teacher.safetensors")
     _pictures(folder, study, arms)
     summary = study.finish()
     captions = {
@@ -192,18 +188,14 @@ def _must_be_there(seed: int) -> dict[str, float]:
 
 
 def _measure(
-    folder: Run,
-    size: Size,
-    waiting: list[tuple[str, int]],
-    has_teacher: bool,
-    first: int,
-    processes: int,
-    quiet: bool,
+    folder: Run, scratch: str, size: Size, waiting: list[tuple[str, int]], first: int, processes: int, quiet: bool
 ) -> None:
     """Train what is missing, in worker processes, and save each result; those that need the teacher wait for it."""
+    has_teacher = (folder.path / "results" / "teacher.json").exists()
     if not waiting and has_teacher:
         return
     path = str(folder.path)
+    folder.own("teacher.safetensors")
     tasks = [] if has_teacher else [("teacher", TEACHER_SEED)]
     tasks += [task for task in waiting if has_teacher or task[0] not in WITH_TEACHER]
     later = [task for task in waiting if task not in tasks]
@@ -220,26 +212,29 @@ def _measure(
     next(progress)
     if processes == 1:
         for arm, seed in tasks + later:
-            save(arm, seed, _timed(path, arm, seed, size, seed == first))
+            save(arm, seed, _timed(path, scratch, arm, seed, size, seed == first))
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        pending = {pool.submit(_timed, path, arm, seed, size, seed == first): (arm, seed) for arm, seed in tasks}
+        pending = {
+            pool.submit(_timed, path, scratch, arm, seed, size, seed == first): (arm, seed) for arm, seed in tasks
+        }
         while pending:
             ready, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ready:
                 arm, seed = pending.pop(future)
                 save(arm, seed, future.result())
                 if arm == "teacher":
-                    pending |= {pool.submit(_timed, path, a, s, size, s == first): (a, s) for a, s in later}
+                    pending |= {pool.submit(_timed, path, scratch, a, s, size, s == first): (a, s) for a, s in later}
 
 
-def _timed(path: str, arm: str, seed: int, size: Size, keep: bool) -> dict[str, float]:
+def _timed(path: str, scratch: str, arm: str, seed: int, size: Size, keep: bool) -> dict[str, float]:
     """One training, on one thread, and the seconds that it took."""
-    import time
-
     begun = time.perf_counter()
-    values = {"AP": train_teacher(path, size)} if arm == "teacher" else train_arm(path, arm, seed, size, keep)
+    is_teacher = arm == "teacher"
+    values = (
+        {"AP": train_teacher(path, scratch, size)} if is_teacher else train_arm(path, scratch, arm, seed, size, keep)
+    )
     return {**values, "seconds": time.perf_counter() - begun}
 
 
