@@ -1,23 +1,17 @@
-"""From a base model and calibration text to a wrapped model, against peft: time in turn, memory in processes of their own.
+"""From a base model and calibration text to a wrapped model, against peft: time, in turn.
 
 Both run the same windows one at a time (peft takes no batches), with the same threads and in fp32, on Llamas with
-grouped-query attention and random weights. Time is that of ``collect_context`` (peft: its calibration) and of the whole
-way (peft: ``preprocess_corda`` and ``get_peft_model``), each with one copy of the model in it. Memory is the peak resident
-size of a process that goes the whole way once, less that of one that imports the same and makes model and windows only.
-
-The last rows show the error of the adapted subspace. The reference is an SVD in fp64 of W C_d, C summed in fp64.
+grouped-query attention and random weights. Measured are ``collect_context`` (peft: its calibration) and the whole way (peft:
+``preprocess_corda`` and ``get_peft_model``), each with one copy of the model in it. The forward passes are in both.
 """
 
 import copy
 import importlib.metadata
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 
 import peft
 import torch
-from corda import CordaInit, apply_corda, collect_context, get_corda_model, stream_factors
+from corda import CordaInit, apply_corda, build_factors, collect_context, get_corda_model
 from corda.attach import lora_layers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
@@ -26,17 +20,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tenfold import bench
-from tenfold.claims import Bound
 
 RANK = 16
 WINDOWS, LENGTH = 16, 512
 MODELS = {
     "1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8},
-    "768": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12},
+    "512": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8},
 }
 """Llamas by width."""
-KV_HEADS = {"1024": 2, "768": 4}
-WAYS = ("peft", "corda", "corda-streamed")
+PEERS = {"peft": peft.__version__, "torch": importlib.metadata.version("torch")}
+KV_HEADS = {"1024": 2, "512": 4}
 
 
 def model_of(width: str) -> LlamaForCausalLM:
@@ -68,15 +61,19 @@ def run(model: LlamaForCausalLM, data: list[dict[str, Tensor]]) -> None:
 
 
 def whole(way: str, mode: str, model: LlamaForCausalLM, data: list[dict[str, Tensor]]) -> peft.PeftModel:
-    """The wrapped model; ``model`` is changed."""
+    """The wrapped model, in place of ``model``.
+
+    The way is peft's; ours by ``hooks``, with the statistics of all layers at once; or ours ``streamed``, block by block,
+    which is what ``get_corda_model`` does.
+    """
     if way == "peft":
         config = lora(mode)
         preprocess_corda(model, config, run_model=lambda: run(model, data))
         return get_peft_model(model, config)
     init = CordaInit(mode=mode)
-    if way == "corda":
+    if way == "streamed":
         return get_corda_model(model, lora(), data, init)
-    return apply_corda(model, stream_factors(model, data, lora(), init), lora())
+    return apply_corda(model, build_factors(model, collect_context(model, data), lora(), init), lora())
 
 
 def products(wrapped: peft.PeftModel) -> dict[str, Tensor]:
@@ -107,7 +104,7 @@ def time_rows(width: str) -> list[bench.Comparison]:
         assert worst < 1e-4, worst
         return f"C differ by {worst:.0e}"
 
-    shape = _shape(width)
+    shape = shape_of(width)
     rows = [
         bench.compare(
             f"statistics_{width}",
@@ -116,23 +113,23 @@ def time_rows(width: str) -> list[bench.Comparison]:
             same_covariance,
             shape=shape,
             required=">= 1.5",
-            pairs=5,
+            pairs=3,
+            warm_up=0,
         )
     ]
-    for mode, required in (("ipm", ">= 2"), ("kpm", ">= 1.5")):
-        for way in WAYS[1:]:
-            rows.append(
-                bench.compare(
-                    f"{way}_{mode}_{width}",
-                    _timed(way, mode, model, data),
-                    _timed("peft", mode, model, data),
-                    _same_products,
-                    shape=shape,
-                    required=required,
-                    pairs=3,
-                    warm_up=0,
-                )
-            )
+    rows += [
+        bench.compare(
+            f"end_to_end_{mode}_{width}",
+            _timed("streamed", mode, model, data),
+            _timed("peft", mode, model, data),
+            _same_products,
+            shape=shape,
+            required=required,
+            pairs=3,
+            warm_up=0,
+        )
+        for mode, required in (("ipm", ">= 2"), ("kpm", ">= 1.5"))
+    ]
     return rows
 
 
@@ -146,7 +143,8 @@ def _same_products(ours: peft.PeftModel, peer: peft.PeftModel) -> str:
     return f"B A differ by {gaps.median():.0e} (median layer), {gaps.max():.0e} (worst)"
 
 
-def _shape(width: str) -> str:
+def shape_of(width: str) -> str:
+    """The size of the problem, in words."""
     m = MODELS[width]
     heads = f"{m['num_attention_heads']}/{KV_HEADS[width]} heads"
     return (
@@ -155,92 +153,10 @@ def _shape(width: str) -> str:
     )
 
 
-def memory_rows(width: str) -> list[bench.Comparison]:
-    """Extra peak memory of the whole way."""
-    rows = []
-    idle = _peak("nothing", "kpm", width)
-    for mode in ("ipm", "kpm"):
-        theirs = _peak("peft", mode, width) - idle
-        for way, required in (("corda", ">= 4"), ("corda-streamed", ">= 10")):
-            ours = _peak(way, mode, width) - idle
-            rows.append(
-                bench.Comparison(
-                    id=f"memory_{way}_{mode}_{width}",
-                    shape=_shape(width),
-                    ours=ours,
-                    peer=theirs,
-                    unit="MB",
-                    statistic="peak resident size of a process each, less one that makes the model only",
-                    ratio=theirs / ours,
-                    ci95=None,
-                    required=required,
-                    holds=Bound.parse(required).decide(theirs / ours, None),
-                    equal="the computation of the time rows",
-                )
-            )
-    return rows
-
-
-def _peak(way: str, mode: str, width: str) -> float:
-    """MB of a process of its own."""
-    command = [sys.executable, __file__, "--peak", way, mode, width]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
-    return float(done.stdout.split()[-1])
-
-
-def peak(way: str, mode: str, width: str) -> None:
-    """Go one way and print this process's peak."""
-    model, data = model_of(width), windows()
-    if way != "nothing":
-        whole(way, mode, model, data)
-    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}\n")
-
-
-def error_rows(width: str) -> list[bench.Comparison]:
-    """How far the adapted subspaces are from those of an SVD in fp64: mean of 1 - cos^2 over all layers and directions."""
-    rows = []
-    model, data = model_of(width), windows()
-    double = collect_context(copy.deepcopy(model).double(), data)
-    for mode in ("ipm", "kpm"):
-        wrapped = {way: whole(way, mode, copy.deepcopy(model), data) for way in ("corda", "peft")}
-        lost = dict.fromkeys(wrapped, 0.0)
-        bases = {way: lora_layers(model) for way, model in wrapped.items()}
-        for name in double.targets:
-            W, C = model.get_submodule(name).weight.detach().double(), double.covariance(name)
-            M = W @ C + 0.01 * C.diagonal().mean() * W
-            U = torch.linalg.svd(M, full_matrices=False).U
-            U = U[:, :RANK] if mode == "ipm" else U[:, -RANK:]
-            for way, layers in bases.items():
-                Q = torch.linalg.qr(layers[name].lora_B["default"].weight.detach().double()).Q
-                lost[way] += (1 - (U.T @ Q).square().sum() / RANK).item() / len(double.targets)
-        ratio = lost["peft"] / max(lost["corda"], 1e-16)
-        rows.append(
-            bench.Comparison(
-                id=f"subspace_error_{mode}_{width}",
-                shape=_shape(width),
-                ours=lost["corda"],
-                peer=lost["peft"],
-                unit="",
-                statistic="mean of 1 - cos^2 to the subspace of an SVD in fp64",
-                ratio=ratio,
-                ci95=None,
-                required=">= 1",
-                holds=ratio >= 1,
-                equal="B of both, orthonormalised",
-            )
-        )
-    return rows
-
-
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    rows = [row for width in MODELS for row in (*memory_rows(width), *time_rows(width))]
-    return rows + error_rows("1024")
+    return [row for width in MODELS for row in time_rows(width)]
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        peak(*sys.argv[2:])
-    else:
-        peers = {"peft": peft.__version__, "torch": importlib.metadata.version("torch")}
-        raise SystemExit(bench.main("corda", peers, measure))
+    raise SystemExit(bench.main("corda", PEERS, measure))

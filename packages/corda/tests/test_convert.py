@@ -6,7 +6,7 @@ import torch
 from corda import CordaInit, apply_corda, build_factors, collect_context, resolve_targets
 from corda.anchor import apply_anchor
 from corda.attach import lora_layers
-from corda.convert import InitReport, LayerStart, to_lora, verify_init
+from corda.convert import InitReport, LayerStart, convert_adapter, to_lora, verify_init
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -224,6 +224,13 @@ def test_what_else_was_trained_is_kept(llama, batches, tmp_path, attach, change)
     assert len(others) >= len(factors.factors) + 2 * ("modules_to_save" in change)
     for key in others:
         assert torch.equal(saved[0][key], saved[1][key])
+    wrapped.save_pretrained(tmp_path / "trained")
+    convert_adapter(tmp_path / "trained", factors, tmp_path / "folders")
+    trained, converted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("trained", "folders"))
+    there = {key for key in saved[0] if key in trained or ".lora_" in key}  # peft 0.17 forgets biases under lora_only
+    assert set(converted) == there
+    for key in there:
+        torch.testing.assert_close(converted[key], saved[0][key], rtol=0, atol=1e-6)
 
 
 def test_an_anchored_model_holds_its_start(llama, batches, tmp_path):

@@ -1,6 +1,7 @@
 """The command `corda`: calibrate, initialize, allocate, verify, convert, truncate, inspect, and the demonstration."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +111,7 @@ def _init(settings: InitSettings, invocation: Invocation) -> None:
     lora_config = _with_ranks(model, _lora_config(settings), settings.ranks)
     energies = None
     if settings.stream or settings.memory_budget is not None:
-        factors = _streamed(model, parts[0], lora_config, settings)
+        factors = _streamed(model, parts[0], lora_config, settings, invocation)
     else:
         for number, part in enumerate(parts, 1):
             what = _calibrating(number, parts)
@@ -118,7 +119,8 @@ def _init(settings: InitSettings, invocation: Invocation) -> None:
         stats, lora_config = _plus(model, candidates, lora_config, settings, report)
         if parts and stats is not None:
             stats.save(run.own(STATS))
-        factors = build_factors(model, stats, lora_config, settings.init)
+        show = functools.partial(track, description="solving", quiet=invocation.quiet)
+        factors = build_factors(model, stats, lora_config, settings.init, progress=show)
         energies = output_energies(model, stats, factors) if stats else None
     report = factors.report(energies) | report
     _attach(model, tokenizer, factors, lora_config, settings, report, invocation)
@@ -163,13 +165,18 @@ def _with_ranks(model: "PreTrainedModel", lora_config: "LoraConfig", path: str |
 
 
 def _streamed(
-    model: "PreTrainedModel", batches: "Batches", lora_config: "LoraConfig", settings: InitSettings
+    model: "PreTrainedModel",
+    batches: "Batches",
+    lora_config: "LoraConfig",
+    settings: InitSettings,
+    invocation: Invocation,
 ) -> "FactorSet":
     from corda.data import on_model
     from corda.streaming import stream_factors
 
     data = list(on_model(batches, model))
-    return stream_factors(model, data, lora_config, settings.init, memory_budget=settings.memory_budget)
+    show = functools.partial(track, description="block by block", quiet=invocation.quiet)
+    return stream_factors(model, data, lora_config, settings.init, memory_budget=settings.memory_budget, progress=show)
 
 
 def _plus(

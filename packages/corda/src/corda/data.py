@@ -64,7 +64,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase | None":
         raise _no_model(name, error) from error
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):  # the last by older transformers, for want of what reads other formats
         return None
 
 

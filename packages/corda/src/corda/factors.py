@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,8 +120,17 @@ class FactorSet:
         return cls(factors, targets, layers, CordaInit(**config["init"]), config["fingerprint"])
 
 
+Progress = Callable[[Iterable[str]], Iterable[str]]
+"""Gives back the names that it is given, one when the work on it begins, as progress bars do."""
+
+
 def build_factors(
-    model: nn.Module, stats: ContextStats | None, lora_config: "LoraConfig", init: CordaInit | None = None
+    model: nn.Module,
+    stats: ContextStats | None,
+    lora_config: "LoraConfig",
+    init: CordaInit | None = None,
+    *,
+    progress: Progress = iter,
 ) -> FactorSet:
     """Solve every layer that ``lora_config`` targets; layers of one input share its damped covariance.
 
@@ -133,6 +142,7 @@ def build_factors(
         stats: of this model; None with ``power=0``.
         lora_config: targets, ranks, alpha and their patterns, as peft resolves them.
         init: default ``CordaInit()``.
+        progress: is given the names of what this rank solves (one for all layers of an input), such as ``tqdm``.
 
     Raises:
         UserError: a rank above its layer's size, a layer without statistics, statistics of another model, a layer
@@ -150,7 +160,7 @@ def build_factors(
         return resolve_targets(model, lora_config)
 
     targets = agreed(checked)
-    solved = solve_layers(model, targets, stats, init)
+    solved = solve_layers(model, targets, stats, init, progress=progress)
     return FactorSet(
         {name: factors for name, (factors, _) in solved.items()},
         targets,
@@ -164,7 +174,13 @@ Solved = dict[str, tuple[Factors, LayerReport]]
 
 
 def solve_layers(
-    model: nn.Module, targets: Mapping[str, Target], stats: ContextStats | None, init: CordaInit, *, spend: bool = False
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    stats: ContextStats | None,
+    init: CordaInit,
+    *,
+    spend: bool = False,
+    progress: Progress = iter,
 ) -> Solved:
     """``build_factors`` for some layers of a model, whose statistics may cover more.
 
@@ -174,6 +190,7 @@ def solve_layers(
         stats: of them; None with ``power=0``.
         init: the settings.
         spend: also report output energies, and give the statistics' memory back layer by layer: they are empty afterwards.
+        progress: as for ``build_factors``.
     """
     groups = agreed(lambda: {name: stats.group(name) if stats else name for name in targets})
     if world_size() > 1:
@@ -186,7 +203,7 @@ def solve_layers(
 
     def solve() -> Solved:
         found: Solved = {}
-        for group in (group for group, owner in owners.items() if owner == rank()):
+        for group in progress([group for group, owner in owners.items() if owner == rank()]):
             members = {name: targets[name] for name in targets if groups[name] == group}
             found |= _solve_group(model, members, stats, init, energies=spend)
             if stats and spend:

@@ -36,7 +36,7 @@ from corda.context import (
     mask_of,
     quiet_model,
 )
-from corda.factors import FactorSet, Solved, build_factors, solve_layers
+from corda.factors import FactorSet, Progress, Solved, build_factors, solve_layers
 from corda.targets import Target, linear, resolve_targets, shape_of
 from tenfold import UserError
 from tenfold.distributed import world_size
@@ -60,6 +60,7 @@ def stream_factors(
     init: CordaInit | None = None,
     *,
     memory_budget: str | int | None = None,
+    progress: Progress = iter,
 ) -> FactorSet:
     """Calibrate and solve without ever holding the statistics of the whole model.
 
@@ -79,6 +80,7 @@ def stream_factors(
         init: default ``CordaInit()``.
         memory_budget: the most that statistics may take at once, in bytes or as ``"6GB"``, ``"512MiB"``; layers are then
             calibrated in several passes, through a block or through the model. Default: as many as one pass needs.
+        progress: is given the names of the blocks, such as ``tqdm``.
 
     Returns:
         ``FactorSet``.
@@ -90,11 +92,11 @@ def stream_factors(
     init = init or CordaInit()
     budget = parse_bytes(memory_budget) if memory_budget is not None else None
     if init.power == 0:
-        return build_factors(model, None, lora_config, init)
+        return build_factors(model, None, lora_config, init, progress=progress)
     if isinstance(data, Iterator):
         raise UserError("the calibration data are used up by one pass; give a list, a DataLoader or a function instead")
     targets = agreed(lambda: resolve_targets(model, lora_config))
-    job = _Job(model, data, targets, init, budget)
+    job = _Job(model, data, targets, init, budget, progress)
     with quiet_model(model):
         solved = job.run()
     return FactorSet(
@@ -302,13 +304,20 @@ class _Job:
     """One call of ``stream_factors``."""
 
     def __init__(
-        self, model: nn.Module, data: Data, targets: dict[str, Target], init: CordaInit, budget: int | None
+        self,
+        model: nn.Module,
+        data: Data,
+        targets: dict[str, Target],
+        init: CordaInit,
+        budget: int | None,
+        progress: Progress,
     ) -> None:
         self.model = model
         self.data = data
         self.targets = targets
         self.init = init
         self.budget = budget
+        self.progress = progress
         self.fingerprint = fingerprint(model)
         self.layers = {name: linear(model, name) for name in targets}
         self.dry = Collector(self.layers, init, reusable=False, dry=True)
@@ -409,7 +418,7 @@ class _Job:
         names = [stack.of_block(index, self.targets) for index in range(len(stack.blocks))]
         end = max(index for index, found in enumerate(names) if found)
         solved: Solved = {}
-        for index in range(end + 1):
+        for index, _ in enumerate(self.progress([f"{stack.name}.{index}" for index in range(end + 1)])):
             shares = self._shares(names[index], sizes) or [[]]
             for share in shares:
                 onward = share is shares[-1] and index < end
