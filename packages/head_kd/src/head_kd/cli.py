@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +48,13 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
     training.check_cache(cfg)
     run.write_text("config.py", cfg.pretty_text)
     run.write_text("student.py", plain.pretty_text)
+    begun = time.perf_counter()
     done = training.fit(cfg, settings, run, quiet=invocation.quiet, plain=plain)
     if not run.writes:
         return
     summary = _export(run, run.path / training.LAST, plain)
     values = {k: 100 * v for k, v in done.run_hook.last_validation.items() if k.startswith("bbox_")}
-    summary |= {"steps": done.iter, "validation": values}
+    summary |= {"steps": done.iter, "validation": values, "seconds": round(time.perf_counter() - begun, 1)}
     run.write_json(
         "config.json", {"student": settings.student, "file": "student.safetensors", "mmdet_config": "student.py"}
     )
@@ -87,7 +89,7 @@ def _write_summary(run: "Run", settings: TrainSettings, summary: dict[str, Any],
             "command": "train",
             "level": "full",
             "data": settings.data or f"the data of {settings.student}",
-            "seconds": 0.0,
+            "seconds": summary["seconds"],
             "seeds": [settings.seed],
             "arms": {settings.distill.preset: {k: [v] for k, v in values.items()}} if values else {},
             "claims": [],

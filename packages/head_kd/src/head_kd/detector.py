@@ -134,6 +134,7 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         self.balance = None if balance is None else from_mapping(Balance, balance, "balance")
         self.seed = int(seed)
         self.observer: Observer | None = None
+        self._now: int | None = None
         self.untransferred: dict[str, list[str]] = {}
         self.__dict__["teacher"] = None
         self.cache: TargetCache | None = None
@@ -362,10 +363,15 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
     def _forward(self, batch_inputs: Tensor, batch_data_samples: Any = None) -> Any:
         return self.student._forward(batch_inputs, batch_data_samples)
 
+    @property
+    def step(self) -> int:
+        """Training steps so far; saved with the model."""
+        return int(self.head_kd.step) if self._now is None else self._now
+
     def weight(self) -> float:
         """w of the current step."""
         s = self.schedule
-        return ramp(int(self.head_kd.step), warmup=s.warmup, start=s.start, stop=s.stop)
+        return ramp(self.step, warmup=s.warmup, start=s.start, stop=s.stop)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Tensor]:
         """Losses of a batch by name; those with "loss" in their name are summed by mmengine, the rest is logged.
@@ -373,24 +379,38 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         Raises:
             NonFiniteError: a loss is NaN or infinite; the message names it and the step.
         """
-        samples = batch_data_samples
-        features = list(self.student.extract_feat(batch_inputs))
-        losses, terms = self._losses(batch_inputs, features, samples)
+        self._now = int(self.head_kd.step)  # read once: on a GPU each reading waits for it
+        try:
+            return self._loss(batch_inputs, batch_data_samples)
+        finally:
+            self._now = None
+
+    def _loss(self, batch: Tensor, samples: list[Any]) -> dict[str, Tensor]:
+        features = list(self.student.extract_feat(batch))
+        losses, terms = self._losses(batch, features, samples)
         if self.balance is not None and self.training and terms:
             self._measure(losses, terms, features)
         w = self.weight()
         for number, (name, value) in enumerate(terms.items()):
             factor = self.head_kd.factors[number].to(value.dtype) if self.balance is not None else 1.0
             losses[name] = value * factor * w
-        for name, value in losses.items():
-            values = value if isinstance(value, list | tuple) else [value]
-            if "loss" in name and not all(bool(torch.isfinite(v).all()) for v in values):
-                raise NonFiniteError(
-                    f"{name} is not finite at step {int(self.head_kd.step)}: lower the learning rate or its weight"
-                )
+        self._check_finite(losses)
         if self.training:
             self.head_kd.step += 1
         return losses
+
+    def _check_finite(self, losses: Mapping[str, Any]) -> None:
+        parts = {
+            name: torch.stack(
+                [v.detach().float().sum() for v in (value if isinstance(value, list | tuple) else [value])]
+            ).sum()
+            for name, value in losses.items()
+            if "loss" in name
+        }
+        if bool(torch.isfinite(torch.stack(list(parts.values()))).all()):
+            return
+        name = next(name for name, value in parts.items() if not bool(torch.isfinite(value)))
+        raise NonFiniteError(f"{name} is not finite at step {self.step}: lower the learning rate or its weight")
 
     def _losses(
         self, batch: Tensor, features: list[Tensor], samples: list[Any]
@@ -434,7 +454,7 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
 
     @property
     def _stopped(self) -> bool:
-        return self.schedule.stop is not None and int(self.head_kd.step) >= self.schedule.stop
+        return self.schedule.stop is not None and self.step >= self.schedule.stop
 
     def _teacher_maps(self, batch: Tensor, samples: Sequence[Any]) -> list[Tensor] | None:
         uses = (
@@ -679,7 +699,7 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         """Seed of an assistant's sampler: its own for each step and process."""
         from mmengine.dist import get_rank
 
-        return hash((self.seed, int(self.head_kd.step), get_rank(), number)) % 2**63
+        return hash((self.seed, self.step, get_rank(), number)) % 2**63
 
     # ------------------------------------------------------------------ balance
 
@@ -709,8 +729,7 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         """Average the norms over the first iterations, then freeze factors that give each term its share."""
         balance = self.balance
         assert balance is not None
-        step = int(self.head_kd.step)
-        if step >= balance.iterations:
+        if self.step >= balance.iterations:
             return
         self.head_kd.norms += self.gradient_norms(losses, terms, features).to(self.head_kd.norms.device)
         norms = self.head_kd.norms
