@@ -53,7 +53,14 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
     if not run.writes:
         return
     summary = _export(run, run.path / training.LAST, plain)
-    values = {k: 100 * v for k, v in done.run_hook.last_validation.items() if k.startswith("bbox_")}
+    measured = [
+        row for _, row in _metric_rows(run.path / "metrics.csv") if "val_bbox_mAP" in row
+    ]  # also before a resume
+    values = (
+        {k.removeprefix("val_"): 100 * v for k, v in measured[-1].items() if k.startswith("val_bbox_")}
+        if measured
+        else {}
+    )
     summary |= {"steps": done.iter, "validation": values, "seconds": round(time.perf_counter() - begun, 1)}
     run.write_json(
         "config.json", {"student": settings.student, "file": "student.safetensors", "mmdet_config": "student.py"}
