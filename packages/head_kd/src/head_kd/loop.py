@@ -218,7 +218,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
     """Keep checkpoints free of objects, so that ``torch.load(weights_only=True)``, torch's default, reads them.
 
     mmengine stores its log buffers as pickled objects, which its own ``resume`` cannot read back with torch 2.6 and
-    later. They only smooth the printed losses, and are left out.
+    later. They only smooth the printed losses, and are left out. So are functions among a scheduler's attributes, which
+    the config makes again.
     """
 
     priority = "VERY_LOW"
@@ -234,6 +235,17 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
             "runtime_info": OrderedDict(plain),
             "resumed_keys": OrderedDict(),
         }
+        if "param_schedulers" in checkpoint:
+            checkpoint["param_schedulers"] = _plain(checkpoint["param_schedulers"])
         meta = checkpoint["meta"]
         dataset = meta.get("dataset_meta") or {}
         meta["dataset_meta"] = {k: v for k, v in dataset.items() if k in ("classes", "palette", "CLASSES")}
+
+
+def _plain(value: Any) -> Any:
+    """Containers without what is no number, text or tensor."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(v) for v in value)
+    return value

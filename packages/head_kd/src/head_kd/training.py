@@ -275,6 +275,10 @@ def prepare(cfg: Any, settings: TrainSettings, work_dir: Path) -> Any:
     }
     if settings.lr is not None:
         cfg.optim_wrapper.optimizer.lr = settings.lr
+        schedulers = cfg.get("param_scheduler") or []
+        for scheduler in schedulers if isinstance(schedulers, list | tuple) else [schedulers]:
+            if scheduler.get("type") == "OneCycleLR":  # it sets the rate itself
+                scheduler["eta_max"] = settings.lr
     if settings.precision in ("bf16", "16"):
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.dtype = {"bf16": "bfloat16", "16": "float16"}[settings.precision]
