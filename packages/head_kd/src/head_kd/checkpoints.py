@@ -89,7 +89,8 @@ def read_weights(path: str | Path) -> Weights:
             " torch.serialization.add_safe_globals in a module of custom_imports"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+        what = (str(error).splitlines() or ["it is empty"])[0]
+        raise UserError(f"{path} is not a checkpoint: {what}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, expected a checkpoint")
     meta = content.get("meta")
