@@ -228,6 +228,9 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
         """Leave plain values in the message hub."""
         from collections import OrderedDict
 
+        for key in ("meta", "message_hub", "optimizer", "param_schedulers"):
+            if key in checkpoint:
+                checkpoint[key] = _plain(checkpoint[key])
         info = checkpoint["message_hub"].get("runtime_info", {})
         plain = {k: v for k, v in info.items() if isinstance(v, str | int | float | bool)}
         checkpoint["message_hub"] = {
@@ -235,15 +238,15 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
             "runtime_info": OrderedDict(plain),
             "resumed_keys": OrderedDict(),
         }
-        if "param_schedulers" in checkpoint:
-            checkpoint["param_schedulers"] = _plain(checkpoint["param_schedulers"])
         meta = checkpoint["meta"]
         dataset = meta.get("dataset_meta") or {}
         meta["dataset_meta"] = {k: v for k, v in dataset.items() if k in ("classes", "palette", "CLASSES")}
 
 
 def _plain(value: Any) -> Any:
-    """Containers without what is no number, text or tensor."""
+    """Containers without functions, and numpy's scalars (which are pickled as objects) as Python's numbers."""
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items() if not callable(v)}
     if isinstance(value, list | tuple):
