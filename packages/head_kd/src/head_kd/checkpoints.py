@@ -88,8 +88,17 @@ def read_weights(path: str | Path) -> Weights:
             f"{path} holds {what}, which is not read; if you trust the file, allow it by"
             " torch.serialization.add_safe_globals in a module of custom_imports"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # no pickle at all
+        what = (str(error).splitlines() or ["it is empty"])[0]
+        raise UserError(f"{path} is not a checkpoint: {what}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, expected a checkpoint")
     meta = content.get("meta")

@@ -212,7 +212,7 @@ def voc_folder(root: str | Path, split: str, out: str | Path) -> Split:
     return check_coco(out, root / "JPEGImages")
 
 
-def write_drawn(folder: str | Path, name: str, first: int, count: int) -> Split:
+def write_drawn(folder: str | Path, name: str, first: int, count: int, *, clutter: bool = True) -> Split:
     """Draw images ``first`` .. ``first + count - 1`` as PNG files; the COCO file ``NAME.json`` is written last, and stays."""
     from PIL import Image
 
@@ -223,7 +223,7 @@ def write_drawn(folder: str | Path, name: str, first: int, count: int) -> Split:
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for number in range(count):
-            picture, objects = rendered.draw(first + number)
+            picture, objects = rendered.draw(first + number, clutter=clutter)
             Image.fromarray(picture).save(folder / name / f"{number:05d}.png", compress_level=1)
             images.append(
                 {"id": number + 1, "file_name": f"{number:05d}.png", "width": rendered.SIZE, "height": rendered.SIZE}

@@ -218,7 +218,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
     """Keep checkpoints free of objects, so that ``torch.load(weights_only=True)``, torch's default, reads them.
 
     mmengine stores its log buffers as pickled objects, which its own ``resume`` cannot read back with torch 2.6 and
-    later. They only smooth the printed losses, and are left out.
+    later. They only smooth the printed losses, and are left out. So are functions among a scheduler's attributes, which
+    the config makes again.
     """
 
     priority = "VERY_LOW"
@@ -227,6 +228,9 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
         """Leave plain values in the message hub."""
         from collections import OrderedDict
 
+        for key in ("meta", "message_hub", "optimizer", "param_schedulers"):
+            if key in checkpoint:
+                checkpoint[key] = _plain(checkpoint[key])
         info = checkpoint["message_hub"].get("runtime_info", {})
         plain = {k: v for k, v in info.items() if isinstance(v, str | int | float | bool)}
         checkpoint["message_hub"] = {
@@ -237,3 +241,14 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
         meta = checkpoint["meta"]
         dataset = meta.get("dataset_meta") or {}
         meta["dataset_meta"] = {k: v for k, v in dataset.items() if k in ("classes", "palette", "CLASSES")}
+
+
+def _plain(value: Any) -> Any:
+    """Containers without functions, and numpy's scalars (which are pickled as objects) as Python's numbers."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(v) for v in value)
+    return value

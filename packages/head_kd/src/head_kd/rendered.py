@@ -14,7 +14,8 @@ SOURCE = "rendered: six shapes of matplotlib's DejaVu font on colored noise with
 
 
 @functools.cache
-def _font(points: int) -> Any:
+def font(points: int) -> Any:
+    """DejaVu Sans, which matplotlib ships."""
     from importlib import resources
 
     from PIL import ImageFont
@@ -23,13 +24,13 @@ def _font(points: int) -> Any:
     return ImageFont.truetype(str(face), points)
 
 
-def _texture(rng: np.random.Generator) -> NDArray[np.float32]:
+def _texture(rng: np.random.Generator, strength: float) -> NDArray[np.float32]:
     """Colored noise of several octaves, (SIZE, SIZE, 3) around a random color."""
     from PIL import Image
 
     image = np.zeros((SIZE, SIZE, 3), dtype=np.float32) + rng.uniform(60, 195, 3)
-    for cells, strength in ((2, 40.0), (5, 28.0), (12, 18.0), (32, 10.0)):
-        coarse = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
+    for cells, deviation in ((2, 40.0), (5, 28.0), (12, 18.0), (32, 10.0)):
+        coarse = rng.normal(0, strength * deviation, (cells, cells, 3)).astype(np.float32)
         octave = np.stack(
             [
                 np.asarray(Image.fromarray(coarse[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -45,10 +46,10 @@ def _mask(character: str, size: float, angle: float) -> NDArray[np.float32]:
     """Coverage of a glyph whose box has sides of geometric mean ``size``, turned, cropped to what is covered."""
     from PIL import Image, ImageDraw
 
-    font = _font(64)
-    left, top, right, bottom = font.getbbox(character)
+    face = font(64)
+    left, top, right, bottom = face.getbbox(character)
     canvas = Image.new("L", (int(right - left) + 4, int(bottom - top) + 4))
-    ImageDraw.Draw(canvas).text((2 - left, 2 - top), character, fill=255, font=font)
+    ImageDraw.Draw(canvas).text((2 - left, 2 - top), character, fill=255, font=face)
     turned = canvas.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     box = turned.point(lambda v: 255 * (v > 64)).getbbox()
     assert box is not None
@@ -66,22 +67,27 @@ def _color_far_from(base: NDArray[np.floating[Any]], rng: np.random.Generator) -
             return color
 
 
-def draw(index: int) -> tuple[NDArray[np.uint8], list[tuple[int, list[float]]]]:
-    """Image number ``index`` (128, 128, 3) uint8, and its objects as (class, [x, y, width, height])."""
+def draw(index: int, *, clutter: bool = True) -> tuple[NDArray[np.uint8], list[tuple[int, list[float]]]]:
+    """Image number ``index`` (128, 128, 3) uint8, and its objects as (class, [x, y, width, height]).
+
+    Args:
+        index: of the image; the seed of all that is drawn.
+        clutter: strong texture, lines and letters; without, a weak texture alone, which is learned in fewer steps.
+    """
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng([7, index])
-    image = _texture(rng)
+    image = _texture(rng, 1.0 if clutter else 0.3)
     lines = Image.fromarray(image.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(lines)
-    for _ in range(int(rng.integers(3, 8))):
+    for _ in range(int(rng.integers(3, 8)) if clutter else 0):
         ends = tuple(rng.uniform(0, SIZE, 4).tolist())
         pen.line(ends, fill=tuple(int(v) for v in rng.integers(0, 256, 3)), width=int(rng.integers(1, 3)))
     image = np.asarray(lines, dtype=np.float32).copy()
     boxes: list[list[float]] = []
     objects = []
-    things = [("letter", None)] * int(rng.integers(1, 4)) + [("object", None)] * int(rng.integers(1, 6))
-    for kind, _ in things:
+    things = ["letter"] * (int(rng.integers(1, 4)) if clutter else 0) + ["object"] * int(rng.integers(1, 6))
+    for kind in things:
         label = int(rng.integers(len(CLASSES)))
         character = _GLYPHS[CLASSES[label]] if kind == "object" else chr(int(rng.integers(65, 91)))
         size = math.exp(rng.uniform(math.log(18), math.log(59))) if kind == "object" else rng.uniform(14, 34)

@@ -94,7 +94,7 @@ class RunHook(Hook):  # type: ignore[misc]
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Log a validation."""
-        self.last_validation = {k.rpartition("/")[2]: float(v) for k, v in (metrics or {}).items()}
+        self.last_validation = scores(metrics or {})
         if self.metrics is not None and runner.iter > 0:
             self.metrics.log(runner.iter, {f"val_{k}": v for k, v in self.last_validation.items()})
 
@@ -275,6 +275,10 @@ def prepare(cfg: Any, settings: TrainSettings, work_dir: Path) -> Any:
     }
     if settings.lr is not None:
         cfg.optim_wrapper.optimizer.lr = settings.lr
+        schedulers = cfg.get("param_scheduler") or []
+        for scheduler in schedulers if isinstance(schedulers, list | tuple) else [schedulers]:
+            if scheduler.get("type") == "OneCycleLR":  # it sets the rate itself
+                scheduler["eta_max"] = settings.lr
     if settings.precision in ("bf16", "16"):
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.dtype = {"bf16": "bfloat16", "16": "float16"}[settings.precision]
@@ -390,6 +394,13 @@ def fit(
     return runner
 
 
+def scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    """An evaluator's metrics without their prefix. mmdet's gives none where nothing at all was detected: AP is 0 then."""
+    if not metrics:
+        return {"bbox_mAP": 0.0, "bbox_mAP_50": 0.0, "bbox_mAP_75": 0.0}
+    return {k.rpartition("/")[2]: float(v) for k, v in metrics.items()}
+
+
 def evaluate(
     cfg: Any, state_dict: Mapping[str, Tensor] | None, work_dir: Path, *, model: Any = None
 ) -> dict[str, float]:
@@ -432,7 +443,7 @@ def evaluate(
         elif state_dict is not None:
             target.load_state_dict(dict(state_dict), strict=True)
         found = runner.test()
-    return {k.rpartition("/")[2]: float(v) for k, v in found.items()}
+    return scores(found)
 
 
 def export_student(
