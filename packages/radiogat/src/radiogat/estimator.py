@@ -46,7 +46,8 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
     """Learns an area from its measurements and predicts power with error bars, at any place.
 
     A fifth of the area's blocks (more where measurements are few) is set apart: their measurements are no training
-    targets, and each of them is then predicted from the others. These errors choose between the network and kriging (``fallback``), and calibrate the error bars.
+    targets, and each of them is then predicted from the others. These errors choose between the network and kriging
+    (``fallback``), and calibrate the error bars.
 
     Args:
         model: radiogatx (the default), radiogat (the faithful network; needs a scene with buildings and masts), or a
