@@ -127,6 +127,15 @@ def test_few_measurements_still_make_a_map():
     samples = RadioSamples(rng.uniform(0, 100, (5, 2)), 1800.0, rng.uniform(-80, -60, 5))
     estimator = RadioMapEstimator(network=RadioGATxConfig(steps=5)).fit(samples)
     assert np.isfinite(estimator.predict(Grid(0, 100, 10, 10, 10)).rss_dbm).all()
+    with pytest.warns(UserWarning, match="too few for an interval"):
+        found = estimator.predict(Grid(0, 100, 10, 10, 10), interval=0.9)
+    with pytest.raises(UserError, match="the error bars are infinite"):
+        found.suggest(3)
+    samples = RadioSamples(rng.uniform(0, 100, (24, 2)), 1800.0, rng.uniform(-80, -60, 24))
+    bars = (
+        RadioMapEstimator(network=RadioGATxConfig(steps=5)).fit(samples).predict(Grid(0, 100, 10, 10, 10), interval=0.9)
+    )
+    assert np.isfinite(bars.error_bar).all()
 
 
 def test_one_measurement_in_a_band(town, measured):

@@ -21,8 +21,8 @@ from tenfold import UserError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_CHUNK = 32768
-"""Queries whose systems are solved at once."""
+_CHUNK = 512
+"""Queries whose systems are solved at once; small, so that they stay in the processor's cache."""
 
 
 def nearest(tree: cKDTree, xy: Floats, k: int, exclude: Ints | None = None) -> tuple[Floats, Ints]:
@@ -123,8 +123,11 @@ class Variogram:
 
     def __call__(self, distance: Floats) -> Floats:
         """gamma in dB^2."""
-        gamma = self.nugget + self.sill * (1 - np.exp(-3 * distance / self.range))
-        return np.where(distance > 0, gamma, 0.0)
+        gamma = np.exp(distance * (-3 / self.range))
+        gamma *= -self.sill
+        gamma += self.nugget + self.sill
+        gamma *= distance > 0
+        return np.asarray(gamma)
 
     @classmethod
     def fit(cls, xy: Floats, values: Floats, reach: float, seed: int = 0) -> "Variogram":
@@ -180,12 +183,12 @@ def krige(
     value, variance = np.empty(Q), np.empty(Q)
     for start in range(0, Q, _CHUNK):
         part = slice(start, start + _CHUNK)
-        at = points[index[part]]  # (q, K, 2)
-        apart = np.sqrt(((at[:, :, None] - at[:, None, :]) ** 2).sum(axis=3))
-        system = np.ones((len(at), K + 1, K + 1))
+        x, y = points[index[part]].transpose(2, 0, 1)  # (q, K) each
+        apart = np.sqrt((x[:, :, None] - x[:, None, :]) ** 2 + (y[:, :, None] - y[:, None, :]) ** 2)
+        system = np.ones((len(x), K + 1, K + 1))
         system[:, :K, :K] = variogram(apart)
         system[:, K, K] = 0.0
-        right = np.ones((len(at), K + 1, 1))
+        right = np.ones((len(x), K + 1, 1))
         right[:, :K, 0] = variogram(distance[part])
         weight = torch.linalg.solve(torch.from_numpy(system), torch.from_numpy(right)).numpy()[..., 0]
         value[part] = (weight[:, :K] * values[index[part]]).sum(axis=1)

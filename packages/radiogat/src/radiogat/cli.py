@@ -186,6 +186,8 @@ def _write_map(
 
 
 def _draw(run: "Run", layout: "MapLayout", found: Any, estimator: "RadioMapEstimator") -> None:
+    import numpy as np
+
     from radiogat import pictures
     from radiogat.spectral import fit_spectrum
 
@@ -197,8 +199,9 @@ def _draw(run: "Run", layout: "MapLayout", found: Any, estimator: "RadioMapEstim
     pictures.map_picture(
         run.own("figures/map.png"), grid, freqs, found.rss_dbm, building=building, samples=samples, transmitters=masts
     )
-    path = run.own("figures/error-bars.png")
-    pictures.error_bar_picture(path, grid, freqs, found.error_bar, layout.level or 0.9, building)
+    if np.isfinite(found.error_bar).any():
+        path = run.own("figures/error-bars.png")
+        pictures.error_bar_picture(path, grid, freqs, found.error_bar, layout.level or 0.9, building)
     if len(freqs) > 1:
         _, slope = fit_spectrum(freqs, found.rss_dbm)
         pictures.slope_picture(run.own("figures/spectral-slope.png"), grid, slope, building)
@@ -383,7 +386,7 @@ def _plot(settings: PlotSettings, invocation: Invocation) -> None:
         building = np.asarray(np.isnan(power).all(axis=0))
     pictures.map_picture(run.own("figures/map.png"), grid, freqs, power, building=building)
     drawn = ["map.png"]
-    if level is not None and found is not None:
+    if level is not None and found is not None and np.isfinite(found.error_bar).any():
         path = run.own("figures/error-bars.png")
         pictures.error_bar_picture(path, grid, freqs, found.error_bar, level, building)
         drawn.append("error-bars.png")

@@ -208,6 +208,10 @@ def decide(study: Study) -> None:
         f" {gat.mean():.2f} dB ({around.mean():.2f} without its gate); the shifted inverse distances of the same"
         f" measurements at {shift.mean():.2f} dB. It is shown as it is, and nothing is required of it."
     )
+    study.note(
+        "The cities' shadows are made from the same line-of-sight fractions that RadioGATx sees, so what buildings are worth"
+        " is flattered here; ray-traced areas in docs/radiogat.md are the fair place to look for it."
+    )
     slope = study.values(("city", "slope")).mean()
     lags = [study.values(("city", f"semivariance at {lag}")).mean() for lag in (1, 4, 16)]
     study.note(

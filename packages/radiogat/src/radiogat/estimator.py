@@ -36,6 +36,8 @@ BASELINES: dict[str, type[Any]] = {
     "rbf": baselines.RBF,
     "shift": baselines.FreeSpaceShift,
 }
+_ENOUGH = 50
+"""Held-out measurements that are wanted at least."""
 _CELLS = 65536
 """Cells of a map that are predicted at once."""
 
@@ -43,8 +45,9 @@ _CELLS = 65536
 class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
     """Learns an area from its measurements and predicts power with error bars, at any place.
 
-    A fifth of the area's blocks is set apart: their measurements are no training targets, and each of them is then predicted
-    from the others. These errors choose between the network and kriging (``fallback``), and calibrate the error bars.
+    A fifth of the area's blocks (more where measurements are few) is set apart: their measurements are no training
+    targets, and each of them is then predicted from the others. These errors choose between the network and kriging
+    (``fallback``), and calibrate the error bars.
 
     Args:
         model: radiogatx (the default), radiogat (the faithful network; needs a scene with buildings and masts), or a
@@ -140,11 +143,11 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         return spatial_blocks(xy, max(float(np.ptp(xy, axis=0).max()), 1e-9) / self.blocks_across)
 
     def _held_out(self) -> NDArray[np.int64]:
-        """Indices of the measurements in about a fifth of the blocks."""
+        """Indices of the measurements in about a fifth of the blocks; of few measurements up to half, for finite bars."""
         label = self._blocks()
         counts = np.bincount(label)
         order = np.random.default_rng(self.seed).permutation(len(counts))
-        enough = np.cumsum(counts[order]) >= max(1, len(label) // 5)
+        enough = np.cumsum(counts[order]) >= max(1, len(label) // 5, min(len(label) // 2, _ENOUGH))
         chosen = order[: int(enough.argmax()) + 1] if len(order) > 1 else order
         held = np.isin(label, chosen)
         return np.flatnonzero(held if not held.all() else np.arange(len(label)) % 5 == 0)

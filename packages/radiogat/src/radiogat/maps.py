@@ -152,9 +152,9 @@ _LONG = {
 
 
 def _axes(grid: Grid) -> tuple[Floats, Floats]:
-    x: Floats = grid.x0 + (np.arange(grid.width) + 0.5) * grid.cell
-    y: Floats = grid.y0 - (np.arange(grid.height) + 0.5) * grid.cell
-    return x, y
+    x = np.arange(grid.width, dtype=np.float64) + 0.5
+    y = np.arange(grid.height, dtype=np.float64) + 0.5
+    return np.asarray(grid.x0 + x * grid.cell), np.asarray(grid.y0 - y * grid.cell)
 
 
 def write_csv(path: str | Path, names: Sequence[str], columns: Sequence[NDArray[Any]]) -> None:

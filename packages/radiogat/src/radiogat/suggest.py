@@ -27,6 +27,10 @@ def suggest_places(grid: Grid, error_bar: ArrayLike, count: int, reach: float) -
     Raises:
         UserError: there are fewer cells than that.
     """
+    if np.isinf(error_bar).any():
+        raise UserError(
+            "the error bars are infinite, since too few measurements were held out: measure more places first"
+        )
     variance = np.where(np.isfinite(error_bar), np.asarray(error_bar, dtype=np.float64), 0.0) ** 2
     if count < 1 or count > int((variance > 0).sum()):
         raise UserError(f"{count} places were asked for, of {int((variance > 0).sum())} that could be measured")
