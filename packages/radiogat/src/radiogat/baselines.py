@@ -87,7 +87,7 @@ class IDW(_Interpolator):
 
     Args:
         neighbors: K; as many as there are, where there are fewer.
-        power: p. (12, 3) was the best of a small grid on the authors' data.
+        power: p; the defaults are our choice.
     """
 
     def __init__(self, neighbors: int = 12, power: float = 3.0) -> None:
