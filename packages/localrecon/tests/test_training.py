@@ -166,10 +166,11 @@ def test_all_methods_run_through_one_loop_and_share_their_start():
     assert all(math.isfinite(arm["loss"]) and arm["seconds"] > 0 for arm in found.values())
 
 
-def test_language_models_are_trained_on_text():
-    settings = TrainingSettings(
-        model="gpt", data="topics", depth=2, width=16, window=64, k=2, batch_size=256, epochs=1, device="cpu"
-    )
+def test_language_models_are_trained_on_text(tmp_path):
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 2000)
+    text = f"text:{tmp_path / 't.txt'}"
+    small = {"depth": 2, "width": 16, "window": 64, "k": 2, "batch_size": 128, "epochs": 1}
+    settings = TrainingSettings(model="gpt", data=text, device="cpu", **small)
     data = load_data(settings)
     found = train_arm(settings, "sgr", data, 0)
     assert found["bits"] < 8

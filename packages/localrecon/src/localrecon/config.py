@@ -78,6 +78,8 @@ class HeadSpec:
             layers of the rest of the network), token (LayerNorm, pooled tokens, linear), token_block (a transformer block
             before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given).
         hidden: width of the hidden layer of conv_gap.
+        channels: most channels of conv_gap's convolution, which has twice the module's (InfoPro's has no limit; in wide
+            networks its weights would outweigh what is saved).
         classifier: last layer. trainable, random (fixed) or etf (fixed, simplex equiangular tight frame).
         pool: of token: mean or cls (the first token).
         rank: of lm's factorized output layer; null is full.
@@ -89,6 +91,7 @@ class HeadSpec:
 
     kind: HeadKind = "auto"
     hidden: int = 128
+    channels: int = 256
     classifier: Literal["trainable", "random", "etf"] = "trainable"
     pool: Literal["mean", "cls"] = "mean"
     rank: int | None = None
@@ -98,7 +101,7 @@ class HeadSpec:
     predsim: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "depth", "chunk"):
+        for name in ("hidden", "channels", "depth", "chunk"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.rank is not None and self.rank < 1:

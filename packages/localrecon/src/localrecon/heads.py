@@ -92,8 +92,8 @@ def _gap_linear(channels: int, classes: int, spec: HeadSpec) -> nn.Module:
 
 def _conv_gap(shape: Sequence[int], classes: int, spec: HeadSpec, last_stage: bool) -> nn.Module:
     channels = shape[0]
-    conv = _conv(channels, channels) if last_stage else _conv(channels, 2 * channels, stride=2)
-    features = channels if last_stage else 2 * channels
+    features = min(spec.channels, channels if last_stage else 2 * channels)
+    conv = _conv(channels, features, stride=1 if last_stage else 2)
     hidden = [nn.Linear(features, spec.hidden), nn.ReLU(inplace=True)]
     return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *hidden, classifier(spec.hidden, classes, spec))
 
