@@ -1,6 +1,6 @@
 """Readers of the layouts that people have, each of which checks what it reads; images as uint8, in memory or by path."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,12 @@ def load(source: str, settings: DataSettings | None = None) -> Data:
         raise DataError(f"--data {source}: images are {data.size} pixels wide; size is for folders of files")
     train = data.train
     if settings.limit:
-        train = train.part(_stratified(train.labels, settings.limit / len(train))[0])
+        each = settings.limit // len(data.classes)
+        if not each:
+            raise DataError(
+                f"limit is {settings.limit}, but there are {len(data.classes)} classes: one of each is needed"
+            )
+        train = train.part(_of_each(train.labels, lambda count: min(count, each)))
     if not len(train) or not len(data.test):
         raise DataError(
             f"--data {source}: {len(train)} training and {len(data.test)} test images: one of each at least is needed"
@@ -188,14 +193,19 @@ def load(source: str, settings: DataSettings | None = None) -> Data:
 
 def _stratified(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
     """Indices of about that share of each class (one at least, never all), and of the rest; equal labels, equal answer."""
+    taken = _of_each(labels, lambda count: min(max(1, round(count * share)), count - 1))
+    return taken, sorted(set(range(len(labels))) - set(taken))
+
+
+def _of_each(labels: Tensor, number: Callable[[int], int]) -> list[int]:
+    """Indices of ``number(count)`` images of each class that has ``count``; equal labels, equal answer."""
     generator = torch.Generator().manual_seed(0)
     taken: list[int] = []
     for label in torch.unique(labels):
         members = (labels == label).nonzero()[:, 0]
-        count = min(max(1, round(len(members) * share)), len(members) - (share < 1))
-        taken += members[torch.randperm(len(members), generator=generator)[:count]].tolist()
-    rest = set(range(len(labels))) - set(taken)
-    return sorted(taken), sorted(rest)
+        order = torch.randperm(len(members), generator=generator)
+        taken += members[order[: number(len(members))]].tolist()
+    return sorted(taken)
 
 
 def _resident(images: NDArray[np.uint8], labels: NDArray[Any]) -> Split:
