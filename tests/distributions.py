@@ -23,6 +23,12 @@ class Distribution:
     def project(self) -> dict:
         return tomllib.loads((self.folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
+    @cached_property
+    def alternatives(self) -> list[str]:
+        """Extras that stand in place of another: their distributions give the same import names, never both at once."""
+        settings = tomllib.loads((self.folder / "pyproject.toml").read_text(encoding="utf-8"))
+        return settings.get("tool", {}).get("tenfold", {}).get("alternatives", [])
+
     @property
     def name(self) -> str:
         return self.project["name"]
@@ -59,7 +65,7 @@ class Distribution:
         """Normalized names of what the distribution declares, in its core and its extras."""
         lines = list(self.project["dependencies"])
         for extra, group in self.project.get("optional-dependencies", {}).items():
-            lines += group if bench or extra != "bench" else []
+            lines += group if (bench or extra != "bench") and extra not in self.alternatives else []
         return {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-") for line in lines}
 
 

@@ -35,6 +35,22 @@ def test_ratio_is_peer_over_ours_and_both_alternate():
     assert row.statistic == "median of 5 alternating pairs"
 
 
+def test_what_both_contain_is_taken_off_both(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def lasting(seconds):
+        def work():
+            now[0] += seconds
+            return 1
+
+        return work
+
+    row = bench.compare("a", lasting(5), lasting(11), same, shape="s", required=">= 1.5", pairs=3, common=lasting(4))
+    assert (row.ours, row.peer, row.ratio) == (1, 7, 7)
+    assert row.statistic == "median of 3 alternating pairs, without what both contain"
+
+
 def test_unequal_results_are_never_timed():
     calls = []
     with pytest.raises(AssertionError):

@@ -63,7 +63,7 @@ def test_streaming_equals_hooks(blocks, data, mode):
     expected = build_factors(blocks, stats, LORA, init)
     runs = []
     blocks.model.layers[1].register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
-    found = stream_factors(blocks, data, LORA, init)
+    found = stream_factors(blocks, data, LORA, init, energies=True)
     by_block = len(runs)
     assert_same(found, expected)
     assert found.fingerprint == expected.fingerprint

@@ -47,6 +47,7 @@ def compare(
     required: str,
     pairs: int = 9,
     warm_up: int = 1,
+    common: Callable[[], object] | None = None,
 ) -> Comparison:
     """Check that both compute the same, then time them in turn: ours, peer, ours, peer ...
 
@@ -59,18 +60,20 @@ def compare(
         required: bound on the ratio, ``">= 2.5"``. A bound within 10 % of 1 is decided from 21 pairs or more only.
         pairs: number of alternating pairs.
         warm_up: uncounted pairs before them.
+        common: work that both contain and that is not compared; timed in each pair, too, and its time taken off both.
 
     Returns:
         Median seconds of both, the median of the pairwise ratios and its bootstrap interval.
     """
     agreement = equal(ours(), peer())
-    seconds = np.empty((warm_up + pairs, 2))
+    seconds = np.zeros((warm_up + pairs, 3))
     for pair in seconds:
-        for column, function in enumerate((ours, peer)):
-            start = time.perf_counter()
-            function()
-            pair[column] = time.perf_counter() - start
-    seconds = seconds[warm_up:]
+        for column, function in enumerate((ours, peer, common)):
+            if function is not None:
+                start = time.perf_counter()
+                function()
+                pair[column] = time.perf_counter() - start
+    seconds = seconds[warm_up:, :2] - seconds[warm_up:, 2:]
     ratios = seconds[:, 1] / seconds[:, 0]
     drawn = np.random.default_rng(0).choice(ratios, (10_000, pairs))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
@@ -83,7 +86,7 @@ def compare(
         ours=float(np.median(seconds[:, 0])),
         peer=float(np.median(seconds[:, 1])),
         unit="s",
-        statistic=f"median of {pairs} alternating pairs",
+        statistic=f"median of {pairs} alternating pairs" + (", without what both contain" if common else ""),
         ratio=ratio,
         ci95=(float(low), float(high)),
         required=required,

@@ -176,7 +176,8 @@ def _streamed(
 
     data = list(on_model(batches, model))
     show = functools.partial(track, description="block by block", quiet=invocation.quiet)
-    return stream_factors(model, data, lora_config, settings.init, memory_budget=settings.memory_budget, progress=show)
+    budget = settings.memory_budget
+    return stream_factors(model, data, lora_config, settings.init, memory_budget=budget, energies=True, progress=show)
 
 
 def _plus(

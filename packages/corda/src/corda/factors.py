@@ -180,6 +180,7 @@ def solve_layers(
     init: CordaInit,
     *,
     spend: bool = False,
+    energies: bool = False,
     progress: Progress = iter,
 ) -> Solved:
     """``build_factors`` for some layers of a model, whose statistics may cover more.
@@ -189,7 +190,8 @@ def solve_layers(
         targets: the layers.
         stats: of them; None with ``power=0``.
         init: the settings.
-        spend: also report output energies, and give the statistics' memory back layer by layer: they are empty afterwards.
+        spend: give the statistics' memory back layer by layer: they are empty afterwards.
+        energies: also report output energies.
         progress: as for ``build_factors``.
     """
     groups = agreed(lambda: {name: stats.group(name) if stats else name for name in targets})
@@ -205,7 +207,7 @@ def solve_layers(
         found: Solved = {}
         for group in progress([group for group, owner in owners.items() if owner == rank()]):
             members = {name: targets[name] for name in targets if groups[name] == group}
-            found |= _solve_group(model, members, stats, init, energies=spend)
+            found |= _solve_group(model, members, stats, init, energies=energies)
             if stats and spend:
                 del stats.moments[group]
         return found

@@ -60,6 +60,7 @@ def stream_factors(
     init: CordaInit | None = None,
     *,
     memory_budget: str | int | None = None,
+    energies: bool = False,
     progress: Progress = iter,
 ) -> FactorSet:
     """Calibrate and solve without ever holding the statistics of the whole model.
@@ -68,7 +69,7 @@ def stream_factors(
     the next block; the hidden states of all batches wait on the CPU in the model's dtype, with the masks and position
     embeddings that the blocks get, equal ones once. Layers elsewhere, and stacks whose blocks turn out to be no chain (a
     warning says why), are calibrated by passes through the whole model. The outcome is that of ``collect_context`` and
-    ``build_factors``; the report has the output energies in it, and the statistics are not kept.
+    ``build_factors``; the statistics are not kept.
 
     In a process group of several ranks, all of them must call it, each with its own share of the data, which may be empty.
 
@@ -80,6 +81,7 @@ def stream_factors(
         init: default ``CordaInit()``.
         memory_budget: the most that statistics may take at once, in bytes or as ``"6GB"``, ``"512MiB"``; layers are then
             calibrated in several passes, through a block or through the model. Default: as many as one pass needs.
+        energies: also find each layer's share of output energy (``output_energies``), for the report; a product W C a layer.
         progress: is given the names of the blocks, such as ``tqdm``.
 
     Returns:
@@ -96,7 +98,7 @@ def stream_factors(
     if isinstance(data, Iterator):
         raise UserError("the calibration data are used up by one pass; give a list, a DataLoader or a function instead")
     targets = agreed(lambda: resolve_targets(model, lora_config))
-    job = _Job(model, data, targets, init, budget, progress)
+    job = _Job(model, data, targets, init, budget, energies, progress)
     with quiet_model(model):
         solved = job.run()
     return FactorSet(
@@ -310,6 +312,7 @@ class _Job:
         targets: dict[str, Target],
         init: CordaInit,
         budget: int | None,
+        energies: bool,
         progress: Progress,
     ) -> None:
         self.model = model
@@ -317,6 +320,7 @@ class _Job:
         self.targets = targets
         self.init = init
         self.budget = budget
+        self.energies = energies
         self.progress = progress
         self.fingerprint = fingerprint(model)
         self.layers = {name: linear(model, name) for name in targets}
@@ -454,7 +458,8 @@ class _Job:
 
     def _solve(self, names: Sequence[str], collect: Callable[[], ContextStats]) -> Solved:
         stats = agreed(collect).reduce()
-        return solve_layers(self.model, {name: self.targets[name] for name in names}, stats, self.init, spend=True)
+        targets = {name: self.targets[name] for name in names}
+        return solve_layers(self.model, targets, stats, self.init, spend=True, energies=self.energies)
 
 
 def _common(reasons: dict[str, str], groups: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:

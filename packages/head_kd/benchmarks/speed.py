@@ -1,0 +1,303 @@
+"""Hot spots against mmdet's and mmcv's own paths: proposals, gathering, operators; and what a step and a student cost.
+
+``python benchmarks/speed.py --out FILE``. Equality is checked before anything is timed.
+"""
+
+import copy
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import head_kd.ops_fallback  # noqa: F401
+import mmcv
+import mmdet
+import torch
+import torchvision
+from head_kd import rendered, small, training
+from head_kd.cache import write_cache
+from head_kd.detector import HEADDetector
+from head_kd.inspection import training_flops
+from head_kd.proposals import Provenance, dense_proposals, gather_at
+from head_kd.signals import dense_decoder
+from head_kd.teacher import TeacherView
+from mmcv.ops import RoIAlign, nms
+from mmdet.models.dense_heads import RPNHead
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, ConfigDict
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from tenfold import bench
+
+ANCHORS = {
+    "type": "AnchorGenerator",
+    "octave_base_scale": 4,
+    "scales_per_octave": 3,
+    "ratios": [0.5, 1.0, 2.0],
+    "strides": [8, 16, 32, 64, 128],
+}
+CODER = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [1.0] * 4}
+
+
+def proposals(images: int, side: int, classes: int) -> bench.Comparison:
+    """A batch at once, against mmdet's RPN post-processing, which goes image by image and level by level."""
+    head = MODELS.build(
+        ConfigDict(
+            type="RetinaHead",
+            num_classes=classes,
+            in_channels=8,
+            feat_channels=8,
+            stacked_convs=1,
+            anchor_generator=ANCHORS,
+            bbox_coder=CODER,
+        )
+    )
+    rpn = RPNHead(in_channels=8, num_classes=1, anchor_generator=dict(ANCHORS), bbox_coder=dict(CODER))
+    sizes = [(-(-side // s), -(-side // s)) for s in ANCHORS["strides"]]
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn((images, 9 * classes, h, w), generator=generator) for h, w in sizes]
+    boxes = [0.2 * torch.randn((images, 36, h, w), generator=generator) for h, w in sizes]
+    decoder = dense_decoder(head)
+    cfg = ConfigDict(nms_pre=2000, max_per_img=1000, nms={"type": "nms", "iou_threshold": 0.7}, min_bbox_size=0)
+    metas = [{"img_shape": (side, side), "scale_factor": (1.0, 1.0)}] * images
+
+    def ours() -> list[Any]:
+        priors = decoder.priors(sizes, torch.device("cpu"))
+        return dense_proposals(logits, boxes, priors, decoder.decode, [(side, side)] * images)
+
+    def peer() -> list[Any]:
+        best = [t.view(images, 9, classes, *t.shape[2:]).amax(dim=2) for t in logits]
+        return rpn.predict_by_feat(best, boxes, batch_img_metas=metas, cfg=cfg, rescale=False)
+
+    def equal(a: list[Any], b: list[Any]) -> str:
+        rows = differ = 0
+        for x, y in zip(a, b, strict=True):
+            same = torch.isin(x.scores, y.scores)
+            rows, differ = rows + len(same), differ + int((~same).sum())
+            nearest = torch.cdist(x.boxes[same], y.bboxes, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+            assert float(nearest.max()) < 1e-2
+        assert differ <= 0.002 * rows, f"{differ} of {rows} differ"
+        return f"{rows - differ} of {rows} boxes equal (mmcv shifts boxes by level in fp32, which moves IoUs at the threshold)"
+
+    with torch.no_grad():
+        return bench.compare(
+            f"proposals_{side}px",
+            ours,
+            peer,
+            equal,
+            shape=f"{images} images {side}x{side}, {classes} classes, 9 anchors",
+            required=">= 3",
+            pairs=7,
+        )
+
+
+def gathering() -> bench.Comparison:
+    """Direct indexing, against permuting all maps and indexing the result; forward and backward."""
+    sizes = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
+    maps = [torch.randn(2, 256, h, w, requires_grad=True) for h, w in sizes]
+    rows = 1024
+    generator = torch.Generator().manual_seed(0)
+    level = torch.randint(5, (rows,), generator=generator)
+    y = torch.tensor([int(torch.randint(sizes[i][0], (1,), generator=generator)) for i in level.tolist()])
+    x = torch.tensor([int(torch.randint(sizes[i][1], (1,), generator=generator)) for i in level.tolist()])
+    image = torch.randint(2, (rows,), generator=generator)
+    start = torch.tensor([0, *torch.tensor([h * w for h, w in sizes]).cumsum(0).tolist()])
+    width = torch.tensor([w for _, w in sizes])
+
+    def run(read: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        out = read()
+        return (out.detach(), *torch.autograd.grad(out.sum(), maps))
+
+    def ours() -> tuple[Tensor, ...]:
+        return run(lambda: gather_at(maps, image, Provenance(level, y, x, level)))
+
+    def peer() -> tuple[Tensor, ...]:
+        flat = lambda: torch.cat([m.permute(0, 2, 3, 1).reshape(2, -1, 256) for m in maps], dim=1)  # noqa: E731
+        return run(lambda: flat()[image, start[level] + y * width[level] + x])
+
+    def equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> str:
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+        return "values and gradients equal bit for bit"
+
+    return bench.compare(
+        "gather", ours, peer, equal, shape="1024 rows of 5 maps, 2 images 800x1344, 256 channels", required=">= 3"
+    )
+
+
+def operators() -> list[bench.Comparison]:
+    """mmcv's functions over the fallback, against mmcv's own paths without compiled operators."""
+    maps = torch.randn(2, 256, 100, 168)
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand((512, 2), generator=generator) * torch.tensor([1200.0, 700.0])
+    boxes = torch.cat([corner, corner + 20 + 100 * torch.rand((512, 2), generator=generator)], dim=1)
+    rois = torch.cat([torch.randint(2, (512, 1), generator=generator).float(), boxes], dim=1)
+    own, theirs = RoIAlign(7, 0.125), RoIAlign(7, 0.125, use_torchvision=True)
+    scores = torch.rand(512, generator=generator)
+
+    def loop() -> Tensor:
+        order, kept = scores.argsort(descending=True), []
+        while len(order):
+            best, order = order[0], order[1:]
+            kept.append(best)
+            order = order[torchvision.ops.box_iou(boxes[best][None], boxes[order])[0] <= 0.5]
+        return torch.stack(kept)
+
+    def same(a: Tensor, b: Tensor) -> str:
+        assert torch.equal(a, b)
+        return "equal bit for bit"
+
+    with torch.no_grad():
+        return [
+            bench.compare(
+                "roi_align_fallback",
+                lambda: own(maps, rois),
+                lambda: theirs(maps, rois),
+                same,
+                shape="512 RoIs, 256 x 100 x 168; peer: mmcv use_torchvision",
+                required=">= 0.9",
+                pairs=21,
+            ),
+            bench.compare(
+                "nms_fallback",
+                lambda: nms(boxes, scores, 0.5)[1],
+                loop,
+                same,
+                shape="512 boxes; peer: greedy loop in torch",
+                required=">= 1",
+            ),
+        ]
+
+
+def batch_of(model: Any, count: int) -> tuple[Tensor, list[Any]]:
+    """Drawn images, preprocessed."""
+    inputs, samples = [], []
+    for i in range(count):
+        image, objects = rendered.draw(i)
+        inputs.append(torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1))
+        sample = DetDataSample(
+            metainfo={"img_id": i, "img_shape": (128, 128), "ori_shape": (128, 128), "scale_factor": (1.0, 1.0)}
+        )
+        boxes = torch.tensor([b for _, b in objects]).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        sample.gt_instances = InstanceData(
+            bboxes=boxes, labels=torch.tensor([c for c, _ in objects], dtype=torch.int64)
+        )
+        samples.append(sample)
+    data = model.data_preprocessor({"inputs": inputs, "data_samples": samples}, True)
+    return data["inputs"], data["data_samples"]
+
+
+def costs() -> list[bench.Comparison]:
+    """FLOPs of a step against the sum of its parts, and the exported student against the plain one."""
+    teacher_model = small.faster_rcnn(regions=32)
+    torch.manual_seed(0)
+    detector = MODELS.build(ConfigDict(copy.deepcopy(teacher_model)))
+    detector.init_weights()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "t.pth"
+        torch.save({"state_dict": detector.state_dict()}, file)
+        teacher = {"config": Config({"model": copy.deepcopy(teacher_model)}), "checkpoint": str(file)}
+        labels_only = {
+            "head": teacher_model["roi_head"],
+            "train_cfg": teacher_model["train_cfg"]["rcnn"],
+            "akd_weight": 0,
+            "ckd_weight": 0,
+            "transfer": False,
+        }
+        common = {"schedule": {"warmup": 0}}
+        alone = HEADDetector(small.retinanet(), **common)
+        assisted = HEADDetector(small.retinanet(), assistants=[labels_only], **common)
+        full = HEADDetector(small.retinanet(), assistants=[{"normalize": True}], teacher=teacher, **common)
+        images, samples = batch_of(alone, 8)
+        view = TeacherView.load(Config({"model": copy.deepcopy(teacher_model)}), file)
+        write_cache(
+            Path(folder) / "c",
+            view,
+            [(images, copy.deepcopy(samples))],
+            8,
+            names=["fc1", "fc2"],
+            data="d",
+            boxes_per_image=64,
+        )
+        cached = HEADDetector(
+            small.retinanet(),
+            assistants=[{"normalize": True}],
+            teacher={**teacher, "cache": str(Path(folder) / "c")},
+            **common,
+        )
+        for model in (alone, assisted, full, cached):
+            model.init_weights()
+        student, assist, all_terms, from_cache = (
+            training_flops(m, images, copy.deepcopy(samples)) for m in (alone, assisted, full, cached)
+        )
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            maps = view.features(images, samples)
+            view.at_rois(maps, torch.zeros(8 * 32, 5), ["fc2"])
+        parts = assist + counter.get_total_flops()
+        plain = MODELS.build(ConfigDict(small.retinanet())).eval()
+        names = list(plain.state_dict())
+        plain.load_state_dict({k: full.state_dict()[k] for k in names})
+        full.eval()
+
+        def counted(id: str, ours: float, peer: float, shape: str) -> bench.Comparison:
+            ratio = peer / ours
+            return bench.Comparison(
+                id,
+                shape,
+                ours / 1e9,
+                peer / 1e9,
+                "GFLOP",
+                "counted",
+                ratio,
+                None,
+                ">= 0.97",
+                ratio >= 0.97,
+                "counts of the same batch",
+            )
+
+        def equal(a: Any, b: Any) -> str:
+            for x, y in zip(a, b, strict=True):
+                assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+            return "outputs equal bit for bit"
+
+        with torch.no_grad():
+            timed = bench.compare(
+                "student_time",
+                lambda: full(images, mode="tensor"),
+                lambda: plain(images, mode="tensor"),
+                equal,
+                shape="8 images 128x128; ours: after HEAD, peer: plain mmdet",
+                required=">= 0.95",
+                pairs=41,
+                warm_up=3,
+            )
+        return [
+            counted(
+                "step_flops", all_terms, parts, f"HEAD step / student {student / 1e9:.2f} + assistant + teacher's part"
+            ),
+            counted("step_flops_cached", from_cache, assist, "step with TargetCache / student + assistant on labels"),
+            timed,
+        ]
+
+
+def measure() -> list[bench.Comparison]:
+    """All rows."""
+    training.quiet_stack()
+    register_all_modules(init_default_scope=True)
+    return [proposals(8, 128, 6), proposals(4, 512, 80), gathering(), *operators(), *costs()]
+
+
+if __name__ == "__main__":
+    sys.exit(
+        bench.main(
+            "head-kd",
+            {"mmdet": mmdet.__version__, "mmcv": mmcv.__version__, "torchvision": torchvision.__version__},
+            measure,
+        )
+    )

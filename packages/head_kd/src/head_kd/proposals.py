@@ -1,0 +1,167 @@
+"""A dense head as a proposal network, in plain torch: boxes of a whole batch at once, each with where it comes from.
+
+Letters: N images, L levels, A anchors of a cell, C classes, H and W cells of a level, K boxes, M rows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+
+Decoder = Callable[[int, Tensor, Tensor], Tensor]
+"""(level, priors (M, P), raw box predictions (M, D)) -> boxes (M, 4) as x1, y1, x2, y2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """The cell and anchor that each of M boxes was predicted by; level -1 where it was predicted by none.
+
+    Shapes: all (M,) int64.
+    """
+
+    level: Tensor
+    y: Tensor
+    x: Tensor
+    anchor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.level)
+
+    def __getitem__(self, rows: Tensor) -> "Provenance":
+        return Provenance(self.level[rows], self.y[rows], self.x[rows], self.anchor[rows])
+
+    @classmethod
+    def none(cls, count: int, device: torch.device | str = "cpu") -> "Provenance":
+        """Of ``count`` boxes that no cell predicted, ground truth for one."""
+        missing = torch.full((count,), -1, dtype=torch.int64, device=device)
+        return cls(missing, missing, missing, missing)
+
+    @classmethod
+    def cat(cls, parts: Sequence["Provenance"]) -> "Provenance":
+        """All rows, one part after the other."""
+        fields = ("level", "y", "x", "anchor")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposals:
+    """The proposals of one image, by falling score."""
+
+    boxes: Tensor  # (K, 4)
+    scores: Tensor  # (K,)
+    provenance: Provenance
+
+
+@torch.no_grad()
+def dense_proposals(
+    class_logits: Sequence[Tensor],
+    box_predictions: Sequence[Tensor],
+    priors: Sequence[Tensor],
+    decode: Decoder,
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    nms_pre: int = 2000,
+    iou_threshold: float = 0.7,
+    max_per_image: int = 1000,
+    min_size: float = 0,
+) -> list[Proposals]:
+    """Proposals of each image out of the class logits of a dense head.
+
+    A box's score is the sigmoid of its highest class logit. Of each level and image the best ``nms_pre`` are decoded,
+    clipped to the image, freed of boxes not larger than ``min_size``, and thinned by NMS within the level; the best
+    ``max_per_image`` over all levels stay. No gradient passes.
+
+    Args:
+        class_logits: for each level (N, A*C, H, W), anchor-major; background is no class of them.
+        box_predictions: for each level (N, A*D, H, W).
+        priors: for each level (H*W*A, P), ordered (y*W + x)*A + a.
+        decode: turns priors and predictions into boxes.
+        image_sizes: (height, width) of each image before padding.
+        nms_pre: 2000 in the authors' code, as iou_threshold 0.7 and max_per_image 1000.
+        iou_threshold: of the NMS.
+        max_per_image: boxes that stay.
+        min_size: in pixels.
+    """
+    images = len(image_sizes)
+    device = class_logits[0].device
+    limits = torch.tensor([[w, h, w, h] for h, w in image_sizes], dtype=torch.float32, device=device)
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(images)]
+    widths, anchors = [], []
+    for level, (logits, predictions, prior) in enumerate(zip(class_logits, box_predictions, priors, strict=True)):
+        n, _, height, width = logits.shape
+        cells = height * width
+        a = len(prior) // cells
+        widths.append(width)
+        anchors.append(a)
+        best = logits.float().view(n, a, -1, cells).amax(dim=2).sigmoid()  # (N, A, HW)
+        flat = best.transpose(1, 2).reshape(n, cells * a)
+        scores, index = flat.topk(min(nms_pre, cells * a), dim=1)  # (N, K), sorted
+        image = torch.arange(n, device=device)[:, None].expand_as(index)
+        raw = predictions.float().view(n, a, -1, cells)[image, index % a, :, index // a]  # (N, K, D)
+        boxes = decode(level, prior[index.flatten()].float(), raw.flatten(0, 1)).view(n, -1, 4)
+        boxes = torch.minimum(boxes.clamp_min(0), limits[:, None])
+        large = ((boxes[..., 2:] - boxes[..., :2]) > min_size).all(dim=-1)
+        for i in range(n):
+            rows = large[i].nonzero().squeeze(1)
+            found[i].append((boxes[i, rows], scores[i, rows], index[i, rows]))
+    # NMS sees one level of one image at a time, so a batch costs the sum of its groups, not the square of the sum
+    out = []
+    for parts in found:
+        kept = [torchvision.ops.nms(boxes, scores, iou_threshold)[:max_per_image] for boxes, scores, _ in parts]
+        boxes, scores, index = (
+            torch.cat([part[field][rows] for part, rows in zip(parts, kept, strict=True)]) for field in range(3)
+        )
+        levels = torch.cat([torch.full_like(rows, number) for number, rows in enumerate(kept)])
+        order = scores.argsort(descending=True, stable=True)[:max_per_image]
+        boxes, scores, index, levels = boxes[order], scores[order], index[order], levels[order]
+        a_of = torch.tensor(anchors, device=device)[levels]
+        w_of = torch.tensor(widths, device=device)[levels]
+        cell = index // a_of
+        out.append(Proposals(boxes, scores, Provenance(levels, cell // w_of, cell % w_of, index % a_of)))
+    return out
+
+
+def gather_at(maps: Sequence[Tensor], image: Tensor, where: Provenance) -> Tensor:
+    """The feature vectors of the cells that boxes come from; its gradient goes to these cells alone.
+
+    Args:
+        maps: for each level (N, C, H, W).
+        image: (M,) int64, image of each row.
+        where: M cells; every level must be 0 or more.
+
+    Returns:
+        (M, C), row m is ``maps[level_m][image_m, :, y_m, x_m]``.
+    """
+    rows = [(where.level == level).nonzero().squeeze(1) for level in range(len(maps))]
+    parts = [m[image[r], :, where.y[r], where.x[r]] for m, r in zip(maps, rows, strict=True)]
+    order = torch.cat(rows)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return torch.cat(parts)[place]
+
+
+def center_locations(boxes: Tensor, strides: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Provenance:
+    """A cell for any box: the level whose stride fits its size, and the cell at its center.
+
+        level = argmin_l | log2( sqrt(area) / (8 stride_l) ) |,   cell = floor(center / stride)
+
+    Our choice for boxes that no cell predicted (ground truth, cached boxes); a RetinaNet anchor of 8 strides is its
+    measure. Anchor 0 stands for all.
+
+    Args:
+        boxes: (M, 4).
+        strides: of the levels.
+        sizes: (H, W) of the levels, that cells are clamped to.
+    """
+    side = (boxes[:, 2:] - boxes[:, :2]).clamp_min(1e-3).prod(dim=1).sqrt()
+    fitting = torch.tensor([math.log2(8 * stride) for stride in strides], device=boxes.device)
+    level = (side.log2()[:, None] - fitting).abs().argmin(dim=1)
+    stride = torch.tensor(strides, dtype=boxes.dtype, device=boxes.device)[level]
+    limit = torch.tensor(sizes, device=boxes.device)[level] - 1
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    x = (center[:, 0] / stride).floor().long().clamp_min(0).minimum(limit[:, 1])
+    y = (center[:, 1] / stride).floor().long().clamp_min(0).minimum(limit[:, 0])
+    return Provenance(level, y, x, torch.zeros_like(level))

@@ -1,0 +1,170 @@
+"""Where a detector's knowledge can be read: names for inner activations of mmdet's heads, and their decoders.
+
+An activation is captured as the *input of the module that consumes it*. Behind an in-place ReLU a hook on the layer
+itself would see the value before or after the ReLU, depending on a flag; the consumer sees what the head really uses.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold import UserError
+from tenfold.errors import did_you_mean
+
+_CLASSIFIERS = ("retina_cls", "conv_cls", "atss_cls", "gfl_cls", "rpn_cls")
+_REGRESSORS = ("retina_reg", "conv_reg", "atss_reg", "gfl_reg", "rpn_reg")
+_REPPOINTS = {
+    "cls_tower": "reppoints_cls_conv",
+    "reg_tower": "reppoints_pts_init_conv",
+    "pts_init": "reppoints_pts_init_out",
+    "cls": "reppoints_cls_out",
+    "pts_refine": "reppoints_pts_refine_out",
+}
+
+
+def head_signals(head: nn.Module) -> dict[str, str]:
+    """The activations of a head that have a name: name -> path of the module that consumes it.
+
+    A box head of an R-CNN has ``fc1`` ... ``fcK``, its shared fully connected layers after their ReLU. A dense head has
+    ``cls_tower`` and ``reg_tower``, what its last convolutions see; a RepPoints head three more.
+    """
+    shared = getattr(head, "shared_fcs", None)
+    if shared is not None and len(shared):
+        after = next(
+            (f"{branch}.0" for branch in ("cls_convs", "cls_fcs") if len(getattr(head, branch, None) or ())), "fc_cls"
+        )
+        consumers = [f"shared_fcs.{i}" for i in range(1, len(shared))] + [after]
+        return {f"fc{i + 1}": path for i, path in enumerate(consumers)}
+    if hasattr(head, "reppoints_cls_out"):
+        return dict(_REPPOINTS)
+    found = {}
+    for name, candidates in (("cls_tower", _CLASSIFIERS), ("reg_tower", _REGRESSORS)):
+        path = next((c for c in candidates if isinstance(getattr(head, c, None), nn.Module)), None)
+        if path is not None:
+            found[name] = path
+    return found
+
+
+def resolve(head: nn.Module, names: Sequence[str], owner: str) -> dict[str, nn.Module]:
+    """The consumers of the named activations; a name may also be the path of a module of the head.
+
+    Raises:
+        UserError: the head has no such signal; the message holds the nearest names.
+    """
+    known = head_signals(head)
+    modules = dict(head.named_modules())
+    found = {}
+    for name in names:
+        path = known.get(name, name)
+        if path not in modules or not path:
+            raise UserError(
+                f"{owner} ({type(head).__name__}) has no signal '{name}': {did_you_mean(name, [*known, *modules][:400])}"
+                if not known
+                else f"{owner} ({type(head).__name__}) has no signal '{name}': {did_you_mean(name, known)}"
+            )
+        found[name] = modules[path]
+    return found
+
+
+@contextlib.contextmanager
+def capturing(consumers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the first input of each consumer, one entry a call (a dense head calls it once a level)."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in consumers}
+    handles = []
+    for name, module in consumers.items():
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            seen[name].append(inputs[0])
+
+        handles.append(module.register_forward_pre_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseDecoder:
+    """How a dense head's outputs become boxes.
+
+    Attributes:
+        priors: sizes of the levels, device -> for each level (H*W*A, P).
+        decode: level, priors, predictions -> boxes.
+        num_anchors: A of each level.
+    """
+
+    priors: Callable[[Sequence[tuple[int, int]], torch.device], list[Tensor]]
+    decode: Callable[[int, Tensor, Tensor], Tensor]
+    num_anchors: int
+
+
+def dense_decoder(head: Any) -> DenseDecoder:
+    """The decoder of a RetinaNet, ATSS, FCOS, GFL (or a like) head.
+
+    Raises:
+        UserError: of this head we do not know how its outputs become boxes.
+    """
+    from mmdet.models.dense_heads import AnchorHead, FCOSHead, GFLHead
+    from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+
+    kind = type(head).__name__
+    if not getattr(head, "use_sigmoid_cls", False):
+        raise UserError(f"the student's {kind} has no sigmoid class scores, which proposals are taken from")
+    generator = head.prior_generator
+
+    def grid(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+        return list(generator.grid_priors(sizes, device=device))
+
+    if isinstance(head, FCOSHead):
+
+        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
+            if head.norm_on_bbox and head.training:  # the head itself multiplies when it does not train
+                raw = raw * head.strides[level]
+            return head.bbox_coder.decode(priors[:, :2], raw)
+    elif isinstance(head, GFLHead):
+
+        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
+            stride = generator.strides[level]
+            distance = head.integral(raw) * (stride[0] if isinstance(stride, tuple) else stride)
+            return head.bbox_coder.decode(head.anchor_center(priors), distance)
+    elif isinstance(head, AnchorHead) and isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
+
+        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
+            return head.bbox_coder.decode(priors, raw)
+    else:
+        raise UserError(
+            f"the student's {kind} gives no proposals with a known cell: supported are RetinaNet, ATSS, FCOS and GFL heads"
+        )
+    return DenseDecoder(grid, decode, int(head.num_base_priors))
+
+
+def detector_strides(detector: Any) -> list[int]:
+    """Strides of the maps that a detector's neck gives, as its dense head or RPN states them."""
+    head = getattr(detector, "bbox_head", None) or getattr(detector, "rpn_head", None)
+    generator = getattr(head, "prior_generator", None)
+    if generator is None:
+        raise UserError(f"{type(detector).__name__} has no dense head or RPN that states its strides")
+    return [int(stride[0]) if isinstance(stride, tuple | list) else int(stride) for stride in generator.strides]
+
+
+def is_two_stage(detector: Any) -> bool:
+    """Whether a detector has a RoI head."""
+    return getattr(detector, "roi_head", None) is not None
+
+
+def box_heads(roi_head: Any) -> list[nn.Module]:
+    """The box head of each stage: one for an R-CNN, several for a cascade."""
+    heads = roi_head.bbox_head
+    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+
+
+def forward_stage(roi_head: Any, stage: int, features: Sequence[Tensor], rois: Tensor) -> Any:
+    """``_bbox_forward`` of a RoI head, whether it counts stages or not."""
+    if isinstance(roi_head.bbox_head, nn.ModuleList):
+        return roi_head._bbox_forward(stage, features, rois)
+    return roi_head._bbox_forward(features, rois)

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import head_kd
+import pytest
+from head_kd import training
+from head_kd.checkpoints import resolve_config
+from head_kd.cli import main
+from head_kd.compose import pair
+from head_kd.config import Distillation
+
+RECIPES = sorted((Path(head_kd.__file__).parent / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory):
+    """Weights for each teacher config that recipes name, made once."""
+    made = {}
+
+    def of(config):
+        if config not in made:
+            made[config] = training.random_teacher(config, tmp_path_factory.mktemp("zoo"))
+        return made[config]
+
+    return of
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_builds_its_pair(recipe, random_weights, capsys):
+    """The models of a recipe are built whole, with a teacher of random weights in place of the zoo's."""
+    import yaml
+    from mmdet.registry import MODELS
+
+    assert main(["train", "--config", f"recipe:{recipe.stem}", "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    distill = Distillation(**settings["distill"])
+    teacher = settings["teacher"]
+    checkpoint = random_weights(teacher) if distill.needs_teacher else None
+    model = MODELS.build(pair(resolve_config(settings["student"]), teacher, checkpoint, distill).model)
+    assert len(model.assistants) >= 1
+    training.strip_pretrained(model)
+    if distill.needs_teacher:
+        model.transfer()
+        assert model.untransferred == {"assistant0": []}

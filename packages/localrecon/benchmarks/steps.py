@@ -1,0 +1,209 @@
+"""A training step of four modules against back-propagation, activation checkpointing and one process.
+
+Memory is counted in live tensor bytes (parameters, heads, gradients, optimizer states, batch, activations), so those rows
+need no idle machine; times and the pipeline do. Checkpointing is torch's own, non-reentrant, in segments of the square root
+of the number of blocks, which needs less memory than one segment a block and takes as long.
+"""
+
+import copy
+import sys
+from functools import partial
+
+import timm
+import torch
+from localrecon import LocalNet, MemoryProbe, PipelineTrainer, SGRConfig, local_step, plan_split
+from localrecon.demo import memory_net, pipeline_net
+from localrecon.models import convnet, gpt, vit
+from localrecon.step import StepOptions
+from torch import nn
+
+from tenfold.bench import Comparison, compare, main, peak_rss
+from tenfold.claims import Bound
+
+K = 4
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""glibc gives freed blocks back at once; without it, resident memory shows half of the saving."""
+RECONCILED = SGRConfig(ramp=0)
+PLAIN = SGRConfig(lam=0)
+
+
+def networks():
+    """Name -> (model, batch, labels, shape for the table)."""
+    torch.manual_seed(0)
+    images = partial(torch.randint, 10)
+    return {
+        "conv": (convnet(3, 10), torch.randn(64, 3, 24, 24), images((64,)), "12 conv-BN-ReLU, 24 ch, 24x24, B 64"),
+        "vit": (
+            vit(3, 96, 10, depth=8, patch=16),
+            torch.randn(16, 3, 96, 96),
+            images((16,)),
+            "ViT-tiny, depth 8, 96 px, B 16",
+        ),
+        "resnet50": (
+            timm.create_model("resnet50", num_classes=10),
+            torch.randn(32, 3, 64, 64),
+            images((32,)),
+            "timm ResNet-50, 64 px, B 32",
+        ),
+        "gpt": (
+            gpt(256, 128, width=128, depth=6),
+            torch.randint(256, (16, 128)),
+            torch.randint(256, (16, 128)),
+            "GPT, 6 layers, width 128, 128 tokens, B 16",
+        ),
+    }
+
+
+def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor, how: str, sgr: SGRConfig):
+    """A function of a step number, and what its probe has to know."""
+    net, parts = memory_net(copy.deepcopy(model), x, how, K)
+    optimizers = [torch.optim.AdamW(net.parameters_of(k), lr=1e-4) for k in range(net.k)]
+
+    def step(number: int = 0):
+        return local_step(net, x, y, optimizers, sgr, StepOptions(step=number, accumulate=parts))
+
+    return step, (net, optimizers, x, y)
+
+
+def peak(model, x, y, how, sgr):
+    """Peak bytes of a step, the second one, when the optimizer states are there."""
+    step, known = stepper(model, x, y, how, sgr)
+    step()
+    with MemoryProbe(*known) as probe:
+        step()
+    return probe.peak_bytes
+
+
+def counted(id, shape, ours, peer, required, statistic="counted in one step; the same in every run"):
+    """A row of bytes."""
+    equal = "same model and batch"
+    ratio = peer / ours
+    holds = Bound.parse(required).met_by(ratio)
+    return Comparison(id, shape, ours / 2**20, peer / 2**20, "MiB", statistic, ratio, None, required, holds, equal)
+
+
+def memory_rows():
+    """Peak bytes of SGR (shift) against back-propagation and checkpointing."""
+    rows = []
+    bounds = {"conv": 1 / 0.45, "vit": 1 / 0.5, "resnet50": 1 / 0.5, "gpt": 1 / 0.5}
+    for name, (model, x, y, shape) in networks().items():
+        ours = peak(model, x, y, "split", RECONCILED)
+        whole, checkpointed = peak(model, x, y, "whole", PLAIN), peak(model, x, y, "ckpt", PLAIN)
+        rows.append(counted(f"memory_{name}_bp", shape, ours, whole, f">= {bounds[name]:.3f}"))
+        rows.append(counted(f"memory_{name}_ckpt", shape, ours, checkpointed, f">= {1 / 1.1:.3f}"))
+    return rows
+
+
+def budget_rows():
+    """Does a step of a budget's plan need what the plan predicts?"""
+    rows = []
+    for name, (model, x, y, shape) in networks().items():
+        whole = plan_split(copy.deepcopy(model), x, k=1).predicted_peak
+        plan = plan_split(copy.deepcopy(model), x, budget=int(0.65 * whole))
+        torch.manual_seed(0)
+        net = LocalNet(copy.deepcopy(model), plan).train()
+        optimizers = [torch.optim.AdamW(net.parameters_of(k), lr=1e-4) for k in range(net.k)]
+        local_step(net, x, y, optimizers, RECONCILED)
+        with MemoryProbe(net, optimizers, x, y) as probe:
+            local_step(net, x, y, optimizers, RECONCILED)
+        within = max(probe.peak_bytes / plan.predicted_peak, plan.predicted_peak / probe.peak_bytes)
+        fits = f"K {plan.k}, {probe.peak_bytes / (0.65 * whole):.2f} of the budget"
+        sizes = probe.peak_bytes / 2**20, plan.predicted_peak / 2**20
+        statistic = "measured, predicted; ratio is the larger over the smaller"
+        holds = within <= 1.1
+        rows.append(Comparison(f"budget_{name}", shape, *sizes, "MiB", statistic, within, None, "<= 1.1", holds, fits))
+    return rows
+
+
+def time_rows():
+    """Four steps of SGR, every=4, against four of checkpointing."""
+    rows = []
+    for name in ("conv", "vit"):
+        model, x, y, shape = networks()[name]
+        ours, _ = stepper(model, x, y, "split", SGRConfig(ramp=0, every=4))
+        peer, _ = stepper(model, x, y, "ckpt", PLAIN)
+
+        def equal(a, b):
+            assert all(torch.isfinite(torch.tensor(report.losses)).all() for report in (*a, *b))
+            return "not the same: both train the same model on the same batch"
+
+        rounds = [partial(lambda step: [step(number) for number in range(4)], step) for step in (ours, peer)]
+        rows.append(compare(f"time_{name}_ckpt", *rounds, equal, shape=f"{shape}, 4 steps", required=">= 1", pairs=21))
+    return rows
+
+
+def pipeline_row():
+    """Two processes of one thread against one process of one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(32, 3, 24, 24, generator=generator), torch.randint(10, (32,), generator=generator))
+        for _ in range(10)
+    ]
+    make = partial(torch.optim.SGD, lr=0.01)
+    alone = pipeline_net()
+    optimizers = [make(alone.parameters_of(k)) for k in range(K)]
+    done = {"steps": 0}
+
+    def peer():
+        losses = []
+        for x, y in batches:
+            options = StepOptions(step=done["steps"])
+            losses.append(local_step(alone, x, y, optimizers, RECONCILED, options).losses)
+            done["steps"] += 1
+        return losses
+
+    def equal(a, b):
+        assert a == b
+        return "losses of all modules and steps equal, bit for bit"
+
+    with PipelineTrainer(pipeline_net(), make, RECONCILED, workers=2) as trainer:
+        row = compare(
+            "pipeline_2",
+            lambda: [report.losses for report in trainer.steps(batches)],
+            peer,
+            equal,
+            shape="12 conv blocks, 4 modules, 2 processes x 1 thread, B 32, 10 steps",
+            required=">= 1.3",
+        )
+    torch.set_num_threads(threads)
+    return row
+
+
+def rss_rows():
+    """Peak resident memory of processes that train two steps, over one that only warms up."""
+    command = [sys.executable, __file__, "--child"]
+    floor = peak_rss([*command, "none"], ALLOCATOR)
+    grown = {how: peak_rss([*command, how], ALLOCATOR) - floor for how in ("split", "whole", "ckpt")}
+    shape = "12 conv-BN-ReLU, 24 ch, 24x24, B 64"
+    statistic = "peak RSS of a process over that of one on a batch of 2; allocator set to give memory back"
+    rows = []
+    for how, name, required in (("whole", "bp", ">= 1.667"), ("ckpt", "ckpt", f">= {1 / 1.2:.3f}")):
+        ours, peer = grown["split"] * 1e6, grown[how] * 1e6
+        rows.append(counted(f"rss_conv_{name}", shape, ours, peer, required, statistic))
+    return rows
+
+
+def child(how: str) -> None:
+    """One process of the rows of resident memory."""
+    model, x, y, _ = networks()["conv"]
+    for warm in ("split", "ckpt", "whole"):
+        step, _ = stepper(model, x[:2], y[:2], warm, RECONCILED if warm == "split" else PLAIN)
+        step()
+    if how != "none":
+        step, _ = stepper(model, x, y, how, RECONCILED if how == "split" else PLAIN)
+        step()
+        step()
+
+
+def measure():
+    """All rows."""
+    return [*memory_rows(), *budget_rows(), *rss_rows(), *time_rows(), pipeline_row()]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2])
+    else:
+        sys.exit(main("localrecon", {"torch": torch.__version__, "timm": timm.__version__}, measure))

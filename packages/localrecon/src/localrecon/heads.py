@@ -1,0 +1,246 @@
+"""The local classifiers of the modules, and the loss that each of them asks for."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from localrecon.config import HeadSpec
+from tenfold import UserError
+
+IGNORED = -100
+"""Label of a token that does not count."""
+
+
+def simplex_etf(classes: int, features: int) -> Tensor:
+    """Rows (C, D) of a simplex equiangular tight frame, of unit length and pairwise cosine -1 / (C - 1).
+
+    Needs D >= C - 1. Directions are drawn; they turn the frame and nothing else.
+    """
+    if features < classes - 1:
+        raise UserError(f"an etf classifier of {classes} classes needs {classes - 1} features, got {features}")
+    centered = torch.eye(classes, dtype=torch.float64) - 1 / classes
+    u, s, _ = torch.linalg.svd(centered)
+    corners = u[:, : classes - 1] * s[: classes - 1]  # (C, C - 1), isometric to the centered simplex
+    basis = torch.linalg.qr(torch.randn(features, classes - 1, dtype=torch.float64))[0]
+    return F.normalize(corners @ basis.T, dim=1).float()
+
+
+def classifier(features: int, classes: int, spec: HeadSpec) -> nn.Linear:
+    """The last layer; random and etf ones are fixed."""
+    layer = nn.Linear(features, classes, bias=spec.classifier == "trainable")
+    if spec.classifier == "etf":
+        layer.weight = nn.Parameter(simplex_etf(classes, features) * math.sqrt(features))
+    return layer.requires_grad_(spec.classifier == "trainable")
+
+
+class TokenPool(nn.Module):
+    """(B, T, D) -> (B, D): the mean over tokens, or the first token."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x[:, 0] if self.pool == "cls" else x.mean(dim=1)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP, (B, T, D) -> (B, T, D), by torch's fused attention."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.drop(self.proj(attended.transpose(1, 2).reshape(B, T, D)))
+        x = x + self.drop(self.mlp(self.norm2(x)))
+        return x
+
+
+def _conv(before: int, after: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def _norm_linear(features: int, classes: int, spec: HeadSpec) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(features), classifier(features, classes, spec))
+
+
+def _gap_linear(channels: int, classes: int, spec: HeadSpec) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier(channels, classes, spec))
+
+
+def _conv_gap(shape: Sequence[int], classes: int, spec: HeadSpec, last_stage: bool) -> nn.Module:
+    channels = shape[0]
+    conv = _conv(channels, channels) if last_stage else _conv(channels, 2 * channels, stride=2)
+    features = channels if last_stage else 2 * channels
+    hidden = [nn.Linear(features, spec.hidden), nn.ReLU(inplace=True)]
+    return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *hidden, classifier(spec.hidden, classes, spec))
+
+
+def _mlp_sr(shape: Sequence[int], classes: int, spec: HeadSpec) -> nn.Module:
+    channels, height, width = shape
+    small = nn.AdaptiveAvgPool2d((-(-height // 4), -(-width // 4)))
+    convs = [layer for _ in range(3) for layer in _conv(channels, channels, kernel=1)]
+    features = 4 * channels
+    mlp: list[nn.Module] = []
+    for _ in range(2):
+        mlp += [nn.Linear(features, features), nn.BatchNorm1d(features), nn.ReLU(inplace=True)]
+    return nn.Sequential(
+        small, *convs, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *mlp, classifier(features, classes, spec)
+    )
+
+
+def _aug(later: Sequence[Sequence[int]], shape: Sequence[int], depth: int, classes: int, spec: HeadSpec) -> nn.Module:
+    """Convolutions of the widths and sizes that evenly spaced later blocks have."""
+    places = sorted(set(torch.linspace(0, len(later) - 1, depth).round().long().tolist()))
+    layers: list[nn.Module] = []
+    channels, height = shape[0], shape[1]
+    for place in places:
+        after = later[place]
+        layers += _conv(channels, after[0], stride=max(1, round(height / after[1])))
+        channels, height = after[0], after[1]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier(channels, classes, spec))
+
+
+def _lm(features: int, vocabulary: int, spec: HeadSpec) -> nn.Module:
+    if spec.rank is None:
+        return nn.Sequential(nn.RMSNorm(features), nn.Linear(features, vocabulary, bias=False))
+    low = nn.Linear(features, spec.rank, bias=False)
+    return nn.Sequential(nn.RMSNorm(features), low, nn.Linear(spec.rank, vocabulary, bias=False))
+
+
+def build_head(
+    spec: HeadSpec, shapes: Sequence[Sequence[int]], place: int, modules: tuple[int, int], classes: int, task: str
+) -> nn.Module:
+    """The head of one module.
+
+    Args:
+        spec: which.
+        shapes: of the blocks' outputs, without the batch.
+        place: number of the module's last block.
+        modules: number of the module, from 0 on, and how many there are.
+        classes: of the task, or size of the vocabulary.
+        task: classify or lm.
+
+    Raises:
+        UserError: the head does not fit the module's output.
+    """
+    shape = shapes[place]
+    kind: str = spec.kind
+    if kind == "auto":
+        kind = "lm" if task == "lm" else {1: "linear", 2: "token", 3: "conv_gap"}.get(len(shape), "linear")
+    needs = {"linear": 1, "gap_linear": 3, "conv_gap": 3, "mlp_sr": 3, "aug": 3, "token": 2, "token_block": 2, "lm": 2}
+    if len(shape) != needs[kind] or (kind == "lm") != (task == "lm"):
+        expected = {1: "(B, D)", 2: "(B, T, D)", 3: "(B, C, H, W)"}[needs[kind]]
+        goal = "a language model" if kind == "lm" else "a classifier"
+        found = ", ".join(map(str, shape))
+        raise UserError(
+            f"head {kind} of module {modules[0] + 1} does not fit: it needs {expected} and {goal}; the module gives"
+            f" (B, {found}) and the task is {task}"
+        )
+    if kind == "linear":
+        return _norm_linear(shape[0], classes, spec)
+    if kind == "gap_linear":
+        return _gap_linear(shape[0], classes, spec)
+    if kind == "conv_gap":
+        return _conv_gap(shape, classes, spec, last_stage=list(shape) == list(shapes[-1]) and shape[1] <= 8)
+    if kind == "mlp_sr":
+        return _mlp_sr(shape, classes, spec)
+    if kind == "aug":
+        left = 1 - modules[0] / max(1, modules[1] - 1)
+        later = [s for s in shapes[place + 1 :] if len(s) == 3] or [shape]
+        return _aug(later, shape, max(1, round(spec.depth * left)), classes, spec)
+    if kind == "lm":
+        return _lm(shape[1], classes, spec)
+    block = []
+    if kind == "token_block":
+        heads = max(h for h in range(1, 9) if shape[1] % h == 0)
+        block = [TransformerBlock(shape[1], heads)]
+    return nn.Sequential(*block, TokenPool(spec.pool), _norm_linear(shape[1], classes, spec))
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Half precision becomes single; double stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def terms_of(labels: Tensor, task: str) -> int:
+    """Number of terms in the mean of the loss: samples, or tokens that count."""
+    return int((labels != IGNORED).sum()) if task == "lm" else labels.shape[0]
+
+
+def loss_and_correct(
+    head: Any, x: Tensor, labels: Tensor, spec: HeadSpec, task: str, *, local: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of a head, and how many samples (tokens) it gets right.
+
+        L = (1 / N) sum_i ce(head(x)_i, y_i);  with PredSim ((1 - b) L + b mean_ij (S(x)_ij - S(y)_ij)^2)
+
+    S is the matrix of cosine similarities between the samples of a batch, of centered features (of feature maps: their
+    standard deviation over positions, as PredSim has it, without its extra convolution) and of centered labels.
+
+    Shapes: x (B, ...); labels (B,) int64, (B, C) probabilities, or (B, T) int64 for a language model -> two scalars.
+    """
+    if task == "lm":
+        return _lm_loss(head, x, labels, spec.chunk)
+    logits = full_precision(head(x))
+    loss = F.cross_entropy(logits, labels, label_smoothing=spec.label_smoothing if local else 0.0)
+    if local and spec.predsim:
+        loss = (1 - spec.predsim) * loss + spec.predsim * F.mse_loss(
+            _similarity(x), _similarity(_one_hot(labels, logits))
+        )
+    truth = labels if labels.ndim == 1 else labels.argmax(dim=1)
+    return loss, (logits.argmax(dim=1) == truth).sum()
+
+
+def _one_hot(labels: Tensor, logits: Tensor) -> Tensor:
+    return (F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels).to(logits.dtype)
+
+
+def _similarity(x: Tensor) -> Tensor:
+    x = x.flatten(2).std(dim=2) if x.ndim == 4 else x.mean(dim=1) if x.ndim == 3 else x
+    x = full_precision(x)
+    x = F.normalize(x - x.mean(dim=1, keepdim=True), dim=1)
+    return x @ x.T
+
+
+def _lm_loss(head: Any, x: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """In chunks of tokens whose logits are computed again for the gradient, so that (B T, V) never exists at once."""
+    x_ND, y_N = x.flatten(0, 1), labels.flatten()
+
+    def part(x_MD: Tensor, y_M: Tensor) -> tuple[Tensor, Tensor]:
+        logits = full_precision(head(x_MD))
+        right = ((logits.argmax(dim=1) == y_M) & (y_M != IGNORED)).sum()
+        return F.cross_entropy(logits, y_M, ignore_index=IGNORED, reduction="sum"), right
+
+    terms = (y_N != IGNORED).sum().clamp_min(1)
+    if len(y_N) <= chunk:
+        loss, correct = part(x_ND, y_N)
+        return loss / terms, correct
+    losses, corrects = [], []
+    for x_MD, y_M in zip(torch.split(x_ND, chunk), torch.split(y_N, chunk), strict=True):
+        loss, correct = checkpoint(part, x_MD, y_M, use_reentrant=False, preserve_rng_state=False)
+        losses.append(loss)
+        corrects.append(correct)
+    return torch.stack(losses).sum() / terms, torch.stack(corrects).sum()

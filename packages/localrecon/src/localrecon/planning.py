@@ -1,0 +1,231 @@
+"""Choosing where to cut: profile every block once, partition exactly, measure the step that comes of it."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from localrecon.chain import Chain, Inputs, build_chain
+from localrecon.config import HeadSpec, SGRConfig, parse_bytes
+from localrecon.errors import UnsplittableModelError
+from localrecon.heads import build_head
+from localrecon.memory import MemoryProbe
+from localrecon.net import LocalNet, Stage, frozen_statistics
+from localrecon.plan import Balance, SplitPlan, partition
+from localrecon.step import StepOptions, first_boundary, keyed_random, train_stage
+from tenfold import UserError
+
+
+def plan_split(
+    model: nn.Module,
+    sample: Inputs,
+    *,
+    k: int = 4,
+    budget: str | int | None = None,
+    balance: Balance = "memory",
+    cuts: Sequence[int] | None = None,
+    adapter: str = "auto",
+    heads: HeadSpec | None = None,
+    sgr: SGRConfig | None = None,
+    optimizer_states: int = 2,
+    measure: bool = True,
+) -> SplitPlan:
+    """Decide which blocks form which module.
+
+    Every block is run once on the sample; then the contiguous partition whose largest module is smallest is found exactly.
+    The peak of a training step is measured by a step without an update, on copies of nothing: gradients are dropped, and
+    BatchNorm's statistics and random states are put back.
+
+    Args:
+        model: any that an adapter takes; put into training mode and back.
+        sample: a batch as in training; its size decides the bytes.
+        k: number of modules.
+        budget: most bytes of live tensors in a training step ("2GB"); the smallest number of modules that fits is taken,
+            and ``k`` is not looked at.
+        balance: what the largest module is to have least of: memory (saved activations, boundaries and head), flops,
+            params or blocks.
+        cuts: numbers of blocks before the end of each module but the last, in place of all that.
+        adapter: how the model is taken apart.
+        heads: local heads that will be used.
+        sgr: reconciliation that will be used.
+        optimizer_states: tensors of a parameter's size that the optimizer keeps: 2 for Adam, 1 for SGD with momentum.
+        measure: False leaves the predicted peak out, and needs no backward.
+
+    Raises:
+        UnsplittableModelError: the model cannot be cut, or its parts give another result than itself.
+        UserError: k beyond the number of blocks, cuts that do not rise, or a budget below the least that is possible, which
+            the message gives.
+    """
+    heads, sgr = heads or HeadSpec(), sgr or SGRConfig()
+    chain = build_chain(model, adapter)
+    mode = model.training
+    model.train()
+    try:
+        base = _profile(chain, sample)
+        if cuts is not None:
+            edges = [0, *cuts, len(base.blocks)]
+            if sorted(set(edges)) != edges:
+                raise UserError(f"cuts must rise from 1 to {len(base.blocks) - 1}, got {list(cuts)}")
+            plan = dataclasses.replace(base, cuts=tuple(cuts))
+            return _measured(model, plan, sample, heads, sgr, optimizer_states) if measure else plan
+        cost = _costs(base, sample, balance, heads)
+        if budget is None:
+            plan = dataclasses.replace(base, cuts=partition(len(base.blocks), k, partial(cost, k)))
+            return _measured(model, plan, sample, heads, sgr, optimizer_states) if measure else plan
+        limit = parse_bytes(budget) if isinstance(budget, str) else budget
+        floor = None
+        for count in range(1, len(base.blocks) + 1):
+            cuts_of_count = partition(len(base.blocks), count, partial(cost, count))
+            plan = dataclasses.replace(base, cuts=cuts_of_count)
+            plan = _measured(model, plan, sample, heads, sgr, optimizer_states)
+            assert plan.predicted_peak is not None
+            if plan.predicted_peak <= limit:
+                return plan
+            floor = min(floor or plan.predicted_peak, plan.predicted_peak)
+        raise UserError(
+            f"budget {limit / 2**20:.1f} MiB is below what this model needs on this batch: the least is"
+            f" {(floor or 0) / 2**20:.1f} MiB; take a smaller batch or accumulate"
+        )
+    finally:
+        model.train(mode)
+
+
+def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
+    """What each block saves, computes and gives; as a plan of one module."""
+    model = chain.model
+    probe = Stage(chain, chain.blocks, None, 0, HeadSpec())
+    device = next(model.parameters()).device
+    known = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    saved, flops, shapes, numbers = [], [], [], []
+    with keyed_random(device, 0), frozen_statistics(probe.norms):
+        context = chain.context(sample)
+        x: Any = sample
+        for block in chain.blocks:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x = x.detach().requires_grad_().clone()  # no leaf, since blocks may begin in place
+            kept: dict[int, Tensor] = {}
+
+            def pack(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+                kept[tensor.untyped_storage()._cdata] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), FlopCounterMode(display=False) as counter:
+                out = block.run(x, context)
+            if not isinstance(out, Tensor) or not out.is_floating_point():
+                kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
+                raise TypeError(f"block {block.name} gives {kind}: expected one tensor of real numbers")
+            kept[out.untyped_storage()._cdata] = out
+            skip = known | ({x.untyped_storage()._cdata} if isinstance(x, Tensor) else set())
+            saved.append(sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in skip))
+            flops.append(int(counter.get_total_flops()))
+            shapes.append(tuple(out.shape[1:]))
+            numbers.append(sum(p.numel() for p in chain.parameters_of(block).values()))
+            x = out
+            del out, kept
+        logits = chain.tail.run(x.detach(), context)
+    if logits.ndim not in (2, 3):
+        raise UnsplittableModelError(
+            f"the model gives {tuple(logits.shape)}: expected (B, classes) or (B, T, vocabulary)"
+        )
+    _check_same(chain, sample, probe)
+    return SplitPlan(
+        adapter=chain.adapter,
+        blocks=tuple(block.name for block in chain.blocks),
+        cuts=(),
+        task="classify" if logits.ndim == 2 else "lm",
+        classes=logits.shape[-1],
+        shapes=tuple(shapes),
+        saved_bytes=tuple(saved),
+        flops=tuple(flops),
+        parameters=tuple(numbers),
+    )
+
+
+@torch.no_grad()
+def _check_same(chain: Chain, sample: Inputs, probe: Stage) -> None:
+    """The blocks one after another give what the model gives, in evaluation mode."""
+    chain.model.eval()
+    try:
+        whole = chain.model(**sample) if isinstance(sample, dict) else chain.model(sample)
+        whole = whole if isinstance(whole, Tensor) else whole["logits"]
+        context = chain.context(sample)
+        parts = probe.logits(probe.run_blocks(sample, context), context)
+        if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-4, atol=1e-5, equal_nan=True):
+            raise UnsplittableModelError(
+                f"the blocks that the adapter {chain.adapter} finds in {type(chain.model).__name__} do not give what the"
+                " model gives: register an adapter for it"
+            )
+    finally:
+        chain.model.train()
+
+
+def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -> Any:
+    """(modules, first, past) -> cost of a module; for memory: its saved bytes, boundaries and head."""
+    if balance != "memory":
+        values = {"flops": base.flops, "params": base.parameters, "blocks": (1,) * len(base.blocks)}[balance]
+        return lambda count, a, b: sum(values[a:b])
+    first = next(iter(sample.values())) if isinstance(sample, dict) else sample
+    batch, sums = first.shape[0], [0]
+    for value in base.saved_bytes:
+        sums.append(sums[-1] + value)
+    sizes = [4 * batch * int(torch.Size(shape).numel()) for shape in base.shapes]
+    known: dict[tuple[int, ...], int] = {}
+
+    def head(place: int, count: int) -> int:
+        if place == len(sizes) - 1:
+            return 0
+        key = base.shapes[place]
+        if key not in known:
+            with keyed_random(torch.device("cpu"), 0):
+                module = build_head(heads, base.shapes, place, (0, count), base.classes, base.task)
+            x = torch.zeros(max(2, batch), *base.shapes[place], requires_grad=True)
+            if base.task == "lm":
+                x = x.flatten(0, 1)[: heads.chunk]
+            own = {p.untyped_storage()._cdata for p in module.parameters()} | {x.untyped_storage()._cdata}
+            kept: dict[int, Tensor] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                kept[tensor.untyped_storage()._cdata] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                out = module(x)
+            known[key] = sum(t.untyped_storage().nbytes() for c, t in kept.items() if c not in own)
+            del out
+        return known[key]
+
+    def cost(count: int, a: int, b: int) -> int:
+        before = 2 * sizes[a - 1] if a else 0  # x and its target
+        after = sizes[b - 1] if b < len(sizes) else 0  # the target; x itself counts among the saved
+        return sums[b] - sums[a] + before + after + head(b - 1, count)
+
+    return cost
+
+
+def _measured(
+    model: nn.Module, plan: SplitPlan, sample: Inputs, heads: HeadSpec, sgr: SGRConfig, optimizer_states: int
+) -> SplitPlan:
+    """The plan with the peak of a step, module by module."""
+    device = next(model.parameters()).device
+    with keyed_random(device, 0):
+        net = LocalNet(model, plan, heads)
+    first = next(iter(sample.values())) if isinstance(sample, dict) else sample
+    shape = tuple(first.shape[:2]) if plan.task == "lm" else (first.shape[0],)
+    labels = torch.zeros(shape, dtype=torch.int64, device=first.device)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    states = optimizer_states * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    sgr = dataclasses.replace(sgr, ramp=0.0, every=1)
+    boundary = first_boundary(net, sample, labels)
+    peaks = []
+    for stage in net.segments:
+        with MemoryProbe(model, net.heads, sample, labels, vars(copy.copy(boundary))) as probe:
+            train_stage(stage, boundary, None, sgr, StepOptions())
+        peaks.append(probe.peak_bytes + states)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return dataclasses.replace(plan, predicted_peak=max(peaks), module_peaks=tuple(peaks))

@@ -1,0 +1,207 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, PlanMismatchError, SGRConfig, local_step
+from localrecon.cli import main
+from localrecon.config import TrainingSettings
+from localrecon.data import load_data
+from localrecon.step import StepOptions
+from localrecon.training import evaluate, make_optimizers, train_arm
+from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
+
+from tenfold import UserError
+from tenfold.training import KeyedLoader, TrainerConfig, fit
+
+
+def pairs(count=32):
+    return list(zip(*vectors(count), strict=True))
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def halving(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+SETTINGS = SGRConfig(gate=True)
+
+
+def trainer(**options):
+    net = split(dropout_mlp(), vectors()[0], 3)
+    return LocalTrainer(net, SETTINGS, momentum, halving, seed=3, **options)
+
+
+def loader():
+    return KeyedLoader(pairs(), batch_size=8, seed=1)
+
+
+def test_two_and_two_steps_through_a_file_are_four_bit_for_bit(tmp_path):
+    """Property 14."""
+    whole = trainer()
+    whole.fit(loader(), 2)
+    first = trainer()
+    reports = []
+    with pytest.raises(InterruptedError):
+        first.fit(loader(), 2, on_step=stop_after(6), checkpoint=tmp_path / "c.pt", checkpoint_every=5)
+    second = trainer()
+    second.fit(loader(), 2, on_step=lambda step, report: reports.append(step), checkpoint=tmp_path / "c.pt")
+    assert reports == [6, 7, 8]
+    assert same(weights(whole.net), weights(second.net))
+
+
+def stop_after(count):
+    def on_step(step, report):
+        if step == count:
+            raise InterruptedError
+
+    return on_step
+
+
+def test_checkpoints_of_other_splits_and_other_files_are_refused(tmp_path):
+    one = trainer()
+    one.save(tmp_path / "c.pt")
+    other = LocalTrainer(split(dropout_mlp(), vectors()[0], 2))
+    with pytest.raises(PlanMismatchError, match="cuts"):
+        other.load(tmp_path / "c.pt")
+    (tmp_path / "no.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"no.pt"):
+        one.load(tmp_path / "no.pt")
+    torch.save({"plan": print}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match="not unpickled"):
+        one.load(tmp_path / "code.pt")
+
+
+def test_lightning_does_what_the_plain_loop_does_bit_for_bit():
+    plain = trainer()
+    plain.fit(loader(), 2)
+    net = split(dropout_mlp(), vectors()[0], 3)
+    module = LocalReconModule(net, SETTINGS, momentum, halving, seed=3, total_steps=8)
+    fit(module, loader(), TrainerConfig(max_epochs=2, device="cpu", seed=1), quiet=True)
+    assert same(weights(plain.net), weights(net))
+
+
+def test_users_trainers_of_lightning_log_every_module(tmp_path):
+    x, y = images(16)
+    net = split(convs(), x, 2)
+    module = LocalReconModule(net, SGRConfig(ramp=0), momentum, accumulate=2, clip_norm=1.0)
+    data = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=8)
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
+    user = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[MemoryMonitor(1)], default_root_dir=tmp_path, **quiet)
+    user.fit(module, data, data)
+    logged = set(user.callback_metrics)
+    assert {"m1/loss", "m1/acc", "m2/loss", "b1/cos", "b1/R", "val/acc", "val/loss", "memory/peak_mib"} <= logged
+    half = pl.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    half.precision_plugin.precision = "16-mixed"
+    with pytest.raises(UserError, match='precision="16"'):
+        half.fit(LocalReconModule(net), data)
+
+
+def test_factories_that_share_parameters_are_refused():
+    net = split(mlp(), vectors()[0], 2)
+    everything = [p for k in range(2) for p in net.parameters_of(k)]
+    with pytest.raises(UserError, match="optimizer of module 1 holds 8 of its 8 parameters and parameters of module 2"):
+        make_optimizers(net, lambda parameters: torch.optim.SGD(everything, lr=0.1))
+    one = torch.optim.SGD(net.parameters_of(0), lr=0.1)
+    with pytest.raises(UserError, match="module 2"):
+        make_optimizers(net, lambda parameters: one)
+
+
+def test_float16_scales_each_module_on_its_own():
+    x, y = vectors()
+    one = LocalTrainer(split(mlp(), x, 2), SGRConfig(ramp=0), momentum, precision="16")
+    assert len(one.scalers) == 2
+    with torch.no_grad():
+        before = [p.clone() for p in one.net.parameters_of(0)]
+    report = one.step(x, y)
+    assert report.modules[1].cosine is not None
+    assert not all(torch.equal(a, b) for a, b in zip(before, one.net.parameters_of(0), strict=True))
+
+
+def test_evaluation_counts_every_head():
+    x, y = vectors(10)
+    net = split(mlp(), x, 2).eval()
+    found = evaluate(net, [(x[:6], y[:6]), (x[6:], y[6:])])
+    exits = net.forward_exits(x)
+    for k in range(2):
+        assert found[f"accuracy {k + 1}"] == pytest.approx(100 * float((exits[k].argmax(1) == y).float().mean()))
+    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(exits[1], y)))
+
+
+ARM = {
+    "model": "convnet",
+    "data": "digits",
+    "depth": 3,
+    "width": 8,
+    "k": 2,
+    "epochs": 1,
+    "batch_size": 128,
+    "device": "cpu",
+}
+
+
+def test_all_methods_run_through_one_loop_and_share_their_start():
+    settings = TrainingSettings(**ARM)
+    data = load_data(settings)
+    found = {
+        method: train_arm(settings, method, data, 0) for method in ("bp", "ckpt", "accum", "local", "sgr", "bpfree")
+    }
+    assert found["bp"]["accuracy"] == found["ckpt"]["accuracy"]  # the same numbers, computed in another order of need
+    assert found["bp"]["loss"] == found["ckpt"]["loss"]
+    assert found["accum"]["loss"] != found["bp"]["loss"]  # BatchNorm sees halves
+    assert found["local"]["peak MiB"] < found["bp"]["peak MiB"]
+    assert all(math.isfinite(arm["loss"]) and arm["seconds"] > 0 for arm in found.values())
+
+
+def test_language_models_are_trained_on_text():
+    settings = TrainingSettings(
+        model="gpt", data="topics", depth=2, width=16, window=64, k=2, batch_size=256, epochs=1, device="cpu"
+    )
+    data = load_data(settings)
+    found = train_arm(settings, "sgr", data, 0)
+    assert found["bits"] < 8
+
+
+def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path):
+    """Contracts, section 3: kill -9, then --resume."""
+    words = "train --model mlp --data digits --k 3 --depth 4 --epochs 12 --checkpoint_every 7 --device cpu --quiet"
+
+    def arguments(name, *more):
+        return [*words.split(), "--out", str(tmp_path / name), *more]
+
+    script = "import sys; from localrecon.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as many as here
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments("killed")], env=environment)
+    assert main(arguments("whole")) == 0
+    last = tmp_path / "killed/checkpoints/last.ckpt"
+    while process.poll() is None and not last.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert main(arguments("killed", "--resume")) == 0
+    for name in ("backbone.safetensors", "heads.safetensors", "metrics.csv", "plan.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+def test_a_step_from_the_readme_is_the_trainers():
+    x, y = vectors()
+    net = split(dropout_mlp(), x, 3)
+    by_hand = split(dropout_mlp(), x, 3)
+    LocalTrainer(net, SGRConfig(ramp=0), momentum).step(x, y)
+    optimizers = [momentum(by_hand.parameters_of(k)) for k in range(3)]
+    local_step(by_hand, x, y, optimizers, SGRConfig(ramp=0), StepOptions())
+    assert same(weights(net), weights(by_hand))
+    assert sgds(net)

@@ -1,0 +1,425 @@
+"""Files: measurements, buildings, transmitters and complete maps.
+
+Positions in degrees become metres in a plane: UTM with pyproj, else an equirectangular plane about the middle of the
+measurements, which holds for areas of up to 50 km.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from radiogat.maps import grid_of, needs_geo, write_csv
+from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
+from tenfold import UserError
+from tenfold.errors import MissingExtraError, did_you_mean
+from tenfold.runs import replacing
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+COLUMNS = {
+    "x": ("x", "easting", "x_m"),
+    "y": ("y", "northing", "y_m"),
+    "lon": ("lon", "longitude", "lng", "long"),
+    "lat": ("lat", "latitude"),
+    "freq_mhz": ("freq_mhz", "frequency_mhz", "freq", "frequency", "mhz", "band_mhz"),
+    "rss_dbm": ("rss_dbm", "rss", "rsrp", "rsrp_dbm", "rssi", "rssi_dbm", "power_dbm", "power", "level_dbm", "level"),
+}
+"""What a column is called in files, small or capital, first match first."""
+_PLAIN = "+proj=eqc +R=6371000 +units=m +no_defs"
+_RADIUS = 6371000.0
+
+
+# Planes
+
+
+def plane_for(lon: Floats, lat: Floats, name: str = "position") -> str:
+    """A plane in metres for positions in degrees: the UTM zone with pyproj, else an equirectangular one.
+
+    Raises:
+        UserError: degrees out of range (swapped, perhaps), an area over the antimeridian, or, without pyproj, over 50 km.
+    """
+    if (np.abs(lat) > 90).any():
+        swapped = (np.abs(lon) <= 90).all() and (np.abs(lat) <= 180).all()
+        raise UserError(
+            f"{name}: latitude {lat[np.argmax(np.abs(lat))]:g} is outside of -90 to 90"
+            + ("; are latitude and longitude swapped?" if swapped else "")
+        )
+    if (np.abs(lon) > 180).any():
+        raise UserError(f"{name}: longitude {lon[np.argmax(np.abs(lon))]:g} is outside of -180 to 180")
+    if np.ptp(lon) > 180:
+        raise UserError(f"{name}: positions on both sides of the antimeridian; split the area")
+    lon0, lat0 = float((lon.min() + lon.max()) / 2), float((lat.min() + lat.max()) / 2)
+    try:
+        needs_geo("pyproj", "UTM")
+    except MissingExtraError:
+        extent = max(np.ptp(lat) * 111.2, np.ptp(lon) * 111.2 * math.cos(math.radians(lat0)))
+        if extent > 50:
+            raise UserError(
+                f'{name}: the area is {extent:.0f} km wide; more than 50 km needs pyproj: pip install "radiogat[geo]"'
+            ) from None
+        return f"{_PLAIN} +lat_ts={lat0:.6f} +lat_0={lat0:.6f} +lon_0={lon0:.6f}"
+    zone = min(60, int((lon0 + 180) // 6) + 1)
+    return f"EPSG:{(32600 if lat0 >= 0 else 32700) + zone}"
+
+
+def _plain_plane(crs: str) -> tuple[float, float] | None:
+    if not crs.startswith(_PLAIN):
+        return None
+    values = dict(part.removeprefix("+").split("=") for part in crs.split() if "=" in part)
+    return math.radians(float(values["lat_0"])), math.radians(float(values["lon_0"]))
+
+
+def project(lon: Floats, lat: Floats, crs: str) -> Floats:
+    """(n, 2) x and y in a plane, of positions in degrees (WGS 84)."""
+    if (plain := _plain_plane(crs)) is not None:
+        lat0, lon0 = plain
+        x = _RADIUS * math.cos(lat0) * (np.radians(lon) - lon0)
+        return np.stack([x, _RADIUS * (np.radians(lat) - lat0)], axis=1)
+    needs_geo("pyproj", f"the plane {crs}")
+    import pyproj
+
+    return np.stack(pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(lon, lat), axis=1)
+
+
+def unproject(xy: ArrayLike, crs: str) -> Floats:
+    """(n, 2) longitude and latitude in degrees of positions in a plane."""
+    points = np.asarray(xy, dtype=np.float64)
+    if (plain := _plain_plane(crs)) is not None:
+        lat0, lon0 = plain
+        lon = np.degrees(points[:, 0] / (_RADIUS * math.cos(lat0)) + lon0)
+        return np.stack([lon, np.degrees(points[:, 1] / _RADIUS + lat0)], axis=1)
+    needs_geo("pyproj", f"the plane {crs}")
+    import pyproj
+
+    transform = pyproj.Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform
+    return np.stack(transform(points[:, 0], points[:, 1]), axis=1)
+
+
+# Tables
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    """The columns of a CSV or parquet file, as text or numbers."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        needs_geo("pyarrow", "parquet")
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            read = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path}: not a parquet file ({error})") from error
+        return {name: read[name].to_numpy() for name in read.column_names}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            sample = file.read(4096)
+            file.seek(0)
+            delimiter = max(",;\t", key=sample.partition("\n")[0].count)
+            rows = list(csv.reader(file, delimiter=delimiter))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
+    rows = [row for row in rows if row]
+    if len(rows) < 2:
+        raise UserError(f"{path}: expected a line of column names and a line for each measurement")
+    names, body = [name.strip() for name in rows[0]], rows[1:]
+    for number, row in enumerate(body, 2):
+        if len(row) != len(names):
+            raise UserError(f"{path}, line {number}: {len(row)} fields, expected {len(names)}")
+    return {name: np.array([row[i] for row in body], dtype=object) for i, name in enumerate(names)}
+
+
+def _number_column(path: Path, name: str, values: NDArray[Any]) -> Floats:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        for line, value in enumerate(values, 2):
+            try:
+                float(value)
+            except (TypeError, ValueError):
+                what = "is empty" if value is None or not str(value).strip() else f"'{value}' is no number"
+                raise UserError(f"{path}, line {line}, column {name}: {what}") from None
+        raise
+
+
+def _find(path: Path, table: Mapping[str, Any], role: str, columns: Mapping[str, str]) -> str | None:
+    if role in columns:
+        if columns[role] not in table:
+            raise UserError(f"{path}: no column '{columns[role]}': {did_you_mean(columns[role], table)}")
+        return columns[role]
+    lower = {name.lower(): name for name in reversed(list(table))}
+    return next((lower[alias] for alias in COLUMNS[role] if alias in lower), None)
+
+
+def _positions(
+    path: Path, table: Mapping[str, Any], columns: Mapping[str, str], crs: str | None
+) -> tuple[Floats, str | None]:
+    names = {role: _find(path, table, role, columns) for role in ("x", "y", "lon", "lat")}
+    if names["x"] and names["y"]:
+        found = [_number_column(path, str(names[role]), table[str(names[role])]) for role in ("x", "y")]
+        return np.stack(found, axis=1), crs
+    if not (names["lon"] and names["lat"]):
+        raise UserError(f"{path}: no columns x and y, nor lat and lon; there are {', '.join(table)}")
+    lon, lat = (_number_column(path, str(names[role]), table[str(names[role])]) for role in ("lon", "lat"))
+    for name, values in (("longitude", lon), ("latitude", lat)):
+        if not np.isfinite(values).all():
+            line = int(np.argmax(~np.isfinite(values))) + 2
+            raise UserError(f"{path}, line {line}: the {name} is not finite: drop rows without a position")
+    crs = crs or plane_for(lon, lat, str(path))
+    return project(lon, lat, crs), crs
+
+
+def read_samples(
+    path: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    crs: str | None = None,
+    sign: int = 1,
+    freq_mhz: float | None = None,
+) -> RadioSamples:
+    """Measurements from CSV or parquet: x and y, or lat and lon; a frequency in MHz; a power in dBm.
+
+    Args:
+        path: the file; columns are found by their usual names, see ``COLUMNS``.
+        columns: role (a key of ``COLUMNS``) -> name, where a file calls it otherwise.
+        crs: plane of x and y; or the plane that lat and lon go to, in place of UTM.
+        sign: -1 where the column holds path loss or other negated values.
+        freq_mhz: for files without a frequency.
+
+    Raises:
+        UserError: a column is missing, a value cannot be read (with its line), or is not what it is called.
+    """
+    path, columns = Path(path), columns or {}
+    unknown = sorted(set(columns) - set(COLUMNS))
+    if unknown:
+        raise UserError(f"unknown column role '{unknown[0]}': {did_you_mean(unknown[0], COLUMNS)}")
+    table = _columns(path)
+    xy, crs = _positions(path, table, columns, crs)
+    power = _find(path, table, "rss_dbm", columns)
+    if power is None:
+        raise UserError(f"{path}: no column of received power (rss_dbm, rsrp ...); there are {', '.join(table)}")
+    rss = sign * _number_column(path, power, table[power])
+    found = _find(path, table, "freq_mhz", columns)
+    if found is None and freq_mhz is None:
+        raise UserError(f"{path}: no column of frequencies (freq_mhz ...): name it, or give one frequency for all")
+    freq = _number_column(path, found, table[found]) if found else np.full(len(rss), float(freq_mhz or 0))
+    try:
+        return RadioSamples(xy, freq, rss, crs)
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def write_samples(path: str | Path, samples: RadioSamples) -> None:
+    """CSV with x, y, freq_mhz, rss_dbm, in full precision; lon and lat too where the plane is known."""
+    names, columns = ["x", "y"], [samples.xy[:, 0], samples.xy[:, 1]]
+    if samples.crs:
+        lonlat = unproject(samples.xy, samples.crs)
+        names, columns = [*names, "lon", "lat"], [*columns, lonlat[:, 0], lonlat[:, 1]]
+    write_csv(path, [*names, "freq_mhz", "rss_dbm"], [*columns, samples.freq_mhz, samples.rss_dbm])
+
+
+# Scenes
+
+
+def read_scene(
+    buildings: str | Path | None,
+    transmitters: str | Path | None,
+    samples: RadioSamples,
+    cell: float | None = None,
+) -> RadioScene | None:
+    """The scene around some samples: buildings from a GeoTIFF or GeoJSON, masts from a CSV (x, y or lat, lon).
+
+    Args:
+        buildings: raster (nonzero = building), polygons (degrees, as GeoJSON has them), or None.
+        transmitters: CSV, or None.
+        samples: they decide the plane, and the grid where no raster does.
+        cell: side of a cell for polygons, and without buildings; default: half of the samples' spacing.
+
+    Raises:
+        UserError: a file cannot be read, has no coordinate system, or its plane is another one than the samples'.
+    """
+    if buildings is None and transmitters is None:
+        return None
+    side = cell or samples.spacing / 2
+    masts = None
+    if transmitters is not None:
+        path = Path(transmitters)
+        masts, _ = _positions(path, _columns(path), {}, samples.crs)
+    around = samples.xy if masts is None else np.concatenate([samples.xy, masts])
+    grid = Grid.around(around, side, margin=side)
+    if buildings is None:
+        return RadioScene(grid, None, masts, samples.crs)
+    path = Path(buildings)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix.lower() in {".json", ".geojson"}:
+        return RadioScene(grid, polygons_on(path, grid, samples.crs), masts, samples.crs)
+    mask, grid, crs = read_raster(path)
+    if samples.crs is not None and not _same_crs(crs, samples.crs):
+        raise UserError(f"{path} lies in {crs}, the samples in {samples.crs}: give --crs {crs} or reproject the raster")
+    outside = ~grid.inside(samples.xy)
+    if outside.mean() > 0.5:
+        raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside of this raster")
+    return RadioScene(grid, np.nan_to_num(mask) != 0, masts, samples.crs or crs)
+
+
+def _same_crs(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    needs_geo("pyproj", "comparing coordinate systems")
+    import pyproj
+
+    return bool(pyproj.CRS.from_user_input(one) == pyproj.CRS.from_user_input(other))
+
+
+def read_raster(path: str | Path) -> tuple[Floats, Grid, str]:
+    """The first band of a GeoTIFF, its grid and its coordinate system; values without data are NaN.
+
+    Raises:
+        UserError: not a raster, without a coordinate system, in degrees, not north-up, or its cells are not square.
+    """
+    needs_geo("rasterio", "GeoTIFF")
+    import rasterio
+    from rasterio.errors import RasterioIOError
+
+    try:
+        with rasterio.open(path) as file:
+            grid, crs = grid_of(Path(path), file)
+            assert crs is not None
+            return file.read(1, masked=True).astype(np.float64).filled(np.nan), grid, crs
+    except RasterioIOError as error:
+        raise UserError(f"{path}: not a raster that can be read ({error})") from error
+
+
+def polygons_on(path: str | Path, grid: Grid, crs: str | None) -> Bools:
+    """(H, W) cells whose center lies in a polygon of a GeoJSON file, holes left out.
+
+    Args:
+        path: GeoJSON; positions are longitude and latitude, or lie in the plane where ``crs`` is None.
+        grid: the raster.
+        crs: its plane.
+    """
+    from matplotlib.path import Path as Outline
+
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a GeoJSON file ({error})") from error
+    mask = np.zeros(grid.shape, dtype=bool)
+    centers = grid.centers().reshape(*grid.shape, 2)
+    for rings in _polygons(path, content):
+        inside = np.zeros(grid.shape, dtype=bool)
+        for ring in rings:
+            outline = np.asarray(ring, dtype=np.float64)[:, :2]
+            if crs is not None:
+                plane_for(outline[:, 0], outline[:, 1], str(path))
+                outline = project(outline[:, 0], outline[:, 1], crs)
+            low, high = np.sort(grid.rowcol(np.stack([outline.min(axis=0), outline.max(axis=0)])), axis=0)
+            rows, columns = (slice(max(0, int(a)), max(0, int(b) + 1)) for a, b in zip(low, high, strict=True))
+            part = centers[rows, columns]
+            inside[rows, columns] ^= Outline(outline).contains_points(part.reshape(-1, 2)).reshape(part.shape[:2])
+        mask |= inside
+    return mask
+
+
+def _polygons(path: str | Path, content: Any) -> Iterator[Any]:
+    kind = content.get("type") if isinstance(content, dict) else None
+    if kind == "FeatureCollection":
+        for feature in content["features"]:
+            yield from _polygons(path, feature)
+    elif kind == "Feature":
+        yield from _polygons(path, content["geometry"])
+    elif kind == "Polygon":
+        yield content["coordinates"]
+    elif kind == "MultiPolygon":
+        yield from content["coordinates"]
+    elif kind is None:
+        raise UserError(f"{path}: not a GeoJSON file: no type")
+
+
+# Complete maps
+
+
+def read_maps(source: str, area: int = 1) -> RadioMaps:
+    """Complete maps of one area.
+
+    Args:
+        source: ``npz:FILE`` (what ``radiogat simulate`` writes, or a file with ``areaNN_rss_cdbm``, ``freq_mhz`` and
+            ``tx_rowcol_1based``), or ``official:FOLDER``, the tree of the authors' repository.
+        area: number of the area, from 1, in files that hold several.
+
+    Raises:
+        UserError: no such file or area, or a band is missing.
+    """
+    kind, _, name = source.partition(":")
+    path = Path(name)
+    if kind == "official":
+        return _official(path, area)
+    if kind != "npz" or not name:
+        raise UserError(f"'{source}': expected npz:FILE or official:FOLDER")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "rss_dbm" in file:
+                names = ("rss_dbm", "freq_mhz", "transmitters_rowcol", "cell", "building")
+                rss, freq, masts, cell, building = (file[name] for name in names)
+                return RadioMaps(rss, tuple(map(float, freq)), masts, path.stem, float(cell), building.astype(bool))
+            key = f"area{area:02d}_rss_cdbm"
+            if key not in file:
+                areas = [int(name[4:6]) for name in file.files if name.endswith("_rss_cdbm")]
+                raise UserError(f"{path}: no area {area}; there are {', '.join(map(str, areas)) or 'none'}")
+            raw = file[key]
+            rss = np.where(raw == 0, np.nan, raw / 100.0)
+            freq = tuple(float(f) for f in file["freq_mhz"])
+            return RadioMaps(rss, freq, file["tx_rowcol_1based"][area - 1].astype(np.int64) - 1, f"area {area}")
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a file of radio maps ({error})") from error
+
+
+def _official(root: Path, area: int) -> RadioMaps:
+    tree = "Strength/AREA/FREQUENCY.txt and stations_position.txt"
+    stations, folder = root / "stations_position.txt", root / "Strength" / str(area)
+    if not stations.is_file() or not folder.is_dir():
+        missing = stations if not stations.is_file() else folder
+        raise UserError(f"{missing}: no such file or folder; expected the tree {tree}")
+    freq = (1750, 2750, 3750, 4750, 5750)
+    maps = []
+    for f in freq:
+        if not (folder / f"{f}.txt").is_file():
+            raise UserError(f"{folder / f'{f}.txt'}: this band is missing; expected the tree {tree}")
+        text = (folder / f"{f}.txt").read_text(encoding="utf-8").replace(",", " ")
+        maps.append(np.loadtxt(text.splitlines(), ndmin=2))
+    rss = np.stack(maps)
+    rows = np.loadtxt(stations.read_text(encoding="utf-8").replace(",", " ").splitlines(), ndmin=2)
+    masts = rows[area - 1].reshape(-1, 2).astype(np.int64) - 1
+    return RadioMaps(np.where(rss == 0, np.nan, rss), tuple(map(float, freq)), masts, f"area {area}")
+
+
+def write_maps(path: str | Path, maps: RadioMaps) -> None:
+    """An ``npz`` that ``read_maps`` takes back."""
+    with replacing(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            rss_dbm=maps.rss_dbm.astype(np.float32),
+            freq_mhz=np.array(maps.freq_mhz),
+            transmitters_rowcol=np.asarray(maps.transmitters, dtype=np.int64),
+            cell=np.float64(maps.cell),
+            building=np.asarray(maps.building, dtype=bool),
+        )
+
+
+def read_points(path: str | Path, crs: str | None) -> Floats:
+    """(n, 2) positions in a plane, from a CSV or parquet file with x and y, or lat and lon."""
+    file = Path(path)
+    return _positions(file, _columns(file), {}, crs)[0]
