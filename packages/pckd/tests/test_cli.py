@@ -169,7 +169,17 @@ def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
     assert_user_error(main, [*taught, "--cache", str(tmp_path)], capsys, "pckd cache")
     assert_user_error(
         main,
-        [*base, "--data", "digits", "--teacher", "cifar:plain8", "--teacher_weights", str(teacher)],
+        [
+            *base,
+            "--data",
+            "digits",
+            "--reading.size",
+            "null",
+            "--teacher",
+            "cifar:plain8",
+            "--teacher_weights",
+            str(teacher),
+        ],
         capsys,
         "3 classes, the data 10",
     )

@@ -100,7 +100,7 @@ def test_the_student_alone_is_exported(whole):
     assert heads == {"contrast", "feature_align"}
     assert all(name.startswith(("distiller.student", "distiller.objective")) for name in checkpoint["state_dict"])
     preview = np.load(whole / "weights.npz")
-    assert preview["weights"].shape == preview["gamma"].shape == (2, 100)
+    assert preview["weights"].shape == preview["gamma"].shape == (2, 90)
     assert not np.isnan(preview["gamma"]).any()
 
 

@@ -467,7 +467,7 @@ class DemoSettings:
 
     Args:
         level: quick (mechanics only), default (two minutes) or full (every claim).
-        seeds: of everything; default: 0 to 4 at the full level, else 0 to 2; quick takes 0.
+        seeds: of everything; default: 0 to 4 at the full level, 0 and 1 at the default one, 0 at the quick one.
         max_epochs: of each student; default by level.
     """
 

@@ -1,7 +1,6 @@
 """Readers of the layouts that people have, each of which checks what it reads; images as uint8, in memory or by path."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,12 @@ def load(source: str, settings: DataSettings | None = None) -> Data:
         raise DataError(f"--data {source}: images are {data.size} pixels wide; size is for folders of files")
     train = data.train
     if settings.limit:
-        train = train.part(_stratified(train.labels, settings.limit / len(train))[0])
+        each = settings.limit // len(data.classes)
+        if not each:
+            raise DataError(
+                f"limit is {settings.limit}, but there are {len(data.classes)} classes: one of each is needed"
+            )
+        train = train.part(_of_each(train.labels, lambda count: min(count, each)))
     if not len(train) or not len(data.test):
         raise DataError(
             f"--data {source}: {len(train)} training and {len(data.test)} test images: one of each at least is needed"
@@ -189,14 +193,19 @@ def load(source: str, settings: DataSettings | None = None) -> Data:
 
 def _stratified(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
     """Indices of about that share of each class (one at least, never all), and of the rest; equal labels, equal answer."""
+    taken = _of_each(labels, lambda count: min(max(1, round(count * share)), count - 1))
+    return taken, sorted(set(range(len(labels))) - set(taken))
+
+
+def _of_each(labels: Tensor, number: Callable[[int], int]) -> list[int]:
+    """Indices of ``number(count)`` images of each class that has ``count``; equal labels, equal answer."""
     generator = torch.Generator().manual_seed(0)
     taken: list[int] = []
     for label in torch.unique(labels):
         members = (labels == label).nonzero()[:, 0]
-        count = min(max(1, round(len(members) * share)), len(members) - (share < 1))
-        taken += members[torch.randperm(len(members), generator=generator)[:count]].tolist()
-    rest = set(range(len(labels))) - set(taken)
-    return sorted(taken), sorted(rest)
+        order = torch.randperm(len(members), generator=generator)
+        taken += members[order[: number(len(members))]].tolist()
+    return sorted(taken)
 
 
 def _resident(images: NDArray[np.uint8], labels: NDArray[Any]) -> Split:
@@ -238,42 +247,19 @@ def _cifar(path: Path, classes: int) -> Data:
 
 def _npz(path: Path) -> Data:
     """train_images, train_labels, test_images, test_labels and, perhaps, classes; or x and y, of which a fifth is held out."""
-    integers = "uint8|int32|int64"
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            keys = set(file.files)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a whole npz file of plain arrays ({error})") from error
-    pairs = [("x", "y")] if "x" in keys else [("train_images", "train_labels"), ("test_images", "test_labels")]
-    found: dict[str, NDArray[Any]] = {}
-    for images, labels in pairs:
-        layout: datasets.Shape = ("N", "H", "W", 3) if images in keys and _ndim(path, images) == 4 else ("N", "H", "W")
-        found |= datasets.npz_arrays(path, {images: ("uint8", layout), labels: (integers, ("N",))})
-    splits = []
-    for images, labels in pairs:
-        if found[images].shape[1] != found[images].shape[2]:
-            raise DataError(f"{path}: '{images}' has images of {found[images].shape[1:3]}, expected square ones")
-        splits.append(_resident(found[images], found[labels]))
-    top = int(max(split.labels.max() for split in splits))
-    if int(min(split.labels.min() for split in splits)) < 0:
-        raise DataError(f"{path}: a label is negative")
-    names = tuple(str(number) for number in range(top + 1))
-    if "classes" in keys:
-        with np.load(path, allow_pickle=False) as file:
-            names = tuple(str(name) for name in file["classes"])
-        if len(names) <= top:
-            raise DataError(f"{path}: a label is {top}, but 'classes' names {len(names)}")
-    if len(splits) == 1:
-        held, rest = _stratified(splits[0].labels, HELD_OUT)
-        splits = [splits[0].part(rest), splits[0].part(held)]
-    if splits[0].size != splits[1].size:
-        raise DataError(f"{path}: training images are {splits[0].size} pixels wide, test images {splits[1].size}")
-    return Data(splits[0], None, splits[1], names, *_statistics(splits[0]), f"the user's images ({path.name})")
-
-
-def _ndim(path: Path, key: str) -> int:
-    with np.load(path, allow_pickle=False) as file:
-        return int(file[key].ndim)
+    train, test = datasets.npz_images(path)
+    for part in (train, test):
+        if part is not None and part.images.shape[1] != part.images.shape[2]:
+            raise DataError(
+                f"{path}: images of {part.images.shape[1]} x {part.images.shape[2]} pixels, expected square ones"
+            )
+    whole = _resident(train.images, train.labels)
+    if test is None:
+        held, rest = _stratified(whole.labels, HELD_OUT)
+        splits = [whole.part(rest), whole.part(held)]
+    else:
+        splits = [whole, _resident(test.images, test.labels)]
+    return Data(splits[0], None, splits[1], train.classes, *_statistics(splits[0]), train.source)
 
 
 def _decoded(split: Split, budget: float) -> Split:
@@ -296,25 +282,14 @@ def _from_files(train: Split, test: Split, classes: tuple[str, ...], settings: D
 def _image_folder(root: Path, settings: DataSettings) -> Data:
     """train/CLASS/*.png with val/ or test/ beside it, or CLASS/*.png alone, of which a fifth is held out."""
     size = settings.size or 224
-    source = f"the user's images ({root.name})"
-    if not (root / "train").is_dir():
-        folder = datasets.image_folder(root)
-        whole = Split(torch.from_numpy(folder.labels), None, folder.paths, size)
+    train, test = datasets.image_folders(root)
+    whole = Split(torch.from_numpy(train.labels), None, train.paths, size)
+    if test is None:
         held, rest = _stratified(whole.labels, HELD_OUT)
-        return _from_files(whole.part(rest), whole.part(held), folder.classes, settings, source)
-    tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-    if not tests:
-        raise DataError(f"{root} has train/, but neither val/ nor test/ beside it")
-    folders = [datasets.image_folder(root / "train"), datasets.image_folder(tests[0])]
-    unknown = set(folders[1].classes) - set(folders[0].classes)
-    if unknown:
-        raise DataError(f"{tests[0]}: class '{min(unknown)}' is not in {root / 'train'}")
-    number = {name: i for i, name in enumerate(folders[0].classes)}
-    splits = []
-    for folder in folders:
-        labels = torch.tensor([number[folder.classes[label]] for label in folder.labels.tolist()])
-        splits.append(Split(labels, None, folder.paths, size))
-    return _from_files(splits[0], splits[1], folders[0].classes, settings, source)
+        splits = [whole.part(rest), whole.part(held)]
+    else:
+        splits = [whole, Split(torch.from_numpy(test.labels), None, test.paths, size)]
+    return _from_files(splits[0], splits[1], train.classes, settings, f"the user's images ({root.name})")
 
 
 def _tiny_imagenet(root: Path, settings: DataSettings) -> Data:

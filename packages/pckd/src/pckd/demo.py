@@ -155,7 +155,7 @@ def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, A
     from pckd import __version__
 
     level = settings.level
-    seeds = settings.seeds or {"quick": [0], "default": [0, 1, 2], "full": [0, 1, 2, 3, 4]}[level]
+    seeds = settings.seeds or {"quick": [0], "default": [0, 1], "full": [0, 1, 2, 3, 4]}[level]
     study = Study(run, package="pckd", version=__version__, command="demo", level=level, data=DATA, seeds=seeds)
     study.over_seeds(lambda seed: measure(run, level, seed, settings.max_epochs, quiet=quiet))
     _decide(study)

@@ -77,10 +77,11 @@ class MultiView:
         padded = images.new_zeros(B, H + 2 * P, W + 2 * P, 4)  # of four bytes, so that a pixel is one number to gather
         padded[:, P : P + H, P : P + W, :3] = images.permute(0, 2, 3, 1)
         side = H + 2 * P - 1
-        rows = torch.arange(H, device=images.device)[:, None]
-        columns = torch.arange(W, device=images.device)
-        base = torch.arange(B, device=images.device).view(B, 1, 1) * (H + 2 * P)
-        places = torch.empty(B, V, H, W, dtype=torch.int64, device=images.device)
+        rows = torch.arange(H, dtype=torch.int32, device=images.device)[:, None]
+        columns = torch.arange(W, dtype=torch.int32, device=images.device)
+        base = torch.arange(B, dtype=torch.int32, device=images.device).view(B, 1, 1) * (H + 2 * P)
+        places = torch.empty(B, V, H, W, dtype=torch.int32, device=images.device)
+        corner = corner.int()
         for v in range(V):
             r, c = rows + corner[:, v, 0].view(B, 1, 1), columns + corner[:, v, 1].view(B, 1, 1)
             for _ in range(v if views.kind == "rot90" else 0):
@@ -96,4 +97,5 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """(x / 255 - mean) / std, (N, 3, H, W) uint8 -> float32, in one pass; keeps the order of memory."""
     scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32).view(1, -1, 1, 1)
     shift = images.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32).view(1, -1, 1, 1)
-    return torch.addcmul(shift, images.float(), scale)
+    pixels = images.float()
+    return torch.addcmul(shift, pixels, scale, out=pixels)
