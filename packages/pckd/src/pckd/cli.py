@@ -302,7 +302,7 @@ def _inspect(settings: TrainSettings, invocation: Invocation) -> None:
     norm = torch.autograd.grad(loss.total, features.feature, retain_graph=True)[0].norm()
     sys.stdout.write(table(["term", "value", "weight", "weighted"], rows) + "\n")
     sys.stdout.write(
-        f"total {float(loss.total):.4g}; gradient norm at the feature {float(norm):.4g};"
+        f"total {float(loss.total.detach()):.4g}; gradient norm at the feature {float(norm):.4g};"
         f" mean preview weight {float(loss.weights.mean()):.3f}\n"
     )
     if "cc" in loss.terms and config.contrast == "relation":
