@@ -27,16 +27,17 @@ WINDOWS, LENGTH = 16, 512
 MODELS = {
     "1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8},
     "512": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8},
+    "deep": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 32, "num_attention_heads": 8},
 }
-"""Llamas by width."""
+"""Llamas by name; the last has the depth of those of 7 and 8 billion parameters, and only its memory is measured."""
 PEERS = {"peft": peft.__version__, "torch": importlib.metadata.version("torch")}
-KV_HEADS = {"1024": 2, "512": 4}
+KV_HEADS = {"1024": 2, "512": 4, "deep": 4}
 
 
-def model_of(width: str) -> LlamaForCausalLM:
-    """The Llama of that width, with random weights."""
+def model_of(size: str) -> LlamaForCausalLM:
+    """The Llama of that name, with random weights."""
     torch.manual_seed(233)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=KV_HEADS[width], **MODELS[width])).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=KV_HEADS[size], **MODELS[size])).eval()
 
 
 def windows() -> list[dict[str, Tensor]]:
@@ -85,9 +86,9 @@ def products(wrapped: peft.PeftModel) -> dict[str, Tensor]:
     }
 
 
-def time_rows(width: str) -> list[bench.Comparison]:
+def time_rows(size: str) -> list[bench.Comparison]:
     """Statistics and the whole way."""
-    model, data = model_of(width), windows()
+    model, data = model_of(size), windows()
 
     def peft_statistics() -> dict[str, Tensor]:
         twin, config = copy.deepcopy(model), lora("kpm")
@@ -105,10 +106,10 @@ def time_rows(width: str) -> list[bench.Comparison]:
         assert worst < 1e-4, worst
         return f"C differ by {worst:.0e}"
 
-    shape = shape_of(width)
+    shape = shape_of(size)
     rows = [
         bench.compare(
-            f"statistics_{width}",
+            f"statistics_{size}",
             our_statistics,
             peft_statistics,
             same_covariance,
@@ -121,7 +122,7 @@ def time_rows(width: str) -> list[bench.Comparison]:
     ]
     rows += [
         bench.compare(
-            f"end_to_end_{mode}_{width}",
+            f"end_to_end_{mode}_{size}",
             _timed("streamed", mode, model, data),
             _timed("peft", mode, model, data),
             _same_products,
@@ -145,10 +146,10 @@ def _same_products(ours: peft.PeftModel, peer: peft.PeftModel) -> str:
     return f"B A differ by {gaps.median():.0e} (median layer), {gaps.max():.0e} (worst)"
 
 
-def shape_of(width: str) -> str:
+def shape_of(size: str) -> str:
     """The size of the problem, in words."""
-    m = MODELS[width]
-    heads = f"{m['num_attention_heads']}/{KV_HEADS[width]} heads"
+    m = MODELS[size]
+    heads = f"{m['num_attention_heads']}/{KV_HEADS[size]} heads"
     return (
         f"{m['num_hidden_layers']} blocks ({m['hidden_size']}, {m['intermediate_size']}, {heads}), "
         f"{WINDOWS} x {LENGTH} tokens, r={RANK}, {torch.get_num_threads()} threads"
@@ -157,7 +158,7 @@ def shape_of(width: str) -> str:
 
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    return [row for width in MODELS for row in time_rows(width)]
+    return [row for size in ("1024", "512") for row in time_rows(size)]
 
 
 if __name__ == "__main__":

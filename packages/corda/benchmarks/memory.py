@@ -20,18 +20,18 @@ from tenfold.claims import Bound
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def memory_rows(width: str) -> list[bench.Comparison]:
+def memory_rows(size: str) -> list[bench.Comparison]:
     """Extra peak memory of the whole way."""
     rows = []
-    idle = _peak("nothing", "kpm", width)
+    idle = _peak("nothing", "kpm", size)
     for mode in ("ipm", "kpm"):
-        theirs = _peak("peft", mode, width) - idle
+        theirs = _peak("peft", mode, size) - idle
         for way, required in (("hooks", ">= 4"), ("streamed", ">= 10")):
-            ours = _peak(way, mode, width) - idle
+            ours = _peak(way, mode, size) - idle
             rows.append(
                 bench.Comparison(
-                    id=f"memory_{way}_{mode}_{width}",
-                    shape=shape_of(width),
+                    id=f"memory_{way}_{mode}_{size}",
+                    shape=shape_of(size),
                     ours=ours,
                     peer=theirs,
                     unit="MB",
@@ -46,22 +46,22 @@ def memory_rows(width: str) -> list[bench.Comparison]:
     return rows
 
 
-def _peak(way: str, mode: str, width: str) -> float:
+def _peak(way: str, mode: str, size: str) -> float:
     """MB of a process of its own."""
-    return bench.peak_rss([sys.executable, __file__, "--once", way, mode, width], ALLOCATOR)
+    return bench.peak_rss([sys.executable, __file__, "--once", way, mode, size], ALLOCATOR)
 
 
-def once(way: str, mode: str, width: str) -> None:
+def once(way: str, mode: str, size: str) -> None:
     """Go one way once."""
-    model, data = model_of(width), windows()
+    model, data = model_of(size), windows()
     if way != "nothing":
         whole(way, mode, model, data)
 
 
-def error_rows(width: str) -> list[bench.Comparison]:
+def error_rows(size: str) -> list[bench.Comparison]:
     """How far the adapted subspaces are from those of an SVD in fp64: mean of 1 - cos^2 over all layers and directions."""
     rows = []
-    model, data = model_of(width), windows()
+    model, data = model_of(size), windows()
     double = collect_context(copy.deepcopy(model).double(), data)
     for mode in ("ipm", "kpm"):
         wrapped = {way: whole(way, mode, copy.deepcopy(model), data) for way in ("streamed", "peft")}
@@ -78,8 +78,8 @@ def error_rows(width: str) -> list[bench.Comparison]:
         ratio = lost["peft"] / max(lost["streamed"], 1e-16)
         rows.append(
             bench.Comparison(
-                id=f"subspace_error_{mode}_{width}",
-                shape=shape_of(width),
+                id=f"subspace_error_{mode}_{size}",
+                shape=shape_of(size),
                 ours=lost["streamed"],
                 peer=lost["peft"],
                 unit="",
@@ -96,7 +96,7 @@ def error_rows(width: str) -> list[bench.Comparison]:
 
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    return [row for width in MODELS for row in memory_rows(width)] + error_rows("1024")
+    return [row for size in MODELS for row in memory_rows(size)] + error_rows("1024")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ BLOCK = 16
 """Columns that the randomised solver adds at a time are a multiple of this: matrix products are efficient from there on."""
 STRIP = 256
 """Rows of a matrix that are worked on at a time where no second copy of all of it is to be made."""
-ENERGY_TOLERANCE = 1e-6
-"""The randomised solver ends when the captured energy has no more than this share left to gain,"""
-COMPONENT_TOLERANCE = 1e-3
+ENERGY_TOLERANCE = 1e-10
+"""The randomised solver takes its last step when the captured energy has no more than this share left to gain,"""
+COMPONENT_TOLERANCE = 1e-7
 """and the energy of each single component no more than this share of its own."""
 
 
@@ -304,7 +304,8 @@ def _randomized(W: Tensor, context: Context, init: CordaInit, rank: int) -> tupl
     The space is that of M M^T (m <= n) or of M^T M, the smaller one. Each step multiplies a block of columns by F, W and
     their transposes and orthogonalises it against all earlier ones. Rayleigh and Ritz: with Q the basis, the leading
     eigenpairs of (M^T Q)^T (M^T Q). Only this last product of small matrices is done in fp64 (it squares the singular
-    values), for the rest fp32 is enough. None when half of the whole space does not suffice.
+    values), for the rest fp32 is enough. Energies are second order in the error of the vectors, and settle a step before
+    the vectors have the precision of fp32: one step more is taken then. None when half of the whole space does not suffice.
     """
     m, n = W.shape
     width, size = _width(rank), min(m, n)
@@ -326,14 +327,16 @@ def _randomized(W: Tensor, context: Context, init: CordaInit, rank: int) -> tupl
     images = torch.empty(max(m, n), 0, dtype=torch.float64, device=W.device)  # those of the basis under M^T, or M
     gram = torch.empty(0, 0, dtype=torch.float64, device=W.device)
     history: list[Tensor] = []
+    last = False
     while True:
         image = forward(block)
         images = torch.cat([images, image.double()], dim=1)
         strip = images.T @ images[:, -width:]
         gram = torch.cat([torch.cat([gram, strip[:-width]], dim=1), strip.T])
-        history.append(torch.linalg.eigvalsh(gram)[-rank:].flip(0).clamp_min(0))
-        if _settled(history, torch.finfo(W.dtype).eps):
+        if last:
             break
+        history.append(torch.linalg.eigvalsh(gram)[-rank:].flip(0).clamp_min(0))
+        last = _settled(history, torch.finfo(W.dtype).eps)
         if 2 * (len(gram) + width) > size:
             return None
         after = back(image)
@@ -344,7 +347,7 @@ def _randomized(W: Tensor, context: Context, init: CordaInit, rank: int) -> tupl
     values, vectors = torch.linalg.eigh(gram)
     vectors = vectors[:, -rank:].flip(1)
     left = basis @ vectors.to(basis) if m <= n else _orthonormal(images @ vectors).to(W.dtype)
-    return left, values[-rank:].flip(0).clamp_min(0).sqrt(), len(history)
+    return left, values[-rank:].flip(0).clamp_min(0).sqrt(), len(gram) // width
 
 
 def _settled(history: list[Tensor], eps: float) -> bool:
