@@ -89,7 +89,7 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
 def arm_chart(
     path: str | os.PathLike[str], values: Mapping[str, Sequence[float]], *, xlabel: str, title: str = ""
 ) -> None:
-    """One row an arm: its mean with Student's 95 % interval (from three seeds on), and below a faint dot for each seed.
+    """One row an arm: its mean with Student's 95 % interval (from three seeds on), and below a faint dot for each of several seeds.
 
     Args:
         path: the PNG.
@@ -105,7 +105,10 @@ def arm_chart(
         for row, sample in enumerate(values.values()):
             color = COLORS[row % len(COLORS)]
             mean, ci95 = mean_ci95(sample)
-            axes.plot(sample, [row + 0.22] * len(sample), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+            if len(sample) > 1:
+                axes.plot(
+                    sample, [row + 0.22] * len(sample), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0
+                )
             axes.plot(ci95 or (mean, mean), [row, row], color=color, linewidth=2.5, solid_capstyle="butt")
             axes.plot([mean], [row], "o", color=color, markersize=7)
             text = interval(mean, ci95)
