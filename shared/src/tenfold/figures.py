@@ -89,7 +89,7 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
 def arm_chart(
     path: str | os.PathLike[str], values: Mapping[str, Sequence[float]], *, xlabel: str, title: str = ""
 ) -> None:
-    """One row an arm: its mean with Student's 95 % interval (from three seeds on), and below a faint dot for each of more seeds.
+    """One row an arm: its mean with Student's 95 % interval (from three seeds on), and below a faint dot for each of several.
 
     Args:
         path: the PNG.
