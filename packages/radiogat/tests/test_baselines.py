@@ -258,6 +258,12 @@ def test_groups_have_their_own_quantiles_where_they_are_large_enough():
     assert conformal.quantile(0.9, 2) == conformal.quantile(0.9) == 5.0
 
 
+def test_coverage_counts_what_lies_inside():
+    conformal = SpatialConformal(np.arange(1.0, 12.0))
+    assert conformal.coverage([0.5, 6, 6.5, 99], [0, 0, 0, 0], [0.5, 0.9]).tolist() == [0.5, 0.75]
+    assert np.isnan(conformal.coverage([1.0], [0], [0.99])).all()
+
+
 def test_spatial_blocks_are_squares():
     labels = spatial_blocks([[0.1, 0.1], [9.9, 9.9], [10.1, 0.1], [0.2, 10.5]], 10)
     assert labels[0] == labels[1]

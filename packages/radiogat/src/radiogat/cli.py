@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tenfold.runs import Run
 
 KINDS = ("csv", "parquet", "geotiff", "netcdf", "npz", "official")
+_JUDGED = 20_000
+"""Unmeasured cells of complete maps that the error bars are judged on."""
 
 
 def _input(settings: InputSettings) -> "tuple[RadioSamples, RadioScene | None, RadioMaps | None]":
@@ -105,11 +107,10 @@ def _resumable(settings: TrainSettings, invocation: Invocation) -> "Callable[[An
 
 def _train(settings: TrainSettings, invocation: Invocation) -> None:
     from radiogat.estimator import RadioMapEstimator, describe
-    from radiogat.pictures import calibration_picture
     from tenfold.report import write_report
 
     run = invocation.folder
-    samples, scene, _ = _input(settings)
+    samples, scene, maps = _input(settings)
     estimator = RadioMapEstimator(
         settings.model,
         settings.network,
@@ -126,13 +127,32 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
     heldout = {name: round(value, 4) for name, value in estimator.heldout_.items()}
     run.write_json("config.json", {"chosen": estimator.chosen_, "heldout_rmse_db": heldout})
     _study(run, estimator, settings)
-    c = estimator.calibration_
-    path = run.own("figures/calibration.png")
-    calibration_picture(path, estimator.conformal_, c["truth"], c["power"], c["scale"])
+    _draw_calibration(run, estimator, maps, settings)
     if settings.map != "none":
         written = _write_map(run, estimator, grid, None, settings.interval, settings.map)
         sys.stdout.write(f"map: {run.path / written}\n")
     write_report(run, "radiogat: a map of the area and how sure it is")
+
+
+def _draw_calibration(
+    run: "Run", estimator: "RadioMapEstimator", maps: "RadioMaps | None", settings: TrainSettings
+) -> None:
+    """Error bars where nobody measured, if the truth is known there; else on held-out blocks that others calibrated."""
+    import numpy as np
+
+    from radiogat.pictures import LEVELS, calibration_picture
+
+    path = run.own("figures/calibration.png")
+    unseen = None if maps is None else ~maps.draw(settings.rate, settings.seed) & np.isfinite(maps.rss_dbm)
+    if maps is None or unseen is None or not unseen.any():
+        shares = estimator.cross_coverage(LEVELS)
+        if np.isfinite(shares).any():
+            name = "a fifth of the held-out blocks,\ncalibrated on the others"
+            calibration_picture(path, {name: shares}, "held-out measurements")
+        return
+    cells = maps.samples(unseen)
+    some = np.sort(np.random.default_rng(0).permutation(len(cells))[:_JUDGED])
+    calibration_picture(path, {"as found": estimator.coverage(cells.take(some), LEVELS)}, "unmeasured cells")
 
 
 def _study(run: "Run", estimator: "RadioMapEstimator", settings: TrainSettings) -> None:
