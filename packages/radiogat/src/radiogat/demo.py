@@ -132,7 +132,7 @@ def measure(settings: DemoSettings, seed: int, draw: Run | None, *, quiet: bool)
     found["city"]["slope"] = float(np.nanmedian(fit_spectrum(maps.freq_mhz, maps.rss_dbm)[1]))
     if draw is not None:
         pictures(draw, maps, fitted["joint"], {arm: predicted[arm] for arm in ("idw", "pooled_kriging", "joint")}, free)
-        unseen = RadioSamples(xy, f, truth)
+        unseen = RadioSamples(xy, np.full(len(xy), f), truth)
         curves = {LABELS[arm]: fitted[arm].coverage(unseen, LEVELS) for arm in ("single", "joint")}
         calibration_picture(draw.own("figures/calibration.png"), curves, "unmeasured cells")
     return found
