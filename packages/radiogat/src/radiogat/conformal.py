@@ -47,6 +47,18 @@ class SpatialConformal:
             return math.inf
         return float(scores[rank - 1])
 
+    def coverage(self, scores: ArrayLike, groups: ArrayLike, levels: ArrayLike) -> Floats:
+        """Share of other scores that lie inside of the intervals of each level; NaN where those are infinite."""
+        others, labels = np.asarray(scores, dtype=np.float64), np.asarray(groups)
+        inside = np.zeros(len(np.atleast_1d(levels)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            for group in np.unique(labels):
+                q = np.array([self.quantile(float(level), int(group)) for level in np.atleast_1d(levels)])
+                counts = (others[labels == group][:, None] <= q).sum(axis=0)
+                inside += np.where(np.isfinite(q), counts, np.nan)
+        return inside / len(others)
+
     def interval(
         self, predicted: ArrayLike, sigma: ArrayLike, level: float, group: int | None = None
     ) -> tuple[Floats, Floats]:

@@ -128,6 +128,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             "power": power,
             "scale": scale,
             "band": bands.astype(np.float64),
+            "block": self._blocks()[held].astype(np.float64),
         }
         return self
 
@@ -260,6 +261,36 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             power[rows] = self.predict(samples.xy[rows], f)
         residual = ((samples.rss_dbm - power) ** 2).sum()
         return float(1 - residual / ((samples.rss_dbm - samples.rss_dbm.mean()) ** 2).sum())
+
+    # Judging the error bars
+
+    def coverage(self, samples: RadioSamples, levels: ArrayLike) -> Floats:
+        """Share of other measurements inside of the intervals of each level, in the bands that were fitted.
+
+        Only measurements that ``fit`` has not seen are a test.
+        """
+        power, scale = self.predictor_.predict(samples.xy, samples.freq_mhz)
+        bands = np.searchsorted(self.samples_.bands, samples.freq_mhz)
+        return self.conformal_.coverage(np.abs(samples.rss_dbm - power) / scale, bands, levels)
+
+    def cross_coverage(self, levels: ArrayLike, folds: int = 5) -> Floats:
+        """(folds, levels) shares of some blocks' held-out measurements inside of intervals that the other blocks calibrated.
+
+        The mean over the folds is close to the level by construction; how far they lie apart says how much the
+        calibration depends on which blocks were held out.
+        """
+        c = self.calibration_
+        scores, band = np.abs(c["truth"] - c["power"]) / c["scale"], c["band"].astype(np.int64)
+        blocks = np.unique(c["block"])
+        order = np.random.default_rng(self.seed).permutation(len(blocks)) % min(folds, len(blocks))
+        fold = order[np.searchsorted(blocks, c["block"])]
+        shares = []
+        for number in range(min(folds, len(blocks))):
+            out = fold == number
+            if out.all():
+                break
+            shares.append(SpatialConformal(scores[~out], band[~out]).coverage(scores[out], band[out], levels))
+        return np.array(shares).reshape(-1, len(np.atleast_1d(levels)))
 
     # Files
 

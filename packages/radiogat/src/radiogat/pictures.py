@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radiogat.conformal import SpatialConformal
 from radiogat.samples import Grid, RadioSamples
 from tenfold.figures import COLORS, STYLE
 from tenfold.runs import replacing
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+LEVELS = np.linspace(0.05, 0.95, 19)
+"""At which error bars are judged."""
 _BUILDING = "#9a9a9a"
 
 
@@ -24,7 +25,7 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="compressed")
         yield figure
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None}, bbox_inches="tight")
@@ -35,13 +36,23 @@ def _columns(count: int) -> int:
     return 2 if count == 4 else min(count, 3)
 
 
-def _panels(figure: Any, count: int) -> list[Any]:
+def _panels(figure: Any, grid: Grid, count: int) -> list[Any]:
+    """Axes of maps; labels stand at the left and below, also above a place that stays free."""
     columns = _columns(count)
-    rows = -(-count // columns)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for spare in axes.ravel()[count:]:
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
+    for spare in axes[count:]:
         spare.set_axis_off()
-    return list(axes.ravel()[:count])
+    unit = "km" if _unit(grid) == 1000 else "m"
+    for number, panel in enumerate(axes[:count]):
+        left, low = number % columns == 0, number + columns >= count
+        panel.tick_params(labelleft=left, labelbottom=low)
+        panel.set(xlabel=f"east ({unit})" if low else "", ylabel=f"north ({unit})" if left else "")
+    return list(axes[:count])
+
+
+def _unit(grid: Grid) -> int:
+    """Metres of the unit that a map's axes are labelled in."""
+    return 1000 if grid.cell * max(grid.shape) >= 2000 else 1
 
 
 def _size(grid: Grid, count: int) -> tuple[float, float]:
@@ -52,25 +63,19 @@ def _size(grid: Grid, count: int) -> tuple[float, float]:
 
 def _show(axes: Any, grid: Grid, values: Floats, building: Bools | None, **kind: Any) -> Any:
     """One raster in kilometres or metres, buildings gray."""
-    large = grid.cell * max(grid.shape) >= 2000
-    unit = 1000 if large else 1
-    right, low = grid.x0 + grid.width * grid.cell, grid.y0 - grid.height * grid.cell
-    extent = ((grid.x0 - grid.x0) / unit, (right - grid.x0) / unit, (low - low) / unit, (grid.y0 - low) / unit)
+    unit = _unit(grid)
+    extent = (0.0, grid.width * grid.cell / unit, 0.0, grid.height * grid.cell / unit)
     axes.set_facecolor("#ffffff")
     if building is not None:
         from matplotlib.colors import ListedColormap
 
         shade = np.where(building, 1.0, np.nan)
         axes.imshow(shade, extent=extent, cmap=ListedColormap([_BUILDING]), interpolation="nearest")
-    image = axes.imshow(values, extent=extent, interpolation="nearest", **kind)
-    axes.set(xlabel=f"east ({'km' if large else 'm'})", ylabel=f"north ({'km' if large else 'm'})")
-    axes.label_outer()
-    return image
+    return axes.imshow(values, extent=extent, interpolation="nearest", **kind)
 
 
 def _place(grid: Grid, xy: Floats) -> Floats:
-    unit = 1000 if grid.cell * max(grid.shape) >= 2000 else 1
-    return np.asarray((xy - np.array([grid.x0, grid.y0 - grid.height * grid.cell])) / unit)
+    return np.asarray((xy - np.array([grid.x0, grid.y0 - grid.height * grid.cell])) / _unit(grid))
 
 
 def map_picture(
@@ -87,7 +92,7 @@ def map_picture(
     finite = power_dbm[np.isfinite(power_dbm)]
     low, high = np.floor(np.percentile(finite, 0.5) / 5) * 5, np.ceil(np.percentile(finite, 99.8) / 5) * 5
     with _figure(path, *_size(grid, len(freq_mhz))) as figure:
-        panels = _panels(figure, len(freq_mhz))
+        panels = _panels(figure, grid, len(freq_mhz))
         for axes, freq, power in zip(panels, freq_mhz, power_dbm, strict=True):
             image = _show(axes, grid, power, building, cmap="viridis", vmin=low, vmax=high)
             axes.set_title(freq if isinstance(freq, str) else f"{freq:g} MHz")
@@ -111,7 +116,7 @@ def error_bar_picture(
     """Half of the interval's width, one map a band."""
     top = float(np.nanpercentile(half_width[np.isfinite(half_width)], 99))
     with _figure(path, *_size(grid, len(freq_mhz))) as figure:
-        panels = _panels(figure, len(freq_mhz))
+        panels = _panels(figure, grid, len(freq_mhz))
         for axes, freq, values in zip(panels, freq_mhz, half_width, strict=True):
             image = _show(axes, grid, values, building, cmap="magma", vmin=0, vmax=top)
             axes.set_title(f"{freq:g} MHz")
@@ -122,7 +127,7 @@ def error_picture(path: str | Path, grid: Grid, errors: dict[str, Floats], build
     """Predicted minus true power, one map a method."""
     top = max(1.0, float(np.nanpercentile(np.abs(np.stack(list(errors.values()))), 98)))
     with _figure(path, *_size(grid, len(errors))) as figure:
-        panels = _panels(figure, len(errors))
+        panels = _panels(figure, grid, len(errors))
         for axes, (name, values) in zip(panels, errors.items(), strict=True):
             image = _show(axes, grid, values, building, cmap="RdBu_r", vmin=-top, vmax=top)
             axes.set_title(f"{name}: RMSE {np.sqrt(np.nanmean(values**2)):.2f} dB")
@@ -132,30 +137,29 @@ def error_picture(path: str | Path, grid: Grid, errors: dict[str, Floats], build
 def slope_picture(path: str | Path, grid: Grid, slope: Floats, building: Bools | None = None) -> None:
     """dB a decade: -20 is free space, flatter is shadow."""
     with _figure(path, *_size(grid, 1)) as figure:
-        (axes,) = _panels(figure, 1)
-        low, high = np.nanpercentile(slope, [1, 99])
-        image = _show(axes, grid, slope, building, cmap="cividis", vmin=low, vmax=high)
+        (axes,) = _panels(figure, grid, 1)
+        low, high = np.nanpercentile(slope, [2, 98])
+        image = _show(axes, grid, slope, building, cmap="plasma", vmin=low, vmax=high)
         axes.set_title("spectral slope (free space: -20)")
-        figure.colorbar(image, ax=axes, label="dB a decade of frequency", shrink=0.9)
+        figure.colorbar(image, ax=axes, label="dB a decade of frequency", shrink=0.9, extend="both")
 
 
-def calibration_picture(
-    path: str | Path, conformal: SpatialConformal, truth: Floats, power: Floats, scale: Floats
-) -> None:
-    """Share of held-out measurements inside of intervals, halves calibrated on each other, against the level asked for."""
-    half = np.arange(len(truth)) % 2 == 0
-    levels = np.linspace(0.05, 0.95, 19)
-    levels = levels[np.ceil(((~half).sum() + 1) * levels) <= (~half).sum()]  # higher ones would be infinite
-    scores = np.abs(truth - power) / scale
-    found = np.zeros(len(levels))
-    for one in (half, ~half):
-        other = SpatialConformal(scores[one])
-        found += [float((scores[~one] <= other.quantile(float(level))).mean()) / 2 for level in levels]
-    with _figure(path, 4.4, 4.2) as figure:
+def calibration_picture(path: str | Path, curves: dict[str, Floats], judged: str) -> None:
+    """Share of what was ``judged`` inside of the intervals of ``LEVELS``, against the level that was asked for.
+
+    A curve is one line (L), or several (folds, L) that are drawn thin.
+    """
+    with _figure(path, 4.6, 4.4) as figure:
         axes = figure.subplots()
         axes.plot([0, 100], [0, 100], "--", color="#777777", linewidth=1, label="as asked for")
-        axes.plot(100 * levels, 100 * found, "o-", color=COLORS[0], label="as found")
-        axes.set(xlabel="level of the interval (%)", ylabel="held-out measurements inside (%)", title="error bars")
+        for color, (name, shares) in zip(COLORS, curves.items(), strict=False):
+            if shares.ndim == 1:
+                axes.plot(100 * LEVELS, 100 * shares, "o-", color=color, markersize=3.5, label=name)
+            else:
+                axes.plot(
+                    100 * LEVELS, 100 * shares.T, color=color, linewidth=0.9, label=[name] + [None] * (len(shares) - 1)
+                )
+        axes.set(xlabel="level of the interval (%)", ylabel=f"{judged} inside (%)", title="error bars")
         axes.set_aspect("equal")
         axes.legend(loc="lower right")
 
@@ -169,17 +173,25 @@ def suggestion_picture(
     building: Bools | None = None,
 ) -> None:
     """The places that are best measured next, numbered, over the error bars."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="#ffffff")]
     with _figure(path, *_size(grid, 1)) as figure:
-        (axes,) = _panels(figure, 1)
-        image = _show(
-            axes, grid, half_width, building, cmap="magma", vmin=0, vmax=float(np.nanpercentile(half_width, 99))
-        )
+        (axes,) = _panels(figure, grid, 1)
+        top = float(np.nanpercentile(half_width, 99))
+        image = _show(axes, grid, half_width, building, cmap="YlOrBr", vmin=0, vmax=top)
         if samples is not None:
             at = _place(grid, np.unique(samples.xy, axis=0))
-            axes.scatter(*at.T, s=float(np.clip(1500 / len(at), 0.2, 8)), c="#9fd8ff", linewidths=0, label="measured")
+            axes.scatter(*at.T, s=float(np.clip(1500 / len(at), 0.2, 8)), c="#0072b2", linewidths=0)
         spots = _place(grid, np.asarray(places))
-        axes.plot(*spots.T, "o", markerfacecolor="none", markeredgecolor="#35e07c", markersize=9, markeredgewidth=1.6)
-        for number, (x, y) in enumerate(spots[:20], 1):
-            axes.annotate(str(number), (x, y), xytext=(5, 4), textcoords="offset points", color="#35e07c", fontsize=9)
-        axes.set_title(f"{len(spots)} places to measure next")
+        ring = {"markerfacecolor": "none", "markeredgecolor": "#000000", "markersize": 9, "markeredgewidth": 1.4}
+        axes.plot(*spots.T, "o", path_effects=halo, **ring)
+        middle = np.array(axes.get_xlim()).mean(), np.array(axes.get_ylim()).mean()
+        for number, (x, y) in enumerate(spots[:20], 1):  # written towards the middle, so that none leaves the map
+            right, up = x < middle[0], y < middle[1]
+            side = {"ha": "left" if right else "right", "va": "bottom" if up else "top"}
+            offset = (5 if right else -5, 4 if up else -4)
+            text = axes.annotate(str(number), (x, y), xytext=offset, textcoords="offset points", fontsize=9, **side)
+            text.set_path_effects(halo)
+        axes.set_title(f"{len(spots)} places to measure next" + ("" if samples is None else " (dots: measured)"))
         figure.colorbar(image, ax=axes, label="± dB", shrink=0.9, extend="max")
