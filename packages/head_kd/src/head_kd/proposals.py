@@ -115,8 +115,9 @@ def dense_proposals(
     for i in range(images):
         rows = order[i, : valid[i]]
         rows = rows[_best_after_nms(boxes[i, rows], scores[i, rows], levels[rows], iou_threshold, max_per_image)]
-        level, cell = levels[rows], index[i, rows] // a_of[levels[rows]]
-        where = Provenance(level, cell // w_of[level], cell % w_of[level], index[i, rows] % a_of[level])
+        at, flat = levels[rows], index[i, rows]
+        cell = flat // a_of[at]
+        where = Provenance(at, cell // w_of[at], cell % w_of[at], flat % a_of[at])
         out.append(Proposals(boxes[i, rows], scores[i, rows], where))
     return out
 
@@ -131,7 +132,7 @@ def _best_after_nms(boxes: Tensor, scores: Tensor, levels: Tensor, iou_threshold
     while True:
         part = levels[:length]
         kept = []
-        for level in part.unique().tolist():
+        for level in sorted(set(part.tolist())):
             rows = (part == level).nonzero().squeeze(1)
             kept.append(rows[torchvision.ops.nms(boxes[rows], scores[rows], iou_threshold)])
         rows = torch.cat(kept).sort().values if kept else part.new_zeros(0)

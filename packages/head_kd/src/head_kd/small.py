@@ -272,7 +272,15 @@ def faster_rcnn(
 
 
 def experiment(
-    model: dict[str, Any], train: Any, val: Any, *, steps: int, batch: int, rate: float, workers: int = 0
+    model: dict[str, Any],
+    train: Any,
+    val: Any,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    workers: int = 0,
+    memory: bool = False,
 ) -> dict[str, Any]:
     """A whole config around a model: COCO data as drawn, no augmentation, AdamW with one cycle, gradients clipped at 20.
 
@@ -284,6 +292,7 @@ def experiment(
         batch: images of a step.
         rate: highest learning rate.
         workers: processes that load data.
+        memory: keep the training items (``MemoryDataset``); only while nothing in the pipeline is random.
     """
     size = {"type": "Resize", "scale": (SIZE, SIZE), "keep_ratio": True}
     load = [
@@ -306,7 +315,7 @@ def experiment(
             "batch_size": size,
             "num_workers": workers,
             "sampler": {"type": "DefaultSampler", "shuffle": training},
-            "dataset": {"type": "MemoryDataset", "dataset": dataset} if training and not workers else dataset,
+            "dataset": {"type": "MemoryDataset", "dataset": dataset} if training and memory else dataset,
         }
 
     metric = {"type": "CocoMetric", "ann_file": str(val.annotations), "metric": "bbox"}
