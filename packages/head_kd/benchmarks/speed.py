@@ -95,12 +95,17 @@ def proposals(images: int, side: int, classes: int) -> bench.Comparison:
         best = [t.view(images, 9, classes, *t.shape[2:]).amax(dim=2) for t in logits]
         reference = exact.predict_by_feat(best, boxes, batch_img_metas=metas, cfg=cfg, rescale=False)
         for x, y in zip(a, reference, strict=True):
-            assert torch.equal(x.scores, y.scores)
+            assert len(x.scores) == len(y.scores)
+            assert float((x.scores - y.scores).abs().max()) < 1e-6  # a vector's and a scalar's sigmoid differ by a bit
             assert float((x.boxes - y.bboxes).abs().max()) < 1e-3
         rows = sum(len(x.scores) for x in a)
-        shared = sum(int(torch.isin(x.scores, y.scores).sum()) for x, y in zip(a, b, strict=True))
+        nearest = [
+            torch.cdist(x.boxes, y.bboxes, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+            for x, y in zip(a, b, strict=True)
+        ]
+        shared = sum(int((n < 1e-2).sum()) for n in nearest)
         return (
-            f"{rows} scores bit for bit and boxes within 0.001 pixels those of mmdet with NMS on each level's boxes; as timed,"
+            f"{rows} boxes, in order, within 0.001 pixels those of mmdet with NMS on each level's boxes; as timed,"
             f" mmcv adds level x size to the boxes in fp32, which rounds IoUs at the threshold: {shared} of {rows} equal"
         )
 
