@@ -76,8 +76,8 @@ ARMS: dict[str, tuple[str, Distillation]] = {
     "akd": ("+ assistant + AKD", Distillation(preset="own", akd_weight=1.25, ckd_weight=0.0, **_COMMON)),  # type: ignore[arg-type]
     "akd_ckd": ("+ assistant + AKD + CKD", Distillation(preset="own", akd_weight=1.25, **_COMMON)),  # type: ignore[arg-type]
     "tf_head": ("TF-HEAD, no teacher", Distillation(preset="tf_head", **_COMMON)),  # type: ignore[arg-type]
-    "pkd": ("PKD on the neck", Distillation(preset="pkd", neck_weight=2.4, warmup=100)),
-    "fitnet": ("FitNet on the neck", Distillation(preset="fitnet", neck_weight=0.2, warmup=100)),
+    "pkd": ("PKD on the neck", Distillation(preset="pkd", neck_weight=0.4, warmup=100)),
+    "fitnet": ("FitNet on the neck", Distillation(preset="fitnet", neck_weight=0.08, warmup=100)),
     "direct": ("direct imitation, no assistant", Distillation(preset="direct", **_COMMON)),  # type: ignore[arg-type]
 }
 LEVEL_ARMS = {
