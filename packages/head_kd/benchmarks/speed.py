@@ -198,6 +198,7 @@ def operators() -> list[bench.Comparison]:
                 same,
                 shape="512 boxes; peer: greedy loop in torch",
                 required=">= 1",
+                pairs=21,
             ),
         ]
 
