@@ -360,3 +360,22 @@ def test_two_ranks_agree_and_do_not_wait(project, tmp_path):
     # one process with the mean of both ranks' gradients makes the same step
     for key, value in first["alone"].items():
         assert torch.allclose(first["grads"][key], value, atol=1e-5, rtol=1e-4), key
+
+
+def test_items_are_kept_whole(project):
+    """``MemoryDataset`` gives each time what its data set gave first, and reads no file again."""
+    from head_kd.loop import MemoryDataset
+    from mmdet.registry import DATASETS
+
+    config = Config.fromfile(project / "student.py").train_dataloader.dataset
+    config.pipeline = [t for t in config.pipeline if t["type"] != "RandomFlip"]
+    plain, kept = DATASETS.build(config), MemoryDataset(config)
+    first = [kept[i] for i in range(len(kept))]
+    kept.dataset.pipeline = None
+    for i in (3, 0, 3):
+        again, expected = kept[i], plain[i]
+        assert again is not first[i]
+        assert torch.equal(again["inputs"], expected["inputs"])
+        assert torch.equal(again["data_samples"].gt_instances.labels, expected["data_samples"].gt_instances.labels)
+    assert len(kept) == len(plain)
+    assert kept.metainfo == plain.metainfo

@@ -313,7 +313,7 @@ def _demo(settings: DemoSettings, invocation: Invocation) -> int:
     _ready()
     from head_kd import demo
 
-    sys.stdout.write(f"data: {demo.DATA if demo.SIZES[settings.level].clutter else demo.PLAIN_DATA}\n")
+    sys.stdout.write(f"data: {demo.DATA}\n")
     sys.stdout.flush()
     return show_claims(demo.run(settings, invocation.folder, quiet=invocation.quiet), strict=invocation.strict)
 

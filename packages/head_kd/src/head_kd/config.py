@@ -406,7 +406,7 @@ class DemoSettings:
 
     Args:
         level: quick (mechanics, seconds), default (two minutes: direction of the main claim) or full (every claim).
-        seeds: of the arms; default: one, one and five.
+        seeds: of the arms; default: one, two and five.
         processes: arms that train side by side, one thread each.
     """
 

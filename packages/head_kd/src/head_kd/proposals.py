@@ -88,7 +88,7 @@ def dense_proposals(
     images = len(image_sizes)
     device = class_logits[0].device
     limits = torch.tensor([[w, h, w, h] for h, w in image_sizes], dtype=torch.float32, device=device)
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(images)]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     widths, anchors = [], []
     for level, (logits, predictions, prior) in enumerate(zip(class_logits, box_predictions, priors, strict=True)):
         n, _, height, width = logits.shape
@@ -104,24 +104,41 @@ def dense_proposals(
         boxes = decode(level, prior[index.flatten()].float(), raw.flatten(0, 1)).view(n, -1, 4)
         boxes = torch.minimum(boxes.clamp_min(0), limits[:, None])
         large = ((boxes[..., 2:] - boxes[..., :2]) > min_size).all(dim=-1)
-        for i in range(n):
-            rows = large[i].nonzero().squeeze(1)
-            found[i].append((boxes[i, rows], scores[i, rows], index[i, rows]))
-    # NMS sees one level of one image at a time, so a batch costs the sum of its groups, not the square of the sum
+        # boxes too small sink to the end with a score that no sigmoid has
+        parts.append((boxes, scores.where(large, scores.new_full((), -1.0)), index))
+    boxes, scores, index = (torch.cat([part[field] for part in parts], dim=1) for field in range(3))
+    levels = torch.cat([torch.full_like(part[2][0], number) for number, part in enumerate(parts)])
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    valid = (scores >= 0).sum(dim=1).tolist()
+    a_of, w_of = (torch.tensor(values, device=device) for values in (anchors, widths))
     out = []
-    for parts in found:
-        kept = [torchvision.ops.nms(boxes, scores, iou_threshold)[:max_per_image] for boxes, scores, _ in parts]
-        boxes, scores, index = (
-            torch.cat([part[field][rows] for part, rows in zip(parts, kept, strict=True)]) for field in range(3)
-        )
-        levels = torch.cat([torch.full_like(rows, number) for number, rows in enumerate(kept)])
-        order = scores.argsort(descending=True, stable=True)[:max_per_image]
-        boxes, scores, index, levels = boxes[order], scores[order], index[order], levels[order]
-        a_of = torch.tensor(anchors, device=device)[levels]
-        w_of = torch.tensor(widths, device=device)[levels]
-        cell = index // a_of
-        out.append(Proposals(boxes, scores, Provenance(levels, cell // w_of, cell % w_of, index % a_of)))
+    for i in range(images):
+        rows = order[i, : valid[i]]
+        rows = rows[_best_after_nms(boxes[i, rows], scores[i, rows], levels[rows], iou_threshold, max_per_image)]
+        at, flat = levels[rows], index[i, rows]
+        cell = flat // a_of[at]
+        where = Provenance(at, cell // w_of[at], cell % w_of[at], flat % a_of[at])
+        out.append(Proposals(boxes[i, rows], scores[i, rows], where))
     return out
+
+
+def _best_after_nms(boxes: Tensor, scores: Tensor, levels: Tensor, iou_threshold: float, count: int) -> Tensor:
+    """The first ``count`` rows that NMS within each level keeps, of rows sorted by falling score.
+
+    Whether a box stays depends on better ones alone, so NMS of a prefix gives a prefix of the whole's result. A prefix
+    somewhat longer than ``count`` is tried first, then one twice as long: the cost is quadratic in the length.
+    """
+    length = count + count // 4
+    while True:
+        part = levels[:length]
+        kept = []
+        for level in sorted(set(part.tolist())):
+            rows = (part == level).nonzero().squeeze(1)
+            kept.append(rows[torchvision.ops.nms(boxes[rows], scores[rows], iou_threshold)])
+        rows = torch.cat(kept).sort().values if kept else part.new_zeros(0)
+        if len(rows) >= count or length >= len(levels):
+            return rows[:count]
+        length *= 2
 
 
 def gather_at(maps: Sequence[Tensor], image: Tensor, where: Provenance) -> Tensor:

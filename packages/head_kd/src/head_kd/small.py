@@ -145,7 +145,7 @@ def point_detector(kind: str, width: int = 8, channels: int = 32, classes: int =
 
 
 def faster_rcnn(
-    width: int = 16, channels: int = 64, classes: int = len(CLASSES), fc: int = 256, regions: int = 64, stages: int = 1
+    width: int = 16, channels: int = 64, classes: int = len(CLASSES), fc: int = 256, regions: int = 32, stages: int = 1
 ) -> dict[str, Any]:
     """Faster R-CNN (or, with three stages, Cascade R-CNN), strides 4 to 64, RoIs of 5x5.
 
@@ -195,7 +195,7 @@ def faster_rcnn(
     roi: dict[str, Any] = {
         "bbox_roi_extractor": {
             "type": "SingleRoIExtractor",
-            "roi_layer": {"type": "RoIAlign", "output_size": 5, "sampling_ratio": 0},
+            "roi_layer": {"type": "RoIAlign", "output_size": 5, "sampling_ratio": 1},
             "out_channels": channels,
             "featmap_strides": strides,
             "finest_scale": 28,
@@ -252,8 +252,8 @@ def faster_rcnn(
                 "debug": False,
             },
             "rpn_proposal": {
-                "nms_pre": 500,
-                "max_per_img": 200,
+                "nms_pre": 150,
+                "max_per_img": 100,
                 "nms": {"type": "nms", "iou_threshold": 0.7},
                 "min_bbox_size": 0,
             },
@@ -261,7 +261,7 @@ def faster_rcnn(
         },
         "test_cfg": {
             "rpn": {
-                "nms_pre": 300,
+                "nms_pre": 150,
                 "max_per_img": 100,
                 "nms": {"type": "nms", "iou_threshold": 0.7},
                 "min_bbox_size": 0,
@@ -272,7 +272,15 @@ def faster_rcnn(
 
 
 def experiment(
-    model: dict[str, Any], train: Any, val: Any, *, steps: int, batch: int, rate: float, workers: int = 0
+    model: dict[str, Any],
+    train: Any,
+    val: Any,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    workers: int = 0,
+    memory: bool = False,
 ) -> dict[str, Any]:
     """A whole config around a model: COCO data as drawn, no augmentation, AdamW with one cycle, gradients clipped at 20.
 
@@ -284,6 +292,7 @@ def experiment(
         batch: images of a step.
         rate: highest learning rate.
         workers: processes that load data.
+        memory: keep the training items (``MemoryDataset``); only while nothing in the pipeline is random.
     """
     size = {"type": "Resize", "scale": (SIZE, SIZE), "keep_ratio": True}
     load = [
@@ -294,18 +303,19 @@ def experiment(
     ]
 
     def loader(split: Any, size: int, training: bool) -> dict[str, Any]:
+        dataset = {
+            "type": "CocoDataset",
+            "ann_file": str(split.annotations),
+            "data_prefix": {"img": str(split.images)},
+            "metainfo": {"classes": tuple(split.classes)},
+            "pipeline": load,
+            "test_mode": not training,
+        }
         return {
             "batch_size": size,
             "num_workers": workers,
             "sampler": {"type": "DefaultSampler", "shuffle": training},
-            "dataset": {
-                "type": "CocoDataset",
-                "ann_file": str(split.annotations),
-                "data_prefix": {"img": str(split.images)},
-                "metainfo": {"classes": tuple(split.classes)},
-                "pipeline": load,
-                "test_mode": not training,
-            },
+            "dataset": {"type": "MemoryDataset", "dataset": dataset} if training and memory else dataset,
         }
 
     metric = {"type": "CocoMetric", "ann_file": str(val.annotations), "metric": "bbox"}

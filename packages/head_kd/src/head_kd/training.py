@@ -315,6 +315,8 @@ def build_runner(
     prepared = prepare(cfg, settings, work_dir)
     if choose_device(settings.device) == "cpu":
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid, thousands of fills a step
+    object.__setattr__(prepared, "_format_python_code", False)  # yapf takes seconds for mmengine's copy of the config
     with _said_nothing():
         runner = Runner.from_cfg(prepared)
     quiet_stack()
