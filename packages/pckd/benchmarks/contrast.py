@@ -52,7 +52,7 @@ def batch(rows: int, classes: int) -> tuple[Tensor, Tensor]:
 
 def gradient(step: Step, A: Tensor, labels: Tensor) -> Tensor:
     """Forward and backward."""
-    A = A.clone().requires_grad_()
+    A = A.detach().requires_grad_()
     step(A, labels).backward()
     assert A.grad is not None
     return A.grad
