@@ -105,6 +105,7 @@ class App:
             with warnings.catch_warnings():
                 if "--debug" not in words:  # of libraries to their developers, not to the person at the terminal
                     warnings.simplefilter("ignore", FutureWarning)
+                    warnings.showwarning = self._show_warning
                 return self._run(words)
         except UserError as error:
             if "--debug" in words:
@@ -124,6 +125,10 @@ class App:
         except Exception:
             traceback.print_exc()
             return 1
+
+    def _show_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        """One line, without the place in the source, which tells the person at the terminal nothing."""
+        sys.stderr.write(f"{self.dist}: warning: {' '.join(str(message).split())}\n")
 
     def _run(self, words: list[str]) -> int:
         if not words or words[0] in {"-h", "--help"}:

@@ -67,6 +67,8 @@ class Panel:
 
 def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
     """Draw panels side by side; a name has the same color in all of them, and one legend below serves all."""
+    from matplotlib.ticker import MaxNLocator
+
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     handles: dict[str, Any] = {}
     with _saved(path, 4.6 * len(panels), 4.0) as figure:
@@ -81,6 +83,10 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
                     axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
             axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
             axes.set(xscale=panel.xscale, yscale=panel.yscale)
+            if panel.xscale == "linear" and all(float(x).is_integer() for c in panel.curves.values() for x in c.x):
+                axes.xaxis.set_major_locator(
+                    MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+                )  # no half of an epoch
         if len(names) > 1:
             columns = max(1, int(4.6 * len(panels) / (0.07 * max(map(len, names)) + 0.55)))  # inches that a name takes
             figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns)
