@@ -77,7 +77,7 @@ def peak(step: Step, A: Tensor, labels: Tensor) -> float:
     return most / 2**20
 
 
-def time_row(id: str, peer: Step, rows: int, classes: int, required: str, pairs: int = 9) -> bench.Comparison:
+def time_row(id: str, peer: Step, rows: int, classes: int, required: str, pairs: int = 21) -> bench.Comparison:
     """Seconds of forward and backward."""
     A, labels = batch(rows, classes)
     return bench.compare(

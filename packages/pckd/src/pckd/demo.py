@@ -180,7 +180,7 @@ def _decide(study: Study) -> None:
     text = "top-1 on unseen faces, kd - ce (percentage points)"
     study.difference("kd_beats_ce", text, ("kd", "top1"), ("ce", "top1"), required=">= 4", main=True)
     text = "top-1, ckd (all terms, no preview) - kd"
-    study.difference("ckd_beats_kd", text, ("ckd", "top1"), ("kd", "top1"), required=">= 1")
+    study.difference("ckd_beats_kd", text, ("ckd", "top1"), ("kd", "top1"), required=">= 1", main=True)
     wins = int((study.values(("ckd", "top1")) > study.values(("kd", "top1"))).sum())
     study.count("ckd_wins", "seeds in which ckd has more right than kd", wins, seeds, required=f">= {most}")
     closer = study.values(("ckd", "center correlation")) > study.values(("kd", "center correlation"))
