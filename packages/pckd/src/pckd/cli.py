@@ -52,6 +52,8 @@ def _save_student(run: Any, trained: "Trained", spec: str, data: "Data", folder:
 
 
 def _train(settings: TrainSettings, invocation: Invocation) -> None:
+    import time
+
     import numpy as np
 
     from pckd import analysis
@@ -60,6 +62,7 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
     from pckd.training import cache_card, load_teacher, train_student
     from tenfold.report import write_report
 
+    start = time.perf_counter()
     run, method = invocation.folder, settings.chosen_method
     data = load(settings.data, settings.reading)
     teacher = cache = None
@@ -86,7 +89,7 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
             f"Reported is the last epoch. The best epoch on the test images, {trained.best:.2f} %, flatters: it was chosen"
             " on them. --reading.val_fraction 0.1 chooses on held-out training images."
         )
-    study.finish()
+    study.finish(time.perf_counter() - start)
     captions = {
         "accuracy": "Accuracy on the test images by epoch.",
         "difficulty": "Left: difficulty that half, 90 % and 99 % of the samples stay below. Right: what preview does.",
