@@ -60,7 +60,10 @@ def handler(settings, invocation):
     if settings.data == "extra":
         raise MissingExtraError('matplotlib is not installed; pip install "tenfold[demo]"')
     if settings.data == "warn":
-        warnings.warn("this is off\nhere", stacklevel=1)
+        for _ in range(2):
+            with warnings.catch_warnings():  # which makes Python forget that it has shown the warning
+                warnings.simplefilter("always")
+                warnings.warn("this is off\nhere", stacklevel=1)
     if settings.data == "mend":
         raise UserError("two\nlines")
     if invocation.run:
@@ -176,7 +179,7 @@ def test_debug_shows_the_traceback_of_a_user_error(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_warning_is_one_line(capsys):
+def test_a_warning_is_one_line_and_comes_once(capsys):
     assert APP.main(["inspect", "--data", "warn"]) == 0
     assert capsys.readouterr().err == "tenfold: warning: this is off here\n"
     with pytest.warns(UserWarning, match="this is off"):
