@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from pckd.training import Teacher, Trained
 
 
-def _study(run: Any, command: str, data: "Data", seeds: list[int]) -> Any:
+def _study(run: Any, command: str, data: "Data", seeds: list[int], level: str = "full") -> Any:
     from pckd import __version__
     from tenfold.claims import Study
 
-    head: dict[str, Any] = {"package": "pckd", "version": __version__, "command": command, "data": data.source}
-    return Study(run, level="full", seeds=seeds, **head)
+    head: dict[str, Any] = {
+        "package": "pckd",
+        "version": __version__,
+        "command": command,
+        "data": data.source,
+        "level": level,
+    }
+    return Study(run, seeds=seeds, **head)
 
 
 def _save_student(run: Any, trained: "Trained", spec: str, data: "Data", folder: str = "") -> None:
@@ -184,7 +190,10 @@ def _compare(settings: CompareSettings, invocation: Invocation) -> int:
         _save_student(run, trained, settings.teacher, data, "teacher/")
         teacher = as_teacher(trained.model, data)
     taught = predict(teacher.plain, data.test, teacher.statistics, tap=settings.teacher_tap)
-    study = _study(run, "compare", data, settings.seeds)
+    few = len(settings.seeds) < 3
+    study = _study(run, "compare", data, settings.seeds, "quick" if few else "full")
+    if few:
+        study.note("Fewer than three seeds give no interval, so no difference is decided.")
     accuracy = analysis.top_k(taught.logits, data.test.labels)
     study.note(f"The teacher, {settings.teacher}, has {accuracy:.2f} % of the test images right.")
 
