@@ -113,7 +113,7 @@ def test_center_alignment():
     assert_same_as_reference(
         gram(s.weight, None, t.weight @ turn, None), gram(s.weight, None, t.weight, None), relative=1e-5
     )
-    assert float(gram(t.weight, None, t.weight @ turn, None)) < 1e-10
+    assert float(gram(t.weight, None, t.weight @ turn, None).detach()) < 1e-10
     assert gram(s.weight, None, narrow, None) > 0
 
 
