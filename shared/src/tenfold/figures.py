@@ -67,11 +67,11 @@ class Panel:
 
 def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
     """Draw panels side by side; a name has the same color in all of them, and one legend below serves all."""
-    from matplotlib.ticker import MaxNLocator
-
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     handles: dict[str, Any] = {}
     with _saved(path, 4.6 * len(panels), 4.0) as figure:
+        from matplotlib.ticker import MaxNLocator
+
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), index + 1)
             for name, curve in panel.curves.items():
