@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import sys
+import warnings
 from typing import Literal
 
 import pytest
@@ -58,6 +59,11 @@ def handler(settings, invocation):
         raise KeyboardInterrupt
     if settings.data == "extra":
         raise MissingExtraError('matplotlib is not installed; pip install "tenfold[demo]"')
+    if settings.data == "warn":
+        for _ in range(2):
+            with warnings.catch_warnings():  # which makes Python forget that it has shown the warning
+                warnings.simplefilter("always")
+                warnings.warn("this is off\nhere", stacklevel=1)
     if settings.data == "mend":
         raise UserError("two\nlines")
     if invocation.run:
@@ -171,6 +177,13 @@ def test_other_faults_have_a_traceback_and_exit_code_1(capsys):
 def test_debug_shows_the_traceback_of_a_user_error(capsys):
     assert APP.main(["inspect", "--data", "mend", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line_and_comes_once(capsys):
+    assert APP.main(["inspect", "--data", "warn"]) == 0
+    assert capsys.readouterr().err == "tenfold: warning: this is off here\n"
+    with pytest.warns(UserWarning, match="this is off"):
+        assert APP.main(["inspect", "--data", "warn", "--debug"]) == 0
 
 
 def test_an_interrupt_is_130():

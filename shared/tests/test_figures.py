@@ -44,6 +44,20 @@ def test_a_line_chart_shows_every_curve_and_its_band(tmp_path):
     assert (np.abs(pixels(tmp_path / "b.png") - band) < 4).all(-1).sum() < 200
 
 
+def ticks(path):
+    """Marks below the horizontal axis."""
+    dark = (pixels(path) < 100).all(-1)
+    axis = np.nonzero(dark.sum(1) > dark.shape[1] / 2)[0][-1]
+    below = dark[axis + 3].astype(int)
+    return int((np.diff(below) == 1).sum())
+
+
+def test_whole_numbers_have_no_fractions_between_them(tmp_path):
+    for name, x in (("whole", [1, 2, 3]), ("not", [1, 2.5, 3])):
+        figures.line_chart(tmp_path / f"{name}.png", [Panel("", "epoch", "", {"kd": Curve(x, [0, 1, 3])})])
+    assert ticks(tmp_path / "whole.png") == 3 < ticks(tmp_path / "not.png")
+
+
 def test_a_log_axis_makes_powers_a_straight_line(tmp_path):
     x = np.arange(60.0)  # more points than get markers
     panel = Panel("", "step", "loss", {"loss": Curve(x, 10 ** (x / 10))}, yscale="log")

@@ -52,7 +52,7 @@ def batch(rows: int, classes: int) -> tuple[Tensor, Tensor]:
 
 def gradient(step: Step, A: Tensor, labels: Tensor) -> Tensor:
     """Forward and backward."""
-    A = A.clone().requires_grad_()
+    A = A.detach().requires_grad_()
     step(A, labels).backward()
     assert A.grad is not None
     return A.grad
@@ -77,7 +77,7 @@ def peak(step: Step, A: Tensor, labels: Tensor) -> float:
     return most / 2**20
 
 
-def time_row(id: str, peer: Step, rows: int, classes: int, required: str, pairs: int = 9) -> bench.Comparison:
+def time_row(id: str, peer: Step, rows: int, classes: int, required: str, pairs: int = 21) -> bench.Comparison:
     """Seconds of forward and backward."""
     A, labels = batch(rows, classes)
     return bench.compare(

@@ -127,6 +127,15 @@ def test_compare(pictures, tmp_path, capsys):
     assert settings["methods"] == ["ce", "kd", "dkd", "fitnet", "pckd"]
 
 
+def test_two_seeds_decide_nothing(pictures, teacher, tmp_path):
+    words = ["compare", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
+    words += ["--teacher_weights", str(teacher), "--methods", "ce,kd", "--seeds", "0,1", *SMALL]
+    assert main([*words, "--out", str(tmp_path / "c")]) == 0
+    summary = json.loads((tmp_path / "c/summary.json").read_text())
+    assert [claim["holds"] for claim in summary["claims"]] == [None]
+    assert any("Fewer than three seeds" in note for note in summary["notes"])
+
+
 @pytest.mark.parametrize("method", ["pckd", "kd", "fitnet", "ce"])
 def test_inspect(pictures, teacher, capsys, method):
     words = ["inspect", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]

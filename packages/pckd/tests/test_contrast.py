@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pckd import CategoryContrastLoss, PCKDConfig, category_contrast
+from pckd import CategoryContrastLoss, PCKDConfig, category_contrast, contrast
 
 from tenfold.testing import assert_same_as_reference
 
@@ -137,6 +137,19 @@ def test_the_authors_epsilon_is_exact_for_small_norms_and_kills_the_repulsion_of
         assert (float(((ours - plain).norm() / plain.norm()).detach()) < 1e-4) == exact
         theirs = torch.autograd.grad(literal(A, labels, eps=1e-7).sum(), A)[0]
         assert_same_as_reference(torch.autograd.grad(ours.sum(), A)[0], theirs, relative=1e-9)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_what_waits_for_the_backward_pass_changes_nothing(monkeypatch, kept):
+    """Also where the backward pass comes a second time."""
+    A, labels = rows(50, 4, 9)
+    found = []
+    for number in (contrast.KEPT, kept):
+        monkeypatch.setattr(contrast, "KEPT", number)
+        loss = category_contrast(A, labels, chunk=7).sum()
+        found += [torch.autograd.grad(loss, A, retain_graph=True)[0] for _ in range(2)]
+    for other in found[1:]:
+        assert_same_as_reference(other, found[0], relative=1e-12)
 
 
 def test_memory_of_8192_rows():

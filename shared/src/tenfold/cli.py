@@ -105,6 +105,7 @@ class App:
             with warnings.catch_warnings():
                 if "--debug" not in words:  # of libraries to their developers, not to the person at the terminal
                     warnings.simplefilter("ignore", FutureWarning)
+                    warnings.showwarning = self._one_line()
                 return self._run(words)
         except UserError as error:
             if "--debug" in words:
@@ -124,6 +125,18 @@ class App:
         except Exception:
             traceback.print_exc()
             return 1
+
+    def _one_line(self) -> Callable[..., None]:
+        """Writes a warning once, in one line, without its place in the source, of no use to the person at the terminal."""
+        shown = set()
+
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
+            line = f"{self.dist}: warning: {' '.join(str(message).split())}\n"
+            if line not in shown:
+                shown.add(line)
+                sys.stderr.write(line)
+
+        return show
 
     def _run(self, words: list[str]) -> int:
         if not words or words[0] in {"-h", "--help"}:

@@ -70,6 +70,8 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     handles: dict[str, Any] = {}
     with _saved(path, 4.6 * len(panels), 4.0) as figure:
+        from matplotlib.ticker import MaxNLocator
+
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), index + 1)
             for name, curve in panel.curves.items():
@@ -81,6 +83,10 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
                     axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
             axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
             axes.set(xscale=panel.xscale, yscale=panel.yscale)
+            if panel.xscale == "linear" and all(float(x).is_integer() for c in panel.curves.values() for x in c.x):
+                axes.xaxis.set_major_locator(
+                    MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+                )  # no half of an epoch
         if len(names) > 1:
             columns = max(1, int(4.6 * len(panels) / (0.07 * max(map(len, names)) + 0.55)))  # inches that a name takes
             figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns)

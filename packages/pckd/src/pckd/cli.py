@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from pckd.training import Teacher, Trained
 
 
-def _study(run: Any, command: str, data: "Data", seeds: list[int]) -> Any:
+def _study(run: Any, command: str, data: "Data", seeds: list[int], level: str = "full") -> Any:
     from pckd import __version__
     from tenfold.claims import Study
 
-    head: dict[str, Any] = {"package": "pckd", "version": __version__, "command": command, "data": data.source}
-    return Study(run, level="full", seeds=seeds, **head)
+    head: dict[str, Any] = {
+        "package": "pckd",
+        "version": __version__,
+        "command": command,
+        "data": data.source,
+        "level": level,
+    }
+    return Study(run, seeds=seeds, **head)
 
 
 def _save_student(run: Any, trained: "Trained", spec: str, data: "Data", folder: str = "") -> None:
@@ -52,6 +58,8 @@ def _save_student(run: Any, trained: "Trained", spec: str, data: "Data", folder:
 
 
 def _train(settings: TrainSettings, invocation: Invocation) -> None:
+    import time
+
     import numpy as np
 
     from pckd import analysis
@@ -60,6 +68,7 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
     from pckd.training import cache_card, load_teacher, train_student
     from tenfold.report import write_report
 
+    start = time.perf_counter()
     run, method = invocation.folder, settings.chosen_method
     data = load(settings.data, settings.reading)
     teacher = cache = None
@@ -86,7 +95,7 @@ def _train(settings: TrainSettings, invocation: Invocation) -> None:
             f"Reported is the last epoch. The best epoch on the test images, {trained.best:.2f} %, flatters: it was chosen"
             " on them. --reading.val_fraction 0.1 chooses on held-out training images."
         )
-    study.finish()
+    study.finish(time.perf_counter() - start)
     captions = {
         "accuracy": "Accuracy on the test images by epoch.",
         "difficulty": "Left: difficulty that half, 90 % and 99 % of the samples stay below. Right: what preview does.",
@@ -181,7 +190,10 @@ def _compare(settings: CompareSettings, invocation: Invocation) -> int:
         _save_student(run, trained, settings.teacher, data, "teacher/")
         teacher = as_teacher(trained.model, data)
     taught = predict(teacher.plain, data.test, teacher.statistics, tap=settings.teacher_tap)
-    study = _study(run, "compare", data, settings.seeds)
+    few = len(settings.seeds) < 3
+    study = _study(run, "compare", data, settings.seeds, "quick" if few else "full")
+    if few:
+        study.note("Fewer than three seeds give no interval, so no difference is decided.")
     accuracy = analysis.top_k(taught.logits, data.test.labels)
     study.note(f"The teacher, {settings.teacher}, has {accuracy:.2f} % of the test images right.")
 

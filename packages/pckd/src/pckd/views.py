@@ -75,7 +75,7 @@ class MultiView:
             raise ValueError(f"quarter turns need square images, got {H} x {W}")
         mirrored, corner = self.parameters(index, epoch)
         padded = images.new_zeros(B, H + 2 * P, W + 2 * P, 4)  # of four bytes, so that a pixel is one number to gather
-        padded[:, P : P + H, P : P + W, :3] = images.permute(0, 2, 3, 1)
+        _copy_channels(padded[:, P : P + H, P : P + W].permute(0, 3, 1, 2), images)
         side = H + 2 * P - 1
         rows = torch.arange(H, dtype=torch.int32, device=images.device)[:, None]
         columns = torch.arange(W, dtype=torch.int32, device=images.device)
@@ -94,8 +94,22 @@ class MultiView:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x / 255 - mean) / std, (N, 3, H, W) uint8 -> float32, in one pass; keeps the order of memory."""
-    scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32).view(1, -1, 1, 1)
-    shift = images.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32).view(1, -1, 1, 1)
-    pixels = images.float()
+    """(x / 255 - mean) / std, (N, 3, H, W) uint8 -> float32, dense, channels last where they are so in ``images``.
+
+    A copy for each channel and factors as large as an image: loops over three channels would take most of the time.
+    """
+    form = torch.channels_last if images.stride(1) == 1 else torch.contiguous_format
+    pixels = torch.empty(images.shape, device=images.device, memory_format=form)
+    _copy_channels(pixels, images)
+    factors = torch.tensor([[1 / (255 * s), -m / s] for m, s in zip(mean, std, strict=True)], device=images.device)
+    scale, shift = (
+        factor.view(1, -1, 1, 1).expand(1, *images.shape[1:]).contiguous(memory_format=form)
+        for factor in factors.unbind(1)
+    )
     return torch.addcmul(shift, pixels, scale, out=pixels)
+
+
+def _copy_channels(to: Tensor, images: Tensor) -> None:
+    """Into the first channels of ``to``; both (N, C, H, W)."""
+    for channel in range(images.shape[1]):
+        to[:, channel].copy_(images[:, channel])
