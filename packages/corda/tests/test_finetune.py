@@ -93,7 +93,10 @@ def test_every_arm_starts_at_the_function_of_the_model(name, llama, batches):
 
 
 def test_settings_of_statistics_do_not_hinder_arms_without_them(llama):
-    attach_arm("milora", llama, LORA, init=CordaInit(accumulate="cross"))
+    plain = attach_arm("milora", copy.deepcopy(llama), LORA)
+    adapted = attach_arm("milora", llama, LORA, init=CordaInit(accumulate="cross"))
+    for (key, ours), theirs in zip(adapted.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
 
 
 def test_faults_are_named(llama, labeled):

@@ -16,7 +16,7 @@ from localrecon.step import check_labels, keyed_random
 COPYING_COSINE = 0.75
 """Mean cosine at the boundaries from which on modules want so exactly what the one before them wants ..."""
 COPYING_ERROR = 0.1
-"""... that an error at least so high of the last head is suspicious (on digits: 0.79 to 0.86 in nets that collapsed)."""
+"""... that an error at least so high of the last head is suspicious (worst collapses on digits: 0.79 to 0.86; milder: less)."""
 
 
 @dataclass(frozen=True)
