@@ -116,25 +116,48 @@ def test_leading_components_are_the_best_projection():
         assert ((W - Q @ Q.T @ W) @ Cd).norm() >= best
 
 
+def trailing(W, C, damping):
+    """The last four left singular vectors of W C_d, by 60-digit arithmetic."""
+    m = len(W)
+    mpmath.mp.dps = 60
+    M = mpmath.matrix(W.tolist()) * mpmath.matrix(damped(C, damping).tolist())
+    values, vectors = mpmath.eigsy(M * M.T)
+    order = sorted(range(m), key=lambda i: values[i])[m - min(W.shape) :][:4]
+    return torch.tensor([[float(vectors[row, i]) for i in order] for row in range(m)], dtype=torch.float64)
+
+
+def graded(m, n, decades, seed):
+    """A matrix whose singular values span so many decades."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (
+        torch.linalg.qr(torch.randn(size, min(m, n), generator=generator, dtype=torch.float64)).Q for size in (m, n)
+    )
+    return U @ torch.diag(torch.logspace(0, -decades, min(m, n), dtype=torch.float64)) @ V.T
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (32, 24), (24, 40)])
 def test_trailing_subspace_of_a_graded_covariance_is_accurate(shape):
     """Property 9: eigenvalues of C over six decades; the subspace against 60-digit arithmetic, angle below 1e-6."""
     m, n = shape
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(m, n, generator=generator, dtype=torch.float64)
-    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
-    C = Q @ torch.diag(torch.logspace(0, -6, n, dtype=torch.float64)) @ Q.T
-    C = (C + C.T) / 2
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    root = graded(n, n, 3, seed=1)
+    C = root @ root.T
     ours = factorize(W, C, 4, CordaInit(mode="kpm", damping=1e-9)).left
-    mpmath.mp.dps = 60
-    M = mpmath.matrix(W.tolist()) * mpmath.matrix(damped(C, 1e-9).tolist())
-    values, vectors = mpmath.eigsy(M * M.T)
-    order = sorted(range(m), key=lambda i: values[i])[m - min(m, n) :][:4]
-    exact = torch.tensor([[float(vectors[row, i]) for i in order] for row in range(m)], dtype=torch.float64)
+    exact = trailing(W, C, 1e-9)
     sines = torch.linalg.svdvals(ours - exact @ (exact.T @ ours))
     assert sines.max() < 1e-6
     fp32 = factorize(W, C, 4, CordaInit(mode="kpm", damping=1e-9, solver="lapack_svd", precision="fp32")).left
     assert torch.linalg.svdvals(fp32 - exact @ (exact.T @ fp32).to(fp32)).max() > 1e-6, "the published way is worse"
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (32, 24), (24, 40)])
+def test_trailing_subspace_of_an_ill_conditioned_weight_is_accurate(shape):
+    """Property 9: singular values of W over six decades, of which the Cholesky factor of W^T W keeps few digits."""
+    W, (_, C, _) = graded(*shape, 6, seed=2), problem(*shape)
+    ours = factorize(W, C, 4, CordaInit(mode="kpm"))
+    exact = trailing(W, C, 0.01)
+    assert (ours.solver, ours.null) == ("inverse", 0)
+    assert torch.linalg.svdvals(ours.left - exact @ (exact.T @ ours.left)).max() < 1e-8
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (128, 128), (160, 96)])

@@ -23,15 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from corda.config import CordaInit
-from corda.solvers import STRIP, CrossMoment, gram, matmul_precision, mirror
+from corda.solvers import STRIP, CrossMoment, matmul_precision, mirror
 from corda.targets import dequantises, layer_weight, linear, linear_targets, shape_of
 from tenfold import NonFiniteError, UserError, checkpoints
 from tenfold.distributed import all_reduce_sums, world_size
 
 CHUNK = 8192
 """Tokens of one fp32 product, before it is added to the fp64 sum."""
-SCIPY_PAYS = 5e9
-"""Multiplications of such a product from which on SciPy is worth leaving torch for."""
 METHOD = "corda.context"
 
 Batch = Mapping[str, Any] | Tensor
@@ -47,9 +45,9 @@ class TargetNotReachedError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What one call of a layer adds to its sums: ``factor`` times ``product``."""
+    """What one call of a layer adds to its sums: ``factor`` times the matrix of these ``_lower_strips``."""
 
-    product: Tensor
+    strips: Iterable[Tensor]
     factor: float
     tokens: int
     samples: int
@@ -72,7 +70,11 @@ class _Sum:
     def settle(self) -> None:
         """Add what is pending."""
         if self.pending is not None:
-            self.moment.add_(self.pending.product, alpha=self.pending.factor)
+            start = 0
+            for strip in self.pending.strips:
+                end = strip.shape[1]
+                self.moment[start:end, :end].add_(strip, alpha=self.pending.factor)
+                start = end
             self.tokens += self.pending.tokens
             self.samples += self.pending.samples
             self.pending = None
@@ -452,7 +454,8 @@ class Collector:
             found.tokens += tokens
             found.samples += samples
         else:
-            found.pending = _Call(*self._product(name, parts, x.device), tokens, samples)
+            strips, factor = self._product(name, parts)
+            found.pending = _Call(list(strips) if found.followers else strips, factor, tokens, samples)
             if not found.followers:
                 found.settle()
 
@@ -461,17 +464,27 @@ class Collector:
         shape = (0, 0) if self.dry else (m, n) if name in self.cross else (n, n)
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def _product(self, name: str, parts: Sequence[_Part], device: torch.device) -> tuple[Tensor, float]:
-        """The sum of factor x x^T, as a matrix, of which the lower triangle counts, and its factor."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
+    def _product(self, name: str, parts: Sequence[_Part]) -> tuple[Iterable[Tensor], float]:
+        """The sum of factor x x^T as ``_lower_strips``, and a factor of it; one part's products come as they are needed."""
+        if len(parts) == 1:
+            rows, factor = parts[0]
+            return self._finite_strips(name, rows), factor
+        total: list[Tensor] = []
         for rows, factor in parts:
-            product = _second_moment(rows)
-            self._check_finite(name, product.diagonal().sum())
-            if len(parts) == 1:
-                return product, factor
-            total = total if total.ndim else total.expand(product.shape).clone()
-            total.add_(product, alpha=factor)
+            strips = self._finite_strips(name, rows)
+            if not total:
+                total = [strip.double().mul_(factor) for strip in strips]
+                continue
+            for part, strip in zip(total, strips, strict=True):
+                part.add_(strip, alpha=factor)
         return total, 1.0
+
+    def _finite_strips(self, name: str, rows: Tensor) -> Iterator[Tensor]:
+        squares = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for strip in _lower_strips(rows):
+            squares += strip.diagonal(strip.shape[1] - strip.shape[0]).sum()
+            yield strip
+        self._check_finite(name, squares)
 
     def _add_cross(self, name: str, parts: Sequence[_Part]) -> None:
         """Add factor (W x) x^T and factor |x|^2.
@@ -578,15 +591,17 @@ def _cross_targets(targets: Mapping[str, nn.Module], init: CordaInit, reusable: 
     return {name for name, (parent, _, n) in shapes.items() if outputs[parent, n] < n}
 
 
-def _second_moment(rows: Tensor) -> Tensor:
-    """``rows``^T ``rows`` in at least fp32, of which at least the lower triangle is valid.
+def _lower_strips(rows: Tensor) -> Iterator[Tensor]:
+    """``rows``^T ``rows`` in at least fp32: strips of its rows, each from the first column to the end of its diagonal block.
 
-    SciPy does half of the work for it, but leaving torch in the middle of a forward pass costs some 20 ms, in which the
-    idle threads of the one library keep those of the other waiting.
+    They hold the lower triangle, for little more than half of the work; torch has no product that is known to be symmetric.
     """
-    with matmul_precision(tf32=_is_half(rows)):
-        rows = _at_least_single(rows)
-        return gram(rows.T) if rows.numel() * rows.shape[1] > SCIPY_PAYS else rows.T @ rows
+    half, rows = _is_half(rows), _at_least_single(rows)
+    for start in range(0, rows.shape[1], STRIP):
+        end = start + STRIP
+        with matmul_precision(tf32=half):
+            strip = rows[:, start:end].T @ rows[:, :end]
+        yield strip
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 METHOD = "corda.factors"
-TENSORS = ("A", "B", "left", "sigma")
+TENSORS = ("A", "left", "lengths", "sigma")
 """Of ``Factors``."""
 
 
@@ -301,7 +301,7 @@ def _exchanged(model: nn.Module, solved: Solved, owners: Mapping[str, int]) -> S
         module = model.get_submodule(name)
         device = next(itertools.chain(module.parameters(), module.buffers())).device
         tensors = {}
-        for part, shape in zip(TENSORS, ((r, n), (m, r), (m, r), (r,)), strict=True):
+        for part, shape in zip(TENSORS, ((r, n), (m, r), (r,), (r,)), strict=True):
             own = getattr(solved[name][0], part) if owner == rank() else torch.empty(shape, dtype=dtype, device=device)
             tensors[part] = own.contiguous()
             dist.broadcast(tensors[part], owner)

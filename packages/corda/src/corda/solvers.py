@@ -40,9 +40,10 @@ class Factors:
 
     Attributes:
         A: (r, n), fp32 (fp64 for fp64 weights).
-        B: (m, r), likewise.
-        left: (m, r) orthonormal: U, the adapted left singular vectors of M. The sign is fixed so that the entry of
-            largest magnitude of each is positive.
+        left: (m, r) orthonormal, likewise: U, the adapted left singular vectors of M. The sign is fixed so that the entry
+            of largest magnitude of each is positive.
+        lengths: (r,) of the columns of B = U diag(lengths), which is not kept beside U: the factors of all layers wait in
+            memory until the last one is solved.
         sigma: (r,) their singular values, in descending order; zero where ``power`` and damping make none.
         solver: ``randomized``, ``exact``, ``inverse`` (KPM) or ``lapack_svd``.
         precision: ``fp32`` or ``fp64``, that the solve was done in.
@@ -52,13 +53,18 @@ class Factors:
     """
 
     A: Tensor
-    B: Tensor
     left: Tensor
+    lengths: Tensor
     sigma: Tensor
     solver: str
     precision: str
     null: int = 0
     iterations: int = 0
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802
+        """(m, r), in memory of its own."""
+        return self.left * self.lengths
 
     @property
     def energy(self) -> float:
@@ -86,7 +92,11 @@ class CrossMoment:
             NonFiniteError: NaN or infinity.
         """
         mean = _positive_mean(self.trace / W.shape[1])
-        return _checked(self.product.to(W.device, dtype), "cross moment").add(W, alpha=damping * mean)
+        M = _checked(self.product.to(W.device, dtype, copy=True), "cross moment")
+        for start in range(0, len(M), STRIP):  # torch converts all of W to fp64 otherwise
+            rows = slice(start, start + STRIP)
+            M[rows].add_(W[rows], alpha=damping * mean)
+        return M
 
 
 class DampedCovariance:
@@ -236,11 +246,11 @@ def _solve(
         solver = "inverse"
         left, sigma, null = _inverse_trailing(W, context, init, rank, dtype)
     out = torch.float64 if W.dtype == torch.float64 else torch.float32
-    A, B, left, sigma = (part.to(out) for part in _assemble(W.to(dtype), left, sigma, init, scaling))
+    A, left, lengths, sigma = (part.to(out) for part in _assemble(W.to(dtype), left, sigma, init, scaling))
     precision = "fp64" if dtype == torch.float64 else "fp32"
-    for factor in (A, B):
+    for factor in (A, left, lengths):
         _checked(factor, f"solution of {solver} in {precision}")
-    return Factors(A, B, left, sigma, solver, precision, null, iterations)
+    return Factors(A, left, lengths, sigma, solver, precision, null, iterations)
 
 
 def _checked(matrix: Tensor, name: str) -> Tensor:
@@ -426,24 +436,44 @@ def _inverse_trailing(
 def _trailing_tall(
     W: Tensor, context: DampedCovariance | None, power: float, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """None when W^T W has no usable Cholesky factor."""
+    """None when W is rank-deficient in this precision.
+
+    L is the Cholesky factor of W^T W where this holds W well enough, else that of a QR decomposition, which takes longer.
+    """
+    for factor in (_gram_factor, _orthogonal_factor):
+        L = factor(W.to(dtype))
+        if L is None:
+            continue
+        values, Y = _leading_eigenpairs(_inverse_gram(L, context, power), rank)
+        left = _product(W.to(dtype), _solve_triangular(L, Y, transposed=True))
+        if (_product(left.T, left) - torch.eye(rank).to(left)).abs().max() <= 10 * torch.finfo(dtype).eps ** 0.5:
+            return _orthonormal(left), values.rsqrt()
+    return None
+
+
+def _gram_factor(W: Tensor) -> Tensor | None:
+    """Lower triangular L with L L^T = W^T W, from that product; None when rounding has left it indefinite."""
     try:
-        L = _cholesky(gram(W.to(dtype).T))
+        return _cholesky(gram(W.T))
     except np.linalg.LinAlgError:
         return None
+
+
+def _orthogonal_factor(W: Tensor) -> Tensor | None:
+    """The same from W = Q L^T; None when W is rank-deficient in its precision."""
+    R = _usable(_upper_factor(W))
+    return None if R is None else R.T
+
+
+def _inverse_gram(L: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
+    """S = Z Z^T, Z = L^-1 F^-T, of which the lower triangle is valid."""
     if context is None:
         Z = _inverse_triangular(L)
     elif power == 0.5:
         Z = _solve_triangular(L, _inverse_triangular(context.cholesky.to(L)).T)
     else:
         Z = _solve_triangular(L, context.inverse.to(L).T)
-    S = gram(Z)
-    del Z
-    values, Y = _leading_eigenpairs(S, rank)
-    left = _product(W.to(dtype), _solve_triangular(L, Y, transposed=True))
-    if (_product(left.T, left) - torch.eye(rank).to(left)).abs().max() > 10 * torch.finfo(dtype).eps ** 0.5:
-        return None
-    return _orthonormal(left), values.rsqrt()
+    return gram(Z)
 
 
 def _trailing_formed(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
@@ -475,7 +505,7 @@ def _usable(R: Tensor) -> Tensor | None:
 def _assemble(
     W: Tensor, left: Tensor, sigma: Tensor, init: CordaInit, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B, U and Sigma, components by descending sigma, signs fixed."""
+    """A, U, the lengths of B's columns and Sigma, components by descending sigma, signs fixed."""
     order = sigma.argsort(descending=True, stable=True)
     U, sigma = left[:, order].to(W), sigma[order].to(W)
     peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
@@ -485,8 +515,7 @@ def _assemble(
     dead = sigma == 0
     root = torch.where(dead, 1.0, split.sqrt())
     A = torch.where(dead[:, None], 0.0, T / root[:, None] / scaling**0.5)
-    B = torch.where(dead, 0.0, U * root / scaling**0.5)
-    return A, B, U, sigma
+    return A, U, torch.where(dead, 0.0, root / scaling**0.5), sigma
 
 
 # Dense algebra in fp64 on the CPU is SciPy's, elsewhere torch's: its OpenBLAS is two to five times as fast here as torch's
