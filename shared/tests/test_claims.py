@@ -55,6 +55,17 @@ def test_a_ratio_of_values_that_are_not_positive_is_not_decided(tmp_path):
     assert s.finish()["claims"][0]["holds"] is None
 
 
+@pytest.mark.parametrize(("level", "holds"), [("quick", None), ("default", True), ("full", None)])
+def test_two_seeds_show_the_direction_at_the_default_level_and_decide_nothing_at_the_full_one(tmp_path, level, holds):
+    s = study(tmp_path, level, seeds=[0, 1])
+    s.over_seeds(measure)
+    s.difference("d", "KD beats CE", ("kd", "top1"), ("ce", "top1"), required=">= 4", main=True)
+    s.ratio("r", "CE / KD", ("ce", "top1"), ("kd", "top1"), required="<= 0.9", main=True)
+    claims = s.finish()["claims"]
+    assert [claim["holds"] for claim in claims] == [holds] * 2
+    assert all(claim["method"].endswith("too few to decide") == (level == "full") for claim in claims)
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=20).filter(lambda v: np.std(v) > 1e-3))
 def test_mean_ci95_is_students(values):
     mean, ci95 = mean_ci95(values)

@@ -340,6 +340,22 @@ def test_cross_moments_equal_products_with_the_covariance(llama, padded, scale, 
         cov + cross
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("accumulate", ["cov", "cross"])
+def test_products_are_exact_under_autocast_and_whatever_becomes_of_the_layers_output(accumulate, autocast):
+    """A layer's own output may serve as W x; not when it is rounded, nor after what somebody's hook makes of it."""
+    model = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Linear(5, 2))
+    doubled = model[0].register_forward_hook(lambda layer, given, output: 2 * output)
+    x = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        stats = collect_context(model, [x], ["0"], CordaInit(accumulate=accumulate, scale="none"))
+    tokens = x.flatten(0, 1).double()
+    C = tokens.T @ tokens
+    expected = C if accumulate == "cov" else model[0].weight.detach().double() @ C
+    assert_same_as_reference(stats.moments["0"], expected, relative=1e-6)
+    assert list(model[0]._forward_hooks) == [doubled.id]
+
+
 def test_auto_takes_cross_moments_where_they_are_smaller_and_nobody_else_needs_more():
     x = [torch.randn(2, 5, 8)]
 

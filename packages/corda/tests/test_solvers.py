@@ -255,6 +255,16 @@ def test_randomised_components_are_exact_one_by_one(shape, kind):
             torch.testing.assert_close(factors.sigma.to(sigma), sigma, rtol=2e-3, atol=1e-5 * sigma[0].item())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_changes_nothing(mode):
+    W, C, _ = problem(160, 200)
+    plain = factorize(W.float(), C, 8, CordaInit(mode=mode))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = factorize(W.float(), C, 8, CordaInit(mode=mode))
+    assert torch.equal(cast.A, plain.A)
+    assert torch.equal(cast.B, plain.B)
+
+
 def test_the_randomised_solver_goes_on_until_the_energy_is_there():
     """Property 10: a flat spectrum, where every step finds a little more."""
     W, _, _ = problem(720, 768)

@@ -137,10 +137,13 @@ class Study:
     def difference(
         self, id: str, text: str, better: Measurement, worse: Measurement, *, required: str, main: bool = False
     ) -> None:
-        """Claim about the mean of ``better - worse``, paired by seed, with Student's t interval."""
+        """Claim about the mean of ``better - worse``, paired by seed, with Student's t interval.
+
+        At the level ``full`` fewer than three seeds, which give no interval, decide nothing; nor do they for ``ratio``.
+        """
         estimate, ci95 = mean_ci95(self.values(better) - self.values(worse))
         method = f"paired t over {len(self.seeds)} seeds" if ci95 else f"mean of {_plural(len(self.seeds), 'seed')}"
-        self.claim(id, text, "difference", estimate, ci95, method=method, required=required, main=main)
+        self._over_the_seeds(id, text, "difference", estimate, ci95, method, required, main)
 
     def ratio(
         self, id: str, text: str, top: Measurement, bottom: Measurement, *, required: str, main: bool = False
@@ -158,7 +161,23 @@ class Study:
         log, ci = mean_ci95(np.log(above / below))
         ci95 = (math.exp(ci[0]), math.exp(ci[1])) if ci else None
         method = f"geometric mean of {_plural(len(self.seeds), 'paired ratio')}" + (", t on logs" if ci else "")
-        self.claim(id, text, "ratio", math.exp(log), ci95, method=method, required=required, main=main)
+        self._over_the_seeds(id, text, "ratio", math.exp(log), ci95, method, required, main)
+
+    def _over_the_seeds(
+        self,
+        id: str,
+        text: str,
+        kind: Literal["difference", "ratio"],
+        estimate: float,
+        ci95: tuple[float, float] | None,
+        method: str,
+        required: str,
+        main: bool,
+    ) -> None:
+        if ci95 is None and self.level == "full":
+            self._append(id, text, kind, estimate, None, f"{method}; too few to decide", required, holds=None)
+        else:
+            self.claim(id, text, kind, estimate, ci95, method=method, required=required, main=main)
 
     def count(self, id: str, text: str, successes: int, total: int, *, required: str, main: bool = False) -> None:
         """Claim about how many of ``total`` cases succeeded."""

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from corda.config import CordaInit
-from corda.solvers import STRIP, CrossMoment, matmul_precision, mirror
+from corda.solvers import STRIP, CrossMoment, matmul_precision, mirror, products_are_full
 from corda.targets import dequantises, layer_weight, linear, linear_targets, shape_of
 from tenfold import NonFiniteError, UserError, checkpoints
 from tenfold.distributed import all_reduce_sums, world_size
@@ -330,6 +330,7 @@ class Collector:
         self.stops = stops
         self.dry = dry
         self.cross = _cross_targets(targets, init, reusable)
+        self.outputs = {name for name in self.cross if _gives_products(targets[name])}
         self.sums: dict[str, _Sum] = {}
         self.groups: dict[str, str] = {}
         self.mask: Tensor | None = None
@@ -345,8 +346,11 @@ class Collector:
 
         With ``model``, its passes also stop in front of the output head if all targets have been called by then.
         """
-        layers = self.targets.items()
+        layers = {name: layer for name, layer in self.targets.items() if name not in self.outputs}.items()
         hooks = [layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers]
+        for name in self.outputs:  # ahead of the user's own hooks, which may change the output
+            own = self._output_hook(name)
+            hooks.append(self.targets[name].register_forward_hook(own, with_kwargs=True, prepend=True))
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if isinstance(head, nn.Module) and head not in self.targets.values():
             hooks.append(head.register_forward_pre_hook(self._before_head))
@@ -363,10 +367,20 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             self._observe(name, arguments[0] if arguments else keywords["input"])
-            if self.may_stop and len(self._calls) == len(self.targets):
-                raise Stop
+            self._stop_if_due()
 
         return before
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def after(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+            self._observe(name, arguments[0] if arguments else keywords["input"], output)
+            self._stop_if_due()
+
+        return after
+
+    def _stop_if_due(self) -> None:
+        if self.may_stop and len(self._calls) == len(self.targets):
+            raise Stop
 
     def watch(self, model: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """A hook that takes number and mask of each forward pass of a model that somebody else runs."""
@@ -384,11 +398,11 @@ class Collector:
 
         return before
 
-    def _observe(self, name: str, x: Tensor) -> None:
+    def _observe(self, name: str, x: Tensor, output: Tensor | None = None) -> None:
         self._calls[name] += 1
         if name in self.cross:
             self.groups[name] = name
-            self._add(name, x)
+            self._add(name, x, output)
             return
         parent = name.rpartition(".")[0]
         same, version, leader = self._latest.get(parent, (lambda: None, -1, ""))
@@ -439,7 +453,7 @@ class Collector:
         self._latest.clear()
         self._calls.clear()
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, output: Tensor | None = None) -> None:
         if name not in self.sums:
             self.sums[name] = _Sum(self._zeros(name, x.device))
         else:
@@ -450,7 +464,7 @@ class Collector:
             return
         parts, tokens, samples = self._parts(name, x)
         if name in self.cross:
-            self._add_cross(name, parts)
+            self._add_cross(name, parts, output)
             found.tokens += tokens
             found.samples += samples
         else:
@@ -486,16 +500,17 @@ class Collector:
             yield strip
         self._check_finite(name, squares)
 
-    def _add_cross(self, name: str, parts: Sequence[_Part]) -> None:
-        """Add factor (W x) x^T and factor |x|^2.
-
-        The layer's own output would not do for W x: it is rounded to the layer's dtype, and has the bias in it.
-        """
+    def _add_cross(self, name: str, parts: Sequence[_Part], output: Tensor | None) -> None:
+        """Add factor (W x) x^T and factor |x|^2; W x is the layer's ``output`` if that is given and in full precision."""
         found, W = self.sums[name], layer_weight(self.targets[name], name)
-        for rows, factor in parts:
-            with matmul_precision(tf32=_is_half(rows) and _is_half(W)):
-                rows = _at_least_single(rows)
-                outputs = rows @ W.to(rows).T
+        given: Sequence[Tensor | None] = [None] * len(parts)
+        if output is not None and output.dtype == W.dtype and products_are_full():
+            given = _chunks(self._samples(name, output)[0])
+        for (rows, factor), outputs in zip(parts, given, strict=True):
+            if outputs is None:
+                with matmul_precision(tf32=_is_half(rows) and _is_half(W)):
+                    rows = _at_least_single(rows)
+                    outputs = rows @ W.to(rows).T
             squares = rows.norm(dim=1).double().square().sum()
             self._check_finite(name, squares)
             found.trace += factor * squares.item()
@@ -516,7 +531,7 @@ class Collector:
         """
         samples, count = self._samples(name, x)
         weighted = [(rows, self._factor(name, rows)) for rows in samples]
-        parts = [(rows[i : i + CHUNK], factor) for rows, factor in weighted for i in range(0, len(rows), CHUNK)]
+        parts = [(chunk, factor) for rows, factor in weighted for chunk in _chunks([rows])]
         return parts, sum(map(len, samples)), count
 
     def _factor(self, name: str, rows: Tensor) -> float:
@@ -589,6 +604,18 @@ def _cross_targets(targets: Mapping[str, nn.Module], init: CordaInit, reusable: 
     for parent, m, n in shapes.values():
         outputs[parent, n] += m
     return {name for name, (parent, _, n) in shapes.items() if outputs[parent, n] < n}
+
+
+def _gives_products(layer: nn.Module) -> bool:
+    """Whether a layer's own output may be W x, unrounded: in at least fp32, on a CPU, with no bias in it."""
+    if type(layer) is not nn.Linear:
+        return False
+    bias: Any = layer.bias
+    return bias is None and layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.float64)
+
+
+def _chunks(samples: Iterable[Tensor]) -> list[Tensor]:
+    return [rows[i : i + CHUNK] for rows in samples for i in range(0, len(rows), CHUNK)]
 
 
 def _lower_strips(rows: Tensor) -> Iterator[Tensor]:

@@ -524,10 +524,22 @@ def _assemble(
 
 @contextlib.contextmanager
 def matmul_precision(*, tf32: bool) -> Iterator[None]:
-    """Whether products of fp32 matrices may round their factors to TF32, whatever the user's own setting is.
+    """Whether products of fp32 matrices may round their factors to TF32, whatever the user's own settings and autocast are.
 
     It holds values of bf16 and fp16 exactly, those of fp32 to 1e-3.
     """
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", *([accelerator.type] if accelerator else [])}
+    with contextlib.ExitStack() as contexts:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                contexts.enter_context(torch.autocast(kind, enabled=False))
+        contexts.enter_context(_fp32_precision(tf32))
+        yield
+
+
+@contextlib.contextmanager
+def _fp32_precision(tf32: bool) -> Iterator[None]:
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -546,6 +558,14 @@ def matmul_precision(*, tf32: bool) -> Iterator[None]:
     finally:
         for backend, setting in zip(backends, settings, strict=True):
             backend.fp32_precision = setting
+
+
+def products_are_full() -> bool:
+    """Whether products of fp32 matrices on a CPU are left in fp32 by the user's setting."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    libraries: Any = torch.backends
+    return libraries.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 @contextlib.contextmanager

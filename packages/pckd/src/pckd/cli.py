@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pckd.training import Teacher, Trained
 
 
-def _study(run: Any, command: str, data: "Data", seeds: list[int], level: str = "full") -> Any:
+def _study(run: Any, command: str, data: "Data", seeds: list[int]) -> Any:
     from pckd import __version__
     from tenfold.claims import Study
 
@@ -32,7 +32,7 @@ def _study(run: Any, command: str, data: "Data", seeds: list[int], level: str = 
         "version": __version__,
         "command": command,
         "data": data.source,
-        "level": level,
+        "level": "full",
     }
     return Study(run, seeds=seeds, **head)
 
@@ -190,10 +190,7 @@ def _compare(settings: CompareSettings, invocation: Invocation) -> int:
         _save_student(run, trained, settings.teacher, data, "teacher/")
         teacher = as_teacher(trained.model, data)
     taught = predict(teacher.plain, data.test, teacher.statistics, tap=settings.teacher_tap)
-    few = len(settings.seeds) < 3
-    study = _study(run, "compare", data, settings.seeds, "quick" if few else "full")
-    if few:
-        study.note("Fewer than three seeds give no interval, so no difference is decided.")
+    study = _study(run, "compare", data, settings.seeds)
     accuracy = analysis.top_k(taught.logits, data.test.labels)
     study.note(f"The teacher, {settings.teacher}, has {accuracy:.2f} % of the test images right.")
 
