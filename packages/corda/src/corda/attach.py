@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from corda.config import CordaInit
 from corda.context import Data, collect_context
 from corda.factors import FactorSet, build_factors
+from corda.solvers import STRIP
 from corda.streaming import stream_factors
 from corda.targets import resolve_targets, writable_weight
 from tenfold import UserError
@@ -127,7 +128,10 @@ def apply_corda(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig")
             W, s = weights[name], layer.scaling[ADAPTER]
             A.copy_(factors.factors[name].A)
             B.copy_(factors.factors[name].B)
-            W.copy_(W.double() - s * (B.double() @ A.double()))
+            wide = A.double()
+            for start in range(0, len(W), STRIP):  # no copy of W in fp64
+                rows = slice(start, start + STRIP)
+                W[rows] = W[rows].double() - s * (B[rows].double() @ wide)
             if ADAPTER in layer.lora_magnitude_vector:  # peft has taken them of W, before it was rounded to W'
                 dora = layer.lora_magnitude_vector[ADAPTER]
                 stored = layer.get_base_layer().weight
