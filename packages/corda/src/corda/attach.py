@@ -128,10 +128,10 @@ def apply_corda(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig")
             W, s = weights[name], layer.scaling[ADAPTER]
             A.copy_(factors.factors[name].A)
             B.copy_(factors.factors[name].B)
-            wide = A.double()
+            A_double = A.double()
             for start in range(0, len(W), STRIP):  # no copy of W in fp64
                 rows = slice(start, start + STRIP)
-                W[rows] = W[rows].double() - s * (B[rows].double() @ wide)
+                W[rows] = W[rows].double() - s * (B[rows].double() @ A_double)
             if ADAPTER in layer.lora_magnitude_vector:  # peft has taken them of W, before it was rounded to W'
                 dora = layer.lora_magnitude_vector[ADAPTER]
                 stored = layer.get_base_layer().weight

@@ -331,6 +331,7 @@ class Collector:
         self.dry = dry
         self.cross = _cross_targets(targets, init, reusable)
         self.outputs = {name for name in self.cross if _gives_products(targets[name])}
+        """Layers of ``cross`` whose own output may serve as W x."""
         self.sums: dict[str, _Sum] = {}
         self.groups: dict[str, str] = {}
         self.mask: Tensor | None = None
@@ -346,11 +347,12 @@ class Collector:
 
         With ``model``, its passes also stop in front of the output head if all targets have been called by then.
         """
-        layers = {name: layer for name, layer in self.targets.items() if name not in self.outputs}.items()
-        hooks = [layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers]
-        for name in self.outputs:  # ahead of the user's own hooks, which may change the output
-            own = self._output_hook(name)
-            hooks.append(self.targets[name].register_forward_hook(own, with_kwargs=True, prepend=True))
+        hooks = []
+        for name, layer in self.targets.items():
+            if name in self.outputs:  # ahead of the user's own hooks, which may change the output
+                hooks.append(layer.register_forward_hook(self._output_hook(name), with_kwargs=True, prepend=True))
+            else:
+                hooks.append(layer.register_forward_pre_hook(self._input_hook(name), with_kwargs=True))
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if isinstance(head, nn.Module) and head not in self.targets.values():
             hooks.append(head.register_forward_pre_hook(self._before_head))
@@ -364,7 +366,7 @@ class Collector:
         if len(self._calls) == len(self.targets):
             raise Stop
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             self._observe(name, arguments[0] if arguments else keywords["input"])
             self._stop_if_due()
