@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tenfold.claims import Bound, interval
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def rows(bench: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def main(package: str, peers: dict[str, str], measure: Callable[[], Sequence[Comparison]]) -> int:
     """The command line of a benchmark script: ``python NAME.py --out FILE``; prints the table and writes the JSON."""
-    from tenfold.cli import table
+    from tenfold.terminal import table
 
     parser = argparse.ArgumentParser(description=f"benchmarks of {package} against {', '.join(peers)}")
     parser.add_argument("--out", required=True, metavar="FILE", help="where bench.json goes")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.errors import UserError, did_you_mean
-from tenfold.runs import plain, replacing
+from tenfold.files import replacing
+from tenfold.runs import plain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

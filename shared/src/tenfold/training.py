@@ -26,10 +26,11 @@ from types import FrameType
 from typing import Any
 
 from tenfold import distributed
-from tenfold.cli import track
+from tenfold.config import TrainerConfig
+from tenfold.devices import choose_device, choose_precision, seed_everything
 from tenfold.errors import MissingExtraError, NonFiniteError, UserError
 from tenfold.runs import Metrics, Run, plain
-from tenfold.trainer_config import TrainerConfig, choose_device, choose_precision, seed_everything
+from tenfold.terminal import track
 
 try:
     import lightning.pytorch as pl
@@ -42,17 +43,6 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-__all__ = [
-    "KeyedLoader",
-    "TrainerConfig",
-    "choose_device",
-    "choose_precision",
-    "fit",
-    "keyed_generator",
-    "keyed_randomness",
-    "seed_everything",
-]
 
 Batches = Sequence[Sequence[int]]
 
@@ -211,6 +201,7 @@ def fit(
     config: TrainerConfig,
     run: Run | None = None,
     *,
+    seed: int = 0,
     validate: Any = None,
     callbacks: Sequence[pl.Callback] = (),
     stage: str = "",
@@ -231,13 +222,14 @@ def fit(
     (plain tensors, numbers, strings, lists, dicts), since attributes are not saved and ``on_train_epoch_start`` is not
     called again when a run resumes within its epoch. Hyper-parameters are not in the checkpoint; ``config.yaml`` has
     them. On several devices the random states of rank 0 alone are saved, the others start from keyed ones: such runs
-    resume, not bit for bit. Manual optimization: a step here is a batch; ``max_steps`` counts calls of an optimizer.
+    resume, not bit for bit. Manual optimization: a step here is a batch; ``steps`` counts calls of an optimizer.
 
     Args:
         module: with its optimizers and schedulers from ``configure_optimizers``.
         train: a loader, or loaders of equal length by name, whose batches come together in a dict.
         config: settings.
         run: the run folder; None writes nothing.
+        seed: seed of what is drawn outside of the loaders, such as dropout.
         validate: a ``DataLoader`` or several, for ``validation_step``.
         callbacks: of Lightning.
         stage: name of this training when a run has several one after another; its files are then
@@ -249,7 +241,7 @@ def fit(
 
     Raises:
         NonFiniteError: the loss or a gradient is NaN or infinite; the message says at which step and where.
-        UserError: device or precision are not to be had, or the checkpoint cannot be read.
+        UserError: device or precision is not available, or the checkpoint cannot be read.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is whole.
     """
     device = choose_device(config.device)
@@ -257,15 +249,15 @@ def fit(
     loaders = [train] if isinstance(train, KeyedLoader) else list(train.values())
     if len({len(loader) for loader in loaders}) > 1:
         raise ValueError(f"loaders of {[len(loader) for loader in loaders]} batches: give them the same 'batches'")
-    keeper = _Keeper(config, run, loaders, stage, quiet)
+    keeper = _Keeper(config, run, loaders, stage, seed, quiet)
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device == "cuda" else device,
             devices=config.devices,
             strategy=config.strategy,
             precision=precision,
-            max_epochs=-1 if config.max_epochs is None else config.max_epochs,
-            max_steps=-1 if config.max_steps is None else config.max_steps,
+            max_epochs=-1 if config.epochs is None else config.epochs,
+            max_steps=-1 if config.steps is None else config.steps,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.clip_norm,
             log_every_n_steps=config.log_every,
@@ -287,7 +279,7 @@ def fit(
             raise ValueError(f"{checkpoint} exists: another training of this run needs another stage")
         if keeper.metrics is not None and run is not None and run.resumed and not resume and trainer.is_global_zero:
             keeper.metrics.cut_after(-1)  # killed before the first checkpoint
-        seed_everything(config.seed, device)
+        seed_everything(seed, device)
         loaders[0].between_steps = keeper.between_steps
         together = train if isinstance(train, KeyedLoader) else CombinedLoader(dict(train), mode="min_size")
         try:
@@ -380,9 +372,16 @@ class _Keeper(pl.Callback):
     """Counts steps, saves and restores, stops on Ctrl-C, watches for NaN, shows progress."""
 
     def __init__(
-        self, config: TrainerConfig, run: Run | None, loaders: Sequence[KeyedLoader], stage: str, quiet: bool
+        self,
+        config: TrainerConfig,
+        run: Run | None,
+        loaders: Sequence[KeyedLoader],
+        stage: str,
+        seed: int,
+        quiet: bool,
     ) -> None:
         self.config = config
+        self.seed = seed
         self.run = run
         self.loaders = loaders
         self.quiet = quiet
@@ -417,7 +416,7 @@ class _Keeper(pl.Callback):
         """Put back what Lightning does not, as late as this, since setting up draws numbers and clears metrics."""
         if self.restored is None:
             return
-        _restore_random_states(self.restored["random_states"], self.config.seed, self.step)
+        _restore_random_states(self.restored["random_states"], self.seed, self.step)
         trainer.callback_metrics.update(self.restored["callback_metrics"])
         trainer.fit_loop._restarting = False  # else ReduceLROnPlateau would sit out the rest of this epoch
         self.restored = None
