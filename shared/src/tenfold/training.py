@@ -8,7 +8,6 @@ of Lightning, so ``fit`` does its bookkeeping there.
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -43,47 +42,18 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tenfold.randomness import generator, key, keyed, seed_all
+
 __all__ = [
     "KeyedLoader",
     "TrainerConfig",
     "choose_device",
     "choose_precision",
     "fit",
-    "keyed_generator",
-    "keyed_randomness",
     "seed_everything",
 ]
 
 Batches = Sequence[Sequence[int]]
-
-
-def _key(*parts: int) -> int:
-    """63 bits that depend on every part, the same on each machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator whose numbers depend on ``key`` alone, by convention (seed, epoch, index)."""
-    return torch.Generator().manual_seed(_key(*key))
-
-
-def _seed_all(key: int) -> None:
-    random.seed(key)
-    np.random.seed(key % 2**32)
-    torch.default_generator.manual_seed(key)
-
-
-@contextlib.contextmanager
-def keyed_randomness(*key: int) -> Iterator[None]:
-    """Within the block, what Python, NumPy and torch draw on the CPU depends on ``key`` alone; then all is as before."""
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    _seed_all(_key(*key))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])
 
 
 class _KeyedDataset(Dataset[Any]):
@@ -95,10 +65,10 @@ class _KeyedDataset(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> list[Any]:
         items = []
-        with keyed_randomness():  # once a batch: taking and putting back states costs more than seeding
-            for key in keys:
-                _seed_all(_key(self.seed, *key))
-                items.append(self.dataset[key[1]])
+        with keyed():  # once a batch: taking and putting back states costs more than seeding
+            for parts in keys:
+                seed_all(key(self.seed, *parts))
+                items.append(self.dataset[parts[1]])
         return items
 
 
@@ -116,7 +86,7 @@ class _KeyedBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, start = self.epoch, self.start
-        batches = self.order(keyed_generator(self.seed, epoch))
+        batches = self.order(generator(self.seed, epoch))
         assert len(batches) == self.length, f"order gave {len(batches)} batches in epoch {epoch}, not {self.length}"
         drawn: Counter[int] = Counter()
         keyed = []
@@ -172,7 +142,7 @@ class KeyedLoader(DataLoader[Any]):
                 return rows
 
         else:
-            count = len(order(keyed_generator(seed, 0)))
+            count = len(order(generator(seed, 0)))
         self.keyed_batches = _KeyedBatches(order, count, seed)
         self.between_steps: Callable[[], None] = lambda: None
         super().__init__(
@@ -567,7 +537,7 @@ def _random_states() -> dict[str, Any]:
 
 def _restore_random_states(states: Mapping[str, Any], seed: int, step: int) -> None:
     if distributed.rank() > 0:
-        torch.manual_seed(_key(seed, step, distributed.rank()))
+        torch.manual_seed(key(seed, step, distributed.rank()))
         return
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
