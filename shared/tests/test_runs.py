@@ -252,6 +252,36 @@ def test_a_second_command_on_the_same_folder_is_refused_while_the_first_runs(tmp
     assert not list((tmp_path / "a").glob(".tenfold*"))
 
 
+def test_children_that_outlive_a_killed_command_do_not_keep_its_folder(tmp_path):
+    script = f"""
+        import os, signal, time
+        from tenfold.runs import Run
+        run = Run.open({str(tmp_path / "a")!r}, package="tenfold", verb="train", settings={{}})
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        print(child, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        child = int(first.stdout.readline())
+        try:
+            first.wait()
+            start(tmp_path / "a").finish()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_run_that_is_dropped_without_an_end_is_free_again(tmp_path):
+    run = start(tmp_path / "a")
+    with pytest.raises(UserError, match="another command is writing"):
+        start(tmp_path / "a", resume=True)
+    del run
+    start(tmp_path / "a", resume=True)
+
+
 def test_files_that_a_library_made_for_the_owner_alone_get_the_usual_mode(tmp_path):
     run = start(tmp_path / "a")
     with run.replacing("private.txt") as path:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +23,7 @@ from tenfold import NonFiniteError, UserError
 from tenfold.config import TrainerConfig
 from tenfold.devices import choose_device, choose_precision
 from tenfold.runs import Run
-from tenfold.training import KeyedLoader, fit, keyed_randomness
+from tenfold.training import KeyedLoader, fit
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_run
@@ -402,20 +401,6 @@ def test_an_own_order_decides_the_batches():
     )
     assert [batch.tolist() for batch in loader][:2] == [[0, 8], [3]]
     assert len(loader) == 3
-
-
-def test_keyed_randomness_covers_the_three_generators_and_puts_them_back():
-    def draw():
-        return random.random(), float(np.random.random()), float(torch.rand(()))
-
-    with keyed_randomness(1, 2, 3):
-        first = draw()
-    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with keyed_randomness(1, 2, 3):
-        assert draw() == first
-    with keyed_randomness(1, 23):
-        assert not set(draw()) & set(first)
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
 
 
 class Pairs(Quiet):

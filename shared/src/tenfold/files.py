@@ -93,42 +93,59 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 class Lock:
     """A lock on a file for as long as this process lives; the system takes it away from a process that is killed.
 
+    It is this process's alone: children that it forks (the workers of a loader) do not hold it, so they do not keep it
+    when their parent is killed and they live on for some seconds.
+
     Args:
         path: file of the lock, made when the lock is taken; its folder has to exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._descriptor: int | None = None
-        self._close: weakref.finalize[[int], Lock] | None = None
+        self._free: weakref.finalize[[int, tuple[int, int]], Lock] | None = None
 
     def acquire(self) -> bool:
         """Take the lock; False where another process, or another ``Lock`` of this one, has it."""
-        while self._descriptor is None:
+        while self._free is None:
+            if _identity(self.path) in _HELD:  # the system knows processes only; and to close the file would free it
+                return False
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             if not _lock(descriptor):
                 os.close(descriptor)
                 return False
-            if self._is(descriptor):
-                self._descriptor = descriptor
-                self._close = weakref.finalize(self, os.close, descriptor)  # a lock that nobody holds any more is free
+            status = os.fstat(descriptor)
+            identity = (status.st_dev, status.st_ino)
+            if _identity(self.path) == identity:
+                _HELD.add(identity)
+                self._free = weakref.finalize(self, _give_back, descriptor, identity)
             else:  # its last owner has removed it meanwhile
                 os.close(descriptor)
         return True
 
-    def _is(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-
     def release(self) -> None:
         """Give the lock back and remove its file; nothing where it was not taken."""
-        if self._close is not None:
+        if self._free is not None:
             with contextlib.suppress(PermissionError):  # Windows removes no file that is open: it stays, unlocked
                 self.path.unlink(missing_ok=True)
-            self._close()
-            self._descriptor = self._close = None
+            self._free()
+            self._free = None
+
+
+_HELD: set[tuple[int, int]] = set()
+"""Device and number of the files that this process has locked."""
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _give_back(descriptor: int, identity: tuple[int, int]) -> None:
+    _HELD.discard(identity)
+    os.close(descriptor)
 
 
 if sys.platform == "win32":
@@ -146,7 +163,7 @@ else:
 
     def _lock(descriptor: int) -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             return False
         return True

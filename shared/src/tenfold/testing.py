@@ -41,7 +41,7 @@ def assert_saved_and_loaded_equal(module: "nn.Module", fresh: "nn.Module", path:
 
     from tenfold import checkpoints
 
-    checkpoints.save(path, module.state_dict(), method="test", version="0", config={})
+    checkpoints.save(path, module.state_dict(), method="test", config={})
     checkpoints.load_into(fresh, path, method="test")
     module.eval()
     fresh.eval()

@@ -8,7 +8,6 @@ of Lightning, so ``fit`` does its bookkeeping there.
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -29,6 +28,7 @@ from tenfold import distributed
 from tenfold.config import TrainerConfig
 from tenfold.devices import choose_device, choose_precision, seed_everything
 from tenfold.errors import MissingExtraError, NonFiniteError, UserError
+from tenfold.randomness import generator, key, keyed, seed_all
 from tenfold.runs import Metrics, Run, plain
 from tenfold.terminal import track
 
@@ -47,35 +47,6 @@ from torch.utils.data import DataLoader, Dataset
 Batches = Sequence[Sequence[int]]
 
 
-def _key(*parts: int) -> int:
-    """63 bits that depend on every part, the same on each machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator whose numbers depend on ``key`` alone, by convention (seed, epoch, index)."""
-    return torch.Generator().manual_seed(_key(*key))
-
-
-def _seed_all(key: int) -> None:
-    random.seed(key)
-    np.random.seed(key % 2**32)
-    torch.default_generator.manual_seed(key)
-
-
-@contextlib.contextmanager
-def keyed_randomness(*key: int) -> Iterator[None]:
-    """Within the block, what Python, NumPy and torch draw on the CPU depends on ``key`` alone; then all is as before."""
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    _seed_all(_key(*key))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])
-
-
 class _KeyedDataset(Dataset[Any]):
     """``dataset[index]`` with keyed randomness, so that neither the worker nor the order of work matters."""
 
@@ -85,10 +56,10 @@ class _KeyedDataset(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> list[Any]:
         items = []
-        with keyed_randomness():  # once a batch: taking and putting back states costs more than seeding
-            for key in keys:
-                _seed_all(_key(self.seed, *key))
-                items.append(self.dataset[key[1]])
+        with keyed():  # once a batch: taking and putting back states costs more than seeding
+            for parts in keys:
+                seed_all(key(self.seed, *parts))
+                items.append(self.dataset[parts[1]])
         return items
 
 
@@ -106,7 +77,7 @@ class _KeyedBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, start = self.epoch, self.start
-        batches = self.order(keyed_generator(self.seed, epoch))
+        batches = self.order(generator(self.seed, epoch))
         assert len(batches) == self.length, f"order gave {len(batches)} batches in epoch {epoch}, not {self.length}"
         drawn: Counter[int] = Counter()
         keyed = []
@@ -162,7 +133,7 @@ class KeyedLoader(DataLoader[Any]):
                 return rows
 
         else:
-            count = len(order(keyed_generator(seed, 0)))
+            count = len(order(generator(seed, 0)))
         self.keyed_batches = _KeyedBatches(order, count, seed)
         self.between_steps: Callable[[], None] = lambda: None
         super().__init__(
@@ -566,7 +537,7 @@ def _random_states() -> dict[str, Any]:
 
 def _restore_random_states(states: Mapping[str, Any], seed: int, step: int) -> None:
     if distributed.rank() > 0:
-        torch.manual_seed(_key(seed, step, distributed.rank()))
+        torch.manual_seed(key(seed, step, distributed.rank()))
         return
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
