@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tenfold.datasets import needs
+from tenfold.errors import needs
 from tenfold.runs import replacing
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from tenfold.claims import claim_rows, interval, mean_ci95
-from tenfold.datasets import needs
-from tenfold.errors import UserError
+from tenfold.errors import UserError, needs
 from tenfold.runs import Run, replacing
 
 _LAST_STEPS = 5
