@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from tenfold import NonFiniteError, UserError
 from tenfold.config import TrainerConfig
 from tenfold.devices import choose_device, choose_precision
+from tenfold.loading import KeyedLoader
 from tenfold.runs import Run
-from tenfold.training import KeyedLoader, fit
+from tenfold.training import fit
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_run

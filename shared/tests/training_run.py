@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from tenfold import checkpoints
 from tenfold.config import TrainerConfig
 from tenfold.devices import seed_everything
+from tenfold.loading import KeyedLoader
 from tenfold.runs import Run
-from tenfold.training import KeyedLoader, fit
+from tenfold.training import fit
 
 
 class Points:
