@@ -271,7 +271,8 @@ def _transformers(
             if not path.is_dir():
                 raise UserError(f"{shown}: no such file or folder: {path}")
         source = str(path) if path.is_dir() else name
-        options: dict[str, Any] = {"ignore_mismatched_sizes": True, **head} if head else {}
+        options: dict[str, Any] = {"torch_dtype": "auto"}  # as the weights are stored; the default from version 5 on
+        options |= {"ignore_mismatched_sizes": True, **head} if head else {}
         with _one_line(shown):  # no code of a model's author is run, and none of its pickles
             model = factory.from_pretrained(source, trust_remote_code=False, weights_only=True, **options)
         theirs = getattr(model.config, "num_channels", in_chans)
