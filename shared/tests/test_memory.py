@@ -4,7 +4,7 @@ from torch import nn
 from tenfold.memory import MemoryProbe, tensors_in
 
 
-def test_the_probe_counts_storages_once_and_sees_them_go():
+def test_storages_count_once_and_no_longer_than_they_live():
     """Against sizes computed by hand."""
     a = torch.zeros(1000)
     with MemoryProbe(a) as probe:
@@ -19,7 +19,7 @@ def test_the_probe_counts_storages_once_and_sees_them_go():
     assert e.shape == (1000,)
 
 
-def test_the_probe_counts_what_backward_keeps():
+def test_what_backward_keeps_is_counted():
     x = torch.randn(100, requires_grad=True)
     with MemoryProbe(x) as probe:
         y = x.exp()  # keeps its result, 400

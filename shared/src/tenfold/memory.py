@@ -1,4 +1,4 @@
-"""What a piece of code needs at its peak: live tensor bytes, counted, and what the system says."""
+"""Memory that a piece of code needs at its peak: live tensor bytes, counted, and what the system says."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryProbe:
-    """Count the bytes of all tensors that are alive, and remember the most.
+    """Counts the bytes of all tensors that are alive, and remembers the most.
 
     ::
 
@@ -23,18 +23,21 @@ class MemoryProbe:
             step()
         probe.peak_bytes
 
-    Each storage counts once, however many tensors look at it; what operators use inside does not count. The count is the
-    same on each machine. Give what is there already (modules, optimizers, tensors, and lists or dicts of them), else it
-    counts what the block makes alone.
+    Each storage counts once, however many tensors share it; what operators use internally does not count. The count is the
+    same on each machine.
+
+    Args:
+        existing: what is there already: modules, optimizers, tensors, and lists or dicts of them. Without it, only what the
+            block makes is counted.
 
     Attributes:
         peak_bytes: most live bytes at one time.
         start_bytes: bytes of what was given.
-        saved_bytes: most bytes that autograd kept for backward at one time, without what was given.
+        saved_bytes: most bytes that autograd kept for the backward pass at one time, without what was given.
         rss_growth: growth of the process's resident memory at its peak; None where the system does not tell. glibc keeps
             freed blocks: start Python with MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=0 for numbers that mean
             something.
-        cuda_bytes: torch.cuda.max_memory_allocated; None without a GPU.
+        cuda_bytes: peak of CUDA's allocator (``torch.cuda.max_memory_allocated``); None without a GPU.
     """
 
     def __init__(self, *existing: Any) -> None:
@@ -73,7 +76,7 @@ class MemoryProbe:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes that are live now."""
+        """Live bytes now."""
         return self._now
 
     def _watch(self, tensor: Tensor) -> None:
@@ -155,7 +158,7 @@ def tensors_in(things: Any) -> Iterator[Tensor]:
 
 
 def _resident(field: str) -> int | None:
-    """Bytes of VmRSS (now) or VmHWM (peak) of this process, where there is a /proc."""
+    """VmRSS (now) or VmHWM (peak) of this process in bytes; None where there is no /proc."""
     status = Path("/proc/self/status")
     if not sys.platform.startswith("linux") or not status.exists():
         return None
