@@ -90,7 +90,7 @@ def measure(settings: CompareSettings, arm: Method, weights: str, run: Run | Non
 
 def decide(study: Study, arms: list[Method]) -> None:
     """Claim paired differences to the first arm and to kd; one holds where its whole interval is above 0."""
-    text = "{metric} of {arm} - {metric} of {reference} (percentage points)"
+    text = "top-1 of {arm} - top-1 of {reference} (percentage points)"
     study.against(arms[0], arms, "top1", text=text)
     if "kd" in arms[1:]:
         study.against("kd", arms[1:], "top1", text=text)
