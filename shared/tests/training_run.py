@@ -144,7 +144,7 @@ def train(path, setup, callbacks=(), fitted=lambda: None, resume=True):
     trainer = fit(module, loader, setup.config, run, validate=validate, callbacks=[Average(), *callbacks], quiet=True)
     fitted()
     weights = run.own("model.safetensors")
-    checkpoints.save(weights, module.state_dict(), method="tenfold.test", version="0", config=setup.config)
+    checkpoints.save(weights, module.state_dict(), method="tenfold.test", config=setup.config)
     run.finish()
     return trainer
 
