@@ -293,7 +293,7 @@ def test_baselines_are_weighted_as_published():
 
 
 def test_bad_batches_and_settings():
-    """As far as losses see it."""
+    """What the losses themselves refuse."""
     student, teacher = outputs(4), outputs(4, seed=1)
     loss = PCKDLoss(6, 6)
     good = torch.tensor([0, 1, 2, 3])
@@ -316,7 +316,7 @@ def test_bad_batches_and_settings():
     for changes in ({"T": 0}, {"tau": 0}, {"tau0": 0}, {"beta": -1}, {"align_hidden": "wide"}):
         with pytest.raises(UserError):
             PCKDConfig(**changes)
-    with pytest.raises(UserError, match="base must be at least 1"):
+    with pytest.raises(UserError, match="base: expected 1 or more, got 0.9"):
         Preview(base=0.9)
     with pytest.raises(UserError, match="the teacher has 7 classes, the student 5"):
         Distiller(small(), small(1, classes=7), example=IMAGES[:2])

@@ -230,14 +230,14 @@ class Study:
 
     def against(
         self,
-        reference: str,
-        arms: Iterable[str],
+        reference: Arm,
+        arms: Iterable[Arm],
         metric: str,
         *,
         text: str = "{metric} of {arm} - {metric} of {reference}",
         required: str = ">= 0",
         main: bool = True,
-        names: Mapping[str, str] | None = None,
+        names: Mapping[Arm, str] | None = None,
     ) -> None:
         """Claim one paired ``difference`` to a reference for each other arm, as ``ARM_over_REFERENCE``.
 
@@ -386,7 +386,7 @@ def _number(value: float) -> str:
 
 
 def arm_rows(
-    study: Study, arms: Iterable[str], metrics: Sequence[str], names: Mapping[str, str] | None = None
+    study: Study, arms: Iterable[Arm], metrics: Sequence[str], names: Mapping[Arm, str] | None = None
 ) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of a table of arms: the mean of each metric over the seeds with its interval; - where there is none.
 
