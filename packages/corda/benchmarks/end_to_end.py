@@ -13,7 +13,7 @@ from collections.abc import Callable
 import peft
 import torch
 from corda import CordaInit, apply_corda, build_factors, collect_context, get_corda_model
-from corda.attach import lora_layers
+from corda.adapters import lora_layers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import calib_cov_distribution, preprocess_corda

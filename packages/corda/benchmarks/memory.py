@@ -11,7 +11,7 @@ import sys
 
 import torch
 from corda import collect_context
-from corda.attach import lora_layers
+from corda.adapters import lora_layers
 from end_to_end import MODELS, PEERS, RANK, model_of, shape_of, whole, windows
 
 from tenfold import bench

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from corda import CordaInit, apply_corda, build_factors, collect_context, resolve_targets
-from corda.anchor import AnchoredLinear, apply_anchor, load_anchor
-from corda.attach import lora_layers
-from corda.factors import FactorSet
+from corda import CordaInit, FactorSet, apply_anchor, apply_corda, build_factors, collect_context, load_anchor
+from corda.adapters import lora_layers
+from corda.anchor import AnchoredLinear
+from corda.targets import resolve_targets
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save
 from torch import nn

@@ -2,20 +2,12 @@ import copy
 
 import pytest
 import torch
-from corda import (
-    AnchoredLinear,
-    CordaInit,
-    apply_corda,
-    build_factors,
-    collect_context,
-    get_corda_model,
-    output_energies,
-    resolve_targets,
-    save_initial,
-    to_lora,
-)
-from corda.attach import lora_layers, residual_state
-from corda.factors import output_energy
+from corda import CordaInit, apply_corda, build_factors, collect_context, get_corda_model, save_initial, to_lora
+from corda.adapters import lora_layers
+from corda.anchor import AnchoredLinear
+from corda.attach import residual_state
+from corda.factors import output_energies, output_energy
+from corda.targets import resolve_targets
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
-from corda import ContextStats, build_factors, load_anchor, resolve_targets, select_context, with_ranks
+from corda import ContextStats, build_factors, load_anchor
 from corda.cli import main
-from corda.comparison import at_equal_loss, mean_loss
-from corda.finetune import Trajectory
+from corda.commands._finetune import Trajectory
+from corda.commands.compare import at_equal_loss, mean_loss
+from corda.plus import select_context
+from corda.targets import resolve_targets, with_ranks
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 from corda import ContextStats, CordaInit, collect_context
+from corda.algebra import matmul_precision
 from corda.context import TargetNotReachedError
-from corda.solvers import matmul_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -120,7 +120,7 @@ def test_statistics_add_up(llama, batches):
 def test_chunks_equal_one_product(llama, batches, monkeypatch):
     """Property 10: chunked sums."""
     one = collect_context(llama.double(), batches, init=PLAIN)
-    monkeypatch.setattr("corda.context.CHUNK", 7)
+    monkeypatch.setattr("corda.sums.CHUNK", 7)
     many = collect_context(llama, batches, init=PLAIN)
     for name in one.targets:
         torch.testing.assert_close(one.covariance(name), many.covariance(name), rtol=1e-12, atol=1e-12)

@@ -3,10 +3,19 @@ import json
 
 import pytest
 import torch
-from corda import CordaInit, apply_corda, build_factors, collect_context, resolve_targets
-from corda.anchor import apply_anchor
-from corda.attach import lora_layers
-from corda.convert import InitReport, LayerStart, convert_adapter, to_lora, verify_init
+from corda import (
+    CordaInit,
+    apply_anchor,
+    apply_corda,
+    build_factors,
+    collect_context,
+    convert_adapter,
+    to_lora,
+    verify_init,
+)
+from corda.adapters import lora_layers
+from corda.targets import resolve_targets
+from corda.verify import InitReport, LayerStart
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn

@@ -9,8 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from corda.commands._models import load_model, load_tokenizer
 from corda.config import Calibration
-from corda.data import calibration_batches, load_model, load_tokenizer, on_model, read_texts
+from corda.data import calibration_batches, on_model
+from corda.records import read_texts
 from transformers import AutoTokenizer
 
 from tenfold import UserError
@@ -154,16 +156,15 @@ def test_malformed_lines_are_named(tmp_path, content, message):
         read_texts(f"jsonl:{tmp_path / 'a.jsonl'}", Calibration(chat_template="plain"))
 
 
-def test_malformed_records_are_skipped_counted_and_told_on_request(tmp_path, capsys):
+def test_malformed_records_are_skipped_counted_and_told_on_request(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": \n{"text": "\xe9"}\n{"txet": "b"}\n{"text": "c"}')
-    assert read_texts(f"jsonl:{tmp_path / 'a.jsonl'}", Calibration(skip_bad=True)) == ["a", "c"]
-    (told,) = capsys.readouterr().err.splitlines()
-    assert "skipped 3 records, kept 2" in told
-    assert "line 2: not JSON" in told
+    with pytest.warns(UserWarning, match="skipped 3 records, kept 2; the first skipped: .*line 2: not JSON"):
+        assert read_texts(f"jsonl:{tmp_path / 'a.jsonl'}", Calibration(skip_bad=True)) == ["a", "c"]
     (tmp_path / "a.json").write_text('[{"text": "a"}, 3]')
     with pytest.raises(UserError, match=r"a\.json, item 1: expected an object"):
         read_texts(f"json:{tmp_path / 'a.json'}")
-    assert read_texts(f"json:{tmp_path / 'a.json'}", Calibration(skip_bad=True)) == ["a"]
+    with pytest.warns(UserWarning, match="skipped 1 records, kept 1"):
+        assert read_texts(f"json:{tmp_path / 'a.json'}", Calibration(skip_bad=True)) == ["a"]
 
 
 def test_bad_sources(tmp_path):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from corda import demo
 from corda.cli import main
+from corda.commands import _small_llama, demo
+from corda.commands._finetune import Trajectory
 from corda.config import DemoSettings
-from corda.finetune import Trajectory
 from transformers import AutoTokenizer
 
 from tenfold import UserError
@@ -31,6 +31,7 @@ def few_measurements():
         patch.setitem(demo.CALIBRATION_WINDOWS, "quick", 16)
         patch.setitem(demo.TASK_STEPS, "quick", 2)
         patch.setattr(demo, "MEASURED_WINDOWS", 4)
+        patch.setattr("corda.commands._small_llama.MEASURED_WINDOWS", 4)
         patch.setattr(demo, "TASK_WINDOWS", 4)
         yield
 
@@ -38,7 +39,7 @@ def few_measurements():
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "first"
-    return folder, demo.run(SETTINGS, open_run(folder), quiet=True)
+    return folder, demo.demonstrate(SETTINGS, open_run(folder), quiet=True)
 
 
 def test_quick_level_measures_every_arm_and_decides_nothing(first):
@@ -60,7 +61,7 @@ def test_quick_level_measures_every_arm_and_decides_nothing(first):
 def test_another_seed_gives_other_facts_and_other_numbers(first):
     for arm in ("whole", "corda-text", "directions-text", "tuned-corda-kpm"):
         assert any(a != b for a, b in first[1]["arms"][arm].values())
-    assert demo.halves(16, 0) != demo.halves(16, 1)
+    assert _small_llama.halves(16, 0) != _small_llama.halves(16, 1)
 
 
 def test_an_interrupted_demo_resumes_to_the_numbers_of_an_unbroken_one_and_measures_no_seed_twice(
@@ -124,7 +125,7 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
     run = Run.open(tmp_path / "full", package="corda", verb="demo", settings=settings)
     for seed in range(5):
         run.write_json(f"results/seed-{seed}.json", results)
-    summary = demo.run(settings, run, quiet=True)
+    summary = demo.demonstrate(settings, run, quiet=True)
     assert summary["seeds"] == [0, 1, 2, 3, 4]
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"]}
     true = ("learned", "svd_facts", "svd_text", "asvd_facts", "asvd_text", "gain_kpm", "energy_ipm", "target")
@@ -143,7 +144,7 @@ def test_the_default_level_fine_tunes_with_one_rate_and_decides_the_main_claims(
     settings = DemoSettings()
     run = Run.open(tmp_path / "default", package="corda", verb="demo", settings=settings)
     run.write_json("results/seed-0.json", {**results, "values": values})
-    summary = demo.run(settings, run, quiet=True)
+    summary = demo.demonstrate(settings, run, quiet=True)
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"] if claim["id"].startswith(("kept", "steps"))}
     assert claims == {"kept_common": True, "steps_corda_ipm": None, "steps_ipm_balanced": None}
     assert "tuned-lora" not in summary["arms"]
@@ -154,7 +155,7 @@ def test_the_saved_model_goes_on_with_the_command_line(first, tmp_path, capsys):
     text = (folder / "text.txt").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     ids = tokenizer(text[:2000])["input_ids"]
-    assert ids == demo.encode(text[:2000]).tolist()
+    assert ids == _small_llama.encode(text[:2000]).tolist()
     assert tokenizer.decode(ids) == text[:2000]
     calibration = ["--calibration.pack", "128", "--calibration.windows", "4"]
     for source in (f"text:{folder}/text.txt", f"jsonl:{folder}/facts.jsonl"):
@@ -165,18 +166,18 @@ def test_the_saved_model_goes_on_with_the_command_line(first, tmp_path, capsys):
 
 
 def test_calibration_and_measurement_share_neither_facts_nor_paragraphs():
-    parts = demo.halves(192, 3)
+    parts = _small_llama.halves(192, 3)
     assert len(set(parts["calibration"]) | set(parts["measured"])) == 192
     assert len(parts["calibration"]) == len(parts["measured"]) == 96
     for kind in ("text", "code"):
-        paragraphs = [text.split("\n\n") for text in demo.texts(kind).values()]
+        paragraphs = [text.split("\n\n") for text in _small_llama.texts(kind).values()]
         assert not set(paragraphs[0]) & set(paragraphs[1])
         assert len(paragraphs[1]) > 100
 
 
 def test_losses_count_the_names_only(llama):
     facts = ["U+0416 -> CYRILLIC CAPITAL LETTER ZHE", "U+03C0 -> GREEK SMALL LETTER PI"]
-    vocabulary = len(demo.tokenizer())
+    vocabulary = len(_small_llama.tokenizer())
 
     class Oracle(torch.nn.Module):
         """Knows the next character with certainty, but for one of the second name; guesses code points and text."""
@@ -188,7 +189,7 @@ def test_losses_count_the_names_only(llama):
                 scores[1, 15] = 0
             return type("Output", (), {"logits": scores})
 
-    found = demo.losses(Oracle(), facts)
+    found = _small_llama.losses(Oracle(), facts)
     characters = sum(len(fact) - len("U+0416 -> ") + 1 for fact in facts)
     assert found["facts loss"] == pytest.approx(torch.tensor(float(vocabulary)).log().item() / characters, rel=1e-5)
     assert found["facts known"] == 50
@@ -213,11 +214,11 @@ def test_price_is_what_stands_at_the_target_and_on_the_way_there():
 
 
 def test_fact_windows_begin_with_a_whole_fact():
-    facts = demo.halves(16, 0)["measured"]
-    windows = demo.fact_windows(facts, 20, torch.Generator().manual_seed(0))
-    assert windows.shape == (20, demo.LENGTH)
+    facts = _small_llama.halves(16, 0)["measured"]
+    windows = _small_llama.fact_windows(facts, 20, torch.Generator().manual_seed(0))
+    assert windows.shape == (20, _small_llama.LENGTH)
     for row in windows:
-        assert any(demo.tokenizer().decode(row).startswith(f"\n{fact}\n") for fact in facts)
+        assert any(_small_llama.tokenizer().decode(row).startswith(f"\n{fact}\n") for fact in facts)
 
 
 def test_impossible_settings_are_refused():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from corda import CordaInit, apply_corda, build_factors, collect_context
-from corda.finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
+from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
 from peft import LoraConfig, get_peft_model
 
 from tenfold import NonFiniteError, UserError

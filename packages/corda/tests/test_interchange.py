@@ -4,10 +4,10 @@ import sys
 import peft.tuners.lora.corda as peft_corda
 import pytest
 import torch
-from corda import CordaInit, build_factors, collect_context
-from corda.attach import lora_layers
+from corda import CordaInit, build_factors, collect_context, preprocess_corda
+from corda.adapters import lora_layers
 from corda.context import TargetNotReachedError
-from corda.interchange import preprocess_corda, stats_from_peft, stats_to_peft
+from corda.interchange import stats_from_peft, stats_to_peft
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from torch import nn

@@ -12,17 +12,16 @@ from corda import (
     build_factors,
     collect_context,
     get_corda_model,
-    layer_spectra,
     load_anchor,
-    output_energies,
     preprocess_corda,
-    resolve_targets,
     to_lora,
     truncate_model,
     verify_init,
 )
-from corda.attach import lora_layers
-from corda.targets import UnsupportedLayerError, linear_targets, weight_of
+from corda.adapters import lora_layers
+from corda.factors import output_energies
+from corda.spectra import layer_spectra
+from corda.targets import UnsupportedLayerError, linear_targets, resolve_targets, weight_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig

@@ -3,22 +3,18 @@ import math
 import mpmath
 import pytest
 import torch
-from corda import DampedCovariance, apply_corda, build_factors, collect_context, factorize, resolve_targets
-from corda.attach import lora_layers
-from corda.config import CordaInit
+from corda import CordaInit, DampedCovariance, apply_corda, build_factors, collect_context, factorize
+from corda.adapters import lora_layers
 from corda.plus import (
     allocate_by_energy,
     allocate_ranks,
     allocate_uniform,
-    compactness,
-    component_energies,
-    layer_spectra,
     select_context,
     select_covariances,
-    spectrum,
     uniform_budget,
-    with_ranks,
 )
+from corda.spectra import compactness, component_energies, layer_spectra, spectrum
+from corda.targets import resolve_targets, with_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model

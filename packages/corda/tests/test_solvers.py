@@ -1,8 +1,9 @@
 import mpmath
 import pytest
 import torch
-from corda import CordaInit, CrossMoment, DampedCovariance, factorize
+from corda import CordaInit, DampedCovariance, factorize
 from corda.factors import output_energy
+from corda.moments import CrossMoment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -298,7 +299,7 @@ def test_the_functions_used_on_a_gpu_give_the_same(monkeypatch, shape, mode, pow
     W, C, _ = problem(*shape)
     init = CordaInit(mode=mode, power=power)
     expected = factorize(W, C, 3, init)
-    monkeypatch.setattr("corda.solvers._on_cpu", lambda matrix: False)
+    monkeypatch.setattr("corda.algebra.on_cpu", lambda matrix: False)
     found = factorize(W, C, 3, init)
     assert_same_as_reference(found.B @ found.A, expected.B @ expected.A, relative=1e-9)
     assert_same_as_reference(found.sigma, expected.sigma, relative=1e-9)
@@ -339,7 +340,7 @@ def test_a_cross_moment_gives_what_the_covariance_gives(monkeypatch, shape, init
     W, C, X = problem(*shape)
     before = cross(W, C)
     expected = factorize(W, C, 6, init)
-    monkeypatch.setattr("corda.solvers._on_cpu", lambda matrix: on_cpu)
+    monkeypatch.setattr("corda.algebra.on_cpu", lambda matrix: on_cpu)
     moment = cross(W, C)
     found = factorize(W, moment, 6, init)
     assert (found.solver, found.precision) == (expected.solver, expected.precision)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from corda import CordaInit, build_factors, collect_context, output_energies, stream_factors
+from corda import CordaInit, build_factors, collect_context, stream_factors
+from corda.factors import output_energies
 from corda.streaming import parse_bytes
 from peft import LoraConfig
 from torch import nn

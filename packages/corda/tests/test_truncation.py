@@ -1,6 +1,7 @@
 import pytest
 import torch
-from corda import collect_context, truncate, truncate_model
+from corda import collect_context, truncate_model
+from corda.truncation import truncate
 
 from tenfold import UserError
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from corda.attach import ADAPTER, PREFIX, lora_layers
+from corda.adapters import ADAPTER, PREFIX, lora_layers, read_folder
 from corda.factors import FactorSet
 from corda.targets import FLOATS, UnsupportedLayerError, is_quantised, resolve_targets, shape_of
 from tenfold import UserError
@@ -112,18 +112,7 @@ def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainabl
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    from peft import LoraConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    settings, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (settings, file):
-        if not path.is_file():
-            raise UserError(f"no {path.name} in {folder}; expected a folder that save_pretrained wrote")
-    try:
-        config: Any = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{settings} is no configuration of peft: {error}") from error
+    config, tensors = read_folder(folder)
     found = getattr(config, "init_lora_weights", None)
     if found == "corda":
         raise UserError(
@@ -132,10 +121,6 @@ def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         )
     if found != MARK:
         raise UserError(f"{folder} holds no anchored adapter; load it by PeftModel.from_pretrained")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
     return config, tensors
 
 

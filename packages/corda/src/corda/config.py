@@ -8,6 +8,8 @@ from tenfold import UserError
 from tenfold.errors import did_you_mean
 
 MODES = ("kpm", "ipm")
+Attach = Literal["residual", "anchor"]
+"""Where the adapter's start is taken off: from the base's weight, or beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +242,7 @@ class InitSettings(PlusSettings):
 
     data: str | None = None
     stats: list[str] | None = None
-    attach: Literal["residual", "anchor"] = "residual"
+    attach: Attach = "residual"
     residual: bool = True
     ranks: str | None = None
     candidates: int = 0

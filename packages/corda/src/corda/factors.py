@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from corda.algebra import STRIP
 from corda.config import CordaInit
 from corda.context import ContextStats, agreed
-from corda.solvers import STRIP, CrossMoment, DampedCovariance, Factors, factorize
+from corda.moments import CrossMoment, DampedCovariance
+from corda.solvers import Factors, factorize
 from corda.targets import Target, resolve_targets, shape_of, weight_of
 from tenfold import NonFiniteError, UserError, checkpoints
 from tenfold.distributed import rank, world_size

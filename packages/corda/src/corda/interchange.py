@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from corda.collecting import collect_context
 from corda.config import MODES, CordaInit
-from corda.context import ContextStats, collect_context, fingerprint
+from corda.context import ContextStats, fingerprint
 from corda.factors import FactorSet, build_factors
 from corda.targets import Target, resolve_targets, weight_of, writable_weight
 from tenfold import UserError

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda.attach import Attach
-from corda.config import CordaInit
-from corda.context import Data
+from corda.collecting import Data
+from corda.config import Attach, CordaInit
 from corda.start import Start
 from tenfold import UserError
 from tenfold.errors import MissingExtraError

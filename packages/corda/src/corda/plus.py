@@ -12,10 +12,8 @@ Symbols as in ``corda.solvers``: W (m, n), C (n, n), C_d = C + lambda I, M = W C
 the singular values of M.
 """
 
-import copy
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
@@ -26,8 +24,9 @@ from torch import Tensor, nn
 
 from corda.config import MODES, CordaInit
 from corda.context import ContextStats
-from corda.solvers import DampedCovariance
-from corda.targets import linear, resolve_targets, shape_of, weight_of
+from corda.moments import DampedCovariance
+from corda.spectra import as_damped, extreme_eigenvalues, pi_of, spectrum
+from corda.targets import check_same_layers, resolve_targets, weight_of
 from tenfold import NonFiniteError, UserError
 from tenfold.errors import did_you_mean
 
@@ -39,115 +38,6 @@ Per = Literal["layer", "group"]
 T = TypeVar("T")
 TIE = 1e-9
 """Selection scores that differ by no more than this, or this share, are a tie: eigenvalues of c I carry c's rounding."""
-
-
-def compactness(covariance: Tensor | DampedCovariance, out_features: int, damping: float = CordaInit.damping) -> float:
-    """pi(C) of a layer's input; lower is more compact. Experimental.
-
-        pi(C) = sqrt(d_out sigma_max) / sigma_min      of C_d / mean(diag C_d)
-
-    The paper's: the formula, from the bound |dY|_1 <= pi(C) sigma on how far outputs move when the component of singular
-    value sigma is dropped. Ours: C_d instead of C, since pi of a rank-deficient C is infinite, and its normalization to a
-    mean diagonal of 1. Unnormalized, pi(c C) = pi(C) / sqrt(c): with enough tokens log pi would turn negative, which
-    reverses every score that it multiplies. Normalized, sigma_max >= 1 >= sigma_min, so pi >= sqrt(d_out) >= 1 always.
-
-    Args:
-        covariance: C (n, n) undamped, or a ``DampedCovariance``, which brings its own damping.
-        out_features: d_out, rows of the weight.
-        damping: delta, relative to the mean of the diagonal; of a plain C.
-
-    Raises:
-        UserError: C is not square or has no positive diagonal.
-        NonFiniteError: NaN or infinity in C.
-
-    Source: arXiv 2506.13187, second-hand.
-    """
-    return _compactness(_extremes(_damped(covariance, damping)), out_features)
-
-
-def _damped(covariance: Tensor | DampedCovariance, damping: float) -> DampedCovariance:
-    return covariance if isinstance(covariance, DampedCovariance) else DampedCovariance(covariance, damping)
-
-
-def _extremes(context: DampedCovariance) -> tuple[float, float]:
-    """sigma_max and sigma_min of C_d / mean(diag C_d); what bounds them in exact arithmetic bounds them here."""
-    C_d = context.times(torch.eye(context.size, dtype=torch.float64))
-    mean = C_d.diagonal().mean().item()
-    values = torch.linalg.eigvalsh(C_d)
-    return max(values[-1].item() / mean, 1.0), min(max(values[0].item(), context.damping) / mean, 1.0)
-
-
-def _compactness(extremes: tuple[float, float], out_features: int) -> float:
-    largest, smallest = extremes
-    pi = math.sqrt(out_features * largest) / smallest
-    assert pi >= 1, "log pi < 0, in spite of the normalization"
-    return pi
-
-
-def spectrum(weight: Tensor, context: DampedCovariance | None, power: float = 1.0) -> Tensor:
-    """All singular values of M = W C_d^p, (k,) fp64, descending. Experimental.
-
-    By LAPACK's SVD of M without vectors. Measured against 60 digits (``mpmath``), with cond(C) from 1e3 to 1e12: the
-    relative error of the worst value, the smallest, stays below 0.1 eps cond(M), 2e-13 at cond(M) = 1e4 and 1e-10 at 8e6;
-    eigenvalues of the Gram matrix of M were off by 9e-10 and 3e-4. Eigenvalues of M's Gram matrix for the upper half and of
-    the inverse's for the lower half agree with the SVD to 2e-11 at cond(M) = 8e6, took 0.8 to 1.4 times its time (1536 x
-    512, 512 x 2048, 768 x 768; one thread), lose in the middle what the SVD loses at the end, and fail for a rank-deficient
-    weight: not worth a second way.
-
-    Args:
-        weight: W (m, n), any float dtype.
-        context: C_d of the layer's input; None with ``power=0``.
-        power: p: 1, 0.5 or 0.
-
-    Raises:
-        UserError: the covariance is missing or does not fit the weight, or another power.
-        NonFiniteError: NaN or infinity in the weight or the covariance.
-    """
-    M = _operator(weight, context, power)
-    return torch.linalg.svdvals(M if M.shape[0] >= M.shape[1] else M.T.contiguous())
-
-
-def _operator(weight: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
-    """W C_d^p in fp64; for p = 1/2, W times the Cholesky factor, which has the same singular values and left vectors."""
-    CordaInit(power=power)
-    if weight.ndim != 2:
-        raise UserError(f"a weight is a matrix, got shape {tuple(weight.shape)}")
-    W = weight.detach().double()
-    if not torch.isfinite(W.sum()):
-        raise NonFiniteError("the weight holds NaN or infinity")
-    if power == 0:
-        return W
-    if context is None:
-        raise UserError(f"power {power} needs a covariance")
-    if context.size != W.shape[1]:
-        raise UserError(f"a covariance of {context.size} inputs does not fit a weight of {W.shape[1]} inputs")
-    return context.after(W) if power == 1 else W @ context.cholesky.to(W)
-
-
-def component_energies(
-    weight: Tensor, covariance: Tensor, *, power: float = 1.0, damping: float = CordaInit.damping
-) -> Tensor:
-    """What each component adds to the layer's output energy, exactly: (k,) fp64, in the order of ``spectrum``.
-
-        e_i = |u_i u_i^T W X|_F^2 = u_i^T W C W^T u_i,      sum_i e_i = tr(W C W^T)
-
-    u_i is the i-th left singular vector of M; C is undamped. Ours, not of the paper, which orders components by a bound on
-    these. The order is that of sigma_i, so the energies need not descend.
-
-    Args:
-        weight: W (m, n).
-        covariance: C (n, n), undamped.
-        power: p in M.
-        damping: delta of C_d in M.
-
-    Raises:
-        UserError: shapes do not fit, another power, or C has no positive diagonal.
-        NonFiniteError: NaN or infinity in the weight or the covariance.
-    """
-    context = DampedCovariance(covariance, damping)
-    left = torch.linalg.svd(_operator(weight, context, power), full_matrices=False).U
-    parts_kn = left.T @ weight.detach().double()
-    return ((parts_kn @ covariance.to(parts_kn)) * parts_kn).sum(dim=1).clamp_min(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +97,8 @@ def select_covariances(
     if per == "group":
         if groups is None:
             raise UserError("choosing per group needs the groups")
-        _check_layers("weights", weights, "groups", groups)
-    _check_layers("weights", weights, "candidates", candidates)
+        check_same_layers("weights", weights, "groups", groups)
+    check_same_layers("weights", weights, "candidates", candidates)
     known: dict[int, tuple[DampedCovariance, tuple[float, float]]] = {}
     pis: dict[str, list[float]] = {}
     scores: dict[str, list[float]] = {}
@@ -219,15 +109,15 @@ def select_covariances(
         for candidate in candidates[name]:
             try:
                 if id(candidate) not in known:
-                    context = _damped(candidate, damping)
-                    known[id(candidate)] = context, _extremes(context)
+                    context = as_damped(candidate, damping)
+                    known[id(candidate)] = context, extreme_eigenvalues(context)
                 context, extremes = known[id(candidate)]
                 sigma = spectrum(weight, context, power)
                 if not sigma[0] > 0:
                     raise UserError("its weight is zero")
             except UserError as error:
                 raise type(error)(f"layer {name}: {error}") from error
-            pis[name].append(_compactness(extremes, weight.shape[0]))
+            pis[name].append(pi_of(extremes, weight.shape[0]))
             scores[name].append(math.log(pis[name][-1]) * (sigma.sum() / sigma[0]).item())
     indices = {}
     for name in weights:
@@ -330,54 +220,6 @@ def _merged(pool: Sequence[ContextStats], groups: Mapping[str, str], indices: Ma
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerSpectra:
-    """What ``allocate_ranks`` decides by, layer -> value. Experimental.
-
-    Attributes:
-        spectra: sigma (k,), descending.
-        compactness: pi.
-        shapes: (m, n).
-    """
-
-    spectra: dict[str, Tensor]
-    compactness: dict[str, float]
-    shapes: dict[str, tuple[int, int]]
-
-
-def layer_spectra(
-    model: nn.Module, stats: ContextStats, lora_config: "LoraConfig", init: CordaInit | None = None
-) -> LayerSpectra:
-    """Spectra, compactness and shapes of all layers that ``lora_config`` targets. Experimental.
-
-    Args:
-        model: the plain base model; stays untouched.
-        stats: of this model, as collected or as selected.
-        lora_config: its targets count, not its ranks.
-        init: ``power`` and ``damping`` are used; default ``CordaInit()``.
-
-    Raises:
-        UserError: statistics of another model, or a layer without statistics.
-        NonFiniteError: NaN or infinity, with the layer's name.
-    """
-    init = init or CordaInit()
-    stats.check_model(model)
-    targets = list(resolve_targets(model, lora_config))
-    spectra, pis, shapes = {}, {}, {}
-    for leader in dict.fromkeys([stats.group(name) for name in targets]):
-        context = DampedCovariance(stats.covariance(leader), init.damping)
-        extremes = _extremes(context)
-        for name in (name for name in targets if stats.groups[name] == leader):
-            weight = weight_of(model, name)
-            try:
-                spectra[name] = spectrum(weight, context, init.power)
-            except UserError as error:
-                raise type(error)(f"layer {name}: {error}") from error
-            pis[name] = _compactness(extremes, weight.shape[0])
-            shapes[name] = (weight.shape[0], weight.shape[1])
-    return LayerSpectra(_ordered(spectra, targets), _ordered(pis, targets), _ordered(shapes, targets))
-
-
 def _ordered(by_layer: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
     return {name: by_layer[name] for name in names}
 
@@ -457,7 +299,7 @@ def allocate_ranks(
 
     Source: arXiv 2506.13187, second-hand.
     """
-    _check_layers("spectra", spectra, "pis", pis)
+    check_same_layers("spectra", spectra, "pis", pis)
     values = _checked_components(spectra, shapes, "singular values")
     scores = []
     for (name, sigma), pi in zip(values.items(), (pis[name] for name in values), strict=True):
@@ -502,7 +344,7 @@ def _checked_components(
     """Values of the components of all layers, fp64 on the CPU."""
     if not components:
         raise UserError("no layer to give ranks to")
-    _check_layers(what, components, "shapes", shapes)
+    check_same_layers(what, components, "shapes", shapes)
     checked = {name: part.detach().to("cpu", torch.float64) for name, part in components.items()}
     for name, part in checked.items():
         if part.shape != (min(shapes[name]),):
@@ -550,41 +392,3 @@ def _allocate(
     filtered = 1 + layers[:taken].bincount(minlength=len(names))
     ranks = filtered if mode == "kpm" else sizes - filtered
     return dict(zip(names, ranks.tolist(), strict=True))
-
-
-def _check_layers(first: str, expected: Iterable[str], second: str, given: Iterable[str]) -> None:
-    """Raise ``UserError`` unless both hold the same layers."""
-    for here, names, there, others in ((first, expected, second, given), (second, given, first, expected)):
-        known = set(others)
-        lost = next((name for name in names if name not in known), None)
-        if lost is not None:
-            raise UserError(f"layer {lost} is in the {here} but not in the {there}: {did_you_mean(lost, known)}")
-
-
-def with_ranks(model: nn.Module, lora_config: "LoraConfig", ranks: Mapping[str, int]) -> "LoraConfig":
-    """A copy of ``lora_config`` that gives each layer its rank, at the scaling that it had.
-
-    ``rank_pattern`` and ``alpha_pattern`` are replaced. peft matches their keys as regular expressions against the end of a
-    layer's name; so each key is the full name, escaped, and held to its start by ``^`` (else ``fc`` would be found in
-    ``block.fc`` too).
-
-    Args:
-        model: the plain base model; stays untouched.
-        lora_config: targets, and by r, alpha and rsLoRA the scaling of each layer.
-        ranks: layer -> rank, for exactly the layers that it targets.
-
-    Raises:
-        UserError: other layers than the configuration targets, or a rank that a layer cannot have.
-    """
-    targets = resolve_targets(model, lora_config)
-    _check_layers("targets", targets, "ranks", ranks)
-    config = copy.deepcopy(lora_config)
-    config.rank_pattern, config.alpha_pattern = {}, {}
-    for name, target in targets.items():
-        rank, size = ranks[name], min(shape_of(linear(model, name), name))
-        if not 1 <= rank <= size:
-            raise UserError(f"layer {name}: rank {rank}, expected 1 to {size}")
-        key = f"^{re.escape(name)}"
-        config.rank_pattern[key] = rank
-        config.alpha_pattern[key] = target.scaling * (math.sqrt(rank) if config.use_rslora else rank)
-    return config

@@ -10,24 +10,33 @@ Shapes: W is (m, n) = (out, in) as in ``nn.Linear``; C is (n, n) over the layer'
 """
 
 import contextlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
+from corda.algebra import (
+    cholesky,
+    finite,
+    gram,
+    inverse_triangular,
+    leading_eigenpairs,
+    matmul_precision,
+    on_cpu,
+    orthonormal,
+    product,
+    scipy_alone,
+    solve_triangular,
+    upper_factor,
+)
 from corda.config import CordaInit
-from tenfold import NonFiniteError, UserError
+from corda.moments import Context, CrossMoment, DampedCovariance
+from tenfold import UserError
 
 BLOCK = 16
 """Columns that the randomised solver adds at a time are a multiple of this: matrix products are efficient from there on."""
-STRIP = 256
-"""Rows of a matrix that are worked on at a time where no second copy of all of it is to be made."""
 ENERGY_TOLERANCE = 1e-10
 """The randomised solver takes its last step when the captured energy has no more than this share left to gain,"""
 COMPONENT_TOLERANCE = 1e-7
@@ -70,106 +79,6 @@ class Factors:
     def energy(self) -> float:
         """|U^T M|_F^2 = sum of sigma^2, that the adapted components hold of |M|_F^2."""
         return self.sigma.double().square().sum().item()
-
-
-@dataclass(frozen=True)
-class CrossMoment:
-    """W C of one layer, in place of C: enough for power 1, since M = W C_d = W C + lambda W.
-
-    Attributes:
-        product: W C (m, n), undamped.
-        trace: tr C, so that lambda = delta * trace / n.
-    """
-
-    product: Tensor
-    trace: float
-
-    def damped(self, W: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
-        """M = W C + lambda W (m, n), in the dtype asked for.
-
-        Raises:
-            UserError: all inputs were zero.
-            NonFiniteError: NaN or infinity.
-        """
-        mean = _positive_mean(self.trace / W.shape[1])
-        M = _checked(self.product.to(W.device, dtype, copy=True), "cross moment")
-        for start in range(0, len(M), STRIP):  # torch converts all of W to fp64 otherwise
-            rows = slice(start, start + STRIP)
-            M[rows].add_(W[rows], alpha=damping * mean)
-        return M
-
-
-class DampedCovariance:
-    """C_d = C + damping * mean(diag C) I, with what several layers of one input share: its Cholesky factor and inverse.
-
-    Args:
-        covariance: (n, n) symmetric, positive semi-definite, undamped; kept, not copied.
-        damping: delta, relative to the mean of the diagonal (0.01 in the authors' code; fixed here, since without an
-            inverse in fp32 there is nothing that doubling it would repair: cond(C_d) <= 1 + n / delta).
-
-    Attributes:
-        damping: lambda = delta * mean(diag C).
-
-    Raises:
-        UserError: C has no positive diagonal (no token has reached the layer, or all inputs are zero).
-        NonFiniteError: C holds NaN or infinity (on its diagonal; off it, at first use).
-    """
-
-    def __init__(self, covariance: Tensor, damping: float) -> None:
-        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-            raise UserError(f"a covariance is square, got shape {tuple(covariance.shape)}")
-        self.damping = damping * _positive_mean(covariance.diagonal().double().mean().item())
-        self._covariance = covariance
-
-    @property
-    def size(self) -> int:
-        """n, the number of input features."""
-        return self._covariance.shape[0]
-
-    def times(self, matrix: Tensor) -> Tensor:
-        """C_d ``matrix``, in the dtype of the matrix."""
-        return _product(self._like(matrix), matrix).add_(matrix, alpha=self.damping)
-
-    def after(self, matrix: Tensor) -> Tensor:
-        """``matrix`` C_d, likewise."""
-        return self.times(matrix.T).T
-
-    def _like(self, matrix: Tensor) -> Tensor:
-        return (self._double if matrix.dtype == torch.float64 else self._single).to(matrix.device)
-
-    @cached_property
-    def _single(self) -> Tensor:
-        return _checked(self._covariance.float(), "covariance")
-
-    @cached_property
-    def _double(self) -> Tensor:
-        return _checked(self._covariance.double(), "covariance")
-
-    @cached_property
-    def cholesky(self) -> Tensor:
-        """Lower triangular L with C_d = L L^T, in fp64."""
-        return self._factor()
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        """C_d^-1 in fp64, from the Cholesky factor, whose memory it takes."""
-        return _inverse_from_cholesky(self._factor())
-
-    def _factor(self) -> Tensor:
-        damped = self._double.clone(memory_format=torch.contiguous_format)
-        damped.diagonal().add_(self.damping)
-        return _cholesky(damped)
-
-
-Context = DampedCovariance | CrossMoment | None
-
-
-def _positive_mean(mean: float) -> float:
-    if not math.isfinite(mean):
-        raise NonFiniteError("the covariance holds NaN or infinity")
-    if mean <= 0:
-        raise UserError("the covariance has no positive diagonal: all inputs were zero")
-    return mean
 
 
 def factorize(
@@ -222,8 +131,8 @@ def factorize(
         double = init.mode == "kpm" or weight.dtype == torch.float64
     else:
         double = init.precision == "fp64"
-    with matmul_precision(tf32=False), _scipy_alone() if double and _on_cpu(weight) else contextlib.nullcontext():
-        _checked(weight, "weight")
+    with matmul_precision(tf32=False), scipy_alone() if double and on_cpu(weight) else contextlib.nullcontext():
+        finite(weight, "weight")
         return _solve(weight, torch.float64 if double else torch.float32, context, rank, init, solver, scaling)
 
 
@@ -249,15 +158,8 @@ def _solve(
     A, left, lengths, sigma = (part.to(out) for part in _assemble(W.to(dtype), left, sigma, init, scaling))
     precision = "fp64" if dtype == torch.float64 else "fp32"
     for factor in (A, left, lengths):
-        _checked(factor, f"solution of {solver} in {precision}")
+        finite(factor, f"solution of {solver} in {precision}")
     return Factors(A, left, lengths, sigma, solver, precision, null, iterations)
-
-
-def _checked(matrix: Tensor, name: str) -> Tensor:
-    """``matrix``, if it holds no NaN and no infinity: either would reach its sum (which its values do not overflow)."""
-    if not torch.isfinite(matrix.sum(dtype=torch.float32 if matrix.element_size() < 4 else None)):
-        raise NonFiniteError(f"the {name} holds NaN or infinity")
-    return matrix
 
 
 def _context(covariance: Tensor | Context, init: CordaInit, m: int, n: int) -> Context:
@@ -286,7 +188,7 @@ def _root(block: Tensor, context: DampedCovariance | None, power: float, *, tran
         return block
     if power == 0.5:
         factor = context.cholesky.to(block)
-        return _product(factor.T if transposed else factor, block)
+        return product(factor.T if transposed else factor, block)
     return context.times(block)
 
 
@@ -300,7 +202,7 @@ def _operator(W: Tensor, context: Context, init: CordaInit, dtype: torch.dtype) 
     if isinstance(context, CrossMoment):
         return context.damped(W, init.damping, dtype)
     W = W.to(dtype)
-    return _product(W, context.cholesky.to(W)) if init.power == 0.5 else context.after(W)
+    return product(W, context.cholesky.to(W)) if init.power == 0.5 else context.after(W)
 
 
 def _width(rank: int) -> int:
@@ -333,31 +235,31 @@ def _randomized(W: Tensor, context: Context, init: CordaInit, rank: int) -> tupl
     forward, back = (transposed, times) if m <= n else (times, transposed)
     generator = torch.Generator().manual_seed(init.seed)
     sample = torch.randn(max(m, n), width, generator=generator, dtype=W.dtype).to(W.device)
-    basis = block = _orthonormal(back(sample))
+    basis = block = orthonormal(back(sample))
     images = torch.empty(max(m, n), 0, dtype=torch.float64, device=W.device)  # those of the basis under M^T, or M
-    gram = torch.empty(0, 0, dtype=torch.float64, device=W.device)
+    G = torch.empty(0, 0, dtype=torch.float64, device=W.device)
     history: list[Tensor] = []
     last = False
     while True:
         image = forward(block)
         images = torch.cat([images, image.double()], dim=1)
         strip = images.T @ images[:, -width:]
-        gram = torch.cat([torch.cat([gram, strip[:-width]], dim=1), strip.T])
+        G = torch.cat([torch.cat([G, strip[:-width]], dim=1), strip.T])
         if last:
             break
-        history.append(torch.linalg.eigvalsh(gram)[-rank:].flip(0).clamp_min(0))
+        history.append(torch.linalg.eigvalsh(G)[-rank:].flip(0).clamp_min(0))
         last = _settled(history, torch.finfo(W.dtype).eps)
-        if 2 * (len(gram) + width) > size:
+        if 2 * (len(G) + width) > size:
             return None
         after = back(image)
         for _ in range(2):  # once is not enough in fp32
             after = after - basis @ (basis.T @ after)
-        block = _orthonormal(after)
+        block = orthonormal(after)
         basis = torch.cat([basis, block], dim=1)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(G)
     vectors = vectors[:, -rank:].flip(1)
-    left = basis @ vectors.to(basis) if m <= n else _orthonormal(images @ vectors).to(W.dtype)
-    return left, values[-rank:].flip(0).clamp_min(0).sqrt(), len(gram) // width
+    left = basis @ vectors.to(basis) if m <= n else orthonormal(images @ vectors).to(W.dtype)
+    return left, values[-rank:].flip(0).clamp_min(0).sqrt(), len(G) // width
 
 
 def _settled(history: list[Tensor], eps: float) -> bool:
@@ -379,10 +281,10 @@ def _settled(history: list[Tensor], eps: float) -> bool:
 def _exact_leading(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors from the fp64 Gram matrix of the smaller side."""
     if M.shape[0] <= M.shape[1]:
-        values, left = _leading_eigenpairs(gram(M), rank)
+        values, left = leading_eigenpairs(gram(M), rank)
         return left, values.clamp_min(0).sqrt()
-    values, right = _leading_eigenpairs(gram(M.T), rank)
-    return _orthonormal(_product(M, right)), values.clamp_min(0).sqrt()
+    values, right = leading_eigenpairs(gram(M.T), rank)
+    return orthonormal(product(M, right)), values.clamp_min(0).sqrt()
 
 
 def _lapack_svd(M: Tensor, init: CordaInit, rank: int) -> tuple[Tensor, Tensor]:
@@ -424,7 +326,7 @@ def _inverse_trailing(
     sigma = torch.zeros(dead).to(W)
     if rank > dead:
         basis = torch.from_numpy(Q[:, :full]).to(W)
-        found = _trailing_wide(_product(basis.T, _operator(W, context, init, dtype)), rank - dead)
+        found = _trailing_wide(product(basis.T, _operator(W, context, init, dtype)), rank - dead)
         if not found:
             raise UserError(
                 f"a {m} x {n} layer is too ill-conditioned for mode kpm in this precision; use precision fp64"
@@ -444,55 +346,55 @@ def _trailing_tall(
         L = factor(W.to(dtype))
         if L is None:
             continue
-        values, Y = _leading_eigenpairs(_inverse_gram(L, context, power), rank)
-        left = _product(W.to(dtype), _solve_triangular(L, Y, transposed=True))
-        if (_product(left.T, left) - torch.eye(rank).to(left)).abs().max() <= 10 * torch.finfo(dtype).eps ** 0.5:
-            return _orthonormal(left), values.rsqrt()
+        values, Y = leading_eigenpairs(_inverse_gram(L, context, power), rank)
+        left = product(W.to(dtype), solve_triangular(L, Y, transposed=True))
+        if (product(left.T, left) - torch.eye(rank).to(left)).abs().max() <= 10 * torch.finfo(dtype).eps ** 0.5:
+            return orthonormal(left), values.rsqrt()
     return None
 
 
 def _gram_factor(W: Tensor) -> Tensor | None:
     """Lower triangular L with L L^T = W^T W, from that product; None when rounding has left it indefinite."""
     try:
-        return _cholesky(gram(W.T))
+        return cholesky(gram(W.T))
     except np.linalg.LinAlgError:
         return None
 
 
 def _orthogonal_factor(W: Tensor) -> Tensor | None:
     """The same from W = Q L^T; None when W is rank-deficient in its precision."""
-    R = _usable(_upper_factor(W))
+    R = _usable(upper_factor(W))
     return None if R is None else R.T
 
 
 def _inverse_gram(L: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
     """S = Z Z^T, Z = L^-1 F^-T, of which the lower triangle is valid."""
     if context is None:
-        Z = _inverse_triangular(L)
+        Z = inverse_triangular(L)
     elif power == 0.5:
-        Z = _solve_triangular(L, _inverse_triangular(context.cholesky.to(L)).T)
+        Z = solve_triangular(L, inverse_triangular(context.cholesky.to(L)).T)
     else:
-        Z = _solve_triangular(L, context.inverse.to(L).T)
+        Z = solve_triangular(L, context.inverse.to(L).T)
     return gram(Z)
 
 
 def _trailing_formed(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """Of a tall M; None when it is rank-deficient in this precision."""
-    R = _usable(_upper_factor(M))
+    R = _usable(upper_factor(M))
     if R is None:
         return None
-    inverse = _inverse_triangular(R.T)  # R^-T
-    values, Y = _leading_eigenpairs(gram(inverse), rank)
-    return _orthonormal(_product(M, _product(inverse.T, Y))), values.rsqrt()
+    inverse = inverse_triangular(R.T)  # R^-T
+    values, Y = leading_eigenpairs(gram(inverse), rank)
+    return orthonormal(product(M, product(inverse.T, Y))), values.rsqrt()
 
 
 def _trailing_wide(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """Of a wide M, which is overwritten; None when it is rank-deficient in this precision."""
-    R = _usable(_upper_factor(M.T, overwrite=True))
+    R = _usable(upper_factor(M.T, overwrite=True))
     del M
     if R is None:
         return None
-    values, left = _leading_eigenpairs(gram(_inverse_triangular(R.T).T), rank)
+    values, left = leading_eigenpairs(gram(inverse_triangular(R.T).T), rank)
     return left, values.rsqrt()
 
 
@@ -510,7 +412,7 @@ def _assemble(
     U, sigma = left[:, order].to(W), sigma[order].to(W)
     peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
     U = U * torch.where(peak < 0, -1.0, 1.0).to(U)
-    T = _product(U.T, W)  # (r, n) = U^T W
+    T = product(U.T, W)  # (r, n) = U^T W
     split = sigma if init.balance == "paper" else T.norm(dim=1)
     dead = sigma == 0
     root = torch.where(dead, 1.0, split.sqrt())
@@ -519,177 +421,3 @@ def _assemble(
 
 
 # Dense algebra in fp64 on the CPU is SciPy's, elsewhere torch's: its OpenBLAS is two to five times as fast here as torch's
-# MKL on an AMD processor, and it computes only the eigenvectors that are asked for.
-
-
-@contextlib.contextmanager
-def matmul_precision(*, tf32: bool) -> Iterator[None]:
-    """Whether products of fp32 matrices may round their factors to TF32, whatever the user's own settings and autocast are.
-
-    It holds values of bf16 and fp16 exactly, those of fp32 to 1e-3.
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = {"cpu", *([accelerator.type] if accelerator else [])}
-    with contextlib.ExitStack() as contexts:
-        for kind in kinds:
-            if torch.is_autocast_enabled(kind):
-                contexts.enter_context(torch.autocast(kind, enabled=False))
-        contexts.enter_context(_fp32_precision(tf32))
-        yield
-
-
-@contextlib.contextmanager
-def _fp32_precision(tf32: bool) -> Iterator[None]:
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    libraries: Any = torch.backends
-    backends = [libraries.cuda.matmul, libraries.mkldnn.matmul]
-    settings = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if tf32 else "ieee"
-        yield
-    finally:
-        for backend, setting in zip(backends, settings, strict=True):
-            backend.fp32_precision = setting
-
-
-def products_are_full() -> bool:
-    """Whether products of fp32 matrices on a CPU are left in fp32 by the user's setting."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-        return torch.get_float32_matmul_precision() == "highest"
-    libraries: Any = torch.backends
-    return libraries.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")
-
-
-@contextlib.contextmanager
-def _scipy_alone() -> Iterator[None]:
-    """Within, torch takes one thread and leaves the cores to SciPy.
-
-    Two libraries in turn hinder each other: the idle threads of the one spin for some ten milliseconds after its work,
-    while those of the other wait for a core. It took half as long again.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _on_cpu(matrix: Tensor) -> bool:
-    return matrix.device.type == "cpu"
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left`` ``right``."""
-    if not _on_cpu(left) or left.dtype != torch.float64:
-        return left @ right
-    pair = [_numpy(left), _numpy(right)]
-    turned = [not array.flags.f_contiguous for array in pair]  # such a one is handed over as its transpose, uncopied
-    a, b = (array.T if turn else array for array, turn in zip(pair, turned, strict=True))
-    return torch.from_numpy(scipy.linalg.blas.dgemm(1.0, a, b, trans_a=turned[0], trans_b=turned[1]))
-
-
-def _upper_factor(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
-    """R of a QR decomposition."""
-    if not _on_cpu(matrix):
-        return torch.linalg.qr(matrix, mode="r").R
-    a, size = _numpy(matrix), matrix.shape[1]
-    (geqrt,) = scipy.linalg.get_lapack_funcs(("geqrt",), (a,))  # recursive: twice as fast as geqrf of scipy.linalg.qr
-    packed, *_ = geqrt(min(64, size), a, overwrite_a=overwrite)
-    return torch.from_numpy(np.triu(packed[:size]))
-
-
-def gram(matrix: Tensor) -> Tensor:
-    """``matrix`` ``matrix``^T, of which at least the lower triangle is valid."""
-    if not _on_cpu(matrix):
-        return matrix @ matrix.T
-    (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=_numpy(matrix).dtype)
-    a = _numpy(matrix)
-    upper = syrk(1.0, a.T, trans=1) if a.flags.c_contiguous else syrk(1.0, a)  # either is in Fortran's order: no copy
-    return torch.from_numpy(upper.T)
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of a matrix whose lower triangle is valid, in its place; LinAlgError when it is indefinite."""
-    if not _on_cpu(matrix):
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if info.item():
-            raise np.linalg.LinAlgError("not positive definite")
-        return factor
-    # in Fortran's order the transpose is at hand, so its upper factor is what costs no copy
-    return torch.from_numpy(scipy.linalg.cholesky(_numpy(matrix).T, overwrite_a=True, check_finite=False).T)
-
-
-def _solve_triangular(lower: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
-    """L^-1 ``right``, or L^-T ``right``."""
-    if not _on_cpu(lower):
-        return torch.linalg.solve_triangular(lower.T if transposed else lower, right, upper=transposed)
-    trans = "T" if transposed else "N"
-    solved = scipy.linalg.solve_triangular(_numpy(lower), _numpy(right), lower=True, trans=trans, check_finite=False)
-    return torch.from_numpy(solved)
-
-
-def _inverse_triangular(lower: Tensor) -> Tensor:
-    """L^-1 of a lower triangular matrix."""
-    if not _on_cpu(lower):
-        return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-    (trtri,) = scipy.linalg.get_lapack_funcs(("trtri",), dtype=_numpy(lower).dtype)
-    upper = np.tril(_numpy(lower)).T  # a copy, in Fortran's order
-    inverse, info = trtri(upper, lower=0, overwrite_c=1)
-    assert info == 0, "a triangular factor with a zero on its diagonal"
-    return torch.from_numpy(inverse.T)
-
-
-def _inverse_from_cholesky(lower: Tensor) -> Tensor:
-    """(L L^T)^-1, in the place of L."""
-    if not _on_cpu(lower):
-        return torch.cholesky_inverse(lower)
-    (potri,) = scipy.linalg.get_lapack_funcs(("potri",), dtype=_numpy(lower).dtype)
-    inverse, info = potri(_numpy(lower).T, lower=0, overwrite_c=1)
-    assert info == 0, "a Cholesky factor with a zero on its diagonal"
-    found = torch.from_numpy(inverse.T)
-    mirror(found)
-    return found
-
-
-def mirror(matrix: Tensor) -> None:
-    """Copy the lower triangle to the upper one, in place."""
-    for start in range(0, len(matrix), STRIP):
-        end = start + STRIP
-        corner = matrix[start:end, start:end]
-        corner.copy_(corner.tril() + corner.tril(-1).T)
-        matrix[start:end, end:] = matrix[end:, start:end].T
-
-
-def _leading_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest eigenvalues, descending, and their eigenvectors, of a matrix with a valid lower triangle.
-
-    The matrix is overwritten.
-    """
-    if not _on_cpu(matrix):
-        values, vectors = torch.linalg.eigh(matrix)
-    else:
-        size = len(matrix)
-        chosen = [size - count, size - 1]
-        a = _numpy(matrix).T
-        pairs = scipy.linalg.eigh(
-            a, lower=False, subset_by_index=chosen, driver="evr", overwrite_a=True, check_finite=False
-        )
-        values, vectors = (torch.from_numpy(part) for part in pairs)
-    return values[-count:].flip(0), vectors[:, -count:].flip(1)
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix).Q
-
-
-def _numpy(matrix: Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
-    return matrix.detach().numpy()

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from corda.attach import ADAPTER, Attach, apply_corda, calibrated_factors, lora_layers
-from corda.config import CordaInit
-from corda.context import Data, fingerprint
+from corda.adapters import ADAPTER, lora_layers
+from corda.anchor import MARK, apply_anchor
+from corda.attach import apply_corda
+from corda.collecting import Data
+from corda.config import Attach, CordaInit
+from corda.context import fingerprint
 from corda.convert import to_lora
 from corda.factors import FactorSet
+from corda.one_call import calibrated_factors
 from tenfold import UserError
 from tenfold.errors import did_you_mean
 
@@ -48,8 +52,6 @@ def start_in_place(wrapped: "PeftModel", solve: Solve, attach: Attach, *, fresh:
     Raises:
         UserError: not a LoRA of peft, one that has been started otherwise, or weights that are sharded over ranks.
     """
-    from corda.anchor import MARK, apply_anchor
-
     _check(wrapped, fresh)
     config: Any = wrapped.peft_config[ADAPTER]
     kept = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}

@@ -9,33 +9,21 @@ That the stack is a mere chain of blocks is not taken for granted: the first bat
 
 import contextlib
 import functools
-import inspect
 import math
 import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from corda.blocks import Pass, Recorder, Stack, hidden_of, stacks_of
+from corda.collecting import Batch, Collector, Data, Stop, collect_context, forward, quiet_model
 from corda.config import CordaInit
-from corda.context import (
-    Batch,
-    Collector,
-    ContextStats,
-    Data,
-    Stop,
-    agreed,
-    collect_context,
-    fingerprint,
-    forward,
-    mask_of,
-    quiet_model,
-)
+from corda.context import ContextStats, agreed, fingerprint
 from corda.factors import FactorSet, Progress, Solved, build_factors, solve_layers
 from corda.targets import Target, linear, resolve_targets, shape_of
 from tenfold import UserError
@@ -124,184 +112,6 @@ def parse_bytes(size: str | int) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-@dataclass
-class _Stack:
-    """The blocks of one ``ModuleList``, and what an ordinary pass of the first batch has shown of them."""
-
-    name: str
-    blocks: list[nn.Module]
-    called: list[int] = field(default_factory=list)
-    lengths: dict[int, int] = field(default_factory=dict)
-    """Block -> length of the tuple that it returns; 0 for a tensor."""
-    last: object = None
-    """What the last block returned."""
-
-    def holds(self, target: str) -> bool:
-        return target.startswith(f"{self.name}.")
-
-    def of_block(self, index: int, names: Iterable[str]) -> list[str]:
-        prefix = f"{self.name}.{index}"
-        return [name for name in names if name == prefix or name.startswith(f"{prefix}.")]
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within, what the blocks return is noted."""
-
-        def after(index: int) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(block: nn.Module, given: Any, returned: Any) -> None:
-                self.called.append(index)
-                self.lengths[index] = len(returned) if isinstance(returned, tuple | list) else 0
-                self.last = returned
-
-            return hook
-
-        hooks = [block.register_forward_hook(after(index)) for index, block in enumerate(self.blocks)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _stacks(model: nn.Module, targets: Iterable[str]) -> list[_Stack]:
-    """The outermost module lists of at least two blocks that hold targets."""
-    found: list[_Stack] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(stack.holds(name) for stack in found):
-            stack = _Stack(name, list(module))
-            if any(stack.holds(target) for target in targets):
-                found.append(stack)
-    return found
-
-
-@dataclass
-class _Pass:
-    """One batch on its way through a stack: its hidden states, and what else each block gets."""
-
-    hidden: Tensor
-    mask: Tensor | None
-    calls: list["_Arguments"]
-
-    def through(self, index: int, block: nn.Module) -> Tensor:
-        """The hidden states after a block; those before it stay as they are."""
-        device = next((p.device for p in block.parameters()), self.hidden.device)
-        if device.type == "meta":  # offloaded: whoever brings the weights brings the inputs too
-            device = self.hidden.device
-        args, keywords = self.calls[index].around(self.hidden.to(device, copy=True), device)
-        return _hidden_of(block(*args, **keywords))
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """What a block was called with but for the hidden states, whose place is ``place``."""
-
-    args: tuple[Any, ...]
-    keywords: dict[str, Any]
-    place: str | None
-    """A keyword; None: the first argument."""
-
-    def around(self, hidden: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args = _mapped(self.args, lambda tensor: tensor.to(device))
-        keywords = _mapped(self.keywords, lambda tensor: tensor.to(device))
-        return (args, {self.place: hidden, **keywords}) if self.place is not None else ((hidden, *args), keywords)
-
-
-def _hidden_of(returned: Any) -> Tensor:
-    first = returned[0] if isinstance(returned, tuple | list) else returned
-    if not isinstance(first, Tensor):
-        raise TypeError(f"a block returns {type(returned).__name__}, not hidden states")
-    return first
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with its tensors changed, inside of tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        parts = [_mapped(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, dict):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    return value
-
-
-class _Recorder:
-    """Takes down what each block of a stack is called with, without running any.
-
-    For that, each block is the identity for a moment. Tensors go to the CPU, and those that are equal in two batches one
-    after another are kept once (as are position embeddings and masks of windows of one length).
-    """
-
-    def __init__(self, model: nn.Module, stack: _Stack) -> None:
-        self.model = model
-        self.stack = stack
-        self._latest: dict[int, list[Tensor]] = {}  # block -> its tensors in the previous batch
-
-    def record(self, batch: Batch) -> _Pass:
-        hidden: list[Tensor] = []
-        calls: list[_Arguments] = []
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def identity(index: int) -> Callable[..., Any]:
-            def called(*args: Any, **keywords: Any) -> Any:
-                place = None if args else _place(self.stack.blocks[index], keywords)
-                given = args[0] if place is None else keywords[place]
-                rest = args[1:], {key: value for key, value in keywords.items() if key != place}
-                before, latest = iter(self._latest.get(index, [])), []
-
-                def keep(tensor: Tensor) -> Tensor:
-                    previous = next(before, None)
-                    if id(tensor) not in seen:
-                        seen[id(tensor)] = tensor, _kept(tensor, previous)
-                    latest.append(seen[id(tensor)][1])
-                    return latest[-1]
-
-                others, named = _mapped(rest, keep)
-                calls.append(_Arguments(others, named, place))
-                self._latest[index] = latest
-                if index == 0:
-                    hidden.append(given.detach().to("cpu", copy=True))
-                if index == len(self.stack.blocks) - 1:
-                    raise Stop
-                length = self.stack.lengths.get(index, 0)
-                return (given, *[None] * (length - 1)) if length else given
-
-            return called
-
-        with _replaced_forwards(self.stack.blocks, identity):
-            forward(self.model, batch)
-        if len(calls) != len(self.stack.blocks):
-            raise UserError(f"a batch takes another way through {self.stack.name} than the first one")
-        return _Pass(hidden[0], mask_of(batch), calls)
-
-
-def _place(block: nn.Module, keywords: Mapping[str, Any]) -> str:
-    """The keyword that holds the hidden states: the first parameter of the block's ``forward``."""
-    return next(name for name in inspect.signature(type(block).forward).parameters if name in keywords)
-
-
-def _kept(tensor: Tensor, previous: Tensor | None) -> Tensor:
-    moved = tensor.detach().to("cpu")
-    if previous is not None and previous.dtype == moved.dtype and torch.equal(previous, moved):
-        return previous
-    return moved.clone() if tensor.device.type == "cpu" else moved
-
-
-@contextlib.contextmanager
-def _replaced_forwards(blocks: Sequence[Any], replacement: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    own = [vars(block).get("forward") for block in blocks]  # accelerate puts one on the object
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = replacement(index)
-        yield
-    finally:
-        for block, found in zip(blocks, own, strict=True):
-            if found is None:
-                del block.forward
-            else:
-                block.forward = found
-
-
 class _Job:
     """One call of ``stream_factors``."""
 
@@ -327,7 +137,7 @@ class _Job:
         self.dry = Collector(self.layers, init, reusable=False, dry=True)
 
     def run(self) -> Solved:
-        stacks = _stacks(self.model, self.targets) if isinstance(self.data, Iterable) else []
+        stacks = stacks_of(self.model, self.targets) if isinstance(self.data, Iterable) else []
         reasons, groups = _common(agreed(lambda: self._first_pass(stacks)), self.dry.groups)
         sizes = self._sizes(groups)
         solved: Solved = {}
@@ -341,7 +151,7 @@ class _Job:
             solved |= self._solve(share, lambda share=share: self._collected(share))  # type: ignore[misc]
         return solved
 
-    def _first_pass(self, stacks: Sequence[_Stack]) -> dict[str, str]:
+    def _first_pass(self, stacks: Sequence[Stack]) -> dict[str, str]:
         """See which layers share an input; the stacks that cannot be streamed, and why."""
         if not isinstance(self.data, Iterable):
             if self.budget is not None:
@@ -371,13 +181,13 @@ class _Job:
         finally:
             hook.remove()
 
-    def _why_not(self, stack: _Stack, batch: Batch) -> str:
+    def _why_not(self, stack: Stack, batch: Batch) -> str:
         """Why a stack cannot be streamed; empty if the first batch comes out as from the model."""
         if stack.called != list(range(len(stack.blocks))):
             return "its blocks are not called one after another, once each"
         try:
-            expected = _hidden_of(stack.last)
-            found = _Recorder(self.model, stack).record(batch)
+            expected = hidden_of(stack.last)
+            found = Recorder(self.model, stack).record(batch)
             for index, block in enumerate(stack.blocks):
                 found.hidden = found.through(index, block)
         except Exception as error:  # the model itself has just run without one
@@ -416,7 +226,7 @@ class _Job:
             room -= size
         return shares
 
-    def _stream(self, stack: _Stack, sizes: Mapping[str, tuple[str, int]]) -> Solved:
+    def _stream(self, stack: Stack, sizes: Mapping[str, tuple[str, int]]) -> Solved:
         """All batches through one block after another, as far as the last one that holds a target."""
         passes = agreed(lambda: self._recorded(stack))
         names = [stack.of_block(index, self.targets) for index in range(len(stack.blocks))]
@@ -430,13 +240,13 @@ class _Job:
                 solved |= self._solve(share, through)
         return solved
 
-    def _recorded(self, stack: _Stack) -> list[_Pass]:
+    def _recorded(self, stack: Stack) -> list[Pass]:
         assert isinstance(self.data, Iterable)
-        recorder = _Recorder(self.model, stack)
+        recorder = Recorder(self.model, stack)
         return [recorder.record(batch) for batch in self.data]
 
     def _through(
-        self, passes: Sequence[_Pass], index: int, block: nn.Module, names: Sequence[str], *, onward: bool
+        self, passes: Sequence[Pass], index: int, block: nn.Module, names: Sequence[str], *, onward: bool
     ) -> ContextStats:
         """The statistics of some layers of a block; ``onward``, the batches are behind it afterwards."""
         collector = Collector({name: self.layers[name] for name in names}, self.init, reusable=False, stops=not onward)

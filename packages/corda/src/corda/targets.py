@@ -6,8 +6,11 @@ it: transposed for transformers' ``Conv1D``, dequantised for a quantised layer.
 
 import copy
 import dataclasses
+import math
+import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +177,51 @@ def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Ta
     if not found:
         raise UserError(f"no layer of the model is targeted by {sorted(lora_config.target_modules or [])}")
     return found
+
+
+def with_ranks(model: nn.Module, lora_config: "LoraConfig", ranks: Mapping[str, int]) -> "LoraConfig":
+    """A copy of ``lora_config`` that gives each layer its rank, at the scaling that it had.
+
+    ``rank_pattern`` and ``alpha_pattern`` are replaced. peft matches their keys as regular expressions against the end of a
+    layer's name; so each key is the full name, escaped, and held to its start by ``^`` (else ``fc`` would be found in
+    ``block.fc`` too).
+
+    Args:
+        model: the plain base model; stays untouched.
+        lora_config: targets, and by r, alpha and rsLoRA the scaling of each layer.
+        ranks: layer -> rank, for exactly the layers that it targets.
+
+    Raises:
+        UserError: other layers than the configuration targets, or a rank that a layer cannot have.
+    """
+    targets = resolve_targets(model, lora_config)
+    check_same_layers("targets", targets, "ranks", ranks)
+    config = copy.deepcopy(lora_config)
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, target in targets.items():
+        rank, size = ranks[name], min(shape_of(linear(model, name), name))
+        if not 1 <= rank <= size:
+            raise UserError(f"layer {name}: rank {rank}, expected 1 to {size}")
+        key = f"^{re.escape(name)}"
+        config.rank_pattern[key] = rank
+        config.alpha_pattern[key] = target.scaling * (math.sqrt(rank) if config.use_rslora else rank)
+    return config
+
+
+def check_same_layers(first: str, expected: Iterable[str], second: str, given: Iterable[str]) -> None:
+    """Raise ``UserError`` unless both hold the same layers.
+
+    Args:
+        first: name of ``expected`` in the message.
+        expected: layers.
+        second: name of ``given``.
+        given: layers.
+    """
+    for here, names, there, others in ((first, expected, second, given), (second, given, first, expected)):
+        known = set(others)
+        lost = next((name for name in names if name not in known), None)
+        if lost is not None:
+            raise UserError(f"layer {lost} is in the {here} but not in the {there}: {did_you_mean(lost, known)}")
 
 
 class _StandIn(nn.Module):

@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from corda.attach import Attach
-from corda.config import CordaInit
-from corda.context import Data
+from corda.collecting import Data
+from corda.config import Attach, CordaInit
 from corda.start import Start
 from tenfold import UserError
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from corda.config import CordaInit
 from corda.context import ContextStats
-from corda.solvers import DampedCovariance
+from corda.moments import DampedCovariance
 from corda.targets import writable_weight
 from tenfold import UserError
 from tenfold.errors import did_you_mean

@@ -6,25 +6,30 @@ loss on validation text of what is to be learned, on a seed of its own; the text
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from corda.collecting import collect_context
+from corda.commands._calibrating import check_ranks, lora_config_of
+from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
+from corda.commands._models import load_model, load_tokenizer
 from corda.config import CompareSettings
-from corda.context import collect_context
-from corda.finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
+from corda.data import Batches, calibration_batches, on_model
+from corda.records import read_records
 from corda.targets import resolve_targets
 from tenfold import NonFiniteError
-from tenfold.claims import Study
-from tenfold.cli import track
+from tenfold.claims import Study, interval, mean_ci95
+from tenfold.cli import Invocation, show_claims, table, track
 from tenfold.runs import Run
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-Batches = list[dict[str, Tensor]]
 TUNING_SEED = 100
 
 
@@ -41,6 +46,27 @@ class Split:
     fit: Batches
     validate: Batches
     measure: Batches
+
+
+def run(settings: CompareSettings, invocation: Invocation) -> int:
+    """Compare; 1 with ``--strict`` if a claim does not hold."""
+    texts = [(settings.keep, settings.keep_text), (settings.learn, settings.learn_text)]
+    records = [read_records(source, how) for source, how in texts]
+    tokenizer = load_tokenizer(settings.model)
+    parts = [
+        calibration_batches(found, how, tokenizer, 4, disjoint=True)
+        for found, (_, how) in zip(records, texts, strict=True)
+    ]
+    model = load_model(settings.model, settings.device)
+    keep, learn = (
+        Split(*(list(on_model(batches, model)) for batches in (a + b, validate, measure)))
+        for a, b, validate, measure in parts
+    )
+    lora_config = lora_config_of(settings)
+    check_ranks(model, lora_config)
+    summary = compare(model, keep, learn, lora_config, settings, invocation.folder, quiet=invocation.quiet)
+    sys.stdout.write(table(*table_rows(summary)) + "\n\n")
+    return show_claims(summary, strict=invocation.strict)
 
 
 def compare(
@@ -70,8 +96,6 @@ def compare(
     Raises:
         NonFiniteError: an arm diverges with every learning rate.
     """
-    from corda import __version__
-
     targets = list(resolve_targets(model, lora_config))
     contexts = {ARMS[arm].context for arm in settings.arms}
     stats = {
@@ -116,7 +140,7 @@ def compare(
     data = f"the user's: learned {settings.learn}, kept {settings.keep}"
     head: dict[str, Any] = {
         "package": "corda",
-        "version": __version__,
+        "version": version("corda"),
         "command": "compare",
         "level": "full",
         "data": data,
@@ -213,8 +237,6 @@ def _padded(tensor: Tensor, batches: Batches) -> Tensor:
 
 def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of a table of the arms: mean over seeds and its 95 % interval."""
-    from tenfold.claims import interval, mean_ci95
-
     metrics = list(next(iter(summary["arms"].values())))
     rows = [
         [ARMS[arm].label, *(interval(*mean_ci95(values[metric])) for metric in metrics)]

@@ -16,41 +16,47 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
-from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from corda.collecting import collect_context
+from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
+from corda.commands._small_llama import (
+    DATA,
+    MEASURED_WINDOWS,
+    fact_windows,
+    halves,
+    held_out_loss,
+    losses,
+    text_windows,
+    texts,
+    tokenizer,
+    train,
+)
 from corda.config import CordaInit, DemoSettings
-from corda.context import ContextStats, collect_context
+from corda.context import ContextStats
 from corda.factors import output_energy
-from corda.finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
 from corda.solvers import factorize
 from corda.targets import linear_targets, weight_of
 from corda.truncation import truncate_model
-from tenfold import NonFiniteError, datasets
 from tenfold.claims import Study, interval, mean_ci95
-from tenfold.cli import track
+from tenfold.cli import Invocation, show_claims, track
 from tenfold.figures import Curve, Panel, line_chart
 from tenfold.report import write_report
 from tenfold.runs import Run
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
-DATA = f"real: {datasets.topics()}; {datasets.standard_library_code()}; facts from {datasets.unicode_names().source}"
-LENGTH = 128
-"""Characters (tokens) of a window."""
-ROWS = {"facts": 5, "text": 3}
-"""Windows of a training batch."""
 CALIBRATION_WINDOWS = {"quick": 64, "default": 128, "full": 256}
 """256 as in the paper."""
-MEASURED_WINDOWS = 48
 DROPS = {"quick": (50,), "default": (25, 50, 75), "full": (10, 25, 50, 75)}
 """Percent of the components of each layer."""
 STEPS = {"quick": 20, "default": 800, "full": 1200}
@@ -97,145 +103,6 @@ COMPARISONS = {
     "energy KPM / MiLoRA": (True, "KPM's directions carry less of unseen text's output energy than MiLoRA's"),
 }
 """Ratio -> whether the method promises it below 1 (else above), in words."""
-
-
-@cache
-def tokenizer() -> "PreTrainedTokenizerFast":
-    """One token a character: printable ASCII and the newline, <unk> for all else."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = ["<unk>", "\n", *map(chr, range(32, 127))]
-    characters = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))  # noqa: S106
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="<unk>", clean_up_tokenization_spaces=False)  # type: ignore[no-untyped-call]  # noqa: S106
-
-
-def encode(text: str) -> Tensor:
-    """Token ids (T,) of a text."""
-    return torch.tensor(tokenizer()(text)["input_ids"])
-
-
-@cache
-def texts(kind: str) -> dict[str, str]:
-    """Paragraphs of the documentation ("text") or of Python source ("code"), none twice, in two parts.
-
-    Nine tenths train and calibrate, the last tenth is measured.
-    """
-    source = {"text": datasets.topics, "code": datasets.standard_library_code}[kind]()
-    paragraphs = list(dict.fromkeys(source.text.split("\n\n")))
-    cut = len(paragraphs) * 9 // 10
-    return {"calibration": "\n\n".join(paragraphs[:cut]), "measured": "\n\n".join(paragraphs[cut:])}
-
-
-@cache
-def token_ids(kind: str) -> dict[str, Tensor]:
-    """The tokens (T,) of ``texts``."""
-    return {part: encode(text) for part, text in texts(kind).items()}
-
-
-def halves(facts: int, seed: int) -> dict[str, list[str]]:
-    """So many facts in two halves that the seed draws: "calibration" and "measured"; both are trained on."""
-    lines = datasets.unicode_names(count=facts).text.splitlines()
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = {"calibration": order[: len(lines) // 2], "measured": order[len(lines) // 2 :]}
-    return {part: [lines[i] for i in sorted(chosen)] for part, chosen in parts.items()}
-
-
-def fact_windows(facts: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
-    """Windows (count, LENGTH) of facts, one a line, in random order; each begins with a newline and a fact."""
-    windows = [""]
-    while len(windows) <= count:
-        for i in torch.randperm(len(facts), generator=generator).tolist():
-            windows[-1] += "\n" + facts[i]
-            if len(windows[-1]) >= LENGTH:
-                windows.append("")
-    return encode("".join(window[:LENGTH] for window in windows[:count])).view(count, LENGTH)
-
-
-def text_windows(kind: str, part: str, count: int, generator: torch.Generator) -> Tensor:
-    """Windows (count, LENGTH) of running text or code at random places."""
-    text = token_ids(kind)[part]
-    starts = torch.randint(len(text) - LENGTH, (count,), generator=generator)
-    return text[starts[:, None] + torch.arange(LENGTH)]
-
-
-def train(facts: dict[str, list[str]], seed: int, steps: int, *, quiet: bool = False) -> "LlamaForCausalLM":
-    """A Llama of 0.6 million parameters, trained from scratch on facts and text.
-
-    Raises:
-        NonFiniteError: the loss is NaN or infinite; the message gives the step.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-        initializer_range=0.08,  # about 1 / sqrt(128); the usual 0.02 is meant for wider models and learns later
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).train()
-    generator = torch.Generator().manual_seed(seed)
-    known = fact_windows(facts["calibration"] + facts["measured"], steps * ROWS["facts"], generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
-    )
-    batches = known.view(steps, ROWS["facts"], LENGTH)
-    for step, rows in enumerate(track(batches, f"seed {seed}: training a small Llama", steps, quiet=quiet)):
-        ids = torch.cat([rows, text_windows("text", "calibration", ROWS["text"], generator)])
-        loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"training the small Llama: the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy (nats a character) of the next token; targets (B, L) of -100 do not count."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-
-
-@torch.no_grad()
-def losses(model: nn.Module, facts: Sequence[str], windows: int | None = None) -> dict[str, float]:
-    """Loss (nats a character) of the facts' names, percentage of facts known, and loss of the held-out text.
-
-    A fact is known when each character of its name, and the newline after it, is the likeliest given those before.
-    """
-    targets = nn.utils.rnn.pad_sequence([encode(f"\n{line}\n") for line in facts], True, -100)
-    ids = targets.clamp_min(0)
-    for row, line in zip(targets, facts, strict=True):
-        row[: 1 + line.index("-> ") + 3] = -100  # the code point is given
-    logits = model(input_ids=ids, use_cache=False).logits
-    right = (logits[:, :-1].argmax(dim=2) == targets[:, 1:]) | (targets[:, 1:] == -100)
-    return {
-        "facts loss": token_loss(logits, targets).item(),
-        "facts known": 100 * right.all(dim=1).double().mean().item(),
-        "text loss": held_out_loss(model, "text", windows or MEASURED_WINDOWS),
-    }
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, kind: str, count: int) -> float:
-    """Loss (nats a character) of evenly spaced windows of the text or code that is neither trained on nor calibrated on."""
-    text = token_ids(kind)["measured"]
-    windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
-    windows = windows[:: len(windows) // count][:count]
-    return token_loss(model(input_ids=windows, use_cache=False).logits, windows).item()
 
 
 def contexts(
@@ -388,16 +255,21 @@ def price(trajectory: Trajectory, target: float) -> dict[str, float]:
     return found
 
 
-def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
+def run(settings: DemoSettings, invocation: Invocation) -> int:
+    """Show what the method does; 1 with ``--strict`` if a claim does not hold."""
+    sys.stdout.write(f"data: {DATA}\n")
+    sys.stdout.flush()
+    return show_claims(demonstrate(settings, invocation.folder, quiet=invocation.quiet), strict=invocation.strict)
+
+
+def demonstrate(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """Train, measure, decide; writes results, a figure, ``report.html``, the first model and the returned summary.
 
     Seeds that the run folder holds results of are not measured again.
     """
-    from corda import __version__
-
     seeds = settings.seeds or (list(range(5)) if settings.level == "full" else [0])
     steps = settings.steps or STEPS[settings.level]
-    head: dict[str, Any] = {"package": "corda", "version": __version__, "command": "demo", "data": DATA}
+    head: dict[str, Any] = {"package": "corda", "version": version("corda"), "command": "demo", "data": DATA}
     study = Study(run, level=settings.level, seeds=seeds, **head)
 
     def measure(seed: int) -> dict[str, dict[str, float]]:
