@@ -88,7 +88,7 @@ def error_rows(size: str) -> list[bench.Comparison]:
                 ci95=None,
                 required=">= 1",
                 holds=ratio >= 1,
-                equal="B of both, orthonormalised",
+                equal="B of both, orthonormalized",
             )
         )
     return rows

@@ -46,7 +46,7 @@ def parts(layer):
 
 
 class Int8Linear(nn.Linear):
-    """As quantised layers are: int8 values and a scale a row, made floating point only in the forward pass."""
+    """As quantized layers are: int8 values and a scale a row, made floating point only in the forward pass."""
 
     def __init__(self, plain):
         super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta")
@@ -55,11 +55,11 @@ class Int8Linear(nn.Linear):
         self.bias = plain.bias
         self.register_buffer("scale", scale)
 
-    def dequantised(self):
+    def dequantized(self):
         return self.weight * self.scale
 
     def forward(self, x):
-        return F.linear(x, self.dequantised().to(x.dtype), self.bias)
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -72,14 +72,14 @@ class PackedLinear(nn.Module):
         self.register_buffer("qweight", inner.weight.detach().T.contiguous())
         self.register_buffer("scale", inner.scale)
 
-    def dequantised(self):
+    def dequantized(self):
         return self.qweight.T * self.scale
 
     def forward(self, x):
-        return F.linear(x, self.dequantised().to(x.dtype))
+        return F.linear(x, self.dequantized().to(x.dtype))
 
 
-def quantised(model, kind):
+def quantized(model, kind):
     model = copy.deepcopy(model)
     for block in model.model.layers:
         for owner in (block.self_attn, block.mlp):
@@ -265,7 +265,7 @@ def test_a_quantised_base_starts_bit_for_bit_and_trains(llama, batches, kind):
     """Property 14: int8 weights stay as they are; only the merge is refused."""
     config = configuration()
     factors = factors_of(llama, batches, config)
-    base = quantised(llama, kind)
+    base = quantized(llama, kind)
     wrapped = apply_anchor(copy.deepcopy(base), factors, config)
     assert torch.equal(logits(wrapped, batches), logits(base, batches))
     sgd(wrapped, batches)
@@ -275,10 +275,10 @@ def test_a_quantised_base_starts_bit_for_bit_and_trains(llama, batches, kind):
         assert all(torch.equal(stored[key], value) for key, value in base.get_submodule(name).state_dict().items())
         D_A, D_B = (part.weight.detach() for part in parts(layer))
         A0, B0 = factors.factors[name].A, factors.factors[name].B
-        W = base.get_submodule(name).dequantised() + 2.0 * ((B0 + D_B) @ (A0 + D_A) - B0 @ A0)
+        W = base.get_submodule(name).dequantized() + 2.0 * ((B0 + D_B) @ (A0 + D_A) - B0 @ A0)
         x = torch.randn(5, W.shape[1])
         torch.testing.assert_close(layer(x), x @ W.T, rtol=1e-4, atol=1e-5)
-    with pytest.raises(TypeError, match=f"cannot merge into the quantised weight of a {kind.__name__}"):
+    with pytest.raises(TypeError, match=f"cannot merge into the quantized weight of a {kind.__name__}"):
         wrapped.merge_and_unload()
 
 

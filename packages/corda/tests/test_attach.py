@@ -217,7 +217,7 @@ def test_power_zero_needs_no_data(llama):
 
 
 def test_bad_layers_and_models(llama, batches):
-    """Property 23: rank above a layer's size, applied twice, quantised, tied, other statistics."""
+    """Property 23: rank above a layer's size, applied twice, quantized, tied, other statistics."""
     stats = collect_context(llama, batches)
     with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj: rank 17 of a 16 x 32 layer"):
         build_factors(llama, stats, configuration(r=17, target_modules=["k_proj"]))

@@ -136,7 +136,7 @@ def test_embedded_texts():
         ),
         (b'{"text": 3}', r"a\.jsonl, line 1, field text: expected text, found int"),
         (b"[1]", r"a\.jsonl, line 1: expected an object with named fields, found list"),
-        (b'{"text": "caf\xe9"}', r"a\.jsonl, line 1: not UTF-8 at byte 13"),
+        (b'{"text": "abc\xe9"}', r"a\.jsonl, line 1: not UTF-8 at byte 13"),
         (b'{"input_ids": [1, -2]}', r"line 1, field input_ids: expected a list of token numbers"),
         (b'{"input_ids": [1], "attention_mask": []}', r"field attention_mask: expected one entry for each of 1 token"),
         (b'{"text": "a"}\n{"input_ids": [1]}', r"line 2: input_ids, where the records before hold text"),
@@ -146,7 +146,7 @@ def test_embedded_texts():
             r"field messages, turn 0: unknown role 'usr': did you mean",
         ),
         (b'{"conversations": [{"from": "gpt"}]}', r"field conversations, turn 0: expected text, found NoneType"),
-        (b'{"conversation": [{"robot": "a"}]}', r"field conversation, turn 0: nobody of system, human"),
+        (b'{"conversation": [{"robot": "a"}]}', r"field conversation, turn 0: expected one of system, human"),
         (b"\n\n", "no text in it"),
     ],
 )
@@ -168,7 +168,7 @@ def test_malformed_records_are_skipped_counted_and_told_on_request(tmp_path):
 
 
 def test_bad_sources(tmp_path):
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "latin").write_bytes(b"abc\xe9")
     (tmp_path / "lines").write_text("{}\n{}")
     (tmp_path / "empty").mkdir()
     table = pyarrow.table({"text": ["a", "b"]})

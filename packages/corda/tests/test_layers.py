@@ -1,4 +1,4 @@
-"""Layers that are no ``nn.Linear`` in floating point: transformers' Conv1D, and quantised ones, real and simulated."""
+"""Layers that are no ``nn.Linear`` in floating point: transformers' Conv1D, and quantized ones, real and simulated."""
 
 import copy
 import inspect
@@ -182,7 +182,7 @@ def test_pefts_own_start_takes_the_eigens_of_conv1d(gpt, batches):
     torch.testing.assert_close(logits(wrapped, batches), logits(base, batches), rtol=0, atol=1e-5)
 
 
-# Quantised layers
+# Quantized layers
 
 
 def int8(weight):
@@ -201,7 +201,7 @@ class Packed(nn.Module):
         self.register_buffer("scale", scale)
 
     def __deepcopy__(self, memo):
-        raise AssertionError("a quantised layer's memory was copied")
+        raise AssertionError("a quantized layer's memory was copied")
 
     def dequantize(self):
         return self.W_q.T * self.scale
@@ -281,42 +281,42 @@ def torchao8(plain):
 
 
 KINDS = [Packed, of_tensor, bitsandbytes4, bitsandbytes8, torchao8]
-QUANTISED = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"])
+QUANTIZED = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_of_a_quantised_model_are_those_of_its_dequantised_weights(llama, batches, kind):
-    quantised = replaced(llama, nn.Linear, kind)
-    names = linear_targets(quantised)
+    quantized = replaced(llama, nn.Linear, kind)
+    names = linear_targets(quantized)
     assert names == linear_targets(llama)
     assert "lm_head" not in names
-    before = logits(quantised, batches)
-    stats = collect_context(quantised, batches)
-    factors = build_factors(quantised, stats, QUANTISED, CordaInit(mode="ipm"))
-    assert torch.equal(logits(quantised, batches), before)
+    before = logits(quantized, batches)
+    stats = collect_context(quantized, batches)
+    factors = build_factors(quantized, stats, QUANTIZED, CordaInit(mode="ipm"))
+    assert torch.equal(logits(quantized, batches), before)
     twin = copy.deepcopy(llama)
     for name in names:
-        W = weight_of(quantised, name)
+        W = weight_of(quantized, name)
         assert 0 < (W - weight_of(llama, name)).norm() < 0.15 * W.norm()
         twin.get_submodule(name).weight = nn.Parameter(W.float().clone())
-    theirs = build_factors(twin, collect_context(twin, batches), QUANTISED, CordaInit(mode="ipm"))
+    theirs = build_factors(twin, collect_context(twin, batches), QUANTIZED, CordaInit(mode="ipm"))
     for name, found in factors.factors.items():  # 8-bit kernels of bitsandbytes round activations too
         expected = theirs.factors[name].B @ theirs.factors[name].A
         assert (found.B @ found.A - expected).norm() <= 0.05 * expected.norm()
-    energies = output_energies(quantised, stats, factors)
+    energies = output_energies(quantized, stats, factors)
     assert energies == pytest.approx(output_energies(twin, stats, factors), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_model_starts_bit_for_bit_and_ends_as_a_plain_lora(llama, batches, tmp_path, kind):
-    """Properties 14 and 15, on the quantised base itself."""
+    """Properties 14 and 15, on the quantized base itself."""
 
     def base():
         return replaced(llama, nn.Linear, kind)
 
     start = logits(base(), batches)
-    wrapped = get_corda_model(base(), QUANTISED, batches, CordaInit(mode="ipm"), attach="anchor")
+    wrapped = get_corda_model(base(), QUANTIZED, batches, CordaInit(mode="ipm"), attach="anchor")
     assert torch.equal(logits(wrapped, batches), start)
     assert verify_init(base(), wrapped, batches[0]).wrong == []
     trained = logits(train(wrapped, batches), batches)
@@ -327,7 +327,7 @@ def test_a_quantised_model_starts_bit_for_bit_and_ends_as_a_plain_lora(llama, ba
     if kind is not Packed:  # which plain peft does not know
         plain = PeftModel.from_pretrained(base(), tmp_path / "plain")
         torch.testing.assert_close(logits(plain, batches), trained, rtol=0, atol=1e-5)
-    with pytest.raises(UnsupportedLayerError, match="cannot merge into the quantised weight"):
+    with pytest.raises(UnsupportedLayerError, match="cannot merge into the quantized weight"):
         wrapped.merge_and_unload()
 
 
@@ -338,33 +338,33 @@ def test_a_quantised_weight_takes_no_residual(llama, batches, kind):
     def data():
         raise AssertionError("calibrated for nothing")
 
-    quantised = replaced(llama, nn.Linear, kind)
+    quantized = replaced(llama, nn.Linear, kind)
     with pytest.raises(
-        TypeError, match=r"layers\.0\.self_attn\.q_proj is a \w+ whose weight is quantised.*apply_anchor"
+        TypeError, match=r"layers\.0\.self_attn\.q_proj is a \w+ whose weight is quantized.*apply_anchor"
     ):
-        get_corda_model(quantised, QUANTISED, data)
-    factors = build_factors(llama, collect_context(llama, batches), QUANTISED)
+        get_corda_model(quantized, QUANTIZED, data)
+    factors = build_factors(llama, collect_context(llama, batches), QUANTIZED)
     with pytest.raises(TypeError, match="apply_anchor"):
-        apply_corda(quantised, factors, QUANTISED)
-    with pytest.raises(TypeError, match="quantised"):
-        truncate_model(quantised, None, 2, method="svd", targets=list(factors.targets))
-    config = copy.deepcopy(QUANTISED)
+        apply_corda(quantized, factors, QUANTIZED)
+    with pytest.raises(TypeError, match="quantized"):
+        truncate_model(quantized, None, 2, method="svd", targets=list(factors.targets))
+    config = copy.deepcopy(QUANTIZED)
     config.init_lora_weights, config.corda_config = "corda", CordaConfig()
-    with pytest.raises(TypeError, match="quantised"):
-        preprocess_corda(quantised, config, run_model=data)
-    assert not any("lora" in name for name, _ in quantised.named_modules())
+    with pytest.raises(TypeError, match="quantized"):
+        preprocess_corda(quantized, config, run_model=data)
+    assert not any("lora" in name for name, _ in quantized.named_modules())
 
 
 def test_a_weight_that_only_its_layer_can_read_takes_factors_of_the_unquantised_model(llama, batches):
-    quantised = replaced(llama, nn.Linear, Scaled)
-    start = logits(quantised, batches)
-    stats = collect_context(quantised, batches)
+    quantized = replaced(llama, nn.Linear, Scaled)
+    start = logits(quantized, batches)
+    stats = collect_context(quantized, batches)
     assert stats.targets == linear_targets(llama)
-    with pytest.raises(TypeError, match="q_proj is a Scaled whose weight cannot be dequantised; build the factors on"):
-        build_factors(quantised, stats, QUANTISED)
-    factors = build_factors(llama, collect_context(llama, batches), QUANTISED)
-    base = copy.deepcopy(quantised)
-    wrapped = apply_anchor(quantised, factors, QUANTISED)
+    with pytest.raises(TypeError, match="q_proj is a Scaled whose weight cannot be dequantized; build the factors on"):
+        build_factors(quantized, stats, QUANTIZED)
+    factors = build_factors(llama, collect_context(llama, batches), QUANTIZED)
+    base = copy.deepcopy(quantized)
+    wrapped = apply_anchor(quantized, factors, QUANTIZED)
     assert torch.equal(logits(wrapped, batches), start)
     assert verify_init(base, wrapped, batches[0]).layers == {}
     with pytest.raises(TypeError, match="cannot merge"):
@@ -374,7 +374,7 @@ def test_a_weight_that_only_its_layer_can_read_takes_factors_of_the_unquantised_
 def test_what_is_no_linear_layer_is_refused(llama, batches):
     """Property 23."""
     for name, kind in (("model.embed_tokens", "Embedding"), ("model.layers.0.mlp", "LlamaMLP")):
-        with pytest.raises(TypeError, match=f"layer {name} is a {kind}; expected nn.Linear, Conv1D or a quantised"):
+        with pytest.raises(TypeError, match=f"layer {name} is a {kind}; expected nn.Linear, Conv1D or a quantized"):
             collect_context(llama, batches, [name])
     with pytest.raises(UserError, match=r"no layer model\.layers\.0\.mlp\.up_proj2 in the model"):
         collect_context(llama, batches, ["model.layers.0.mlp.up_proj2"])

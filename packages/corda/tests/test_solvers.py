@@ -163,7 +163,7 @@ def test_trailing_subspace_of_an_ill_conditioned_weight_is_accurate(shape):
 
 @pytest.mark.parametrize("shape", [(96, 160), (128, 128), (160, 96)])
 def test_solvers_agree(shape):
-    """Property 10: the same energy in both modes, randomised in fp32 and fp64 too."""
+    """Property 10: the same energy in both modes, randomized in fp32 and fp64 too."""
     W, C, _ = problem(*shape)
     M = W @ damped(C)
 

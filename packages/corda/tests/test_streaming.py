@@ -146,7 +146,7 @@ def test_layers_outside_of_the_stack_and_stacks_that_are_no_chain(kind, warning,
 
 def test_a_batch_that_leaves_the_stack_early():
     lora = LoraConfig(r=2, target_modules=r"blocks\.\d\.0")
-    with pytest.raises(UserError, match="a batch takes another way through blocks than the first one"):
+    with pytest.raises(UserError, match="a batch takes another path through blocks than the first one"):
         stream_factors(Surrounded("early"), [torch.randn(rows, 5, 6).double() for rows in (3, 2)], lora)
 
 
@@ -214,7 +214,9 @@ def test_bad_budgets_and_data(blocks, data):
         ValueError, match=r"of 5000 bytes: the statistics of layer model.layers.0.mlp.down_proj alone take 5120"
     ):
         stream_factors(blocks, data, LORA, memory_budget=5000)
-    with pytest.raises(UserError, match="used up by one pass; give a list, a DataLoader or a function"):
+    with pytest.raises(
+        UserError, match="one pass uses the calibration data up; give a list, a DataLoader or a function"
+    ):
         stream_factors(blocks, iter(data), LORA)
     with pytest.raises(UserError, match="holds no batch"):
         stream_factors(blocks, [], LORA)

@@ -32,7 +32,7 @@ def lora_layers(wrapped: nn.Module) -> dict[str, Any]:
 
 
 def adapter_state(wrapped: "PeftModel") -> dict[str, Tensor]:
-    """The tensors that peft saves of the adapter, under the names that it gives them in the file."""
+    """The adapter's tensors that peft saves, under the names that it gives them in the file."""
     from peft import get_peft_model_state_dict
 
     whole = wrapped.state_dict()  # given, peft does not take the one dimension of a lora_bias for a shard

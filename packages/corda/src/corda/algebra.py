@@ -20,7 +20,11 @@ STRIP = 256
 
 
 def finite(matrix: Tensor, name: str) -> Tensor:
-    """``matrix``, if it holds no NaN and no infinity: either would reach its sum (which its values do not overflow)."""
+    """``matrix``, checked through its sum, which NaN and infinity reach and finite values do not overflow.
+
+    Raises:
+        NonFiniteError: NaN or infinity.
+    """
     if not torch.isfinite(matrix.sum(dtype=torch.float32 if matrix.element_size() < 4 else None)):
         raise NonFiniteError(f"the {name} holds NaN or infinity")
     return matrix
@@ -28,9 +32,9 @@ def finite(matrix: Tensor, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def matmul_precision(*, tf32: bool) -> Iterator[None]:
-    """Whether products of fp32 matrices may round their factors to TF32, whatever the user's own settings and autocast are.
+    """Within, say whether products of fp32 matrices may round their factors to TF32; the user's settings and autocast wait.
 
-    It holds values of bf16 and fp16 exactly, those of fp32 to 1e-3.
+    TF32 holds values of bf16 and fp16 exactly, those of fp32 to 1e-3.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", *([accelerator.type] if accelerator else [])}
@@ -76,8 +80,8 @@ def products_are_full() -> bool:
 def scipy_alone() -> Iterator[None]:
     """Within, torch takes one thread and leaves the cores to SciPy.
 
-    Two libraries in turn hinder each other: the idle threads of the one spin for some ten milliseconds after its work,
-    while those of the other wait for a core. It took half as long again.
+    Two libraries that take turns hinder each other: after its work, the idle threads of one spin for some ten
+    milliseconds while those of the other wait for a core. A solve took half as long again.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -93,7 +97,7 @@ def on_cpu(matrix: Tensor) -> bool:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left`` ``right``."""
+    """``left`` times ``right``."""
     if not on_cpu(left) or left.dtype != torch.float64:
         return left @ right
     pair = [_numpy(left), _numpy(right)]
@@ -103,7 +107,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def upper_factor(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
-    """R of a QR decomposition."""
+    """R of a QR decomposition of ``matrix``; with ``overwrite``, computed in its memory."""
     if not on_cpu(matrix):
         return torch.linalg.qr(matrix, mode="r").R
     a, size = _numpy(matrix), matrix.shape[1]
@@ -113,7 +117,7 @@ def upper_factor(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """``matrix`` ``matrix``^T, of which at least the lower triangle is valid."""
+    """``matrix`` ``matrix``^T; at least its lower triangle is valid."""
     if not on_cpu(matrix):
         return matrix @ matrix.T
     (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=_numpy(matrix).dtype)
@@ -123,7 +127,11 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of a matrix whose lower triangle is valid, in its place; LinAlgError when it is indefinite."""
+    """Lower Cholesky factor of a matrix whose lower triangle is valid; computed in its memory.
+
+    Raises:
+        LinAlgError: the matrix is not positive definite.
+    """
     if not on_cpu(matrix):
         factor, info = torch.linalg.cholesky_ex(matrix)
         if info.item():
@@ -134,7 +142,7 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 
 def solve_triangular(lower: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
-    """L^-1 ``right``, or L^-T ``right``."""
+    """L^-1 ``right``, or with ``transposed`` L^-T ``right``."""
     if not on_cpu(lower):
         return torch.linalg.solve_triangular(lower.T if transposed else lower, right, upper=transposed)
     trans = "T" if transposed else "N"
@@ -154,7 +162,7 @@ def inverse_triangular(lower: Tensor) -> Tensor:
 
 
 def inverse_from_cholesky(lower: Tensor) -> Tensor:
-    """(L L^T)^-1, in the place of L."""
+    """(L L^T)^-1, computed in the memory of L."""
     if not on_cpu(lower):
         return torch.cholesky_inverse(lower)
     (potri,) = scipy.linalg.get_lapack_funcs(("potri",), dtype=_numpy(lower).dtype)

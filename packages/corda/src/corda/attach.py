@@ -21,14 +21,22 @@ if TYPE_CHECKING:
 def apply_corda(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig") -> "PeftModel":
     """Wrap the model by peft with A and B as the adapter and the residual W' = W - s B A as the frozen weight.
 
-    W' is computed in fp64 from A and B as they are stored, so W' + s B A differs from W by the one rounding of W' to
-    its own dtype (exact zero difference cannot be had in floating point). With ``use_dora``, the magnitudes are the norms
-    of W' + s B A.
+    W' is computed in fp64 from A and B as they are stored, so W' + s B A differs from W only by the one rounding of W' to
+    its own dtype (floating point does not allow a difference of exactly zero). With ``use_dora``, the magnitudes are the
+    norms of W' + s B A.
+
+    Args:
+        model: the base model; its targeted weights become W'.
+        factors: factors of this model.
+        lora_config: as for ``build_factors``.
+
+    Returns:
+        The ``PeftModel``; train it as any LoRA.
 
     Raises:
-        UserError: the model has an adapter already, is not the one that the factors were made for, or is targeted
-            otherwise; then no weight has changed.
-        UnsupportedLayerError: a target is quantised, so that its weight cannot be replaced.
+        UserError: the model already has an adapter, is not the one that the factors were made for, or the configuration
+            has other targets; then no weight has changed.
+        UnsupportedLayerError: a target is quantized, so that its weight cannot be replaced.
     """
     from peft import get_peft_model
 
@@ -70,9 +78,13 @@ def residual_state(wrapped: "PeftModel") -> dict[str, Tensor]:
 def save_initial(wrapped: "PeftModel", folder: str | os.PathLike[str]) -> None:
     """Save the adapter as it is; it belongs to the residual model, not to the original one.
 
-    All that peft saves is there, biases and ``modules_to_save`` included. The folder loads by
-    ``PeftModel.from_pretrained(residual_model, folder, is_trainable=True)``: its configuration carries
-    ``init_lora_weights: true``, so nothing is initialised again.
+    Everything that peft saves is included, also biases and ``modules_to_save``. The folder is loaded by
+    ``PeftModel.from_pretrained(residual_model, folder, is_trainable=True)``: its configuration has
+    ``init_lora_weights: true``, so nothing is initialized again.
+
+    Args:
+        wrapped: a model of ``apply_corda``.
+        folder: gets ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
         UserError: the model is anchored, so that there is no residual model.

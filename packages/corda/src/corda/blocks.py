@@ -1,7 +1,6 @@
-"""Decoder blocks as a chain: what each of them is called with, and one of them run on its own.
+"""Decoder blocks as a chain: what each of them is called with, and how to run one of them on its own.
 
-Nothing is taken for granted of a model but that its ``ModuleList`` may be such a chain; ``streaming`` runs the first batch
-both ways and compares.
+A model's ``ModuleList`` is only supposed to be such a chain; ``streaming`` runs the first batch both ways and compares.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from tenfold import UserError
 
 @dataclass
 class Stack:
-    """The blocks of one ``ModuleList``, and what an ordinary pass of the first batch has shown of them."""
+    """The blocks of one ``ModuleList``, and what an ordinary pass of the first batch has shown about them."""
 
     name: str
     blocks: list[nn.Module]
@@ -40,7 +39,7 @@ class Stack:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Within, what the blocks return is noted."""
+        """Within, note what the blocks return."""
 
         def after(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(block: nn.Module, given: Any, returned: Any) -> None:
@@ -59,7 +58,7 @@ class Stack:
 
 
 def stacks_of(model: nn.Module, targets: Iterable[str]) -> list[Stack]:
-    """The outermost module lists of at least two blocks that hold targets."""
+    """The outermost module lists that have at least two blocks and hold targets."""
     found: list[Stack] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(stack.holds(name) for stack in found):
@@ -71,14 +70,14 @@ def stacks_of(model: nn.Module, targets: Iterable[str]) -> list[Stack]:
 
 @dataclass
 class Pass:
-    """One batch on its way through a stack: its hidden states, and what else each block gets."""
+    """One batch on its way through a stack: its hidden states, and the other arguments of each block."""
 
     hidden: Tensor
     mask: Tensor | None
     calls: list["Arguments"]
 
     def through(self, index: int, block: nn.Module) -> Tensor:
-        """The hidden states after a block; those before it stay as they are."""
+        """The hidden states after a block; those in front of it stay unchanged."""
         device = next((p.device for p in block.parameters()), self.hidden.device)
         if device.type == "meta":  # offloaded: whoever brings the weights brings the inputs too
             device = self.hidden.device
@@ -88,12 +87,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a block was called with but for the hidden states, whose place is ``place``."""
+    """What a block was called with, except the hidden states, whose place is ``place``."""
 
     args: tuple[Any, ...]
     keywords: dict[str, Any]
     place: str | None
-    """A keyword; None: the first argument."""
+    """A keyword, or None for the first argument."""
 
     def around(self, hidden: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """All positional and keyword arguments of a call with these hidden states, on the device."""
@@ -115,7 +114,7 @@ def hidden_of(returned: Any) -> Tensor:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with its tensors changed, inside of tuples, lists and dicts too."""
+    """``value`` with its tensors changed, also inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):
@@ -127,10 +126,10 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 class Recorder:
-    """Takes down what each block of a stack is called with, without running any.
+    """Records what each block of a stack is called with, without running any of them.
 
-    For that, each block is the identity for a moment. Tensors go to the CPU, and those that are equal in two batches one
-    after another are kept once (as are position embeddings and masks of windows of one length).
+    For that, each block is the identity for a moment. Tensors go to the CPU; those that are equal in two successive batches
+    are kept once (such as position embeddings and masks of windows of one length).
     """
 
     def __init__(self, model: nn.Module, stack: Stack) -> None:
@@ -177,12 +176,12 @@ class Recorder:
         with _replaced_forwards(self.stack.blocks, identity):
             forward(self.model, batch)
         if len(calls) != len(self.stack.blocks):
-            raise UserError(f"a batch takes another way through {self.stack.name} than the first one")
+            raise UserError(f"a batch takes another path through {self.stack.name} than the first one")
         return Pass(hidden[0], mask_of(batch), calls)
 
 
 def _place(block: nn.Module, keywords: Mapping[str, Any]) -> str:
-    """The keyword that holds the hidden states: the first parameter of the block's ``forward``."""
+    """The keyword that holds the hidden states: the first parameter of the block's ``forward`` that was given."""
     return next(name for name in inspect.signature(type(block).forward).parameters if name in keywords)
 
 

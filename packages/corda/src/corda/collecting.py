@@ -1,7 +1,7 @@
 """Hooks that sum up the second moments of layers' inputs while calibration data runs through a model.
 
-Layers that get the very same tensor (q, k and v; gate and up) share one sum for as long as they do; from the first call
-where one of them gets another input, or none, it has a sum of its own.
+Layers that receive the very same tensor (q, k and v; gate and up) share one sum. A layer that once receives another input
+than the rest, or none, has its own sum from that call on.
 """
 
 import contextlib
@@ -45,15 +45,15 @@ class Stop(Exception):
 
 
 class Collector:
-    """Forward pre-hooks that sum x x^T of each target's input, once for siblings that get the very same tensor.
+    """Hooks that sum x x^T of each target's input, once for siblings that receive the very same tensor.
 
     Args:
         targets: name -> layer.
         init: ``accumulate``, ``scale`` and ``skip_first`` are used.
-        share: False sums up every target on its own.
-        reusable: False lets ``accumulate="auto"`` take cross moments.
+        share: False gives every target its own sum.
+        reusable: False lets ``accumulate="auto"`` choose cross moments.
         stops: whether a forward pass may end, by ``Stop``, with the last input that is needed.
-        dry: only finds out which layers share an input.
+        dry: True finds out only which layers share an input.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Collector:
         self.dry = dry
         self.cross = _cross_targets(targets, init, reusable)
         self.outputs = {name for name in self.cross if _gives_products(targets[name])}
-        """Layers of ``cross`` whose own output may serve as W x."""
+        """Layers of ``cross`` whose own output can serve as W x."""
         self.sums: dict[str, Sum] = {}
         self.groups: dict[str, str] = {}
         self.mask: Tensor | None = None
@@ -85,7 +85,7 @@ class Collector:
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module | None = None) -> Iterator[None]:
-        """The hooks are on the targets inside, and gone afterwards.
+        """Within, the hooks are on the targets.
 
         With ``model``, its passes also stop in front of the output head if all targets have been called by then.
         """
@@ -127,7 +127,7 @@ class Collector:
             raise Stop
 
     def watch(self, model: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """A hook that takes number and mask of each forward pass of a model that somebody else runs."""
+        """A hook that notes number and mask of each forward pass, for a model that the user's function runs."""
         parameters = list(inspect.signature(model.forward).parameters)
         number = itertools.count()
 
@@ -158,7 +158,7 @@ class Collector:
         self._add(name, x)
 
     def _joins(self, name: str, leader: str) -> bool:
-        """Whether the sum of ``leader``, whose latest input this one is, is that of ``name`` too."""
+        """Whether ``name``, which has received the latest input of ``leader``, shares its sum."""
         shared = self.sums[leader]
         if name not in self.groups and shared.calls == 1:
             self.groups[name] = leader
@@ -171,7 +171,7 @@ class Collector:
         return True
 
     def _part(self, name: str) -> None:
-        """From now on ``name`` has a sum of its own, which starts with what it has shared so far."""
+        """Give ``name`` its own sum from now on, which starts with what it has shared so far."""
         shared = self.sums[self.groups[name]]
         calls = shared.followers.pop(name)
         own = dataclasses.replace(shared, moment=shared.moment.clone(), calls=calls, followers={})
@@ -182,14 +182,14 @@ class Collector:
         self.groups[name] = name
 
     def _part_absent(self, leader: str) -> None:
-        """Part from ``leader`` the layers that did not get its latest input."""
+        """Part the layers that did not receive the latest input of ``leader`` from it."""
         shared = self.sums[leader]
         for name in [name for name, calls in shared.followers.items() if calls < shared.calls]:
             self._part(name)
         shared.settle()
 
     def end_of_batch(self) -> None:
-        """Once each target is known to be called once a pass, a pass can stop when all have been."""
+        """Settle all sums; after the first batch, find out whether passes can stop once all targets have been called."""
         for leader in list(self.sums):
             self._part_absent(leader)
         if self.batch == 0:
@@ -248,7 +248,12 @@ class Collector:
                     found.moment[strip].add_(outputs[:, strip].T @ rows, alpha=factor)
 
     def stats(self, fingerprint: str, *, complete: bool = True) -> ContextStats:
-        """What has been summed up; the sums themselves, not copies. For ``complete``, see ``collect_context``."""
+        """The statistics so far; their moments are the running sums, not copies.
+
+        Args:
+            fingerprint: fingerprint of the model.
+            complete: as for ``collect_context``.
+        """
         missed = [name for name in self.targets if name not in self.groups]
         if complete:
             check_reached(missed)
@@ -274,8 +279,8 @@ class Collector:
 def _cross_targets(targets: Mapping[str, nn.Module], init: CordaInit, reusable: bool) -> set[str]:
     """The layers whose cross moment is summed up.
 
-    Who shares an input shows with the first batch only. For ``auto``, all layers below one parent that have as many inputs
-    count as one group: if even these have fewer outputs together, so has whichever group is among them.
+    Which layers share an input is known only after the first batch. For ``auto``, all layers below one parent with the
+    same number of inputs count as one group: if these together have fewer outputs than inputs, so has any group among them.
     """
     if init.accumulate == "cross":
         return set(targets)
@@ -289,7 +294,7 @@ def _cross_targets(targets: Mapping[str, nn.Module], init: CordaInit, reusable: 
 
 
 def _gives_products(layer: nn.Module) -> bool:
-    """Whether a layer's own output may be W x, unrounded: in at least fp32, on a CPU, with no bias in it."""
+    """Whether a layer's own output can be W x, unrounded: at least fp32, on a CPU, without a bias."""
     if type(layer) is not nn.Linear:
         return False
     bias: Any = layer.bias
@@ -298,7 +303,7 @@ def _gives_products(layer: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def quiet_model(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; each module's own training flag afterwards."""
+    """Within, evaluation mode without gradients; afterwards each module has its own training flag again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -322,7 +327,7 @@ def collect_context(
     """Run the calibration data through the model and sum up the second moment of each target's input.
 
     The model is left as it was: hooks are removed and training flags restored, also when a forward pass raises; no
-    attribute stays on any module. Targets that get the very same tensor (q, k and v; gate and up) share one sum.
+    attribute stays on any module. Targets that receive the very same tensor (q, k and v; gate and up) share one sum.
 
     Args:
         model: any module; called as ``model(**batch)``, or ``model(batch)`` for a tensor.
@@ -330,14 +335,14 @@ def collect_context(
             function without arguments that runs the model itself; the ``attention_mask`` of each of its passes counts.
         targets: full names of linear layers; default: all of them but the output head.
         init: ``accumulate``, ``scale`` and ``skip_first`` are used; default ``CordaInit()``.
-        share: False sums up every target on its own; the same numbers, more time and memory.
-        reusable: False if nothing but factors of ``init`` will be made of them, so that ``accumulate="auto"`` may take
-            cross moments, from which no covariance can be had.
+        share: False gives every target its own sum: the same numbers for more time and memory.
+        reusable: False if the statistics serve only factors of ``init``, so that ``accumulate="auto"`` may choose cross
+            moments, which hold no covariance.
         complete: False gives zeros for targets that no token has reached, instead of an error: for a rank whose share of
-            the data may miss some, or is empty, before ``ContextStats.reduce``.
+            the data may miss some targets, or is empty, before ``ContextStats.reduce``.
 
     Returns:
-        ``ContextStats``.
+        The statistics, as sums.
 
     Raises:
         UserError: no batch, no token after masking, or a target that is not a linear layer.
@@ -386,6 +391,6 @@ def forward(model: nn.Module, batch: Batch) -> None:
 
 
 def mask_of(batch: Batch) -> Tensor | None:
-    """Which tokens of a batch are no padding, (B, T); None where the batch does not say."""
+    """Which tokens of a batch are not padding, (B, T); None where the batch does not say."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return None if mask is None or mask.ndim != 2 else mask.bool()

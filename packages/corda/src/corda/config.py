@@ -14,13 +14,13 @@ Attach = Literal["residual", "anchor"]
 
 @dataclass(frozen=True, kw_only=True)
 class CordaInit:
-    """How an adapter is initialised.
+    """How an adapter is initialized.
 
     Args:
         mode: kpm (knowledge-preserved: adapt the components that the calibration text uses least, so that it is
             forgotten less) or ipm (instruction-previewed: adapt those that it uses most, so that the task is learned
             faster). The paper has no default; kpm is ours, since forgetting is what a plain LoRA cannot mend.
-        power: p in W C_d^p: 1 is CorDA, 0.5 minimises the error of the layer's outputs, 0 ignores the text (PiSSA and
+        power: p in W C_d^p: 1 is CorDA, 0.5 minimizes the error of the layer's outputs, 0 ignores the text (PiSSA and
             MiLoRA).
         damping: lambda as a share of the mean of diag C (0.01 in the authors' code).
         scale: what one sample weighs in C: peft (its tokens divided by abs(max), mean over samples, as the authors'
@@ -36,7 +36,7 @@ class CordaInit:
             activations can be massive).
         skip_null: kpm leaves out directions in which a rank-deficient weight itself is zero: they are its smallest
             components, but A and B would start at zero there and never train. False takes them, as the paper does.
-        seed: of the randomised solver (233 in the authors' code).
+        seed: of the randomized solver (233 in the authors' code).
 
     Raises:
         UserError: a value outside of its choices.

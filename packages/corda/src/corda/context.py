@@ -1,9 +1,9 @@
 """What the calibration text looks like to each layer: the second moment of its inputs, kept once per shared input.
 
-C = sum_t w_t x_t x_t^T over the tokens t that count, "covariance" by custom although no mean is subtracted. The sums are
+C = sum_t w_t x_t x_t^T over the tokens t that count; it is called a covariance although no mean is subtracted. The sums are
 kept undamped and undivided, so they can be added over shards, tasks and ranks and serve every rank, mode, power and
-damping. Where nothing but the factors of CorDA itself is made of them and a layer is wide, the cross moment
-W C = sum_t w_t (W x_t) x_t^T takes the place of C: m x n numbers instead of n x n. ``collecting`` fills them.
+damping. Where they serve only the factors of CorDA itself and a layer is wide, the cross moment
+W C = sum_t w_t (W x_t) x_t^T takes the place of C: m x n numbers instead of n x n. ``collecting`` computes them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from corda.moments import CrossMoment
-from corda.targets import dequantises
+from corda.targets import dequantizes
 from tenfold import UserError, checkpoints
 from tenfold.distributed import all_reduce_sums, world_size
 
@@ -35,13 +35,13 @@ class ContextStats:
     """Second moments of the inputs of a model's layers, by group of layers that share an input.
 
     Attributes:
-        moments: group -> C (n, n), or W C (m, n) of a group that is one layer; fp64, undamped and not divided by any count.
+        moments: group -> C (n, n), or W C (m, n) for a group of one layer; fp64, undamped and not divided by any count.
         tokens: group -> number of tokens that counted.
         samples: group -> number of samples (rows) that held at least one of them.
         groups: target -> group.
-        scale: what a sample weighs, as in ``CordaInit.scale``; baked into the moments where it is ``peft``.
-        fingerprint: of the model that was calibrated.
-        traces: group -> tr C, undivided, of the groups that hold W C.
+        scale: weight of a sample, as in ``CordaInit.scale``; part of the moments where it is ``peft``.
+        fingerprint: fingerprint of the model that was calibrated.
+        traces: group -> tr C, undivided, for the groups that hold W C.
     """
 
     moments: dict[str, Tensor]
@@ -58,7 +58,12 @@ class ContextStats:
         return list(self.groups)
 
     def moment(self, target: str) -> Tensor | CrossMoment:
-        """What ``factorize`` takes of a layer: C, or its cross moment, whichever was summed up; as for ``covariance``."""
+        """C of a layer, or its cross moment, whichever was summed up: what ``factorize`` takes.
+
+        Raises:
+            UserError: the layer was not calibrated.
+            TargetNotReachedError: no token has reached it.
+        """
         group = self.group(target)
         count = self._count(group)
         if count == 0:
@@ -69,7 +74,7 @@ class ContextStats:
     def covariance(self, target: str) -> Tensor:
         """C of a layer, (n, n) fp64: the mean over samples (``peft``), over tokens (``token_mean``), or the plain sum.
 
-        Not to be written into: where there is nothing to divide by, it is the sum itself.
+        It must not be changed: where there is nothing to divide by, it is the sum itself.
 
         Raises:
             UserError: the layer was not calibrated, or only its cross moment was summed up.
@@ -81,7 +86,7 @@ class ContextStats:
         return found
 
     def group(self, target: str) -> str:
-        """The layer under whose name the statistics of ``target`` are kept, which all layers of one input share.
+        """The layer under whose name the statistics of ``target`` are kept; layers of one input share one.
 
         Raises:
             UserError: the layer was not calibrated.
@@ -94,10 +99,10 @@ class ContextStats:
         return next(iter(self.groups), "none")
 
     def __add__(self, other: "ContextStats") -> "ContextStats":
-        """Statistics of both data together. Layers share a sum in them that share one in both.
+        """Statistics of both data together. Layers share a sum there if they share one in both.
 
         Raises:
-            UserError: of another model, other layers or another scale, or one holds cross moments and the other does not.
+            UserError: the two are of different models, layers or scales, or only one of them holds cross moments.
         """
         heads = [self._head(), other._head()]
         return _united(heads, lambda name: self.moments[self.groups[name]] + other.moments[other.groups[name]])
@@ -105,12 +110,12 @@ class ContextStats:
     def reduce(self) -> "ContextStats":
         """The statistics of all ranks together, on every rank; every rank must call it, with its own share of the data.
 
-        Sums are added, not means, so shares may differ in size. A rank whose share may miss some targets, or hold nothing
-        at all, collects with ``complete=False``. Without a process group, these statistics themselves.
+        Sums are added, not means, so shares may differ in size. A rank whose share may miss some targets, or is empty,
+        collects with ``complete=False``. Without a process group, these statistics themselves.
 
         Raises:
-            UserError: ranks differ in model, layers, scale or kind of moments; on every rank alike.
-            TargetNotReachedError: a target that no rank has reached, likewise.
+            UserError: ranks differ in model, layers, scale or kind of moments; raised on every rank.
+            TargetNotReachedError: no rank has reached a target; raised on every rank.
         """
         if world_size() == 1:
             return self
@@ -121,7 +126,7 @@ class ContextStats:
         return total
 
     def as_means(self) -> "ContextStats":
-        """Each moment divided by its count, in its own memory: these statistics are used up, and hold none afterwards."""
+        """Each moment divided by its count, in its own memory; these statistics are used up, and hold no moments afterwards."""
         counts = {group: max(1, self._count(group)) for group in self.moments}
         moments = {group: self.moments.pop(group).div_(count) for group, count in counts.items()}
         traces = {group: trace / counts[group] for group, trace in self.traces.items() if group in counts}
@@ -140,7 +145,7 @@ class ContextStats:
             raise UserError("the statistics were collected on another model (names, shapes or weights differ)")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with everything in it, whole or not at all."""
+        """Write everything to one safetensors file, whole or not at all."""
         from corda import __version__
 
         names = (field.name for field in dataclasses.fields(self) if field.name != "moments")
@@ -149,14 +154,18 @@ class ContextStats:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ContextStats":
-        """Read what ``save`` wrote; a ``UserError`` names a file that is something else."""
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: no such file, or a file that is something else.
+        """
         checkpoint = checkpoints.load(path, method=METHOD)
         return cls(moments=checkpoint.tensors, **checkpoint.config)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """``ContextStats`` but for the moments, with the groups whose moments no token has reached."""
+    """``ContextStats`` without the moments, and the groups that no token has reached."""
 
     tokens: dict[str, int]
     samples: dict[str, int]
@@ -176,9 +185,9 @@ class _Head:
 
 
 def _united(heads: Sequence[_Head], moment: Callable[[str], Tensor]) -> ContextStats:
-    """The sum of several statistics; ``moment(name)`` is that of the layer ``name``.
+    """The sum of several statistics, where ``moment(name)`` is the summed moment of the layer ``name``.
 
-    Layers share a sum in it that share one in all of them; where no token has reached a layer, its zeros fit any sum.
+    Layers share a sum in it if they share one in all of them; where no token has reached a layer, its zeros fit any sum.
     """
     first = heads[0]
     for name in ("fingerprint", "scale", "targets", "accumulate"):
@@ -220,7 +229,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in sorted((_plain_name(name), value) for name, value in model.state_dict().items()):
         if ".lora_" in name or not isinstance(value, Tensor):
             continue
-        flat = (value.dequantize() if dequantises(value) else value).detach().reshape(-1)
+        flat = (value.dequantize() if dequantizes(value) else value).detach().reshape(-1)
         step = max(1, flat.numel() // 64)
         sample = flat[::step][:64].to("cpu", torch.float32)
         digest.update(json.dumps([name, list(value.shape), sample.tolist()]).encode())
@@ -232,7 +241,12 @@ def _plain_name(name: str) -> str:
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """The outcome of what every rank does for itself; an error on one of them is raised on all, so that none waits."""
+    """The outcome of work that every rank does for itself; an error on one of them is raised on all, so that none waits.
+
+    Raises:
+        UserError: another rank raised one.
+        RuntimeError: another rank raised another error.
+    """
     if world_size() == 1:
         return work()
     failures: list[Any] = [None] * world_size()

@@ -30,8 +30,8 @@ class ConvertedLayer:
 
     Attributes:
         rank: q of the saved A' and B'.
-        norm: |s (B A - B0 A0)|_F, what training changed.
-        discarded: Frobenius norm of the part of it that the saved adapter lacks; 0 without recompression.
+        norm: |s (B A - B0 A0)|_F, the size of what training changed.
+        discarded: Frobenius norm of the part that the saved adapter lacks; 0 without recompression.
     """
 
     rank: int
@@ -47,12 +47,12 @@ class ConversionReport:
 
     @property
     def norm(self) -> float:
-        """Of the change in all layers together."""
+        """Frobenius norm of the change in all layers together."""
         return math.hypot(*(layer.norm for layer in self.layers.values()))
 
     @property
     def discarded(self) -> float:
-        """Of the parts left out in all layers together."""
+        """Frobenius norm of the discarded parts of all layers together."""
         return math.hypot(*(layer.discarded for layer in self.layers.values()))
 
 
@@ -67,18 +67,21 @@ def to_lora(
 
         A' = [A - A0; A],  B' = [B0, B - B0],  so that  B' A' = B A - B0 A0
 
-    Nothing cancels: an untrained adapter gives exactly zero. ``rank`` or ``tol`` recompress the 2r rows of A':
+    Nothing cancels: an untrained adapter gives exactly zero. ``rank`` or ``tol`` recompresses the 2r rows of A':
     with A'^T = Q_A R_A, B' = Q_B R_B and R_B R_A^T = U S V^T (2r x 2r), the best B' A' of rank q is
-    (Q_B U_q S_q^1/2) (S_q^1/2 V_q^T Q_A^T), and |(S_q+1, ...)| is what it lacks. O((m + n) r^2), in fp64.
+    (Q_B U_q S_q^1/2) (S_q^1/2 V_q^T Q_A^T), and it lacks |(S_q+1, ...)|. Cost O((m + n) r^2), in fp64.
 
     Args:
         wrapped: the trained model of ``apply_corda`` or ``apply_anchor`` with these factors.
         factors: what it started from; None for an anchored model, which holds its start.
         folder: gets ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all, for
-            ``PeftModel.from_pretrained(untouched, folder)``. What else peft saves of an adapter (trained biases,
-            ``modules_to_save``, ``trainable_token_indices``) goes into it as it is.
-        rank: q, or as many as a layer has where that is less.
-        tol: the smallest q of each layer (at least 1) whose discarded norm is at most ``tol`` times that of the change.
+            ``PeftModel.from_pretrained(untouched, folder)``. Whatever else peft saves with an adapter (trained biases,
+            ``modules_to_save``, ``trainable_token_indices``) is copied as it is.
+        rank: q, or all components of a layer that has fewer.
+        tol: for each layer, the smallest q (at least 1) whose discarded norm is at most ``tol`` times that of the change.
+
+    Returns:
+        What was kept of each layer.
 
     Raises:
         UserError: both ``rank`` and ``tol``, a value out of range, factors that the model was not started from, or a
@@ -111,16 +114,19 @@ def convert_adapter(
     tol: float | None = None,
     base: str | None = None,
 ) -> ConversionReport:
-    """``to_lora`` from folders: no model is loaded, the adapters alone suffice.
+    """``to_lora`` from folders: no model is loaded, the adapters are enough.
 
     Args:
         trained: folder of the trained adapter, as ``save_pretrained`` writes it.
         initial: folder of the adapter that it started from (``save_initial``), or the factors; may be None for an
             anchored adapter, which holds its start.
         folder: as for ``to_lora``.
-        rank: likewise.
-        tol: likewise.
-        base: the untouched base model, for the written configuration; default: as the trained adapter has it.
+        rank: as for ``to_lora``.
+        tol: as for ``to_lora``.
+        base: name of the untouched base model, for the written configuration; default: as in the trained adapter.
+
+    Returns:
+        What was kept of each layer.
 
     Raises:
         UserError: a folder without an adapter, adapters of other layers, shapes or scalings, or as for ``to_lora``.
@@ -163,10 +169,10 @@ def convert_adapter(
 def read_adapter(
     folder: str | os.PathLike[str],
 ) -> tuple[Any, dict[str, dict[str, Tensor]], dict[str, float], dict[str, Tensor]]:
-    """A LoRA folder as it is: peft's configuration, layer -> A and B (and anchors) by their names, layer -> scaling, the rest.
+    """Read a LoRA folder: peft's configuration, layer -> A and B (and anchors), layer -> scaling, other tensors.
 
     Raises:
-        UserError: no adapter there, or one that is no LoRA of linear layers.
+        UserError: no adapter there, or one that is not a LoRA of linear layers.
     """
     from peft.utils.other import get_pattern_key
 
@@ -193,7 +199,7 @@ def read_adapter(
 
 
 def _start_of(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A0 and B0 of a layer as it was saved at the start, or anchored at any time."""
+    """A0 and B0 of a layer that was saved at its start, or of an anchored one saved at any time."""
     A, B = (parts.get(f"lora_{x}.anchor", parts[f"lora_{x}.weight"]) for x in "AB")
     return A, B
 
@@ -215,7 +221,7 @@ def _save_changes(
     tol: float | None,
     others: Mapping[str, Tensor],
 ) -> ConversionReport:
-    """Save A' and B' of each layer, (name, A', B', scaling), recompressed where that is asked for, and other tensors."""
+    """Save A' and B' of each layer, given as (name, A', B', scaling) and recompressed on request, and other tensors."""
     tensors, report, scalings = dict(others), {}, {}
     for name, A, B, scaling in changes:
         left, singular, right = _thin_svd(A, B)
@@ -264,7 +270,7 @@ def change_of(name: str, layer: Any, factors: FactorSet | None) -> tuple[Tensor,
 
 
 def _thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """B A = left @ diag(singular) @ right in fp64, through the small core; k = min(m, n, rows of A) components."""
+    """B A = left @ diag(singular) @ right in fp64, through the small core, with k = min(m, n, rows of A) components."""
     Q_A, R_A = torch.linalg.qr(A.double().T)
     Q_B, R_B = torch.linalg.qr(B.double())
     U, singular, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -278,9 +284,9 @@ def _smallest_rank(singular: Tensor, tol: float) -> int:
 
 
 def _set_ranks(config: Any, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> None:
-    """Ranks as given and each layer's scaling as it was: alpha = s q, or s sqrt(q) with rsLoRA.
+    """Set the given ranks and keep each layer's scaling: alpha = s q, or s sqrt(q) with rsLoRA.
 
-    Patterns name a layer in full: peft takes the first that matches the end of a name, hence the anchor.
+    Patterns name a layer in full and are anchored by ``^``, since peft takes the first that matches the end of a name.
     """
     alphas = {name: _whole(scalings[name] * (math.sqrt(q) if config.use_rslora else q)) for name, q in ranks.items()}
     config.r = Counter(ranks.values()).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""Batches out of calibration text: windows of many tokens, or a row for each text."""
+"""Batches of calibration text: windows of many tokens, or one row per text."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PIECE = 2**14
 """Characters that are tokenized at once."""
 TEXT_PER_TOKEN = 16
-"""Characters that are read for each token that is needed, so that windows come from all over a long text."""
+"""Characters that are read per token that is needed, so that windows come from all over a long text."""
 
 Batches = list[dict[str, Tensor]]
 
@@ -31,18 +31,18 @@ def calibration_batches(
 ) -> list[Batches]:
     """Batches ``{"input_ids", "attention_mask"}`` of shape (batch_size, length) for ``corda.collect_context``.
 
-    With ``pack`` the texts are joined by blank lines and cut into windows of exactly that many tokens, as the authors'
-    code does: C then has full rank from enough tokens. Windows do not overlap as long as the text is long enough
-    (our choice, since duplicated windows add nothing); a shorter text gives random, overlapping ones. Of a text that is
-    much longer than the windows, random stretches are read. Without ``pack`` every text is a row of its own, cut at
-    ``max_length`` and padded, with the padding masked. Records of tokens are joined as they are.
+    With ``pack`` the texts are joined by blank lines and cut into windows of exactly that many tokens, as in the authors'
+    code: with enough tokens, C then has full rank. Windows do not overlap if the text is long enough (our choice, since
+    duplicated windows add nothing); a shorter text gives random, overlapping ones. From a text that is much longer than the
+    windows, random stretches are read. Without ``pack`` each text is one row, cut at ``max_length`` and padded, with the
+    padding masked. Records of tokens are joined as they are.
 
     Args:
         source: as for ``read_records``, or what that has read.
         calibration: how it is read.
         tokenizer: None for records of ``input_ids``.
-        parts: the windows are dealt out to so many lists of batches, in random order.
-        disjoint: refuse a text that is too short for windows that do not overlap.
+        parts: number of lists of batches to which the windows are dealt out, in random order.
+        disjoint: True refuses a text that is too short for windows that do not overlap.
 
     Returns:
         The batches of each part, on the CPU.
@@ -78,10 +78,10 @@ def calibration_batches(
 
 
 def on_model(batches: Batches, model: "PreTrainedModel") -> Iterator[dict[str, Tensor]]:
-    """The batches on the model's device.
+    """The batches, moved to the model's device.
 
     Raises:
-        UserError: a token that the model does not know, before the first batch.
+        UserError: a token that the model does not know; raised before the first batch.
     """
     known: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     highest = max(int(batch["input_ids"].max()) for batch in batches)
@@ -91,7 +91,7 @@ def on_model(batches: Batches, model: "PreTrainedModel") -> Iterator[dict[str, T
 
 
 def _encode_long(text: str, needed: int, tokenizer: Any, generator: torch.Generator) -> Tensor:
-    """Tokens (T,) of a text, or of random stretches of it in their order where it holds many more than are needed."""
+    """Tokens (T,) of a text, or of random stretches of it, in order, where it holds many more than are needed."""
     pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
     wanted = max(64, TEXT_PER_TOKEN * needed // PIECE)
     if len(pieces) > wanted:

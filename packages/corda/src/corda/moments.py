@@ -29,7 +29,7 @@ class CrossMoment:
     trace: float
 
     def damped(self, W: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
-        """M = W C + lambda W (m, n), in the dtype asked for.
+        """M = W C + lambda W (m, n), in ``dtype``.
 
         Raises:
             UserError: all inputs were zero.
@@ -71,11 +71,11 @@ class DampedCovariance:
         return self._covariance.shape[0]
 
     def times(self, matrix: Tensor) -> Tensor:
-        """C_d ``matrix``, in the dtype of the matrix."""
+        """C_d times ``matrix``, in the dtype of the matrix."""
         return product(self._like(matrix), matrix).add_(matrix, alpha=self.damping)
 
     def after(self, matrix: Tensor) -> Tensor:
-        """``matrix`` C_d, likewise."""
+        """``matrix`` times C_d, in the dtype of the matrix."""
         return self.times(matrix.T).T
 
     def _like(self, matrix: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class DampedCovariance:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """C_d^-1 in fp64, from the Cholesky factor, whose memory it takes."""
+        """C_d^-1 in fp64, computed in the memory of the Cholesky factor."""
         return inverse_from_cholesky(self._factor())
 
     def _factor(self) -> Tensor:

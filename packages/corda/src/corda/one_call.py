@@ -37,17 +37,18 @@ def get_corda_model(
         data: as for ``collect_context``; None with ``power=0``.
         init: default ``CordaInit()``.
         attach: residual (the paper's and peft's way, see ``apply_corda``), or anchor (the base stays untouched and may be
-            quantised, and the start is exact; see ``apply_anchor``).
-        memory_budget: the most that statistics may take at once, such as ``"6GB"`` (see ``stream_factors``). Default: those
-            of one decoder block at a time; of all layers where the data are a generator, which is used up by one pass.
+            quantized, and the start is exact; see ``apply_anchor``).
+        memory_budget: the most memory that statistics may take at once, such as ``"6GB"`` (see ``stream_factors``). Default:
+            those of one decoder block at a time, or of all layers where the data are a generator, which one pass uses up.
 
     Returns:
-        The ``PeftModel``; train it as any LoRA. ``to_lora`` then saves the outcome for the untouched base model: from an
-        anchored model alone; from a residual one with the factors, so keep them (``build_factors``, ``apply_corda``).
+        The ``PeftModel``; train it as any LoRA. ``to_lora`` then saves the outcome for the untouched base model. From an
+        anchored model it needs nothing else, from a residual one also the factors; to have them, call ``build_factors`` and
+        ``apply_corda``.
 
     Raises:
         UserError: ``attach`` is none of the choices, or as for ``collect_context``, ``build_factors``, ``apply_corda``.
-        UnsupportedLayerError: a target is quantised, and ``attach`` is residual; before any work is done.
+        UnsupportedLayerError: a target is quantized and ``attach`` is residual; raised before any work is done.
     """
     if attach not in get_args(Attach):
         raise UserError(f"unknown attach '{attach}': {did_you_mean(str(attach), get_args(Attach))}")
@@ -68,7 +69,14 @@ def calibrated_factors(
     *,
     memory_budget: str | int | None = None,
 ) -> FactorSet:
-    """From a base model, which stays untouched, and calibration data to the factors; ``get_corda_model`` less the attaching.
+    """Calibrate and solve, as ``get_corda_model`` does before it attaches; the base model stays untouched.
+
+    Args:
+        model: the base model.
+        lora_config: as for ``get_corda_model``.
+        data: as for ``get_corda_model``.
+        init: the settings.
+        memory_budget: as for ``get_corda_model``.
 
     Raises:
         UserError: ``init.power`` needs data and there is none.

@@ -4,9 +4,9 @@ Experimental because its equations are second-hand: of the paper (Yang et al., "
 Task-aware Low-rank Adaptation with Less Forgetting and Faster Convergence", arXiv 2506.13187) only the abstract and
 summaries were read; Eq. 7 to 10 follow an independent transcription, and neither its pool size nor its tables are known.
 
-The paper's: compactness pi, the selection score, the allocation score, the greedy loop and its two stopping rules. Ours:
-the damping and normalization of C before pi, the pooled sum as candidate 0, the choice by group, ties, at least one rank
-for every layer, the loop as one sort, and the allocations by energy and uniform.
+From the paper: compactness pi, the selection score, the allocation score, the greedy loop and its two stopping rules. Ours:
+the damping and normalization of C before pi, the pooled sum as candidate 0, the choice by group, ties, at least rank 1 for
+every layer, the loop as one sort, and the allocations by energy and uniform.
 
 Symbols as in ``corda.solvers``: W (m, n), C (n, n), C_d = C + lambda I, M = W C_d^p, k = min(m, n), sigma_1 >= ... >= sigma_k
 the singular values of M.
@@ -46,7 +46,7 @@ class Selection:
 
     Attributes:
         indices: layer -> index of its candidate.
-        scores: layer -> score of every candidate; the least one is taken (by group: of the sum over its layers).
+        scores: layer -> score of every candidate; the lowest one wins (by group: the lowest sum over its layers).
         compactness: layer -> pi of the candidate that it takes.
     """
 
@@ -64,30 +64,30 @@ def select_covariances(
     power: float = 1.0,
     damping: float = CordaInit.damping,
 ) -> Selection:
-    """Dynamic covariance selection: each layer takes the candidate of the least score. Experimental.
+    """Dynamic covariance selection: each layer takes the candidate with the lowest score. Experimental.
 
         score(C_i) = log pi(C_i) * sum_j sigma_j / sigma_1,      sigma of W C_i^p                                 (Eq. 7, 8)
 
     The two factors pull against each other. The second one, nuclear over spectral norm, is between 1 and k and falls as W C
-    concentrates on few directions; log pi rises as the eigenvalues of C part, but only as a logarithm. So of two candidates
-    with the same pi the one that concentrates W C more wins, and of two that both leave directions unused (where damping
-    sets sigma_min) the one that uses fewer. But the score is not monotone: for W = I and n = 16, eigenvalues from 0.5 to 1.5
+    concentrates on few directions; log pi rises as the eigenvalues of C spread, but only as a logarithm. So of two candidates
+    with the same pi, the one that concentrates W C more wins, and of two that both leave directions unused (where damping
+    sets sigma_min), the one that uses fewer. But the score is not monotone: for W = I and n = 16, eigenvalues from 0.5 to 1.5
     score 24 and lose against equal ones, which score 22; powers of 0.3 score 10.
 
-    The paper's: the score, the least one, each layer by itself. Ours: damped and normalized C (see ``compactness``), ties
-    (within ``TIE``) to the lower index, and ``per="group"``, the least sum of scores over the layers of one input.
+    From the paper: the score, its minimum, each layer by itself. Ours: damped and normalized C (see ``compactness``), ties
+    (within ``TIE``) to the lower index, and ``per="group"``, the lowest sum of scores over the layers of one input.
 
     Args:
         weights: layer -> W (m, n).
         candidates: layer -> its covariances (n, n); layers of one input may share the objects, which saves time.
         groups: layer -> group; needed by ``per="group"``.
-        per: layer or group.
+        per: "layer" chooses for each layer, "group" for all layers of a group together.
         power: p; the paper's is 1.
-        damping: delta of plain covariances.
+        damping: delta for plain covariances.
 
     Raises:
-        UserError: layers differ between the arguments, no candidate, numbers of candidates that differ in one group, or a
-            weight that is zero (with the layer's name).
+        UserError: layers differ between the arguments, a layer has no candidate, layers of one group differ in the number of
+            candidates, or a weight is zero (with the layer's name).
         NonFiniteError: NaN or infinity, with the layer's name.
 
     Source: arXiv 2506.13187, second-hand.
@@ -133,7 +133,7 @@ def select_covariances(
 
 
 def _least(scores: Sequence[float]) -> int:
-    """Index of the least score, which is not negative; of a tie, the lowest."""
+    """Index of the lowest score; the first one of a tie."""
     best = min(scores)
     return next(i for i, score in enumerate(scores) if math.isclose(score, best, rel_tol=TIE, abs_tol=TIE))
 
@@ -143,7 +143,7 @@ class ContextSelection:
     """Statistics in which each layer's covariance is that of its candidate. Experimental.
 
     Attributes:
-        stats: to be used as any other: ``build_factors(model, selection.stats, ...)``.
+        stats: statistics like any other: ``build_factors(model, selection.stats, ...)``.
         selection: indices and scores; index 0 is the pooled sum, i the i-th candidate counted from 1.
     """
 
@@ -163,16 +163,16 @@ def select_context(
 
     Args:
         model: the plain base model; stays untouched.
-        lora_config: its targets count, not its ranks.
+        lora_config: its targets are used, not its ranks.
         candidates: at least two, from ``collect_context`` on separate parts of the data. Their sum is candidate 0 (ours),
             so that a layer for which no part is better than the whole keeps the whole. The paper's number is unknown; ours
             is 4, for 256 windows in all.
         init: ``power`` and ``damping`` are used; default ``CordaInit()``.
-        per: layer, or group: layers of one input then keep one covariance, and share the work on it later on.
+        per: "layer", or "group": layers of one input then keep one covariance, and later share the work on it.
 
     Raises:
-        UserError: fewer than two candidates, of another model or of different layers or scales; ``power=0``, which has no
-            covariance; or as for ``select_covariances``.
+        UserError: fewer than two candidates, candidates of another model or of different layers or scales, ``power=0``,
+            which has no covariance, or as for ``select_covariances``.
     """
     init = init or CordaInit()
     if init.power == 0:
@@ -206,7 +206,7 @@ def select_context(
 
 
 def _merged(pool: Sequence[ContextStats], groups: Mapping[str, str], indices: Mapping[str, int]) -> ContextStats:
-    """Statistics that hold, for each layer, the sums of its candidate; layers of one input and candidate share them."""
+    """Statistics that hold the sums of each layer's candidate; layers of one input and one candidate share them."""
     leaders: dict[tuple[str, int], str] = {}
     for name, index in indices.items():
         leaders.setdefault((groups[name], index), name)
@@ -228,7 +228,7 @@ def uniform_budget(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
     """Parameters of adapters that all have rank R: sum (m + n) R.
 
     Raises:
-        UserError: no layer, or a rank that some layer cannot have.
+        UserError: no layer, or a rank that a layer cannot have.
     """
     _check_rank(shapes, rank)
     return rank * _per_rank(shapes)
@@ -247,10 +247,10 @@ def _check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
 
 
 def allocate_uniform(shapes: Mapping[str, tuple[int, int]], budget: int) -> dict[str, int]:
-    """The same rank for every layer, the largest that the budget pays for: floor(budget / sum (m + n)).
+    """The same rank for every layer, the largest that the budget allows: floor(budget / sum (m + n)).
 
     Raises:
-        UserError: the budget pays for less than rank 1, or for more than the smallest layer can have.
+        UserError: the budget is too small for rank 1, or gives a rank that the smallest layer cannot have.
     """
     rank = budget // max(1, _per_rank(shapes))
     try:
@@ -270,18 +270,18 @@ def allocate_ranks(
     """Dynamic rank allocation: ranks by layer under one budget of parameters for all. Experimental.
 
         rho_l = 1 at first;  score_l = log pi_l * sigma_(k - rho_l + 1) / sum_(j = 1 .. k - rho_l) sigma_j        (Eq. 9, 10)
-        again and again: rho_l += 1 for the layer of the least score
+        repeatedly:  rho_l += 1 for the layer with the lowest score
         kpm:  rank rho_l,      until sum (m + n) rho_l > budget         (above it by at most one step)
         ipm:  rank k - rho_l,  until sum (m + n) (k - rho_l) < budget   (below it by at most one step)
 
-    So kpm gives larger adapters to layers whose spectrum is concentrated, and ipm smaller ones. pi >= 1 makes the scores of
+    So kpm gives larger adapters to layers whose spectrum is concentrated, and ipm smaller ones. Since pi >= 1, the scores of
     a layer ascend with rho, and the loop is one stable sort of the scores of all layers. Where the budget is met exactly,
-    the loop takes one step more, as the stopping rules say.
+    the loop takes one more step, as the stopping rules say.
 
-    The paper's: scores, loop and stopping rules. Ours: of equal scores, the layer that comes first; in ipm, every layer
-    keeps rank 1 at least, since peft has no rank 0 (kpm starts there anyway). Null directions of a rank-deficient weight count
-    as its smallest components, as in the paper; ``factorize`` leaves them out by default, and says so where then too few are
-    left for the rank.
+    From the paper: scores, loop and stopping rules. Ours: of equal scores, the earlier layer; in ipm, every layer keeps at
+    least rank 1, since peft has no rank 0 (kpm starts there anyway). Null directions of a rank-deficient weight count as its
+    smallest components, as in the paper; ``factorize`` leaves them out by default, and raises an error where too few
+    directions are left for the rank.
 
     Args:
         spectra: layer -> sigma (k,), descending, k = min(m, n). Their order settles ties.
@@ -294,7 +294,7 @@ def allocate_ranks(
         Layer -> rank, in the order of ``spectra``.
 
     Raises:
-        UserError: the budget cannot be crossed, layers or sizes do not match, or a value is out of range (which one).
+        UserError: a budget that no ranks cross, layers or sizes that do not match, or a value out of its range.
         NonFiniteError: NaN or infinity in a spectrum or a compactness.
 
     Source: arXiv 2506.13187, second-hand.
@@ -320,14 +320,17 @@ def allocate_by_energy(
 
         score_l = e_(k - rho_l + 1) / sum_(j = 1 .. k) e_j
 
-    Ours: the bound of the paper exceeds the true change by orders of magnitude. Components leave a layer in the order of
-    their singular values, the ones that ``factorize`` adapts, even where their energies do not ascend.
+    Ours, since the paper's bound exceeds the true change by orders of magnitude. Components leave a layer in the order of
+    their singular values, the order in which ``factorize`` adapts them, even where their energies do not ascend.
 
     Args:
-        energies: layer -> (k,) of ``component_energies``.
+        energies: layer -> its ``component_energies`` (k,).
         shapes: as for ``allocate_ranks``.
-        budget: likewise.
-        mode: likewise.
+        budget: as for ``allocate_ranks``.
+        mode: as for ``allocate_ranks``.
+
+    Returns:
+        Layer -> rank, in the order of ``energies``.
 
     Raises:
         UserError: as for ``allocate_ranks``.
@@ -341,7 +344,7 @@ def allocate_by_energy(
 def _checked_components(
     components: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], what: str
 ) -> dict[str, Tensor]:
-    """Values of the components of all layers, fp64 on the CPU."""
+    """Values of the components of all layers, checked, in fp64 on the CPU."""
     if not components:
         raise UserError("no layer to give ranks to")
     check_same_layers(what, components, "shapes", shapes)
@@ -362,10 +365,10 @@ def _checked_components(
 def _allocate(
     scores: Sequence[Tensor], shapes: Mapping[str, tuple[int, int]], names: Sequence[str], budget: int, mode: Mode
 ) -> dict[str, int]:
-    """Ranks after the greedy loop, out of the scores (k - 1,) of every layer's steps rho -> rho + 1.
+    """Ranks after the greedy loop, from the scores (k - 1,) of every layer's steps rho -> rho + 1.
 
-    Taking the least head of several queues again and again is a stable sort by each queue's running maximum: what stands
-    behind a larger score leaves right after it. For ascending scores that is the scores themselves.
+    Repeatedly taking the lowest head of several queues is a stable sort by each queue's running maximum: what stands
+    behind a larger score leaves right after it. For ascending scores the running maximum is the scores themselves.
     """
     if mode not in MODES:
         raise UserError(f"unknown mode '{mode}': {did_you_mean(str(mode), MODES)}")

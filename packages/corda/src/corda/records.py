@@ -1,4 +1,4 @@
-"""The files of text that people have on disk: what a record of each kind holds, as text or as tokens."""
+"""Files of text that people have on disk, and what their records hold: text, tokens or conversations."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ FIELD_SETS = (
     ("question",),
     ("prompt", "completion"),
 )
-"""Field names of common instruction data sets; the first set that a record holds whole is joined by newlines."""
+"""Field names of common instruction data sets; the first set of which a record holds all is joined by newlines."""
 TOKENS = "input_ids"
 ROLES = {
     "system": "system",
@@ -200,7 +200,7 @@ def _plain_texts(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Lines as bytes: each is decoded where a fault in it can be skipped."""
+    """Yields lines as bytes: each is decoded later, where a fault in it can be skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -235,7 +235,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a folder of ``datasets.Dataset.save_to_disk``: Arrow streams, listed in state.json."""
+    """Yields the rows of a folder of ``datasets.Dataset.save_to_disk``: Arrow streams, listed in state.json."""
     arrow = _arrow("dataset")
     if (path / "dataset_dict.json").is_file():
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
@@ -281,11 +281,11 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     "parquet": _parquet_rows,
     "dataset": _dataset_rows,
 }
-"""Kind of a source -> its records, each with where it stands."""
+"""Kind of a source -> function that yields its records, each with its place."""
 
 
 def _content(where: str, record: Any, calibration: Calibration) -> Content:
-    """What a record holds, by the settings."""
+    """What a record holds, according to the settings."""
     if isinstance(record, bytes):
         record = _parsed(where, record)
     if isinstance(record, str):
@@ -328,7 +328,7 @@ def _turns(where: str, turns_of: Callable[[Any], Iterator[tuple[Any, Any]]], val
                 raise UserError(f"{where}, turn {number}: expected text, found {type(text).__name__}")
             messages.append({"role": ROLES[role], "content": text})
         if not turns:
-            raise UserError(f"{where}, turn {number}: nobody of {', '.join(ROLES)} in it: {', '.join(item)}")
+            raise UserError(f"{where}, turn {number}: expected one of {', '.join(ROLES)}, found {', '.join(item)}")
     return messages
 
 
@@ -353,7 +353,7 @@ def _rendered(chat: Chat, template: str | None, tokenizer: "PreTrainedTokenizerB
 
 
 def _adds_start(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer puts the token of a beginning first by itself; a template that does too would double it."""
+    """Whether the tokenizer itself adds the start token; one in a template would double it."""
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
@@ -382,7 +382,7 @@ def _parsed(where: str, line: bytes) -> Any:
 
 
 def _known_fields(where: str, record: dict[str, Any]) -> Sequence[str]:
-    """The fields that a record is made of: tokens, turns, or the first set that holds text only, else that it holds."""
+    """The fields that a record is made of: tokens, turns, the first known set with text only, or the first that it holds."""
     for name in (TOKENS, *TURNS):
         if name in record:
             return (name,)
@@ -423,4 +423,4 @@ TURNS: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[Any, Any]]]] = {
     "conversations": _from_value,
     "conversation": _human_assistant,
 }
-"""Field of a conversation -> who says what in one item of its list."""
+"""Field of a conversation -> function that yields role and text of each turn in one item of its list."""

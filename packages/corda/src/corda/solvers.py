@@ -36,9 +36,9 @@ from corda.moments import Context, CrossMoment, DampedCovariance
 from tenfold import UserError
 
 BLOCK = 16
-"""Columns that the randomised solver adds at a time are a multiple of this: matrix products are efficient from there on."""
+"""The randomized solver adds a multiple of this many columns at a time: from there on matrix products are efficient."""
 ENERGY_TOLERANCE = 1e-10
-"""The randomised solver takes its last step when the captured energy has no more than this share left to gain,"""
+"""The randomized solver takes its last step when the captured energy has no more than this share left to gain,"""
 COMPONENT_TOLERANCE = 1e-7
 """and the energy of each single component no more than this share of its own."""
 
@@ -49,16 +49,16 @@ class Factors:
 
     Attributes:
         A: (r, n), fp32 (fp64 for fp64 weights).
-        left: (m, r) orthonormal, likewise: U, the adapted left singular vectors of M. The sign is fixed so that the entry
-            of largest magnitude of each is positive.
-        lengths: (r,) of the columns of B = U diag(lengths), which is not kept beside U: the factors of all layers wait in
-            memory until the last one is solved.
-        sigma: (r,) their singular values, in descending order; zero where ``power`` and damping make none.
+        left: (m, r) orthonormal, in the same dtype: U, the adapted left singular vectors of M. Signs are fixed: the entry
+            of largest magnitude in each column is positive.
+        lengths: (r,) lengths of the columns of B = U diag(lengths). B is not kept beside U, since the factors of all
+            layers wait in memory until the last one is solved.
+        sigma: (r,) singular values that belong to ``left``, descending; zero for null directions.
         solver: ``randomized``, ``exact``, ``inverse`` (KPM) or ``lapack_svd``.
-        precision: ``fp32`` or ``fp64``, that the solve was done in.
-        null: directions in which W itself is zero, so that they would contribute nothing to B A. They are the smallest
-            components of a rank-deficient W, and left out unless ``skip_null`` says otherwise.
-        iterations: blocks of the randomised solver's space; 0 for a direct solver.
+        precision: precision of the solve, ``fp32`` or ``fp64``.
+        null: number of directions in which W itself is zero, so that they would contribute nothing to B A. They are the
+            smallest components of a rank-deficient W, and are left out unless ``skip_null`` says otherwise.
+        iterations: number of blocks in the randomized solver's space; 0 for a direct solver.
     """
 
     A: Tensor
@@ -72,12 +72,12 @@ class Factors:
 
     @property
     def B(self) -> Tensor:  # noqa: N802
-        """(m, r), in memory of its own."""
+        """B (m, r), a new tensor at each access."""
         return self.left * self.lengths
 
     @property
     def energy(self) -> float:
-        """|U^T M|_F^2 = sum of sigma^2, that the adapted components hold of |M|_F^2."""
+        """|U^T M|_F^2 = sum of sigma^2: the part of |M|_F^2 that the adapted components hold."""
         return self.sigma.double().square().sum().item()
 
 
@@ -104,13 +104,13 @@ def factorize(
         scaling: s, LoRA's factor in front of B A.
 
     Returns:
-        ``Factors``; s B A = U U^T W whatever the balance.
+        The factors; s B A = U U^T W for either balance.
 
     Raises:
         UserError: the rank is above min(m, n) or above the rank of W, or shapes do not fit.
         NonFiniteError: NaN or infinity in the weight or the covariance.
 
-    Source: Yang et al., "CorDA", NeurIPS 2024, Eq. 4 and 5 and section 3.2; p = 1/2 minimises the error of the layer's
+    Source: Yang et al., "CorDA", NeurIPS 2024, Eq. 4 and 5 and section 3.2; p = 1/2 minimizes the error of the layer's
     outputs (SVD-LLM, COALA), p = 0 is PiSSA (IPM) and MiLoRA (KPM). The identity B A = U U^T W and the solvers on the
     inverse side are ours.
     """
@@ -139,7 +139,7 @@ def factorize(
 def _solve(
     W: Tensor, dtype: torch.dtype, context: Context, rank: int, init: CordaInit, solver: str, scaling: float
 ) -> Factors:
-    """In ``dtype``, to which each step converts W for itself: one copy less while the others need the memory."""
+    """Solve in ``dtype``. Each step converts W for itself, which saves a copy while the others need the memory."""
     null = iterations = 0
     if solver == "randomized":
         found = _randomized(W.to(dtype), context, init, rank)
@@ -193,9 +193,9 @@ def _root(block: Tensor, context: DampedCovariance | None, power: float, *, tran
 
 
 def _operator(W: Tensor, context: Context, init: CordaInit, dtype: torch.dtype) -> Tensor:
-    """M = W F (m, n), in memory of its own. Its left singular vectors and singular values are those of W C_d^p.
+    """M = W F (m, n), in memory of its own.
 
-    They are, since M M^T is the same.
+    Its left singular vectors and singular values are those of W C_d^p, since M M^T is the same.
     """
     if context is None:
         return W.to(dtype, copy=True)
@@ -206,18 +206,19 @@ def _operator(W: Tensor, context: Context, init: CordaInit, dtype: torch.dtype) 
 
 
 def _width(rank: int) -> int:
-    """Columns of the randomised solver's block: no fewer than the components that are sought."""
+    """Number of columns in the randomized solver's block, at least the rank."""
     return -(-rank // BLOCK) * BLOCK
 
 
 def _randomized(W: Tensor, context: Context, init: CordaInit, rank: int) -> tuple[Tensor, Tensor, int] | None:
-    """Leading left singular vectors from a randomised block Krylov space; M = W F itself is formed of a cross moment only.
+    """Leading left singular vectors from a randomized block Krylov space; None when half of the whole space is not enough.
 
-    The space is that of M M^T (m <= n) or of M^T M, the smaller one. Each step multiplies a block of columns by F, W and
-    their transposes and orthogonalises it against all earlier ones. Rayleigh and Ritz: with Q the basis, the leading
-    eigenpairs of (M^T Q)^T (M^T Q). Only this last product of small matrices is done in fp64 (it squares the singular
-    values), for the rest fp32 is enough. Energies are second order in the error of the vectors, and settle a step before
-    the vectors have the precision of fp32: one step more is taken then. None when half of the whole space does not suffice.
+    The space is that of M M^T (m <= n) or of M^T M, whichever is smaller; M = W F is formed only from a cross moment. Each
+    step multiplies a block of columns by F, W and their transposes and orthogonalizes it against all earlier blocks. The
+    result follows by Rayleigh-Ritz: with Q the basis, from the leading eigenpairs of (M^T Q)^T (M^T Q). Only this last
+    product of small matrices is done in fp64, since it squares the singular values; fp32 is enough for the rest. Energies
+    are second order in the error of the vectors, so they settle one step before the vectors have the precision of fp32:
+    one more step is taken then.
     """
     m, n = W.shape
     width, size = _width(rank), min(m, n)
@@ -263,10 +264,10 @@ def _randomized(W: Tensor, context: Context, init: CordaInit, rank: int) -> tupl
 
 
 def _settled(history: list[Tensor], eps: float) -> bool:
-    """Whether the energies (r,) of the components have hardly anything left to gain.
+    """Whether the energies (r,) of the components have almost nothing left to gain.
 
-    Gains shrink from step to step by a factor q or faster, so what remains after a gain g is no more than g q / (1 - q);
-    gains within rounding, eps sigma sigma_1, count as none.
+    Gains shrink from step to step by a factor q or faster, so after a gain g at most g q / (1 - q) remains; gains within
+    rounding, eps sigma sigma_1, count as none.
     """
     if len(history) < 3:
         return False
@@ -288,7 +289,7 @@ def _exact_leading(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _lapack_svd(M: Tensor, init: CordaInit, rank: int) -> tuple[Tensor, Tensor]:
-    """The published way to the singular vectors, for comparison: all of them, then crop."""
+    """The published way to the singular vectors, for comparison: compute all of them, then crop."""
     left, sigma, _ = torch.linalg.svd(M, full_matrices=False)
     chosen = slice(None, rank) if init.mode == "ipm" else slice(len(sigma) - rank, None)
     return left[:, chosen], sigma[chosen]
@@ -301,9 +302,9 @@ def _inverse_trailing(
 
     m >= n, with W = Q L^T (L the Cholesky factor of W^T W):  M = Q (L^T F), so U = Q Y with Y the leading eigenvectors
     of S = Z Z^T, Z = L^-1 F^-T.      m < n, with M^T = Q R:  M M^T = R^T R, so U are those of S = R^-1 R^-T.
-    m >= n, where M is all that is known, M = Q R:  U = Q Y with Y those of S = R^-T R^-1.
+    m >= n, where only M is known, M = Q R:  U = Q Y with Y those of S = R^-T R^-1.
     A rank-deficient W = Q1 T (rank-revealing QR) is solved as the wide Q1^T M. Its null directions, those of Q beyond Q1,
-    are left out, or with ``skip_null=False`` come first as the zero components that they are.
+    are left out, or with ``skip_null=False`` come first, with sigma = 0.
     """
     m, n = W.shape
     if m < n:
@@ -338,9 +339,10 @@ def _inverse_trailing(
 def _trailing_tall(
     W: Tensor, context: DampedCovariance | None, power: float, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """None when W is rank-deficient in this precision.
+    """Trailing left singular vectors of a tall layer; None when W is rank-deficient in this precision.
 
-    L is the Cholesky factor of W^T W where this holds W well enough, else that of a QR decomposition, which takes longer.
+    L is the Cholesky factor of W^T W where that keeps enough digits of W, else the factor of a QR decomposition, which
+    takes longer.
     """
     for factor in (_gram_factor, _orthogonal_factor):
         L = factor(W.to(dtype))
@@ -362,13 +364,13 @@ def _gram_factor(W: Tensor) -> Tensor | None:
 
 
 def _orthogonal_factor(W: Tensor) -> Tensor | None:
-    """The same from W = Q L^T; None when W is rank-deficient in its precision."""
+    """Lower triangular L with W = Q L^T; None when W is rank-deficient in its precision."""
     R = _usable(upper_factor(W))
     return None if R is None else R.T
 
 
 def _inverse_gram(L: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
-    """S = Z Z^T, Z = L^-1 F^-T, of which the lower triangle is valid."""
+    """S = Z Z^T with Z = L^-1 F^-T; its lower triangle is valid."""
     if context is None:
         Z = inverse_triangular(L)
     elif power == 0.5:
@@ -379,7 +381,7 @@ def _inverse_gram(L: Tensor, context: DampedCovariance | None, power: float) -> 
 
 
 def _trailing_formed(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Of a tall M; None when it is rank-deficient in this precision."""
+    """Trailing left singular vectors of a tall M; None when it is rank-deficient in this precision."""
     R = _usable(upper_factor(M))
     if R is None:
         return None
@@ -389,7 +391,7 @@ def _trailing_formed(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _trailing_wide(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Of a wide M, which is overwritten; None when it is rank-deficient in this precision."""
+    """Trailing left singular vectors of a wide M, which is overwritten; None when it is rank-deficient in this precision."""
     R = _usable(upper_factor(M.T, overwrite=True))
     del M
     if R is None:
@@ -399,7 +401,7 @@ def _trailing_wide(M: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _usable(R: Tensor) -> Tensor | None:
-    """A triangular factor, unless it is singular in its precision."""
+    """R, or None where it is singular in its precision."""
     diagonal = R.diagonal().abs()
     return None if diagonal.min() <= diagonal.max() * len(diagonal) * torch.finfo(R.dtype).eps else R
 
@@ -407,7 +409,7 @@ def _usable(R: Tensor) -> Tensor | None:
 def _assemble(
     W: Tensor, left: Tensor, sigma: Tensor, init: CordaInit, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, U, the lengths of B's columns and Sigma, components by descending sigma, signs fixed."""
+    """A, U, the lengths of B's columns and Sigma: components by descending sigma, signs fixed."""
     order = sigma.argsort(descending=True, stable=True)
     U, sigma = left[:, order].to(W), sigma[order].to(W)
     peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))

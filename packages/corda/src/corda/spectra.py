@@ -28,7 +28,7 @@ def compactness(covariance: Tensor | DampedCovariance, out_features: int, dampin
 
         pi(C) = sqrt(d_out sigma_max) / sigma_min      of C_d / mean(diag C_d)
 
-    The paper's: the formula, from the bound |dY|_1 <= pi(C) sigma on how far outputs move when the component of singular
+    From the paper: the formula, from the bound |dY|_1 <= pi(C) sigma on how far outputs move when the component of singular
     value sigma is dropped. Ours: C_d instead of C, since pi of a rank-deficient C is infinite, and its normalization to a
     mean diagonal of 1. Unnormalized, pi(c C) = pi(C) / sqrt(c): with enough tokens log pi would turn negative, which
     reverses every score that it multiplies. Normalized, sigma_max >= 1 >= sigma_min, so pi >= sqrt(d_out) >= 1 always.
@@ -36,7 +36,7 @@ def compactness(covariance: Tensor | DampedCovariance, out_features: int, dampin
     Args:
         covariance: C (n, n) undamped, or a ``DampedCovariance``, which brings its own damping.
         out_features: d_out, rows of the weight.
-        damping: delta, relative to the mean of the diagonal; of a plain C.
+        damping: delta, relative to the mean of the diagonal, for a plain C.
 
     Raises:
         UserError: C is not square or has no positive diagonal.
@@ -53,7 +53,7 @@ def as_damped(covariance: Tensor | DampedCovariance, damping: float) -> DampedCo
 
 
 def extreme_eigenvalues(context: DampedCovariance) -> tuple[float, float]:
-    """sigma_max and sigma_min of C_d / mean(diag C_d); what bounds them in exact arithmetic bounds them here."""
+    """sigma_max and sigma_min of C_d / mean(diag C_d), held to the bounds that they obey in exact arithmetic."""
     C_d = context.times(torch.eye(context.size, dtype=torch.float64))
     mean = C_d.diagonal().mean().item()
     values = torch.linalg.eigvalsh(C_d)
@@ -73,10 +73,10 @@ def spectrum(weight: Tensor, context: DampedCovariance | None, power: float = 1.
 
     By LAPACK's SVD of M without vectors. Measured against 60 digits (``mpmath``), with cond(C) from 1e3 to 1e12: the
     relative error of the worst value, the smallest, stays below 0.1 eps cond(M), 2e-13 at cond(M) = 1e4 and 1e-10 at 8e6;
-    eigenvalues of the Gram matrix of M were off by 9e-10 and 3e-4. Eigenvalues of M's Gram matrix for the upper half and of
-    the inverse's for the lower half agree with the SVD to 2e-11 at cond(M) = 8e6, took 0.8 to 1.4 times its time (1536 x
-    512, 512 x 2048, 768 x 768; one thread), lose in the middle what the SVD loses at the end, and fail for a rank-deficient
-    weight: not worth a second way.
+    eigenvalues of the Gram matrix of M were off by 9e-10 and 3e-4. Taking eigenvalues of M's Gram matrix for the upper half
+    and of the inverse's for the lower half agrees with the SVD to 2e-11 at cond(M) = 8e6, but takes 0.8 to 1.4 times its
+    time (1536 x 512, 512 x 2048, 768 x 768; one thread), loses in the middle what the SVD loses at the end, and fails for a
+    rank-deficient weight: it is not worth a second implementation.
 
     Args:
         weight: W (m, n), any float dtype.
@@ -111,17 +111,17 @@ def _operator(weight: Tensor, context: DampedCovariance | None, power: float) ->
 def component_energies(
     weight: Tensor, covariance: Tensor, *, power: float = 1.0, damping: float = CordaInit.damping
 ) -> Tensor:
-    """What each component adds to the layer's output energy, exactly: (k,) fp64, in the order of ``spectrum``.
+    """Exact contribution of each component to the layer's output energy: (k,) fp64, in the order of ``spectrum``. Experimental.
 
         e_i = |u_i u_i^T W X|_F^2 = u_i^T W C W^T u_i,      sum_i e_i = tr(W C W^T)
 
-    u_i is the i-th left singular vector of M; C is undamped. Ours, not of the paper, which orders components by a bound on
-    these. The order is that of sigma_i, so the energies need not descend.
+    u_i is the i-th left singular vector of M; C is undamped. Ours; the paper orders components by a bound on these. The
+    order is that of sigma_i, so the energies need not descend.
 
     Args:
         weight: W (m, n).
         covariance: C (n, n), undamped.
-        power: p in M.
+        power: p of M.
         damping: delta of C_d in M.
 
     Raises:
@@ -136,7 +136,7 @@ def component_energies(
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpectra:
-    """What ``allocate_ranks`` decides by, layer -> value. Experimental.
+    """What ``corda.plus.allocate_ranks`` decides by, layer -> value. Experimental.
 
     Attributes:
         spectra: sigma (k,), descending.
@@ -156,8 +156,8 @@ def layer_spectra(
 
     Args:
         model: the plain base model; stays untouched.
-        stats: of this model, as collected or as selected.
-        lora_config: its targets count, not its ranks.
+        stats: statistics of this model, as collected or as selected.
+        lora_config: its targets are used, not its ranks.
         init: ``power`` and ``damping`` are used; default ``CordaInit()``.
 
     Raises:

@@ -1,10 +1,10 @@
 """Factors in little memory: one block of a decoder stack at a time, or several passes, each for a few layers.
 
-The adapted model computes the same function as the base, so what a block gets does not depend on whether earlier ones are
-solved already, and the original weights serve throughout. The hidden states of all batches wait on the CPU between two
-blocks; the statistics of one block are alive at a time.
+The adapted model computes the same function as the base, so a block's input does not depend on whether earlier blocks have
+been solved, and the original weights serve throughout. The hidden states of all batches wait on the CPU between two
+blocks; only the statistics of one block are in memory at a time.
 
-That the stack is a mere chain of blocks is not taken for granted: the first batch goes through it both ways.
+That a stack is a mere chain of blocks is checked: the first batch goes through the model and through the chain.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ UNITS = {
 }
 """What follows the number of a memory budget, in small letters -> bytes."""
 ROUNDING = 2
-"""By how many times the precision of its dtype a stack's streamed output may differ from the model's own (in norm)."""
+"""Largest difference (in norm) of a stack's streamed output from the model's own, in units of its dtype's precision."""
 
 
 def stream_factors(
@@ -53,38 +53,39 @@ def stream_factors(
 ) -> FactorSet:
     """Calibrate and solve without ever holding the statistics of the whole model.
 
-    Blocks of a ``ModuleList`` go one after another: all batches through one block, its statistics solved and freed, then
-    the next block; the hidden states of all batches wait on the CPU in the model's dtype, with the masks and position
-    embeddings that the blocks get, equal ones once. Layers elsewhere, and stacks whose blocks turn out to be no chain (a
-    warning says why), are calibrated by passes through the whole model. The outcome is that of ``collect_context`` and
-    ``build_factors``; the statistics are not kept.
+    The blocks of a ``ModuleList`` are handled one after another: all batches go through one block, its layers are solved
+    and its statistics freed, then comes the next block. In between, the hidden states of all batches wait on the CPU in the
+    model's dtype, with the blocks' masks and position embeddings, of which equal ones are kept once. Layers elsewhere, and
+    stacks whose blocks turn out not to be a chain (a warning says why), are calibrated by passes through the whole model.
+    The outcome is that of ``collect_context`` and ``build_factors``; the statistics are not kept.
 
     In a process group of several ranks, all of them must call it, each with its own share of the data, which may be empty.
 
     Args:
         model: the plain base model; as untouched afterwards as by ``collect_context``.
-        data: as for ``collect_context``, but gone through more than once: a list or a ``DataLoader``, not a generator. A
-            function that runs the model itself cannot be streamed by block, and is called once for each pass.
+        data: as for ``collect_context``, but iterated over more than once: a list or a ``DataLoader``, not a generator. A
+            function that runs the model itself cannot be streamed by block, and is called once per pass.
         lora_config: as for ``build_factors``.
         init: default ``CordaInit()``.
         memory_budget: the most that statistics may take at once, in bytes or as ``"6GB"``, ``"512MiB"``; layers are then
             calibrated in several passes, through a block or through the model. Default: as many as one pass needs.
-        energies: also find each layer's share of output energy (``output_energies``), for the report; a product W C a layer.
-        progress: is given the names of the blocks, such as ``tqdm``.
+        energies: True also finds each layer's share of output energy (``output_energies``), for the report; a product W C
+            per layer.
+        progress: wraps the names of the blocks, such as ``tqdm``.
 
     Returns:
-        ``FactorSet``.
+        The factors of all targeted layers.
 
     Raises:
-        UserError: a budget that is no size, or below the statistics of one layer (the message names the least one); data
-            that are used up by one pass; or as for ``collect_context`` and ``build_factors``.
+        UserError: a budget that is not a size, or too small for the statistics of one layer (the message says how much it
+            needs); data that one pass uses up; or as for ``collect_context`` and ``build_factors``.
     """
     init = init or CordaInit()
     budget = parse_bytes(memory_budget) if memory_budget is not None else None
     if init.power == 0:
         return build_factors(model, None, lora_config, init, progress=progress)
     if isinstance(data, Iterator):
-        raise UserError("the calibration data are used up by one pass; give a list, a DataLoader or a function instead")
+        raise UserError("one pass uses the calibration data up; give a list, a DataLoader or a function instead")
     targets = agreed(lambda: resolve_targets(model, lora_config))
     job = _Job(model, data, targets, init, budget, energies, progress)
     with quiet_model(model):
@@ -152,7 +153,7 @@ class _Job:
         return solved
 
     def _first_pass(self, stacks: Sequence[Stack]) -> dict[str, str]:
-        """See which layers share an input; the stacks that cannot be streamed, and why."""
+        """Find out which layers share an input; returns the stacks that cannot be streamed, and why."""
         if not isinstance(self.data, Iterable):
             if self.budget is not None:
                 self._first_call(self.data)
@@ -182,7 +183,7 @@ class _Job:
             hook.remove()
 
     def _why_not(self, stack: Stack, batch: Batch) -> str:
-        """Why a stack cannot be streamed; empty if the first batch comes out as from the model."""
+        """Why a stack cannot be streamed; empty if the first batch gives the model's own output."""
         if stack.called != list(range(len(stack.blocks))):
             return "its blocks are not called one after another, once each"
         try:
@@ -190,7 +191,8 @@ class _Job:
             found = Recorder(self.model, stack).record(batch)
             for index, block in enumerate(stack.blocks):
                 found.hidden = found.through(index, block)
-        except Exception as error:  # the model itself has just run without one
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
+            # the model itself has just run without one
             return f"block by block it fails ({type(error).__name__}: {error})"
         finally:
             stack.last = None
@@ -199,11 +201,11 @@ class _Job:
             found.hidden.shape != expected.shape
             or not (found.hidden.to(expected) - expected).double().norm() <= allowed
         ):
-            return "block by block, the first batch comes out otherwise than from the model"
+            return "block by block, the first batch gives another output than the model does"
         return ""
 
     def _sizes(self, groups: Mapping[str, str]) -> dict[str, tuple[str, int]]:
-        """Layer -> its group, as far as known, and the bytes of that group's statistics."""
+        """Layer -> its group, as far as it is known, and the bytes of the group's statistics."""
         sizes = {}
         for name in self.targets:
             group = groups.get(name, name)
@@ -215,7 +217,7 @@ class _Job:
         return sizes
 
     def _shares(self, names: Sequence[str], sizes: Mapping[str, tuple[str, int]]) -> list[list[str]]:
-        """The layers, in parts whose statistics fit into the budget; those of one input stay together."""
+        """The layers in parts whose statistics fit into the budget; layers of one input stay together."""
         shares: list[list[str]] = []
         room = 0.0
         for group, size in dict.fromkeys(sizes[name] for name in names):
@@ -227,7 +229,7 @@ class _Job:
         return shares
 
     def _stream(self, stack: Stack, sizes: Mapping[str, tuple[str, int]]) -> Solved:
-        """All batches through one block after another, as far as the last one that holds a target."""
+        """Send all batches through one block after another, up to the last one that holds a target."""
         passes = agreed(lambda: self._recorded(stack))
         names = [stack.of_block(index, self.targets) for index in range(len(stack.blocks))]
         end = max(index for index, found in enumerate(names) if found)
@@ -248,7 +250,7 @@ class _Job:
     def _through(
         self, passes: Sequence[Pass], index: int, block: nn.Module, names: Sequence[str], *, onward: bool
     ) -> ContextStats:
-        """The statistics of some layers of a block; ``onward``, the batches are behind it afterwards."""
+        """The statistics of some layers of a block; with ``onward``, the batches then hold the block's output."""
         collector = Collector({name: self.layers[name] for name in names}, self.init, reusable=False, stops=not onward)
         with collector.attached():
             for batch in passes:
@@ -273,7 +275,7 @@ class _Job:
 
 
 def _common(reasons: dict[str, str], groups: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The same on all ranks: every reason, and the groups of the first rank that has seen any data."""
+    """What all ranks go by: every reason, and the groups of the first rank that has seen any data."""
     if world_size() == 1:
         return reasons, groups
     found: list[Any] = [None] * world_size()

@@ -1,7 +1,7 @@
 """The arithmetic of the statistics: what one call of a layer adds to its running sums.
 
-Products of tokens are fp32, added in fp64, in strips of the lower triangle: little more than half of the work of the whole
-matrix, and each strip is added while it is in the cache.
+Products of tokens are computed in fp32 and added up in fp64, in strips of the lower triangle: little more than half of the
+work of the whole matrix, and each strip is added while it is in the cache.
 
 Shapes: x is (B, T, n) or (T, n) inputs of a layer; ``rows`` are the (T, n) tokens that count.
 """
@@ -20,7 +20,7 @@ CHUNK = 8192
 """Tokens of one fp32 product, before it is added to the fp64 sum."""
 
 Part = tuple[Tensor, float]
-"""Tokens (T, n), and what their products are multiplied by."""
+"""Tokens (T, n), and the factor of their products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Sum:
     samples: int = 0
     calls: int = 0
     pending: Call | None = None
-    """The latest call, until all layers that share the sum have got its input."""
+    """The latest call, until all layers that share the sum have received its input."""
     followers: dict[str, int] = dataclasses.field(default_factory=dict)
     """Layers that share the sum -> how many calls they share."""
 
     def settle(self) -> None:
-        """Add what is pending."""
+        """Add the pending call to the sums."""
         if self.pending is not None:
             start = 0
             for strip in self.pending.strips:
@@ -61,7 +61,7 @@ class Sum:
 
 
 def samples_of(x: Tensor, mask: Tensor | None, init: CordaInit) -> tuple[list[Tensor], int]:
-    """The tokens of x that count, (T, n), by sample where these have scales of their own; the number of samples.
+    """The tokens of x that count, (T, n), separately for each sample where it has its own scale, and the number of samples.
 
     Args:
         x: inputs of a layer.
@@ -92,7 +92,10 @@ def samples_of(x: Tensor, mask: Tensor | None, init: CordaInit) -> tuple[list[Te
 
 
 def weight_of_sample(rows: Tensor, scale: str) -> float:
-    """What the products of a sample's tokens are multiplied by: 1 / max(x)^2 with ``peft``, else 1.
+    """The factor of a sample's products: 1 / max(x)^2 with ``peft``, else 1.
+
+    It multiplies the products, not the tokens: values of bf16 and fp16 stay as they are, so that fp32 holds their products
+    exactly.
 
     Raises:
         UserError: the largest input is 0, which ``peft`` cannot divide by.
@@ -106,12 +109,14 @@ def weight_of_sample(rows: Tensor, scale: str) -> float:
 
 
 def chunks(samples: Iterable[Tensor]) -> list[Tensor]:
-    """The tokens of all samples, no more than ``CHUNK`` of one sample together."""
+    """The tokens of all samples in pieces of at most ``CHUNK`` tokens, none of which mixes samples."""
     return [rows[i : i + CHUNK] for rows in samples for i in range(0, len(rows), CHUNK)]
 
 
 def sum_of_products(parts: Sequence[Part]) -> tuple[Iterable[Tensor], float]:
-    """The sum of factor x x^T as ``lower_strips``, and a factor of it; one part's products come as they are needed.
+    """The sum of factor x x^T as ``lower_strips``, and a factor still to be applied.
+
+    The products of a single part are computed while they are iterated over.
 
     Raises:
         NonFiniteError: NaN or infinity in the tokens, after the last strip.

@@ -1,4 +1,4 @@
-"""Does an adapted model start at its base model? Logits and weights of both, compared."""
+"""Whether an adapted model starts at its base model: logits and weights of both, compared."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,12 +19,12 @@ from tenfold import NonFiniteError, UserError
 
 @dataclass(frozen=True)
 class LayerStart:
-    """How far one layer's effective weight starts from W of the base, which costs no forward pass to tell.
+    """How far one layer's effective weight starts from W of the base; found without a forward pass.
 
     Attributes:
         attach: residual (effective is W' + s B A) or anchor (W + s (B A - B0 A0)).
-        units: the largest entry of |W - effective|, in units of the last place of W and W' (the larger one). The one
-            rounding of W' to its dtype makes half a unit; fp64, where the check itself is rounded, up to 2.
+        units: the largest entry of |W - effective|, in units of the last place of W or W', whichever is larger. The
+            rounding of W' to its dtype makes half a unit; in fp64, where the check itself rounds, up to 2.
     """
 
     attach: Attach
@@ -32,7 +32,7 @@ class LayerStart:
 
     @property
     def holds(self) -> bool:
-        """Whether the layer starts at the base's: exactly if anchored, else up to that rounding."""
+        """Whether the layer starts at the base's weight: exactly if anchored, else up to rounding."""
         return self.units <= (0 if self.attach == "anchor" else 2)
 
 
@@ -44,7 +44,7 @@ class InitReport:
         max_difference: largest absolute difference of logits.
         mean_difference: mean absolute difference of logits.
         kl: mean over tokens of KL(base || wrapped) of the softmax over the last dimension, in nats.
-        layers: of each adapted layer, how far its weight is; not of a quantised one that cannot be dequantised.
+        layers: layer -> how far its weight is; quantized layers that cannot be dequantized are missing.
     """
 
     max_difference: float
@@ -59,13 +59,13 @@ class InitReport:
 
 
 def verify_init(base: nn.Module, wrapped: nn.Module, batch: Batch) -> InitReport:
-    """Compare an untouched base model and the model that was just initialised: their logits, and each layer's weight.
+    """Compare the logits and the layers' weights of an untouched base model and of the model that was just initialized.
 
-    Both are run in evaluation mode and left in the mode that they were in.
+    Both run in evaluation mode and are then put back into their own modes.
 
     Args:
-        base: the base model as it was (a copy from before ``apply_corda``, which changes the weights).
-        wrapped: the initialised model.
+        base: the untouched base model (a copy from before ``apply_corda``, which changes the weights).
+        wrapped: the initialized model.
         batch: keyword arguments of the models, or one tensor; tokens with ``attention_mask`` 0 do not count.
 
     Shapes: logits (..., classes), in ``output.logits`` or the output itself.
@@ -75,16 +75,16 @@ def verify_init(base: nn.Module, wrapped: nn.Module, batch: Batch) -> InitReport
         NonFiniteError: NaN or infinity in the logits.
     """
     if any(module is base for module in wrapped.modules()):
-        raise UserError("the base model is a part of the initialised one; give an untouched copy")
+        raise UserError("the base model is a part of the initialized one; give an untouched copy")
     before, after = _logits(base, batch), _logits(wrapped, batch)
     if before.shape != after.shape:
         raise UserError(
-            f"the base model's logits are {tuple(before.shape)}, the initialised one's {tuple(after.shape)}"
+            f"the base model's logits are {tuple(before.shape)}, the initialized one's {tuple(after.shape)}"
         )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None:
         before, after = before[mask.bool()], after[mask.bool()]
-    for whose, logits in (("base", before), ("initialised", after)):
+    for whose, logits in (("base", before), ("initialized", after)):
         if not torch.isfinite(logits).all():
             raise NonFiniteError(f"the {whose} model's logits hold NaN or infinity")
     difference = (after - before).abs()

@@ -135,13 +135,13 @@ def train(facts: dict[str, list[str]], seed: int, steps: int, *, quiet: bool = F
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy (nats a character) of the next token; targets (B, L) of -100 do not count."""
+    """Mean cross-entropy (nats per character) of the next token; targets (B, L) of -100 do not count."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
 
 
 @torch.no_grad()
 def losses(model: nn.Module, facts: Sequence[str], windows: int | None = None) -> dict[str, float]:
-    """Loss (nats a character) of the facts' names, percentage of facts known, and loss of the held-out text.
+    """Loss (nats per character) of the facts' names, percentage of facts known, and loss of the held-out text.
 
     A fact is known when each character of its name, and the newline after it, is the likeliest given those before.
     """
@@ -160,7 +160,7 @@ def losses(model: nn.Module, facts: Sequence[str], windows: int | None = None) -
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, kind: str, count: int) -> float:
-    """Loss (nats a character) of evenly spaced windows of the text or code that is neither trained on nor calibrated on."""
+    """Loss (nats per character) of evenly spaced windows of the text or code that is neither trained on nor calibrated on."""
     text = token_ids(kind)["measured"]
     windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
     windows = windows[:: len(windows) // count][:count]

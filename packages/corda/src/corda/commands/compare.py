@@ -81,7 +81,7 @@ def compare(
 ) -> dict[str, Any]:
     """Tune, fine-tune and measure every arm; returns the summary that it writes.
 
-    Losses are nats a token. Arms are compared at the end, and at the lowest loss of what is to be learned that all arms of a
+    Losses are nats per token. Arms are compared at the end, and at the lowest loss of what is to be learned that all arms of a
     seed have reached.
 
     Args:

@@ -69,7 +69,7 @@ TASK_WINDOWS = 32
 EVAL_EVERY = {"quick": 10, "default": 20, "full": 10}
 """Steps between measurements."""
 TARGET = {"quick": 1.9, "default": 1.9, "full": 1.8}
-"""Loss of held-out code (nats a character) that all starts are trained to; higher where the model is trained less."""
+"""Loss of held-out code (nats per character) that all starts are trained to; higher where the model is trained less."""
 TASK_INIT = CordaInit(scale="token_mean")
 """Every token the same, chosen on tuning seeds: with peft's scale IPM learned far slower and KPM kept less."""
 STARTS = {name: (arm.label, name, TASK_INIT) for name, arm in ARMS.items()} | {
@@ -324,7 +324,7 @@ def _decide_fine_tuning(study: Study) -> None:
     target, seeds = TARGET[study.level], len(study.seeds)
     runs = {case: arm for arm, case in fine_tuned(study.level).items()}.values()
     reached, total = sum(int(study.values((arm, "reached")).sum()) for arm in runs), len(runs) * seeds
-    text = f"fine-tunings on code (all starts, rates and seeds) that reach a loss of {target} nats a character"
+    text = f"fine-tunings on code (all starts, rates and seeds) that reach a loss of {target} nats per character"
     study.count("target", text, reached, total, required=f">= {total}")
     for kind in RATE_KINDS[study.level]:
         lora, kpm = (study.values((f"{kind}-{name}", "facts lost")) for name in ("lora", "corda-kpm"))
@@ -350,8 +350,8 @@ def _decide_fine_tuning(study: Study) -> None:
 def _note(study: Study) -> None:
     known, facts, text = (study.values(("whole", name)).mean() for name in ("facts known", "facts loss", "text loss"))
     study.note(
-        f"Nothing dropped: {known:.0f} % of the measured facts are known (loss {facts:.3f} nats a character); held-out text "
-        f"has {text:.2f} nats a character (perplexity {math.exp(text):.2f}). Means over seeds."
+        f"Nothing dropped: {known:.0f} % of the measured facts are known (loss {facts:.3f} nats per character); held-out text "
+        f"has {text:.2f} nats per character (perplexity {math.exp(text):.2f}). Means over seeds."
     )
     arms = _arms("facts")
     kept = (f"{label} {study.values((arm, 'facts known 50')).mean():.0f} %" for label, arm in arms.items())
@@ -362,7 +362,7 @@ def _note(study: Study) -> None:
         estimate = interval(*mean_ci95((half - corda).tolist()))
         study.note(
             "At half of the components dropped, power 1/2 (which minimizes the error of the outputs) minus power 1: "
-            f"{estimate} nats a character on {kind}, calibrated on {kind}; reported, not required."
+            f"{estimate} nats per character on {kind}, calibrated on {kind}; reported, not required."
         )
     rates = {"tuned": "their best learning rates", "common": f"a learning rate of {COMMON_RATE:g}"}
     for kind in RATE_KINDS[study.level]:
@@ -389,7 +389,7 @@ def _draw(study: Study, run: Run) -> None:
         added = {label: [study.values((arm, f"{kind} +loss {drop}")) for drop in drops] for label, arm in arms.items()}
         log = all((values > 0).all() for rows in added.values() for values in rows)
         curves = {label: _curve(drops, rows, log) for label, rows in added.items()}
-        labels = ("components dropped in every layer (%)", "loss increase (nats a character)")
+        labels = ("components dropped in every layer (%)", "loss increase (nats per character)")
         panels.append(Panel(f"{kind}, calibrated on other {kind}", *labels, curves, yscale="log" if log else "linear"))
     line_chart(run.own("figures/truncation.png"), panels)
 
@@ -402,7 +402,7 @@ def _draw_fine_tuning(study: Study, run: Run) -> None:
             rows = [study.values((f"{kind}-{name}", f"{metric} {loss:.2f}")).mean() for loss in losses]
             curves[label] = Curve(losses, rows)
         ylabel = "facts still known (%)" if unit == "%" else unit
-        panels.append(Panel(title, "loss of other code (nats a character)", ylabel, curves))
+        panels.append(Panel(title, "loss of other code (nats per character)", ylabel, curves))
     line_chart(run.own("figures/fine-tuning.png"), panels)
 
 
