@@ -92,7 +92,7 @@ def quantized(model, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_the_anchored_model_starts_at_the_base_bit_for_bit(llama, batches, dtype, mode):
-    """Property 14; and no weight of the base has changed."""
+    """And no weight of the base has changed."""
     llama = llama.to(dtype)
     base = copy.deepcopy(llama)
     config = configuration(target_modules="all-linear", task_type="CAUSAL_LM")
@@ -105,7 +105,7 @@ def test_the_anchored_model_starts_at_the_base_bit_for_bit(llama, batches, dtype
 
 @pytest.mark.parametrize("change", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "lora_alpha": 2}])
 def test_gradients_and_steps_are_those_of_the_residual_mode(llama, batches, change):
-    """Property 14: gradients of D_A, D_B equal those of A, B; after 3 SGD steps the effective weights agree to 1e-6."""
+    """Gradients of D_A, D_B equal those of A, B; after 3 SGD steps the effective weights agree to 1e-6."""
     base = copy.deepcopy(llama)
     config = configuration(**change)
     factors = factors_of(llama, batches, config)
@@ -126,7 +126,7 @@ def test_gradients_and_steps_are_those_of_the_residual_mode(llama, batches, chan
 
 
 def test_gradients_at_the_start():
-    """Property 22: d(loss)/d(D_A) = s B0^T G x^T and d(loss)/d(D_B) = s G x^T A0^T."""
+    """D(loss)/d(D_A) = s B0^T G x^T and d(loss)/d(D_B) = s G x^T A0^T."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 6)).double()
     x = torch.randn(20, 9, dtype=torch.float64)
@@ -262,7 +262,7 @@ def test_adapters_mix_in_a_batch(llama, batches):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 @pytest.mark.parametrize("kind", [Int8Linear, PackedLinear])
 def test_a_quantised_base_starts_bit_for_bit_and_trains(llama, batches, kind):
-    """Property 14: int8 weights stay as they are; only the merge is refused."""
+    """Int8 weights stay as they are; only the merge is refused."""
     config = configuration()
     factors = factors_of(llama, batches, config)
     base = quantized(llama, kind)
@@ -303,7 +303,6 @@ def test_transposed_layers_of_gpt2(batches):
 
 
 def test_bad_models_and_configurations(llama, batches, tmp_path):
-    """Property 23."""
     config = configuration()
     factors = factors_of(llama, batches, config)
     with pytest.raises(UserError, match="other layers or ranks"):
@@ -335,7 +334,6 @@ def test_bad_models_and_configurations(llama, batches, tmp_path):
 
 
 def test_damaged_and_foreign_files_are_named(llama, batches, tmp_path):
-    """Property 23."""
     base, config = copy.deepcopy(llama), configuration(modules_to_save=["lm_head"])
     wrapped = apply_anchor(llama, factors_of(llama, batches, config), config)
     wrapped.save_pretrained(tmp_path)

@@ -222,8 +222,12 @@ def test_fact_windows_begin_with_a_whole_fact():
 
 
 def test_impossible_settings_are_refused():
-    for settings in ({"facts": 3}, {"rank": 0}, {"steps": 0}, {"seeds": []}):
-        with pytest.raises(UserError, match="at least"):
+    for settings, message in (
+        ({"facts": 3}, "facts: expected 4 or more, got 3"),
+        ({"rank": 0}, "rank: expected 1 to 64, got 0"),
+        ({"rank": 65}, "rank: expected 1 to 64, got 65"),
+        ({"steps": 0}, "steps: expected 1 or more, got 0"),
+        ({"seeds": []}, "seeds: expected at least one"),
+    ):
+        with pytest.raises(UserError, match=message):
             DemoSettings(**settings)
-    with pytest.raises(UserError, match="at most 64"):
-        DemoSettings(rank=65)

@@ -96,7 +96,7 @@ def test_default_targets_hold_conv1d_and_no_tied_head(gpt, twin, llama):
 
 
 def test_conv1d_equals_the_transposed_linear_layer(gpt, twin, batches):
-    """Property 17: statistics, factors, energies, spectra and the residual model, up to the rounding of the forward."""
+    """Statistics, factors, energies, spectra and the residual model, up to the rounding of the forward."""
     gpt, twin = gpt.double(), twin.double()
     names, init = linear_targets(gpt), CordaInit(mode="ipm")
     stats, other = collect_context(gpt, batches), collect_context(twin, batches)
@@ -124,7 +124,7 @@ def test_conv1d_equals_the_transposed_linear_layer(gpt, twin, batches):
 
 @pytest.mark.parametrize("attach", [apply_corda, apply_anchor])
 def test_conv1d_is_trained_merged_and_converted(gpt, batches, tmp_path, attach):
-    """Properties 14 and 15: square layers included, where a forgotten transposition goes unnoticed by shapes."""
+    """Square layers included, where a forgotten transposition goes unnoticed by shapes."""
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn", "attn.c_proj", "c_fc"], fan_in_fan_out=True)
     base = copy.deepcopy(gpt)
     factors = build_factors(gpt, collect_context(gpt, batches), config)
@@ -150,7 +150,7 @@ def test_conv1d_is_trained_merged_and_converted(gpt, batches, tmp_path, attach):
 
 
 def test_conv1d_is_truncated(gpt, twin, batches):
-    """Property 17, and 19: nothing dropped changes no bit."""
+    """Nothing dropped changes no bit."""
     stats, other = collect_context(gpt, batches), collect_context(twin, batches)
     name = "transformer.h.0.mlp.c_fc"
     before = gpt.get_submodule(name).weight.detach().clone()
@@ -164,7 +164,7 @@ def test_conv1d_is_truncated(gpt, twin, batches):
 
 
 def test_pefts_own_start_takes_the_eigens_of_conv1d(gpt, batches):
-    """Properties 17 and 21; a peft whose ``corda_init`` knows no Conv1D is refused."""
+    """A peft whose ``corda_init`` knows no Conv1D is refused."""
     base = copy.deepcopy(gpt)
     config = copy.deepcopy(CONV1D)
     config.init_lora_weights, config.corda_config = "corda", CordaConfig(corda_method="ipm")
@@ -310,7 +310,7 @@ def test_factors_of_a_quantised_model_are_those_of_its_dequantised_weights(llama
 @pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_model_starts_bit_for_bit_and_ends_as_a_plain_lora(llama, batches, tmp_path, kind):
-    """Properties 14 and 15, on the quantized base itself."""
+    """On the quantized base itself."""
 
     def base():
         return replaced(llama, nn.Linear, kind)
@@ -333,7 +333,7 @@ def test_a_quantised_model_starts_bit_for_bit_and_ends_as_a_plain_lora(llama, ba
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_weight_takes_no_residual(llama, batches, kind):
-    """Property 23: a TypeError that suggests the anchor, and before the calibration, which is the long part."""
+    """A TypeError that suggests the anchor, and before the calibration, which is the long part."""
 
     def data():
         raise AssertionError("calibrated for nothing")
@@ -372,7 +372,6 @@ def test_a_weight_that_only_its_layer_can_read_takes_factors_of_the_unquantised_
 
 
 def test_what_is_no_linear_layer_is_refused(llama, batches):
-    """Property 23."""
     for name, kind in (("model.embed_tokens", "Embedding"), ("model.layers.0.mlp", "LlamaMLP")):
         with pytest.raises(TypeError, match=f"layer {name} is a {kind}; expected nn.Linear, Conv1D or a quantized"):
             collect_context(llama, batches, [name])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold import UserError
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -33,6 +33,7 @@ from corda.sums import (
 )
 from corda.targets import layer_weight, linear, linear_targets, shape_of
 from tenfold import UserError
+from tenfold.modules import evaluating
 
 Batch = Mapping[str, Any] | Tensor
 """Keyword arguments of a model, or its one argument."""
@@ -301,19 +302,6 @@ def _gives_products(layer: nn.Module) -> bool:
     return bias is None and layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.float64)
 
 
-@contextlib.contextmanager
-def quiet_model(model: nn.Module) -> Iterator[None]:
-    """Within, evaluation mode without gradients; afterwards each module has its own training flag again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():  # inference mode would hide the versions of tensors
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def collect_context(
     model: nn.Module,
     data: Data,
@@ -353,7 +341,7 @@ def collect_context(
     names = linear_targets(model) if targets is None else list(targets)
     collector = Collector({name: linear(model, name) for name in names}, init, share=share, reusable=reusable)
     batches = isinstance(data, Iterable)  # a function that runs the model would not survive a Stop
-    with quiet_model(model), collector.attached(model if batches else None):
+    with evaluating(model), collector.attached(model if batches else None):
         run(model, data, collector)
     if complete and collector.batch < 0:
         raise UserError("the calibration data holds no batch")

@@ -146,11 +146,9 @@ class ContextStats:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all."""
-        from corda import __version__
-
         names = (field.name for field in dataclasses.fields(self) if field.name != "moments")
         header = {name: getattr(self, name) for name in names}
-        checkpoints.save(path, self.moments, method=METHOD, version=__version__, config=header)
+        checkpoints.save(path, self.moments, method=METHOD, config=header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ContextStats":
@@ -252,7 +250,7 @@ def agreed(work: Callable[[], T]) -> T:
     failures: list[Any] = [None] * world_size()
     try:
         outcome = work()
-    except Exception as error:
+    except BaseException as error:
         dist.all_gather_object(failures, (isinstance(error, UserError), f"{type(error).__name__}: {error}"))
         raise
     dist.all_gather_object(failures, None)

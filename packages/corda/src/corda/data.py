@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corda.config import Calibration
+from corda.config import SEED, Calibration
 from corda.records import TOKENS, Records, read_records
 from tenfold import UserError
 
@@ -27,6 +27,7 @@ def calibration_batches(
     tokenizer: "PreTrainedTokenizerBase | None",
     parts: int = 1,
     *,
+    seed: int = SEED,
     disjoint: bool = False,
 ) -> list[Batches]:
     """Batches ``{"input_ids", "attention_mask"}`` of shape (batch_size, length) for ``corda.collect_context``.
@@ -42,6 +43,7 @@ def calibration_batches(
         calibration: how it is read.
         tokenizer: None for records of ``input_ids``.
         parts: number of lists of batches to which the windows are dealt out, in random order.
+        seed: seed of the choice of windows or rows.
         disjoint: True refuses a text that is too short for windows that do not overlap.
 
     Returns:
@@ -52,18 +54,18 @@ def calibration_batches(
             ``read_records`` and ``Records.texts``.
     """
     records = source if isinstance(source, Records) else read_records(source, calibration)
-    source = records.source
+    shown = records.shown
     contents: list[Any] = list(records.texts(tokenizer))
     if tokenizer is None and isinstance(contents[0], str):
-        raise UserError(f"data {source}: text needs a tokenizer, which the model lacks; give records of {TOKENS}")
-    generator = torch.Generator().manual_seed(calibration.seed)
+        raise UserError(f"{shown}: text needs a tokenizer, which the model lacks; give records of {TOKENS}")
+    generator = torch.Generator().manual_seed(seed)
     if calibration.pack:
         needed = calibration.pack * calibration.windows
         if isinstance(contents[0], str):
             joined = _encode_long("\n\n".join(contents), needed, tokenizer, generator)
         else:
             joined = torch.cat(contents)
-        rows = list(_windows(joined, calibration.pack, calibration.windows, generator, source, disjoint))
+        rows = list(_windows(joined, calibration.pack, calibration.windows, generator, shown, disjoint))
     else:
         chosen = [contents[i] for i in torch.randperm(len(contents), generator=generator)[: calibration.windows]]
         limit = calibration.max_length
@@ -71,7 +73,7 @@ def calibration_batches(
             chosen = [_ids(tokenizer(text, truncation=True, max_length=limit)["input_ids"]) for text in chosen]
         rows = [tokens[:limit] for tokens in chosen]
     if len(rows) < parts:
-        raise UserError(f"data {source}: {len(rows)} rows cannot be split into {parts} parts")
+        raise UserError(f"{shown}: {len(rows)} rows cannot be split into {parts} parts")
     size = calibration.batch_size
     dealt = [rows[part::parts] for part in range(parts)]
     return [[_collate(part[start : start + size]) for start in range(0, len(part), size)] for part in dealt]
@@ -108,22 +110,18 @@ def _ids(tokens: Any) -> Tensor:
     return torch.tensor(tokens, dtype=torch.long)
 
 
-def _windows(
-    tokens: Tensor, length: int, count: int, generator: torch.Generator, source: str, disjoint: bool
-) -> Tensor:
+def _windows(tokens: Tensor, length: int, count: int, generator: torch.Generator, shown: str, disjoint: bool) -> Tensor:
     """``count`` windows (count, length) of a token sequence, disjoint where it is long enough."""
     slack = len(tokens) - length
     if slack < 0:
-        raise UserError(
-            f"data {source}: {len(tokens)} tokens are less than one window; lower --calibration.pack {length}"
-        )
+        raise UserError(f"{shown}: {len(tokens)} tokens are less than one window; lower --calibration.pack {length}")
     offset = int(torch.randint(len(tokens) % length + 1, (1,), generator=generator))
     starts = torch.arange(offset, slack + 1, length)
     if len(starts) >= count:
         starts = starts[torch.randperm(len(starts), generator=generator)[:count]]
     elif disjoint:
         raise UserError(
-            f"data {source}: {len(tokens)} tokens hold {len(starts)} separate windows of {length}, and {count} are needed"
+            f"{shown}: {len(tokens)} tokens hold {len(starts)} separate windows of {length}, and {count} are needed"
         )
     else:
         starts = torch.randint(slack + 1, (count,), generator=generator)

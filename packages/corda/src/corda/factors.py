@@ -94,11 +94,9 @@ class FactorSet:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all."""
-        from corda import __version__
-
         tensors = {f"{name}.{part}": getattr(f, part) for name, f in self.factors.items() for part in TENSORS}
         config = {"targets": self.targets, "layers": self.layers, "init": self.init, "fingerprint": self.fingerprint}
-        checkpoints.save(path, tensors, method=METHOD, version=__version__, config=config)
+        checkpoints.save(path, tensors, method=METHOD, config=config)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FactorSet":

@@ -22,9 +22,9 @@ from corda.config import MODES, CordaInit
 from corda.context import ContextStats, fingerprint
 from corda.factors import FactorSet, build_factors
 from corda.targets import Target, resolve_targets, weight_of, writable_weight
-from tenfold import UserError
+from tenfold import UserError, checkpoints
 from tenfold.errors import MissingExtraError, did_you_mean
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -136,8 +136,8 @@ def stats_from_peft(path: FilePath, model: nn.Module, lora_config: "LoraConfig")
     Raises:
         UserError: not such a file, a target that is missing in it, or a covariance that does not fit its layer.
     """
-    found = _read(path, "covariance_file")
     targets = resolve_targets(model, lora_config)
+    found = checkpoints.read_foreign(path, option="covariance_file", names=targets.keys()).tensors
     moments: dict[str, Tensor] = {}
     groups: dict[str, str] = {}
     for name in targets:
@@ -193,7 +193,8 @@ def _write_cache(eigens: Mapping[str, _Eigens], path: FilePath) -> None:
 
 
 def _read_cache(path: FilePath, model: nn.Module, targets: Mapping[str, Target]) -> dict[str, _Eigens]:
-    cache = _read(path, "cache_file")
+    names = [f"{name}.eigens.{key}" for name in targets for key in _Eigens._fields]
+    cache = checkpoints.read_foreign(path, option="cache_file", names=names).tensors
     eigens = {}
     for name, target in targets.items():
         weight = weight_of(model, name)
@@ -215,20 +216,6 @@ def _filled(path: FilePath | None) -> TypeGuard[FilePath]:
 def _write(tensors: Mapping[str, Tensor], path: FilePath) -> None:
     with replacing(path) as temporary:
         torch.save(dict(tensors), temporary)
-
-
-def _read(path: FilePath, kind: str) -> dict[str, Tensor]:
-    """The tensors of one of peft's files, on the CPU; nothing but tensors is unpickled."""
-    wrong = f"{path} is no {kind} of peft: expected a dictionary of tensors that torch.save wrote"
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged file makes torch raise nearly anything, bare assertions included
-        raise UserError(wrong) from error
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        raise UserError(wrong)
-    return found
 
 
 def _entry(found: Mapping[str, Tensor], key: str, path: FilePath) -> Tensor:

@@ -7,12 +7,11 @@ from corda.collecting import Data
 from corda.config import Attach, CordaInit
 from corda.start import Start
 from tenfold import UserError
-from tenfold.errors import MissingExtraError
+from tenfold.errors import needs
 
-try:
-    import lightning as L
-except ModuleNotFoundError as error:
-    raise MissingExtraError('lightning is not installed; pip install "corda[lightning]"') from error
+needs("lightning", "lightning", "corda")
+
+import lightning as L  # noqa: E402
 
 if TYPE_CHECKING:
     from peft import PeftModel

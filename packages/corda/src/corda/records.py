@@ -15,7 +15,8 @@ from torch import Tensor
 from corda.config import EMBEDDED_DATA, Calibration
 from corda.texts import standard_library_code, unicode_names
 from tenfold import UserError, datasets
-from tenfold.errors import MissingExtraError, did_you_mean
+from tenfold.errors import did_you_mean, needs
+from tenfold.readers import parse_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,13 +70,13 @@ class Records:
     """What a calibration source holds, read and checked as far as no tokenizer is needed for it.
 
     Attributes:
-        source: as it was given.
+        shown: option and source, for messages.
         calibration: how it was read.
         contents: of the records that are not empty; either tokens, or texts and conversations.
         bad: what is wrong with each record that was left out.
     """
 
-    source: str
+    shown: str
     calibration: Calibration
     contents: list[Content]
     bad: list[str]
@@ -106,11 +107,11 @@ class Records:
                 found.append(text)
         if bad:
             warnings.warn(
-                f"data {self.source}: skipped {len(bad)} records, kept {len(found)}; the first skipped: {bad[0]}",
+                f"{self.shown}: skipped {len(bad)} records, kept {len(found)}; the first skipped: {bad[0]}",
                 stacklevel=2,
             )
         if not found:
-            raise UserError(f"data {self.source}: no text in it")
+            raise UserError(f"{self.shown}: no text in it")
         return found
 
 
@@ -131,7 +132,7 @@ def read_texts(
     return read_records(source, calibration).texts(tokenizer)
 
 
-def read_records(source: str, calibration: Calibration | None = None) -> Records:
+def read_records(source: str, calibration: Calibration | None = None, *, option: str = "--data") -> Records:
     """What a calibration source holds.
 
     A record is what its ``fields`` hold; without ``fields``, its ``input_ids`` (less those whose ``attention_mask`` is
@@ -144,6 +145,7 @@ def read_records(source: str, calibration: Calibration | None = None) -> Records
             ``save_to_disk``), or an embedded name: ``topics`` (Python's documentation), ``code`` (source of the
             standard library), ``names`` (names of Unicode characters).
         calibration: ``fields``, ``chat_template`` and ``skip_bad`` are used; default ``Calibration()``.
+        option: option that gave the source, for messages.
 
     Raises:
         UserError: unknown kind, no such file, not UTF-8, a malformed record (file, line or row, field), a chat template
@@ -151,16 +153,14 @@ def read_records(source: str, calibration: Calibration | None = None) -> Records
         MissingExtraError: parquet or dataset without pyarrow.
     """
     calibration = calibration or Calibration()
-    kind, colon, path = source.partition(":")
-    if not colon:
-        return Records(source, calibration, _embedded(kind), [])
-    if kind not in READERS:
-        known = [*(f"{name}:" for name in READERS), *EMBEDDED_DATA]
-        raise UserError(f"data {source}: unknown kind '{kind}': {did_you_mean(kind, known)}")
+    shown = f"{option} {source}"
+    kind, path = parse_source(source, kinds=list(READERS), embedded=EMBEDDED_DATA, option=option)
+    if path is None:
+        return Records(shown, calibration, _embedded(kind), [])
     contents: list[Content] = []
     bad: list[str] = []
     try:
-        for where, record in READERS[kind](Path(path)):
+        for where, record in READERS[kind](path):
             try:
                 content = _content(where, record, calibration)
                 if contents and _kind(content) != _kind(contents[0]):
@@ -173,14 +173,14 @@ def read_records(source: str, calibration: Calibration | None = None) -> Records
             if content.strip() if isinstance(content, str) else isinstance(content, Chat) or len(content):
                 contents.append(content)
     except UnicodeDecodeError as error:
-        raise UserError(f"data {source}: not UTF-8 at byte {error.start}") from error
+        raise UserError(f"{shown}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
-        raise UserError(f"data {source}: {error.strerror or error}") from error
+        raise UserError(f"{shown}: {error.strerror or error}") from error
     if any(isinstance(content, Chat) for content in contents):
         _jinja(calibration.chat_template)
     if not contents and not bad:
-        raise UserError(f"data {source}: no text in it")
-    return Records(source, calibration, contents, bad)
+        raise UserError(f"{shown}: no text in it")
+    return Records(shown, calibration, contents, bad)
 
 
 def _kind(content: Content) -> str:
@@ -189,8 +189,6 @@ def _kind(content: Content) -> str:
 
 def _embedded(name: str) -> list[Content]:
     sources = {"topics": datasets.topics, "code": standard_library_code, "names": unicode_names}
-    if name not in sources:
-        raise UserError(f"data {name}: unknown: {did_you_mean(name, sources)}; a file is text:FILE or jsonl:FILE")
     return [text for text in sources[name]().text.split("\n\n") if text.strip()]
 
 
@@ -262,11 +260,10 @@ def _dataset_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _arrow(kind: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError as error:
-        raise MissingExtraError(f'{kind}: needs pyarrow, which is not installed; pip install "corda[data]"') from error
+    needs("pyarrow", "data", "corda", why=f"{kind}:")
+    import pyarrow
+    import pyarrow.ipc
+
     return pyarrow
 
 

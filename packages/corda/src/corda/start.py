@@ -6,7 +6,6 @@ them into the existing parameters. The start is kept beside the checkpoints, so 
 as a plain LoRA for it.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -23,7 +22,7 @@ from corda.context import fingerprint
 from corda.convert import to_lora
 from corda.factors import FactorSet
 from corda.one_call import calibrated_factors
-from tenfold import UserError
+from tenfold import UserError, checkpoints
 from tenfold.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ class Start:
             return calibrated_factors(base, config, self.data, self.init, memory_budget=self.memory_budget)
 
         self.factors = start_in_place(wrapped, solve, self.attach, fresh=True)
-        self.state |= {"attach": self.attach, "factors": _digest(self.factors)}
+        self.state |= {"attach": self.attach, "factors": _digest_of(self.factors)}
         if write:
             self.factors.save(folder / START)
 
@@ -142,7 +141,7 @@ class Start:
         factors = FactorSet.load(folder / START)
 
         def solve(base: nn.Module, config: "LoraConfig") -> FactorSet:
-            self.state = {"fingerprint": fingerprint(base), "attach": self.attach, "factors": _digest(factors)}
+            self.state = {"fingerprint": fingerprint(base), "attach": self.attach, "factors": _digest_of(factors)}
             if recorded is not None:
                 self.check(recorded)
             return factors
@@ -167,10 +166,6 @@ class Start:
         to_lora(wrapped, self.factors, folder / PLAIN)
 
 
-def _digest(factors: FactorSet) -> str:
-    digest = hashlib.sha256()
-    for name, found in factors.factors.items():
-        digest.update(name.encode())
-        for tensor in (found.A, found.B):
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _digest_of(factors: FactorSet) -> str:
+    parts = {f"{name}.{part}": getattr(found, part) for name, found in factors.factors.items() for part in "AB"}
+    return checkpoints.digest(parts)

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import operator
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,22 +20,19 @@ import torch.distributed as dist
 from torch import nn
 
 from corda.blocks import Pass, Recorder, Stack, hidden_of, stacks_of
-from corda.collecting import Batch, Collector, Data, Stop, collect_context, forward, quiet_model
+from corda.collecting import Batch, Collector, Data, Stop, collect_context, forward
 from corda.config import CordaInit
 from corda.context import ContextStats, agreed, fingerprint
 from corda.factors import FactorSet, Progress, Solved, build_factors, solve_layers
 from corda.targets import Target, linear, resolve_targets, shape_of
 from tenfold import UserError
+from tenfold.config import parse_bytes
 from tenfold.distributed import world_size
+from tenfold.modules import evaluating
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-UNITS = {
-    "": 1,
-    **{f"{unit}{i}b": (1024 if i else 1000) ** k for k, unit in enumerate(("", *"kmgt")) for i in ("", "i")},
-}
-"""What follows the number of a memory budget, in small letters -> bytes."""
 ROUNDING = 2
 """Largest difference (in norm) of a stack's streamed output from the model's own, in units of its dtype's precision."""
 
@@ -81,14 +77,14 @@ def stream_factors(
             needs); data that one pass uses up; or as for ``collect_context`` and ``build_factors``.
     """
     init = init or CordaInit()
-    budget = parse_bytes(memory_budget) if memory_budget is not None else None
+    budget = parse_bytes(str(memory_budget), "memory_budget") if memory_budget is not None else None
     if init.power == 0:
         return build_factors(model, None, lora_config, init, progress=progress)
     if isinstance(data, Iterator):
         raise UserError("one pass uses the calibration data up; give a list, a DataLoader or a function instead")
     targets = agreed(lambda: resolve_targets(model, lora_config))
     job = _Job(model, data, targets, init, budget, energies, progress)
-    with quiet_model(model):
+    with evaluating(model):
         solved = job.run()
     return FactorSet(
         {name: solved[name][0] for name in targets},
@@ -97,20 +93,6 @@ def stream_factors(
         init,
         job.fingerprint,
     )
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes of a size such as 6000000000, ``"6GB"`` or ``"512 MiB"``.
-
-    Raises:
-        UserError: no such size, or nothing.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(size).lower())
-    if not found or found[2] not in UNITS or int(float(found[1]) * UNITS[found[2]]) < 1:
-        raise UserError(
-            f"memory_budget '{size}' is no size; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
-        )
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 class _Job:

@@ -1,7 +1,7 @@
 """Whether an adapted model starts at its base model: logits and weights of both, compared."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from corda.config import Attach
 from corda.convert import change_of
 from corda.targets import UnsupportedLayerError, layer_weight, weight_of
 from tenfold import NonFiniteError, UserError
+from tenfold.modules import evaluating
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,7 @@ def _layer_start(base: nn.Module, name: str, layer: Any) -> LayerStart:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model):
         output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     logits: Tensor = getattr(output, "logits", output)
     return logits.double()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

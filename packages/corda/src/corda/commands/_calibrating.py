@@ -10,7 +10,7 @@ from corda.config import AdapterSettings, CordaInit
 from corda.context import ContextStats
 from corda.data import Batches, on_model
 from corda.targets import resolve_targets, with_ranks
-from tenfold.cli import track
+from tenfold.terminal import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

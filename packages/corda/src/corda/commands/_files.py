@@ -21,7 +21,7 @@ SUMMARY = "summary.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """The object in a JSON file.
 
     Raises:
         UserError: no such file, or something else in it.
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def stats_files(path: Path) -> list[Path]:
-    """The files of statistics that a path means: itself, or those in the folder of a command.
+    """The files of statistics at a path: the file itself, or those in the folder of a command.
 
     Raises:
         UserError: a folder without any.
@@ -53,7 +53,7 @@ def stats_files(path: Path) -> list[Path]:
 
 
 def load_stats(paths: Sequence[str] | None) -> list[ContextStats]:
-    """Statistics of files and folders, in their order.
+    """The statistics in files and folders, in their order.
 
     Raises:
         UserError: a folder without any, or a file that is something else.
@@ -70,10 +70,11 @@ def check_stats(paths: Sequence[str] | None, candidates: Sequence[ContextStats],
 
 
 def check_base(model: str, found: str, recorded: dict[str, Any], initial: Path) -> None:
-    """Raise ``UserError`` unless a fingerprint is the one that `corda init` has recorded."""
+    """Raise ``UserError`` unless a fingerprint is the one that was recorded with an initialization."""
     expected = recorded.get("fingerprint")
     if found != expected:
+        made = f", which was made for {recorded['model']}" if "model" in recorded else ""
         raise UserError(
-            f"--model {model} is not the base model of {initial}, which was made for {recorded.get('model')}"
+            f"--model {model} is not the base model of {initial}{made}"
             f" (fingerprint {found[:12]}, expected {str(expected)[:12]})"
         )

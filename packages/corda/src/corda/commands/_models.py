@@ -1,66 +1,93 @@
 """Causal language models and their tokenizers, by name."""
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
-from tenfold import UserError
+from tenfold import UserError, models
+from tenfold.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+FORMS = ("hf:PATH", "packaged:smollm2", "py:MODULE:FUNCTION")
+KINDS = [form.partition(":")[0] for form in FORMS]
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of a model, or None where there is none that loads.
+def check_name(spec: str) -> tuple[str, str]:
+    """Kind and rest of a model's name.
+
+    Raises:
+        UserError: none of ``FORMS``.
+    """
+    kind, colon, name = spec.partition(":")
+    if kind in KINDS and name:
+        return kind, name
+    if colon and name and not Path(spec).exists():
+        raise UserError(f"--model {spec}: unknown kind '{kind}', expected {_listed()}: {did_you_mean(kind, KINDS)}")
+    raise UserError(f"--model {spec}: expected {_listed()}; a folder or a name on the hub is hf:{spec}")
+
+
+def _listed() -> str:
+    return f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
+
+
+def base_name(spec: str) -> str:
+    """What peft calls the base model of an adapter: a folder or a name on the hub, where it is one."""
+    kind, name = check_name(spec)
+    return name if kind == "hf" else spec
+
+
+def load_tokenizer(spec: str) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of a model; None where it has none that can be loaded.
 
     Args:
-        name: a folder, or a name on the hub.
+        spec: one of ``FORMS``.
 
     Raises:
         UserError: no model there.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
+    kind, name = check_name(spec)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": name}
+    if kind == "py":
+        return None
+    if kind == "packaged":
+        file = models.packaged_file(name)
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    else:
+        if Path(name).is_file():
+            raise UserError(f"--model {spec}: expected the folder of a model, found a file")
+        try:
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {spec}: cannot be loaded as a causal language model ({_line(error)})") from error
     try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _no_model(name, error) from error
-    try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, ImportError):  # the last by older transformers, for want of what reads other formats
         return None
 
 
-def load_model(name: str, device: str = "auto") -> "PreTrainedModel":
+def load_model(spec: str, device: str) -> PreTrainedModel:
     """A causal language model, in the dtype that it is stored in.
 
     Args:
-        name: a folder that ``save_pretrained`` wrote, or a name on the hub. Only safetensors weights are read, and no
-            code that comes with a model is run.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
+        spec: one of ``FORMS``; no code that comes with a model is run.
+        device: a device of ``tenfold.devices.choose_device``.
 
     Raises:
-        UserError: nothing there that can be loaded, or no such device.
+        UserError: nothing there that can be loaded, or another kind of model.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
+    check_name(spec)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise _no_model(name, error) from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.to(device).eval()  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise UserError(f"--device {device}: {str(error).strip().splitlines()[0]}") from error
+    model = models.build(spec, auto="AutoModelForCausalLM")
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise UserError(f"--model {spec}: expected a causal language model of transformers, got {type(model).__name__}")
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def _no_model(name: str, error: Exception) -> UserError:
-    return UserError(
-        f"--model {name}: cannot be loaded as a causal language model ({str(error).strip().splitlines()[0]})"
-    )
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

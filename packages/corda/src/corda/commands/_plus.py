@@ -1,4 +1,4 @@
-"""CorDA++ as far as the options ask for it: the statistics and the rank of each layer."""
+"""CorDA++ as far as the options ask for it: statistics and rank of each layer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 
-from corda.config import AllocateSettings, InitSettings
+from corda.config import AllocateSettings, CordaInit, InitSettings
 from corda.context import ContextStats
 from corda.plus import allocate_by_energy, allocate_ranks, allocate_uniform, select_context, uniform_budget
 from corda.spectra import component_energies, layer_spectra
@@ -23,10 +23,10 @@ def select_and_allocate(
     settings: InitSettings | AllocateSettings,
     report: dict[str, Any],
 ) -> tuple[ContextStats | None, LoraConfig]:
-    """Each layer's statistics and rank; what was decided goes into the report."""
+    """Statistics and LoRA configuration with each layer's choice; the decisions go into the report."""
     if not candidates:
         return None, lora_config
-    init = settings.init
+    init = CordaInit(mode=settings.init.mode, power=settings.init.power, damping=settings.init.damping)
     stats = candidates[0]
     if len(candidates) > 1:
         found = select_context(model, lora_config, candidates, init, per=settings.select_per)

@@ -1,4 +1,4 @@
-"""What commands have found, as text for a terminal, layer by layer."""
+"""What commands found, as text for a terminal, layer by layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from corda.anchor import MARK
 from corda.context import ContextStats
 from corda.convert import read_adapter
-from tenfold.cli import table
+from tenfold.terminal import table
 
 
 def stats_text(stats: ContextStats) -> str:
-    """Groups of layers that share an input."""
+    """Statistics, by groups of layers that share an input."""
     rows = []
     for group in dict.fromkeys(stats.groups.values()):
         moment = stats.moments[group]
@@ -90,7 +90,7 @@ def verification_text(report: dict[str, Any]) -> str:
     return (
         table(["layer", "weight differs by (units in the last place)", "holds"], rows)
         + f"\nlogits of {report['tokens']} tokens differ by at most {report['max_difference']:.3g},"
-        f" {report['mean_difference']:.3g} in the mean; KL {report['kl']:.3g} nats\n" + f"{verdict}, {limit}\n"
+        f" {report['mean_difference']:.3g} on average; KL {report['kl']:.3g} nats\n" + f"{verdict}, {limit}\n"
     )
 
 
@@ -126,7 +126,7 @@ def truncation_text(report: dict[str, Any]) -> str:
 
 
 def adapter_text(folder: Path) -> str:
-    """A LoRA adapter, whoever wrote it."""
+    """Any LoRA adapter, ours or another's."""
     config, layers, scalings, _ = read_adapter(folder)
     anchored = config.init_lora_weights == MARK
     rows = []

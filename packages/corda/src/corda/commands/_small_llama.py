@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from corda.texts import standard_library_code, unicode_names
 from tenfold import NonFiniteError, datasets
-from tenfold.cli import track
+from tenfold.terminal import track
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

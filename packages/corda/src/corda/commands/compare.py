@@ -1,36 +1,52 @@
-"""Which start suits a model and its texts: adapters of every start are fine-tuned alike, and both texts are measured.
+"""`corda compare`: which start suits a model and its texts?
 
-All arms get the same batches, steps, seeds and learning rates to choose from. Each arm's rate is the one with the least
-loss on validation text of what is to be learned, on a seed of its own; the text that is reported chooses nothing.
+Adapters of every start are fine-tuned alike, and both texts are measured. All arms get the same batches, steps, seeds and
+learning rates to choose from. Each arm's rate is the one with the lowest loss on validation text of what is to be learned, on
+a seed of its own; the text that is reported chooses nothing.
 """
 
+import concurrent.futures
 import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from corda.collecting import collect_context
 from corda.commands._calibrating import check_ranks, lora_config_of
 from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
-from corda.commands._models import load_model, load_tokenizer
-from corda.config import CompareSettings
+from corda.commands._models import check_name, load_model, load_tokenizer
+from corda.config import CompareSettings, CordaInit
+from corda.context import ContextStats
 from corda.data import Batches, calibration_batches, on_model
 from corda.records import read_records
 from corda.targets import resolve_targets
-from tenfold import NonFiniteError
-from tenfold.claims import Study, interval, mean_ci95
-from tenfold.cli import Invocation, show_claims, table, track
+from tenfold import NonFiniteError, executors
+from tenfold.claims import Measured, Study, arm_rows
+from tenfold.cli import Invocation
+from tenfold.devices import choose_device
 from tenfold.runs import Run
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from tenfold.terminal import show_claims, table, track
 
 TUNING_SEED = 100
+METRICS = ("learned loss", "kept increase", "equal loss", "steps to equal loss", "kept increase at equal loss")
+
+
+def run(settings: CompareSettings, invocation: Invocation) -> int:
+    """Tune, fine-tune and measure every arm; 1 with ``--strict`` if a claim fails."""
+    bench = Bench(settings, quiet=invocation.quiet)
+    with executors.make(settings.executor) as executor:
+        study = compare(bench, invocation.folder, executor)
+    summary = study.finish()
+    names = {name: arm.label for name, arm in ARMS.items()}
+    sys.stdout.write(table(*arm_rows(study, settings.arms, METRICS, names)) + "\n\n")
+    return show_claims(summary, strict=invocation.strict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +54,9 @@ class Split:
     """Batches of one text, on the model's device; no window is in two parts.
 
     Attributes:
-        fit: calibrates; of what is to be learned, it also trains.
-        validate: chooses learning rates.
-        measure: is reported.
+        fit: batches that calibrate; of what is to be learned, they also train.
+        validate: batches that choose learning rates.
+        measure: batches that are reported.
     """
 
     fit: Batches
@@ -48,133 +64,172 @@ class Split:
     measure: Batches
 
 
-def run(settings: CompareSettings, invocation: Invocation) -> int:
-    """Compare; 1 with ``--strict`` if a claim does not hold."""
-    texts = [(settings.keep, settings.keep_text), (settings.learn, settings.learn_text)]
-    records = [read_records(source, how) for source, how in texts]
-    tokenizer = load_tokenizer(settings.model)
-    parts = [
-        calibration_batches(found, how, tokenizer, 4, disjoint=True)
-        for found, (_, how) in zip(records, texts, strict=True)
-    ]
-    model = load_model(settings.model, settings.device)
-    keep, learn = (
-        Split(*(list(on_model(batches, model)) for batches in (a + b, validate, measure)))
-        for a, b, validate, measure in parts
-    )
-    lora_config = lora_config_of(settings)
-    check_ranks(model, lora_config)
-    summary = compare(model, keep, learn, lora_config, settings, invocation.folder, quiet=invocation.quiet)
-    sys.stdout.write(table(*table_rows(summary)) + "\n\n")
-    return show_claims(summary, strict=invocation.strict)
+class Bench:
+    """What the arms of a comparison share: the model, the texts, and their statistics.
 
-
-def compare(
-    model: nn.Module,
-    keep: Split,
-    learn: Split,
-    lora_config: "LoraConfig",
-    settings: CompareSettings,
-    run: Run,
-    *,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Tune, fine-tune and measure every arm; returns the summary that it writes.
-
-    Losses are nats per token. Arms are compared at the end, and at the lowest loss of what is to be learned that all arms of a
-    seed have reached.
+    Another process that receives it makes its own from the settings, once.
 
     Args:
-        model: the base model; stays untouched, each arm gets a copy.
-        keep: what is to be kept.
-        learn: what is to be learned.
-        lora_config: targets, rank and alpha of all arms.
-        settings: arms, learning rates, seeds, steps.
+        settings: settings of the comparison.
+        quiet: whether to show no progress.
+
+    Raises:
+        UserError: a text, a device or a model that cannot be used, or a rank above a layer's size.
+    """
+
+    def __init__(self, settings: CompareSettings, *, quiet: bool) -> None:
+        self.settings = settings
+        self.quiet = quiet
+        self.init = CordaInit(**dataclasses.asdict(settings.init))
+        check_name(settings.model)
+        device = choose_device(settings.device)
+        texts = (("keep", settings.keep, settings.keep_text), ("learn", settings.learn, settings.learn_text))
+        records = [read_records(source, how, option=f"--{name}") for name, source, how in texts]
+        tokenizer = load_tokenizer(settings.model)
+        parts = [calibration_batches(found, found.calibration, tokenizer, 4, disjoint=True) for found in records]
+        self.model: PreTrainedModel = load_model(settings.model, device)
+        self.lora_config = lora_config_of(settings)
+        check_ranks(self.model, self.lora_config)
+        self.keep, self.learn = (
+            Split(*(list(on_model(batches, self.model)) for batches in (a + b, validate, measure)))
+            for a, b, validate, measure in parts
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., "Bench"], tuple[CompareSettings]]:
+        return _bench_of, (self.settings,)
+
+    @cached_property
+    def stats(self) -> dict[str, ContextStats]:
+        """Statistics of the texts that calibrate an arm: of "keep", of "learn"."""
+        contexts = {ARMS[arm].context for arm in self.settings.arms}
+        targets = list(resolve_targets(self.model, self.lora_config))
+        return {
+            name: collect_context(
+                self.model, track(split.fit, f"calibrating on what is to {name}", quiet=self.quiet), targets, self.init
+            )
+            for name, split in (("keep", self.keep), ("learn", self.learn))
+            if name in contexts
+        }
+
+    @cached_property
+    def rows(self) -> dict[str, Tensor]:
+        """The windows that train, as one padded batch."""
+        fit = self.learn.fit
+        return {key: torch.cat([_padded(b[key], fit) for b in fit]) for key in ("input_ids", "attention_mask")}
+
+    def train(
+        self, arm: str, rate: float, seed: int, evaluate: Callable[[nn.Module], Mapping[str, float]]
+    ) -> Trajectory:
+        """Fine-tune a copy of the model from an arm's start; batches are drawn by the seed, alike for all arms."""
+        size, rows = len(self.learn.fit[0]["input_ids"]), self.rows
+        order = torch.randperm(len(rows["input_ids"]), generator=torch.Generator().manual_seed(seed))
+        batches = [_labeled({key: t[part] for key, t in rows.items()}) for part in order.split(size)]  # type: ignore[no-untyped-call]
+        torch.manual_seed(seed)
+        adapted = attach_arm(arm, copy.deepcopy(self.model), self.lora_config, **self.stats, init=self.init)
+        how = FinetuneSettings(
+            learning_rate=rate, steps=self.settings.steps, validate_every=self.settings.validate_every
+        )
+        return finetune(adapted, batches, evaluate, how)
+
+
+_BENCHES: dict[str, Bench] = {}
+"""The bench of a worker process, by its settings."""
+
+
+def _bench_of(settings: CompareSettings) -> Bench:
+    if repr(settings) not in _BENCHES:
+        _BENCHES.clear()
+        _BENCHES[repr(settings)] = Bench(settings, quiet=True)
+    return _BENCHES[repr(settings)]
+
+
+def compare(bench: Bench, run: Run, executor: concurrent.futures.Executor | None = None) -> Study:
+    """Tune and measure every arm, and decide the claims.
+
+    Losses are nats per token. Arms are compared at the end, and at the lowest loss of what is to be learned that all arms of
+    a seed have reached.
+
+    Args:
+        bench: what the arms share; the model stays untouched, each arm gets a copy.
         run: output folder; finished measurements are taken from there.
-        quiet: no progress.
+        executor: where arms are measured; None is here, one after another.
 
     Raises:
         NonFiniteError: an arm diverges with every learning rate.
     """
-    targets = list(resolve_targets(model, lora_config))
-    contexts = {ARMS[arm].context for arm in settings.arms}
-    stats = {
-        name: collect_context(
-            model, track(split.fit, f"calibrating on what is to {name}", quiet=quiet), targets, settings.init
-        )
-        for name, split in (("keep", keep), ("learn", learn))
-        if name in contexts
-    }
-    rows = {key: torch.cat([_padded(b[key], learn.fit) for b in learn.fit]) for key in ("input_ids", "attention_mask")}
-    size = len(learn.fit[0]["input_ids"])
-
-    def train(arm: str, rate: float, seed: int, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> Trajectory:
-        order = torch.randperm(len(rows["input_ids"]), generator=torch.Generator().manual_seed(seed))
-        batches = [_labeled({key: t[part] for key, t in rows.items()}) for part in order.split(size)]  # type: ignore[no-untyped-call]
-        torch.manual_seed(seed)
-        adapted = attach_arm(arm, copy.deepcopy(model), lora_config, **stats, init=settings.init)
-        how = FinetuneSettings(learning_rate=rate, steps=settings.steps, eval_every=settings.eval_every)
-        return finetune(adapted, batches, evaluate, how)
-
-    def tune(arm: str, seed: int) -> dict[str, float]:
-        found = {}
-        trials = track(settings.learning_rates, f"{ARMS[arm].label}: tuning the learning rate", quiet=quiet)
-        for rate in trials:
-            try:
-                trajectory = train(arm, rate, seed, lambda adapted: {"loss": mean_loss(adapted, learn.validate)})
-                found[f"loss at {rate:g}"] = trajectory.metrics["loss"][-1]
-            except NonFiniteError:
-                continue
-        if not found:
-            raise NonFiniteError(f"arm {arm} diverges with every learning rate; lower --learning_rates")
-        best = min(settings.learning_rates, key=lambda rate: found.get(f"loss at {rate:g}", float("inf")))
-        return {"rate": best, **found}
-
-    def measure(seed: int) -> dict[str, dict[str, float]]:
-        def evaluate(adapted: nn.Module) -> dict[str, float]:
-            return {"loss": mean_loss(adapted, learn.measure), "kept": mean_loss(adapted, keep.measure)}
-
-        arms = track(settings.arms, f"seed {seed}: fine-tuning all arms", quiet=quiet)
-        return at_equal_loss({arm: train(arm, rates[arm], seed, evaluate) for arm in arms})
-
+    settings = bench.settings
     data = f"the user's: learned {settings.learn}, kept {settings.keep}"
-    head: dict[str, Any] = {
-        "package": "corda",
-        "version": version("corda"),
-        "command": "compare",
-        "level": "full",
-        "data": data,
-    }
-    tuning = Study(run, **head, seeds=[TUNING_SEED])
-    tuning.over_arms({arm: lambda seed, arm=arm: tune(arm, seed) for arm in settings.arms})  # type: ignore[misc]
+    tuning = Study(run, data=data, seeds=[TUNING_SEED])
+    tuning.over_arms({arm: partial(tune, bench, arm) for arm in settings.arms}, executor)
     rates: dict[str, float] = {arm: float(tuning.values((arm, "rate"))[0]) for arm in settings.arms}
-    study = Study(run, **head, seeds=settings.seeds)
-    study.over_seeds(measure)
-    before = {name: mean_loss(model, split.measure) for name, split in (("learn", learn), ("keep", keep))}
+    study = Study(run, data=data, seeds=settings.seeds)
+    study.over_arms({arm: partial(measure, bench, arm, rates[arm]) for arm in settings.arms}, executor)
+    for seed in settings.seeds:
+        trajectories: dict[str, Trajectory] = {arm: _trajectory(study.arrays(arm, seed)) for arm in settings.arms}
+        for arm, found in at_equal_loss(trajectories).items():
+            study.record(arm, found, seed)
+    before = {
+        name: mean_loss(bench.model, split.measure) for name, split in (("learn", bench.learn), ("keep", bench.keep))
+    }
     _decide(study, settings, rates, before)
-    return study.finish()
+    return study
+
+
+def tune(bench: Bench, arm: str, seed: int) -> dict[str, float]:
+    """Loss of the validation text with each learning rate, and the rate where it is lowest.
+
+    Raises:
+        NonFiniteError: the arm diverges with every learning rate.
+    """
+    rates = bench.settings.learning_rates
+    found = {}
+    for rate in track(rates, f"{ARMS[arm].label}: tuning the learning rate", quiet=bench.quiet):
+        try:
+            trajectory = bench.train(
+                arm, rate, seed, lambda adapted: {"loss": mean_loss(adapted, bench.learn.validate)}
+            )
+            found[f"loss at {rate:g}"] = trajectory.metrics["loss"][-1]
+        except NonFiniteError:
+            continue
+    if not found:
+        raise NonFiniteError(f"arm {arm} diverges with every learning rate; lower --learning_rates")
+    best = min(rates, key=lambda rate: found.get(f"loss at {rate:g}", float("inf")))
+    return {"rate": best, **found}
+
+
+def measure(bench: Bench, arm: str, rate: float, seed: int) -> Measured:
+    """What an arm has learned and lost at its end, with both losses along the way."""
+
+    def evaluate(adapted: nn.Module) -> dict[str, float]:
+        return {"loss": mean_loss(adapted, bench.learn.measure), "kept": mean_loss(adapted, bench.keep.measure)}
+
+    trajectory = bench.train(arm, rate, seed, evaluate)
+    loss, kept = (trajectory.metrics[name] for name in ("loss", "kept"))
+    arrays = {"steps": np.array(trajectory.steps), "loss": np.array(loss), "kept": np.array(kept)}
+    return Measured({"learned loss": loss[-1], "kept increase": kept[-1] - kept[0]}, arrays)
+
+
+def _trajectory(arrays: Mapping[str, Any]) -> Trajectory:
+    return Trajectory(arrays["steps"].tolist(), {name: arrays[name].tolist() for name in ("loss", "kept")})
 
 
 def at_equal_loss(trajectories: Mapping[str, Trajectory]) -> dict[str, dict[str, float]]:
-    """Of each arm, what it has learned and lost at its end, and where it first comes to the loss that all arms have reached."""
+    """Where each arm first comes down to the lowest loss that all arms have reached, and what it has lost by then."""
     target = max(min(trajectory.metrics["loss"]) for trajectory in trajectories.values())
     found = {}
     for arm, trajectory in trajectories.items():
         equal = trajectory.at(target)
         assert equal is not None, "some arm has not reached what all have reached"
-        start, end = (trajectory.metrics["kept"][i] for i in (0, -1))
         found[arm] = {
-            "learned loss": trajectory.metrics["loss"][-1],
-            "kept increase": end - start,
             "equal loss": target,
             "steps to equal loss": equal["step"],
-            "kept increase at equal loss": equal["kept"] - start,
+            "kept increase at equal loss": equal["kept"] - trajectory.metrics["kept"][0],
         }
     return found
 
 
 def _decide(study: Study, settings: CompareSettings, rates: Mapping[str, float], before: Mapping[str, float]) -> None:
-    """The two promises of the method, on the user's own data; where all began, and how the rates were chosen."""
+    """The two promises of the method on the user's own data; where all arms began, and how the rates were chosen."""
     arms = set(settings.arms)
     if {"lora", "corda-kpm"} <= arms:
         study.difference(
@@ -230,16 +285,6 @@ def _labeled(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _padded(tensor: Tensor, batches: Batches) -> Tensor:
-    """Rows of one batch as long as the longest of all; the mask of what is added is 0."""
+    """Rows of one batch, as long as the longest of all batches; the mask of what is added is 0."""
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     return nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
-
-
-def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of a table of the arms: mean over seeds and its 95 % interval."""
-    metrics = list(next(iter(summary["arms"].values())))
-    rows = [
-        [ARMS[arm].label, *(interval(*mean_ci95(values[metric])) for metric in metrics)]
-        for arm, values in summary["arms"].items()
-    ]
-    return ["arm", *metrics], rows

@@ -18,7 +18,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -47,10 +46,12 @@ from corda.solvers import factorize
 from corda.targets import linear_targets, weight_of
 from corda.truncation import truncate_model
 from tenfold.claims import Study, interval, mean_ci95
-from tenfold.cli import Invocation, show_claims, track
+from tenfold.cli import Invocation
+from tenfold.config import Level
 from tenfold.figures import Curve, Panel, line_chart
 from tenfold.report import write_report
 from tenfold.runs import Run
+from tenfold.terminal import show_claims, track
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -59,6 +60,8 @@ CALIBRATION_WINDOWS = {"quick": 64, "default": 128, "full": 256}
 """256 as in the paper."""
 DROPS = {"quick": (50,), "default": (25, 50, 75), "full": (10, 25, 50, 75)}
 """Percent of the components of each layer."""
+SEEDS = {"quick": 1, "default": 1, "full": 5}
+"""Number of seeds."""
 STEPS = {"quick": 20, "default": 800, "full": 1200}
 TASK_STEPS = {"quick": 4, "default": 300, "full": 300}
 """Fine-tuning ends here where the target is not reached; on tuning seeds, all starts needed fewer than 90."""
@@ -218,7 +221,7 @@ def fine_tuning(
         torch.manual_seed(seed)
         adapted = attach_arm(arm, copy.deepcopy(model), lora, keep=stats["facts"], learn=stats["code"], init=init)
         how = FinetuneSettings(
-            learning_rate=rate, steps=TASK_STEPS[level], eval_every=EVAL_EVERY[level], target_loss=TARGET[level]
+            learning_rate=rate, steps=TASK_STEPS[level], validate_every=EVAL_EVERY[level], target_loss=TARGET[level]
         )
         found[name, rate] = price(finetune(adapted, batches, evaluate, how), TARGET[level])
     return {arm: found[case] for arm, case in fine_tuned(level).items()}
@@ -267,10 +270,9 @@ def demonstrate(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dic
 
     Seeds that the run folder holds results of are not measured again.
     """
-    seeds = settings.seeds or (list(range(5)) if settings.level == "full" else [0])
+    seeds = settings.seeds_of(SEEDS)
     steps = settings.steps or STEPS[settings.level]
-    head: dict[str, Any] = {"package": "corda", "version": version("corda"), "command": "demo", "data": DATA}
-    study = Study(run, level=settings.level, seeds=seeds, **head)
+    study = Study(run, data=DATA, seeds=seeds, level=settings.level)
 
     def measure(seed: int) -> dict[str, dict[str, float]]:
         facts = halves(settings.facts, seed)
@@ -288,17 +290,17 @@ def demonstrate(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dic
         return arms | fine_tuning(model, facts["measured"], stats, settings, seed, quiet=quiet)
 
     study.over_seeds(measure)
-    _decide(study)
-    _note(study)
-    _draw(study, run)
-    _draw_fine_tuning(study, run)
+    _decide(study, settings.level)
+    _note(study, settings.level)
+    _draw(study, settings.level, run)
+    _draw_fine_tuning(study, settings.level, run)
     summary = study.finish()
     captions = {"truncation": CAPTION, "fine-tuning": TASK_CAPTION}
     write_report(run, "corda: what the decomposition keeps, and what its adapters do", captions)
     return summary
 
 
-def _decide(study: Study) -> None:
+def _decide(study: Study, level: Level) -> None:
     known = study.values(("whole", "facts known"))
     text = "seeds whose model knows at least 90 % of the measured facts before anything is dropped"
     study.count("learned", text, int((known >= 90).sum()), len(known), required=f">= {len(known)}")
@@ -317,16 +319,16 @@ def _decide(study: Study) -> None:
     for id, (name, (_, text)) in zip(("gain_kpm", "energy_ipm", "energy_kpm"), COMPARISONS.items(), strict=True):
         count = sum(int(study.values((arm, f"layers, {name}")).sum()) for arm in found)
         study.count(id, f"layers (both contexts, all seeds) where {text}", count, total, required=f">= {total}")
-    _decide_fine_tuning(study)
+    _decide_fine_tuning(study, level)
 
 
-def _decide_fine_tuning(study: Study) -> None:
-    target, seeds = TARGET[study.level], len(study.seeds)
-    runs = {case: arm for arm, case in fine_tuned(study.level).items()}.values()
+def _decide_fine_tuning(study: Study, level: Level) -> None:
+    target, seeds = TARGET[level], len(study.seeds)
+    runs = {case: arm for arm, case in fine_tuned(level).items()}.values()
     reached, total = sum(int(study.values((arm, "reached")).sum()) for arm in runs), len(runs) * seeds
     text = f"fine-tunings on code (all starts, rates and seeds) that reach a loss of {target} nats per character"
     study.count("target", text, reached, total, required=f">= {total}")
-    for kind in RATE_KINDS[study.level]:
+    for kind in RATE_KINDS[level]:
         lora, kpm = (study.values((f"{kind}-{name}", "facts lost")) for name in ("lora", "corda-kpm"))
         lost = "0.8 times the facts (%) that LoRA loses until then, minus those that CorDA-KPM loses"
         estimate, ci95 = mean_ci95((0.8 * lora - kpm).tolist())
@@ -347,7 +349,7 @@ def _decide_fine_tuning(study: Study) -> None:
         study.ratio(id, text, (f"common-{name}", "steps"), ("common-lora", "steps"), required="<= 0.8")
 
 
-def _note(study: Study) -> None:
+def _note(study: Study, level: Level) -> None:
     known, facts, text = (study.values(("whole", name)).mean() for name in ("facts known", "facts loss", "text loss"))
     study.note(
         f"Nothing dropped: {known:.0f} % of the measured facts are known (loss {facts:.3f} nats per character); held-out text "
@@ -365,14 +367,14 @@ def _note(study: Study) -> None:
             f"{estimate} nats per character on {kind}, calibrated on {kind}; reported, not required."
         )
     rates = {"tuned": "their best learning rates", "common": f"a learning rate of {COMMON_RATE:g}"}
-    for kind in RATE_KINDS[study.level]:
+    for kind in RATE_KINDS[level]:
         told = []
         for name, (label, _, _) in STARTS.items():
             arm = f"{kind}-{name}"
             lost, took, text = (study.values((arm, metric)).mean() for metric in ("facts lost", "steps", "text loss"))
             told.append(f"{label} {lost:.0f} ({took:.0f} steps, text {text:.2f})")
         study.note(
-            f"Percentage points of facts lost until code has a loss of {TARGET[study.level]}, all starts with {rates[kind]}: "
+            f"Percentage points of facts lost until code has a loss of {TARGET[level]}, all starts with {rates[kind]}: "
             f"{'; '.join(told)}. Means over seeds."
         )
 
@@ -382,8 +384,8 @@ def _arms(kind: str) -> dict[str, str]:
     return {label: name if name == "svd" else f"{name}-{kind}" for name, label in LABELS.items()}
 
 
-def _draw(study: Study, run: Run) -> None:
-    drops, panels = DROPS[study.level], []
+def _draw(study: Study, level: Level, run: Run) -> None:
+    drops, panels = DROPS[level], []
     for kind in ("facts", "text"):
         arms = _arms(kind)
         added = {label: [study.values((arm, f"{kind} +loss {drop}")) for drop in drops] for label, arm in arms.items()}
@@ -391,11 +393,11 @@ def _draw(study: Study, run: Run) -> None:
         curves = {label: _curve(drops, rows, log) for label, rows in added.items()}
         labels = ("components dropped in every layer (%)", "loss increase (nats per character)")
         panels.append(Panel(f"{kind}, calibrated on other {kind}", *labels, curves, yscale="log" if log else "linear"))
-    line_chart(run.own("figures/truncation.png"), panels)
+    line_chart(run.figure("truncation"), panels)
 
 
-def _draw_fine_tuning(study: Study, run: Run) -> None:
-    losses, kind, panels = levels(TARGET[study.level]), RATE_KINDS[study.level][0], []
+def _draw_fine_tuning(study: Study, level: Level, run: Run) -> None:
+    losses, kind, panels = levels(TARGET[level]), RATE_KINDS[level][0], []
     for title, metric, unit in (("what is kept", "facts known at", "%"), ("how soon", "steps to", "training steps")):
         curves = {}
         for name, (label, _, _) in STARTS.items():
@@ -403,7 +405,7 @@ def _draw_fine_tuning(study: Study, run: Run) -> None:
             curves[label] = Curve(losses, rows)
         ylabel = "facts still known (%)" if unit == "%" else unit
         panels.append(Panel(title, "loss of other code (nats per character)", ylabel, curves))
-    line_chart(run.own("figures/fine-tuning.png"), panels)
+    line_chart(run.figure("fine-tuning"), panels)
 
 
 def _curve(drops: Sequence[float], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:

@@ -13,7 +13,7 @@ from corda.anchor import apply_anchor
 from corda.attach import apply_corda, residual_state, save_initial
 from corda.commands._calibrating import check_ranks, collect, lora_config_of
 from corda.commands._files import INITIAL, RANKS, REPORT, RESIDUAL, STATS, check_stats, load_stats, read_json
-from corda.commands._models import load_model, load_tokenizer
+from corda.commands._models import base_name, load_model, load_tokenizer
 from corda.commands._plus import select_and_allocate
 from corda.commands._reports import init_text
 from corda.config import InitSettings
@@ -24,7 +24,10 @@ from corda.records import read_records
 from corda.streaming import stream_factors
 from corda.targets import with_ranks
 from tenfold import UserError
-from tenfold.cli import Invocation, track
+from tenfold.cli import Invocation
+from tenfold.devices import choose_device
+from tenfold.runs import Run
+from tenfold.terminal import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,17 +35,19 @@ if TYPE_CHECKING:
 
 def run(settings: InitSettings, invocation: Invocation) -> None:
     """Calibrate or take statistics, solve, attach, save."""
-    out = invocation.folder
+    out, base = invocation.folder, base_name(settings.model)
+    device = choose_device(settings.device)
     candidates = load_stats(settings.stats)
     records = read_records(settings.data, settings.calibration) if settings.data and settings.init.power else None
     ranks = _read_ranks(settings.ranks)
     tokenizer = load_tokenizer(settings.model)
     parts: list[Batches] = []
     if records is not None:
-        parts = calibration_batches(records, settings.calibration, tokenizer, max(1, settings.candidates))
+        count = max(1, settings.candidates)
+        parts = calibration_batches(records, settings.calibration, tokenizer, count, seed=settings.seed)
     scale: Any = candidates[0].scale if candidates else settings.init.scale
     settings = dataclasses.replace(settings, init=dataclasses.replace(settings.init, scale=scale))
-    model = load_model(settings.model, settings.device)
+    model = load_model(settings.model, device)
     report: dict[str, Any] = {"model": settings.model, "attach": settings.attach, "fingerprint": fingerprint(model)}
     check_stats(settings.stats, candidates, settings.model, report["fingerprint"])
     lora_config = _with_ranks(model, lora_config_of(settings), ranks, settings.ranks)
@@ -61,7 +66,7 @@ def run(settings: InitSettings, invocation: Invocation) -> None:
         factors = build_factors(model, stats, lora_config, settings.init, progress=show)
         energies = output_energies(model, stats, factors) if stats else None
     report = factors.report(energies) | report
-    _attach(model, tokenizer, factors, lora_config, settings, report, invocation)
+    _attach(model, base, tokenizer, factors, lora_config, settings, report, out)
     out.write_json(REPORT, report)
     sys.stdout.write(init_text(report) + "\n" + _what_next(settings, out.path))
 
@@ -101,32 +106,32 @@ def _streamed(
 
 def _attach(
     model: "PreTrainedModel",
+    base: str,
     tokenizer: "PreTrainedTokenizerBase | None",
     factors: FactorSet,
     lora_config: LoraConfig,
     settings: InitSettings,
     report: dict[str, Any],
-    invocation: Invocation,
+    out: Run,
 ) -> None:
-    """Write the initial adapter and, where one is wanted, the residual model."""
-    out = invocation.folder
+    """Write the initial adapter and, on request, the residual model."""
     if settings.attach == "anchor":
         wrapped = apply_anchor(model, factors, lora_config)
-        wrapped.peft_config[ADAPTER].base_model_name_or_path = settings.model
+        wrapped.peft_config[ADAPTER].base_model_name_or_path = base
         with out.replacing_folder(INITIAL) as folder:
             wrapped.save_pretrained(str(folder))
         return
     wrapped = apply_corda(model, factors, lora_config)
     report["residual_fingerprint"] = fingerprint(wrapped)
     wrapped.peft_config[ADAPTER].base_model_name_or_path = (
-        str((out.path / RESIDUAL).resolve()) if settings.residual else settings.model
+        str((out.path / RESIDUAL).resolve()) if settings.residual else base
     )
     with out.replacing_folder(INITIAL) as folder:
         save_initial(wrapped, folder)
     if settings.residual:
         with out.replacing_folder(RESIDUAL) as folder:
-            base: Any = wrapped.get_base_model()
-            base.save_pretrained(folder, state_dict=residual_state(wrapped))
+            inner: Any = wrapped.get_base_model()
+            inner.save_pretrained(folder, state_dict=residual_state(wrapped))
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
@@ -139,4 +144,4 @@ def _what_next(settings: InitSettings, out: Path) -> str:
     train = f"train {out / RESIDUAL} with the adapter {adapter}"
     if not settings.residual:
         train = f"train the adapter {adapter} on the base less s B A (the residual model, which was not written)"
-    return f"next: {train}, then corda convert --adapter TRAINED --initial {out} --out LORA\n"
+    return f"next: {train}, then corda convert --adapter TRAINED --run {out} --out LORA\n"

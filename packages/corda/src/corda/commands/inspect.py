@@ -30,7 +30,8 @@ from corda.commands._reports import (
 from corda.config import InspectSettings
 from corda.context import ContextStats
 from tenfold import UserError
-from tenfold.cli import Invocation, claims_table
+from tenfold.cli import Invocation
+from tenfold.terminal import claims_table
 
 TEXTS: dict[str, tuple[Callable[[dict[str, Any]], str], set[str]]] = {
     REPORT: (init_text, {"init", "layers", "attach"}),
@@ -40,16 +41,16 @@ TEXTS: dict[str, tuple[Callable[[dict[str, Any]], str], set[str]]] = {
     TRUNCATION: (truncation_text, {"method", "layers"}),
     SUMMARY: (claims_table, {"arms", "claims"}),
 }
-"""File of a command -> how it is shown, and the fields that tell it from the others."""
+"""File of a command -> function that shows it, and the fields that tell it from the others."""
 
 
 def run(settings: InspectSettings, invocation: Invocation) -> None:
     """Print what is there."""
-    sys.stdout.write(describe(Path(settings.path)))
+    sys.stdout.write(describe(Path(settings.run)))
 
 
 def describe(path: Path) -> str:
-    """Any folder or file of ours, or a LoRA adapter's folder.
+    """What a folder or file of ours, or a LoRA adapter's folder, holds.
 
     Raises:
         UserError: nothing there that is ours.
@@ -60,7 +61,7 @@ def describe(path: Path) -> str:
         if found is None and list(path.glob(CANDIDATES)):
             return "\n".join(f"{file.name}\n{stats_text(ContextStats.load(file))}" for file in stats_files(path))
         if found is None:
-            raise UserError(f"{path}: none of {', '.join(known)} in it")
+            raise UserError(f"--run {path}: none of {', '.join(known)} in it")
         path = found
     if path.name in (CONFIG, WEIGHTS):
         return adapter_text(path.parent)
@@ -69,5 +70,5 @@ def describe(path: Path) -> str:
         for text, fields in TEXTS.values():
             if fields <= set(report):
                 return text(report)
-        raise UserError(f"{path}: not a file of ours; its fields are {', '.join(report)}")
+        raise UserError(f"--run {path}: not a file of ours; its fields are {', '.join(report)}")
     return stats_text(ContextStats.load(path))

@@ -5,7 +5,7 @@ from typing import Any
 
 from corda.commands._calibrating import collect, lora_config_of
 from corda.commands._files import STATS, TRUNCATION, check_stats, load_stats
-from corda.commands._models import load_model, load_tokenizer
+from corda.commands._models import check_name, load_model, load_tokenizer
 from corda.commands._reports import truncation_text
 from corda.config import AdapterSettings, CordaInit, TruncateSettings
 from corda.context import fingerprint
@@ -15,19 +15,24 @@ from corda.targets import resolve_targets, weight_of
 from corda.truncation import output_error, truncate_model
 from tenfold import UserError
 from tenfold.cli import Invocation
+from tenfold.devices import choose_device
 
 
 def run(settings: TruncateSettings, invocation: Invocation) -> None:
     """Calibrate or take statistics, truncate, write the model."""
     out = invocation.folder
+    check_name(settings.model)
+    device = choose_device(settings.device)
     paths = None if settings.stats is None else [settings.stats]
     candidates = load_stats(paths)
     if len(candidates) > 1:
         raise UserError(f"--stats {settings.stats} holds {len(candidates)} parts; name one file")
     records = None if settings.data is None else read_records(settings.data, settings.calibration)
     tokenizer = load_tokenizer(settings.model)
-    parts: list[Batches] = [] if records is None else calibration_batches(records, settings.calibration, tokenizer)
-    model = load_model(settings.model, settings.device)
+    parts: list[Batches] = []
+    if records is not None:
+        parts = calibration_batches(records, settings.calibration, tokenizer, seed=settings.seed)
+    model = load_model(settings.model, device)
     report: dict[str, Any] = {"model": settings.model, "fingerprint": fingerprint(model)}
     check_stats(paths, candidates, settings.model, report["fingerprint"])
     lora_config = lora_config_of(AdapterSettings(model=settings.model, targets=settings.targets))
