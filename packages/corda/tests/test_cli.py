@@ -7,8 +7,6 @@ import pytest
 import torch
 from corda import ContextStats, build_factors, load_anchor
 from corda.cli import main
-from corda.commands._finetune import Trajectory
-from corda.commands.compare import at_equal_loss, mean_loss
 from corda.plus import select_context
 from corda.targets import resolve_targets, with_ranks
 from peft import LoraConfig, PeftModel
@@ -19,13 +17,6 @@ from tenfold.testing import assert_user_error
 
 CALIBRATION = ["--calibration.pack", "32", "--calibration.windows", "8"]
 IDS = torch.arange(20)[None]
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog\n\n" * 20)
-    return f"text:{path}"
 
 
 def call(*words):
@@ -289,57 +280,6 @@ def test_a_streamed_start_is_that_of_saved_statistics(runs, shared_folder, text,
     assert not (tmp_path / "context.safetensors").exists()
 
 
-COMPARE = {"arms": "lora,corda-kpm", "learning_rates": "1e-3,1e-2", "seeds": 0, "steps": 2, "r": 2, "targets": "q_proj"}
-
-
-def test_comparison_of_starts(shared_folder, text, tmp_path, capsys):
-    (tmp_path / "learn.txt").write_text("0123456789 + - * / = ( ) " * 40)
-    sizes = {f"{side}_text.{key}": size for side in ("keep", "learn") for key, size in (("pack", 16), ("windows", 8))}
-    source = {"model": f"hf:{shared_folder}", "keep": text, "learn": f"text:{tmp_path / 'learn.txt'}"}
-    words = [word for key, value in {**source, **COMPARE, **sizes}.items() for word in (f"--{key}", str(value))]
-    assert call("compare", *words, "--out", tmp_path / "a") == 0
-    out = capsys.readouterr().out
-    assert "CorDA-KPM" in out
-    assert "learning rates of 0.001, 0.01, chosen by validation text on seed 100" in out
-    summary = json.loads((tmp_path / "a/summary.json").read_text())
-    assert summary["arms"].keys() == {"lora", "corda-kpm"}
-    assert [claim["id"] for claim in summary["claims"]] == ["kpm_keeps_more"]
-    assert call("inspect", "--run", tmp_path / "a") == 0
-    tuned = json.loads((tmp_path / "a/results/lora-seed-100.json").read_text())["values"]["lora"]
-    best = min((0.001, 0.01), key=lambda rate: tuned[f"loss at {rate:g}"])
-    assert tuned["rate"] == best
-    short = [*words, "--keep_text.windows", "99", "--out", str(tmp_path / "b")]
-    assert_user_error(main, ["compare", *short], capsys, "separate windows of 16, and 99 are needed")
-    for option, value, expected in [
-        ("--arms", "lora,lora", "--arms: expected each once, got lora,lora"),
-        ("--arms", "lorra", "--arms: expected one of lora, pissa, milora, corda-kpm, corda-ipm, got 'lorra'"),
-    ]:
-        assert_user_error(main, ["compare", *words, option, value, "--out", str(tmp_path / "c")], capsys, expected)
-
-
-def test_arms_are_compared_where_all_have_learned_the_same():
-    fast = Trajectory([0, 10, 20], {"loss": [4.0, 2.0, 1.0], "kept": [1.0, 2.0, 3.0]})
-    slow = Trajectory([0, 10, 20], {"loss": [4.0, 3.5, 3.0], "kept": [1.0, 1.0, 1.5]})
-    found = at_equal_loss({"fast": fast, "slow": slow})
-    assert found["fast"]["equal loss"] == found["slow"]["equal loss"] == 3.0
-    assert (found["fast"]["steps to equal loss"], found["slow"]["steps to equal loss"]) == (5.0, 20.0)
-    assert (found["fast"]["kept increase at equal loss"], found["slow"]["kept increase at equal loss"]) == (0.5, 0.5)
-    assert (found["fast"]["learned loss"], found["fast"]["kept increase"]) == (1.0, 2.0)
-
-
-def test_the_mean_loss_counts_every_predicted_token_once(shared_folder):
-    model = load(shared_folder)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    ids = torch.arange(12).view(3, 4) * mask
-    batches = [{"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in ([0], [1], [2])]
-    losses = []
-    for row, kept in zip(ids, mask, strict=True):
-        logs = model(input_ids=row[: kept.sum()][None]).logits[0].log_softmax(dim=-1)
-        losses += [-logs[i, row[i + 1]].item() for i in range(int(kept.sum()) - 1)]
-    assert len(losses) == 4
-    assert mean_loss(model, batches) == pytest.approx(sum(losses) / 4, rel=1e-5)
-
-
 def test_a_finished_run_is_kept_and_overwritten_when_asked(shared_folder, text, tmp_path, capsys):
     words = ["stats", "--model", f"hf:{shared_folder}", "--data", text, "--out", str(tmp_path / "a"), *CALIBRATION]
     words += ["--targets", "q_proj"]
@@ -371,7 +311,7 @@ def test_data_of_tokens_need_no_tokenizer(shared_folder, tmp_path, capsys):
         (["--model", "no/such/folder"], ["--model no/such/folder: expected hf:PATH", "is hf:no/such/folder"]),
         (["--model", "timm:resnet18"], ["--model timm:resnet18: unknown kind 'timm', expected hf:PATH"]),
         (["--device", "cdua"], ["--device: expected one of auto, cpu, cuda, mps, got 'cdua': did you mean cuda?"]),
-        (["--attach", "anker"], ["--attach: expected one of residual, anchor, got 'anker': did you mean anchor?"]),
+        (["--attach", "anker"], ["--attach: expected one of residual, anchor, got 'anker'"]),
         (["--candidates", "9"], ["--candidates: expected at most the 8 windows, got 9"]),
         (["--candidates", "1"], ["--candidates: expected 0 (none) or 2 or more, got 1"]),
         (["--budget", "lots"], ["--budget: expected a number of parameters or uniform:R, got 'lots'"]),

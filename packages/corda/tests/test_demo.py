@@ -160,7 +160,7 @@ def test_the_saved_model_goes_on_with_the_command_line(first, tmp_path, capsys):
     calibration = ["--calibration.pack", "128", "--calibration.windows", "4"]
     for source in (f"text:{folder}/text.txt", f"jsonl:{folder}/facts.jsonl"):
         out = tmp_path / source.partition(":")[0]
-        words = ["stats", "--model", f"{folder}/model", "--data", source, "--out", str(out), *calibration]
+        words = ["stats", "--model", f"hf:{folder}/model", "--data", source, "--out", str(out), *calibration]
         assert main(words) == 0
         assert "21 layers" in capsys.readouterr().out
 

@@ -428,14 +428,14 @@ class TruncateSettings(ModelSettings):
             unless stats are given.
         stats: file or folder of `corda stats` for this model, instead of data.
         seed: seed of the choice of windows (233 in the authors' code).
-        drop: share of the components that each layer loses (0.25), or their number (64).
+        drop: share of the components that each layer loses (0.25) or, from 1 on, their number (64).
         method: cosvd (context-oriented), asvd, or svd (which needs no text).
         power: power of cosvd. 1 is CorDA's; 0.5 is the least error of the layer's outputs.
         targets: names of linear layers as peft takes them (q_proj,v_proj); all-linear is every one but the output head.
         calibration: how the text is read.
     """
 
-    drop: int | float
+    drop: NonNegative
     data: str | None = None
     stats: str | None = None
     seed: Seed = SEED
@@ -447,10 +447,8 @@ class TruncateSettings(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_power(self.power)
-        if self.drop < 0 or (isinstance(self.drop, float) and self.drop > 1):
-            raise SettingError(
-                "drop", f"expected a share from 0 to 1, or a whole number of components, got {self.drop}"
-            )
+        if self.drop >= 1 and self.drop != int(self.drop):
+            raise SettingError("drop", f"expected a share below 1 or a whole number of components, got {self.drop}")
         if (self.data is None) + (self.stats is None) != (2 if self.method == "svd" else 1):
             raise UserError("--method svd takes neither --data nor --stats; the others take one of them")
 

@@ -160,8 +160,8 @@ def compare(bench: Bench, run: Run, executor: concurrent.futures.Executor | None
     settings = bench.settings
     data = f"the user's: learned {settings.learn}, kept {settings.keep}"
     tuning = Study(run, data=data, seeds=[TUNING_SEED])
-    tuning.over_arms({arm: partial(tune, bench, arm) for arm in settings.arms}, executor)
-    rates: dict[str, float] = {arm: float(tuning.values((arm, "rate"))[0]) for arm in settings.arms}
+    tuning.over_arms({f"tuning-{arm}": partial(tune, bench, arm) for arm in settings.arms}, executor)
+    rates: dict[str, float] = {arm: float(tuning.values((f"tuning-{arm}", "rate"))[0]) for arm in settings.arms}
     study = Study(run, data=data, seeds=settings.seeds)
     study.over_arms({arm: partial(measure, bench, arm, rates[arm]) for arm in settings.arms}, executor)
     for seed in settings.seeds:

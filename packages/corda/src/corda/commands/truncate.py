@@ -42,7 +42,8 @@ def run(settings: TruncateSettings, invocation: Invocation) -> None:
     stats = candidates[0] if candidates else None
     targets = list(resolve_targets(model, lora_config))
     before = {name: weight_of(model, name).clone() for name in targets}
-    dropped = truncate_model(model, stats, settings.drop, targets=targets, method=settings.method, power=settings.power)
+    drop = int(settings.drop) if settings.drop >= 1 else settings.drop
+    dropped = truncate_model(model, stats, drop, targets=targets, method=settings.method, power=settings.power)
     layers: dict[str, dict[str, Any]] = {}
     for name, weight in before.items():
         error = output_error(weight, weight_of(model, name), stats.covariance(name)) if stats else None
@@ -52,6 +53,6 @@ def run(settings: TruncateSettings, invocation: Invocation) -> None:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    report |= {"method": settings.method, "power": settings.power, "drop": settings.drop, "layers": layers}
+    report |= {"method": settings.method, "power": settings.power, "drop": drop, "layers": layers}
     out.write_json(TRUNCATION, report)
     sys.stdout.write(truncation_text(report))
