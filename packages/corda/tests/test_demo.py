@@ -11,6 +11,7 @@ from corda.config import DemoSettings
 from transformers import AutoTokenizer
 
 from tenfold import UserError
+from tenfold.cli import Invocation
 from tenfold.runs import Run
 
 SETTINGS = DemoSettings(level="quick", steps=2, facts=16, seeds=[0, 1])
@@ -18,6 +19,12 @@ STARTS = ("lora", "corda-kpm", "corda-ipm", "ipm-balanced")
 ARMS = ["whole", "svd"] + [f"{name}-{kind}" for name in ("asvd", "half", "corda") for kind in ("facts", "text")]
 ARMS += [f"directions-{kind}" for kind in ("facts", "text")]
 ARMS += [f"{rate}-{name}" for rate in ("tuned", "common") for name in STARTS]
+
+
+def summary_of(settings, run):
+    with run:
+        assert demo.run(settings, Invocation(run, quiet=True)) == 0
+    return json.loads((run.path / "summary.json").read_text())
 
 
 def open_run(path, **options):
@@ -39,12 +46,11 @@ def few_measurements():
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "first"
-    return folder, demo.demonstrate(SETTINGS, open_run(folder), quiet=True)
+    return folder, summary_of(SETTINGS, open_run(folder))
 
 
 def test_quick_level_measures_every_arm_and_decides_nothing(first):
     folder, summary = first
-    assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["level"] == "quick"
     assert summary["seeds"] == [0, 1]
     assert sorted(summary["arms"]) == sorted(ARMS)
@@ -125,7 +131,7 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
     run = Run.open(tmp_path / "full", package="corda", verb="demo", settings=settings)
     for seed in range(5):
         run.write_json(f"results/seed-{seed}.json", results)
-    summary = demo.demonstrate(settings, run, quiet=True)
+    summary = summary_of(settings, run)
     assert summary["seeds"] == [0, 1, 2, 3, 4]
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"]}
     true = ("learned", "svd_facts", "svd_text", "asvd_facts", "asvd_text", "gain_kpm", "energy_ipm", "target")
@@ -144,7 +150,7 @@ def test_the_default_level_fine_tunes_with_one_rate_and_decides_the_main_claims(
     settings = DemoSettings()
     run = Run.open(tmp_path / "default", package="corda", verb="demo", settings=settings)
     run.write_json("results/seed-0.json", {**results, "values": values})
-    summary = demo.demonstrate(settings, run, quiet=True)
+    summary = summary_of(settings, run)
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"] if claim["id"].startswith(("kept", "steps"))}
     assert claims == {"kept_common": True, "steps_corda_ipm": None, "steps_ipm_balanced": None}
     assert "tuned-lora" not in summary["arms"]

@@ -24,6 +24,8 @@ def check_name(spec: str) -> tuple[str, str]:
         UserError: none of ``FORMS``.
     """
     kind, colon, name = spec.partition(":")
+    if kind == "packaged" and name in models.PACKAGED and models.PACKAGED[name].architecture:
+        raise UserError(f"--model {spec} is not a language model, expected {_listed()}")
     if kind in KINDS and name:
         return kind, name
     if colon and name and not Path(spec).exists():

@@ -30,7 +30,7 @@ MEASURED_WINDOWS = 48
 
 @cache
 def tokenizer() -> "PreTrainedTokenizerFast":
-    """One token a character: printable ASCII and the newline, <unk> for all else."""
+    """A tokenizer of one token per character: printable ASCII and the newline, <unk> for everything else."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +48,7 @@ def encode(text: str) -> Tensor:
 
 @cache
 def texts(kind: str) -> dict[str, str]:
-    """Paragraphs of the documentation ("text") or of Python source ("code"), none twice, in two parts.
+    """Distinct paragraphs of the documentation ("text") or of Python source ("code"), in two parts.
 
     Nine tenths train and calibrate, the last tenth is measured.
     """
@@ -60,12 +60,12 @@ def texts(kind: str) -> dict[str, str]:
 
 @cache
 def token_ids(kind: str) -> dict[str, Tensor]:
-    """The tokens (T,) of ``texts``."""
+    """Tokens (T,) of ``texts``, by part."""
     return {part: encode(text) for part, text in texts(kind).items()}
 
 
 def halves(facts: int, seed: int) -> dict[str, list[str]]:
-    """So many facts in two halves that the seed draws: "calibration" and "measured"; both are trained on."""
+    """Facts in two halves that the seed draws, "calibration" and "measured"; both are trained on."""
     lines = unicode_names(count=facts).text.splitlines()
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
     parts = {"calibration": order[: len(lines) // 2], "measured": order[len(lines) // 2 :]}
@@ -73,7 +73,7 @@ def halves(facts: int, seed: int) -> dict[str, list[str]]:
 
 
 def fact_windows(facts: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
-    """Windows (count, LENGTH) of facts, one a line, in random order; each begins with a newline and a fact."""
+    """Windows (count, LENGTH) of facts, one per line, in random order; each begins with a newline and a fact."""
     windows = [""]
     while len(windows) <= count:
         for i in torch.randperm(len(facts), generator=generator).tolist():

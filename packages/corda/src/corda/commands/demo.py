@@ -1,15 +1,15 @@
-"""The demonstration: a small Llama learns facts and English on the spot; then, what does the decomposition keep?
+"""`corda demo`: a small Llama learns facts and English on the spot; then, what does the decomposition keep?
 
 Truncation. A share of the components of every linear layer is dropped by plain SVD, by ASVD (which scales each input
 channel by its strength) and by the context-oriented decomposition, the latter two calibrated on facts or on English. The
 text that is measured was never trained on. The facts that are measured were trained on, since a fact cannot be guessed,
-but they are others than those that calibrate: what is shown is that a context stands for what is like it.
+but they are not the ones that calibrate: this shows that a context stands for what resembles it.
 
-Directions, on text that did not calibrate: how strongly an adapter's input side answers to it (KPM against a random LoRA
+Directions, on text that did not calibrate: how strongly an adapter's input side responds to it (KPM against a random LoRA
 A), and how much of a layer's output energy lies along the adapted directions (IPM against PiSSA, KPM against MiLoRA).
 
 Fine-tuning. Adapters of each start learn Python code until the loss of other code has come down to the same target: how
-many of the facts are still known there, and how many steps did it take?
+many of the facts are still known then, and how many steps did it take?
 """
 
 import copy
@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -57,14 +58,14 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 CALIBRATION_WINDOWS = {"quick": 64, "default": 128, "full": 256}
-"""256 as in the paper."""
+"""Windows that calibrate; 256 as in the paper."""
 DROPS = {"quick": (50,), "default": (25, 50, 75), "full": (10, 25, 50, 75)}
-"""Percent of the components of each layer."""
+"""Percentages of the components of each layer."""
 SEEDS = {"quick": 1, "default": 1, "full": 5}
 """Number of seeds."""
 STEPS = {"quick": 20, "default": 800, "full": 1200}
 TASK_STEPS = {"quick": 4, "default": 300, "full": 300}
-"""Fine-tuning ends here where the target is not reached; on tuning seeds, all starts needed fewer than 90."""
+"""Steps after which fine-tuning ends if the target is not reached; on tuning seeds, all starts needed fewer than 90."""
 TASK_ROWS = 4
 """Windows of code in a batch of the fine-tuning."""
 TASK_WINDOWS = 32
@@ -74,7 +75,7 @@ EVAL_EVERY = {"quick": 10, "default": 20, "full": 10}
 TARGET = {"quick": 1.9, "default": 1.9, "full": 1.8}
 """Loss of held-out code (nats per character) that all starts are trained to; higher where the model is trained less."""
 TASK_INIT = CordaInit(scale="token_mean")
-"""Every token the same, chosen on tuning seeds: with peft's scale IPM learned far slower and KPM kept less."""
+"""Every token counts the same; on tuning seeds, IPM learned far more slowly with peft's scale, and KPM kept less."""
 STARTS = {name: (arm.label, name, TASK_INIT) for name, arm in ARMS.items()} | {
     "ipm-balanced": ("CorDA-IPM, balanced", "corda-ipm", dataclasses.replace(TASK_INIT, balance="balanced"))
 }
@@ -90,7 +91,7 @@ RATES = {
 """Of 1e-3, 3e-3 and 1e-2 (and 3e-2 where 1e-2 was best), the one with the fewest steps to the full level's target:
 geometric mean over seeds 100 to 102."""
 COMMON_RATE = 3e-3
-"""The same over all starts together."""
+"""The best rate over all starts together."""
 RATE_NAMES = {"tuned": "each with its best learning rate", "common": f"both with the best common rate, {COMMON_RATE:g}"}
 RATE_KINDS = {"quick": ("tuned", "common"), "default": ("common",), "full": ("tuned", "common")}
 METHODS: dict[str, dict[str, Any]] = {"asvd": {"method": "asvd"}, "half": {"power": 0.5}, "corda": {"power": 1.0}}
@@ -117,7 +118,7 @@ def contexts(
     seed: int,
     other: Literal["text", "code"] = "text",
 ) -> dict[str, ContextStats]:
-    """Statistics of that part of the facts and of the text or code."""
+    """Statistics of one part of the facts and of the text or code."""
     generator = torch.Generator().manual_seed(seed)
     read = {"facts": fact_windows(facts[part], windows, generator)}
     read[other] = text_windows(other, part, windows, generator)
@@ -136,7 +137,7 @@ def truncation(
     *,
     quiet: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Losses of the whole model, and for each arm what dropping shares of the components adds to them."""
+    """Losses of the whole model, and what dropping shares of the components adds to them in each arm."""
     whole = losses(model, facts)
     arms: dict[str, dict[str, float]] = {"whole": whole}
     calibrated = [(f"{name}-{kind}", stats[kind], method) for name, method in METHODS.items() for kind in stats]
@@ -259,45 +260,37 @@ def price(trajectory: Trajectory, target: float) -> dict[str, float]:
 
 
 def run(settings: DemoSettings, invocation: Invocation) -> int:
-    """Show what the method does; 1 with ``--strict`` if a claim does not hold."""
+    """Train, measure, decide, draw; 1 with ``--strict`` if a claim fails."""
     sys.stdout.write(f"data: {DATA}\n")
     sys.stdout.flush()
-    return show_claims(demonstrate(settings, invocation.folder, quiet=invocation.quiet), strict=invocation.strict)
-
-
-def demonstrate(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
-    """Train, measure, decide; writes results, a figure, ``report.html``, the first model and the returned summary.
-
-    Seeds that the run folder holds results of are not measured again.
-    """
-    seeds = settings.seeds_of(SEEDS)
-    steps = settings.steps or STEPS[settings.level]
-    study = Study(run, data=DATA, seeds=seeds, level=settings.level)
-
-    def measure(seed: int) -> dict[str, dict[str, float]]:
-        facts = halves(settings.facts, seed)
-        model = train(facts, seed, steps, quiet=quiet)
-        if seed == seeds[0]:
-            _save_model(model, facts["calibration"], run)
-        windows = CALIBRATION_WINDOWS[settings.level]
-        stats = contexts(model, facts, "calibration", windows, CordaInit(), seed)
-        drops = DROPS[settings.level]
-        arms = truncation(model, facts["measured"], stats, drops, settings.asvd_alpha, quiet=quiet)
-        unscaled = CordaInit(scale="none")
-        for kind, unseen in contexts(model, facts, "measured", MEASURED_WINDOWS, unscaled, seed).items():
-            arms[f"directions-{kind}"] = directions(model, stats[kind], unseen, settings.rank, seed)
-        stats = contexts(model, facts, "calibration", windows, TASK_INIT, seed, "code")
-        return arms | fine_tuning(model, facts["measured"], stats, settings, seed, quiet=quiet)
-
-    study.over_seeds(measure)
-    _decide(study, settings.level)
-    _note(study, settings.level)
-    _draw(study, settings.level, run)
-    _draw_fine_tuning(study, settings.level, run)
+    out, level = invocation.folder, settings.level
+    study = Study(out, data=DATA, seeds=settings.seeds_of(SEEDS), level=level)
+    study.over_seeds(partial(measure, settings, out, invocation.quiet))
+    _decide(study, level)
+    _note(study, level)
+    _draw(study, level)
+    _draw_fine_tuning(study, level)
     summary = study.finish()
     captions = {"truncation": CAPTION, "fine-tuning": TASK_CAPTION}
-    write_report(run, "corda: what the decomposition keeps, and what its adapters do", captions)
-    return summary
+    write_report(out, "corda: what the decomposition keeps, and what its adapters do", captions)
+    return show_claims(summary, strict=invocation.strict)
+
+
+def measure(settings: DemoSettings, out: Run, quiet: bool, seed: int) -> dict[str, dict[str, float]]:
+    """Train the small Llama of a seed and measure all arms on it; the first seed's model is saved."""
+    level = settings.level
+    facts = halves(settings.facts, seed)
+    model = train(facts, seed, settings.steps or STEPS[level], quiet=quiet)
+    if seed == settings.seeds_of(SEEDS)[0]:
+        _save_model(model, facts["calibration"], out)
+    windows = CALIBRATION_WINDOWS[level]
+    stats = contexts(model, facts, "calibration", windows, CordaInit(), seed)
+    arms = truncation(model, facts["measured"], stats, DROPS[level], settings.asvd_alpha, quiet=quiet)
+    unscaled = CordaInit(scale="none")
+    for kind, unseen in contexts(model, facts, "measured", MEASURED_WINDOWS, unscaled, seed).items():
+        arms[f"directions-{kind}"] = directions(model, stats[kind], unseen, settings.rank, seed)
+    stats = contexts(model, facts, "calibration", windows, TASK_INIT, seed, "code")
+    return arms | fine_tuning(model, facts["measured"], stats, settings, seed, quiet=quiet)
 
 
 def _decide(study: Study, level: Level) -> None:
@@ -384,7 +377,7 @@ def _arms(kind: str) -> dict[str, str]:
     return {label: name if name == "svd" else f"{name}-{kind}" for name, label in LABELS.items()}
 
 
-def _draw(study: Study, level: Level, run: Run) -> None:
+def _draw(study: Study, level: Level) -> None:
     drops, panels = DROPS[level], []
     for kind in ("facts", "text"):
         arms = _arms(kind)
@@ -393,10 +386,10 @@ def _draw(study: Study, level: Level, run: Run) -> None:
         curves = {label: _curve(drops, rows, log) for label, rows in added.items()}
         labels = ("components dropped in every layer (%)", "loss increase (nats per character)")
         panels.append(Panel(f"{kind}, calibrated on other {kind}", *labels, curves, yscale="log" if log else "linear"))
-    line_chart(run.figure("truncation"), panels)
+    line_chart(study.run.figure("truncation"), panels)
 
 
-def _draw_fine_tuning(study: Study, level: Level, run: Run) -> None:
+def _draw_fine_tuning(study: Study, level: Level) -> None:
     losses, kind, panels = levels(TARGET[level]), RATE_KINDS[level][0], []
     for title, metric, unit in (("what is kept", "facts known at", "%"), ("how soon", "steps to", "training steps")):
         curves = {}
@@ -405,7 +398,7 @@ def _draw_fine_tuning(study: Study, level: Level, run: Run) -> None:
             curves[label] = Curve(losses, rows)
         ylabel = "facts still known (%)" if unit == "%" else unit
         panels.append(Panel(title, "loss of other code (nats per character)", ylabel, curves))
-    line_chart(run.figure("fine-tuning"), panels)
+    line_chart(study.run.figure("fine-tuning"), panels)
 
 
 def _curve(drops: Sequence[float], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:
