@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class Measured:
     arrays: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
 
 
+Arm = TypeVar("Arm", bound=str)
 Values = Mapping[str, float] | Measured
 """What one arm's measurement returns."""
 
@@ -128,7 +129,7 @@ class Study:
                 self._add(arm, seed, metrics)
 
     def over_arms(
-        self, arms: Mapping[str, Callable[[int], Values]], executor: concurrent.futures.Executor | None = None
+        self, arms: Mapping[Arm, Callable[[int], Values]], executor: concurrent.futures.Executor | None = None
     ) -> None:
         """Measure each arm on each seed: ``arms[name](seed)`` returns ``{metric: value}`` or a ``Measured``.
 
@@ -229,14 +230,14 @@ class Study:
 
     def against(
         self,
-        reference: str,
-        arms: Iterable[str],
+        reference: Arm,
+        arms: Iterable[Arm],
         metric: str,
         *,
         text: str = "{metric} of {arm} - {metric} of {reference}",
         required: str = ">= 0",
         main: bool = True,
-        names: Mapping[str, str] | None = None,
+        names: Mapping[Arm, str] | None = None,
     ) -> None:
         """Claim one paired ``difference`` to a reference for each other arm, as ``ARM_over_REFERENCE``.
 
@@ -385,7 +386,7 @@ def _number(value: float) -> str:
 
 
 def arm_rows(
-    study: Study, arms: Iterable[str], metrics: Sequence[str], names: Mapping[str, str] | None = None
+    study: Study, arms: Iterable[Arm], metrics: Sequence[str], names: Mapping[Arm, str] | None = None
 ) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of a table of arms: the mean of each metric over the seeds with its interval; - where there is none.
 
