@@ -174,6 +174,7 @@ def _save_onnx(
 ) -> Callable[..., Any]:
     import onnx
     import onnxruntime
+    import onnxscript  # noqa: F401  # torch's exporter imports it
 
     traced = _traced(module, batch, shown)
     with warnings.catch_warnings():
