@@ -173,11 +173,10 @@ def test_nothing_unpickles(distribution):
         assert "weights_only=False" not in text, path.name
         modules = {found.module for found in imports_of(path)}
         assert not modules & {"dill", "cloudpickle", "joblib"}, path.name
-        if path.name in {"readers.py", "testing.py"} and not distribution.is_package:
-            # CIFAR, whose files are unpickled where their checksum is the published one; and such a file for tests
-            assert text.count("pickle.loads(") + text.count("pickle.dumps(") == 1, path.name
-            text = text.replace("pickle.loads(", "").replace("pickle.dumps(", "")
-        assert not re.search(r"pickle\.(?!UnpicklingError|PickleError)\w", text), path.name
+        if (distribution.name, path.stem) == ("tenfold", "readers"):  # where the checksum is the published one of CIFAR
+            checked = text.index("hexdigest() != CIFAR_MD5[path.name]")
+            text = text[:checked] + text[checked:].replace("pickle.loads(content, ", "(", 1)
+        assert not re.search(r"pickle\.(?!UnpicklingError|PickleError|dumps\()\w", text), path.name
         assert not {module for module in modules if module.startswith("pickle.")}, path.name
         assert "allow_pickle=True" not in text, path.name
         assert "yaml.load(" not in text, path.name

@@ -108,7 +108,7 @@ class Wrong(nn.Module):
 
 
 @pytest.mark.parametrize("format", ["torch-export", "onnx"])
-@pytest.mark.parametrize("wrong", [lambda x: x * 2.001, lambda x: x * float("nan"), lambda x: x[:, :1]])
+@pytest.mark.parametrize("wrong", [lambda x: x * 2.001, lambda x: (x - x) / (x - x), lambda x: x[:, :1]])
 def test_a_file_whose_outputs_differ_does_not_appear(run, format, wrong):
     with pytest.raises(UserError, match="gives outputs that differ from the module's by"):
         export.save(Wrong(wrong), torch.zeros(2, 3), run, "student", format)

@@ -3,9 +3,10 @@
 What was written is read back and run before the file appears, so a file that is there gives what the module gives.
 """
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +140,9 @@ def _save_program(
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> Callable[..., Any]:
-    torch.export.save(_traced(module, batch, shown), path)
+    traced = _traced(module, batch, shown)
+    with _one_line(f"{shown} cannot hold this module"):
+        torch.export.save(traced, path)
     program: Callable[..., Any] = torch.export.load(path).module()
     return program
 
@@ -147,14 +150,18 @@ def _save_program(
 def _traced(module: nn.Module, batch: tuple[Tensor, ...], shown: str) -> torch.export.ExportedProgram:
     """The module as a graph in which the batch size is free."""
     free = torch.export.Dim("batch", min=1, max=65535)
-    try:
+    with _one_line(f"{shown} needs a module that torch.export can trace"):
         return torch.export.export(module, batch, dynamic_shapes=tuple({0: free} for _ in batch))
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """What torch.export raises for control flow that depends on values, for a batch size that is not free, and the like."""
+    try:
+        yield
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
-        # what torch.export raises for control flow that depends on values, and for a batch size that is not free
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{shown} needs a module that torch.export can trace ({reason}); safetensors needs none"
-        ) from error
+        raise UserError(f"{what} ({reason}): take safetensors") from error
 
 
 def _save_onnx(
@@ -167,6 +174,7 @@ def _save_onnx(
 ) -> Callable[..., Any]:
     import onnx
     import onnxruntime
+    import onnxscript  # noqa: F401  # torch's exporter imports it
 
     traced = _traced(module, batch, shown)
     with warnings.catch_warnings():

@@ -258,6 +258,8 @@ def _transformers(
             raise UserError(f"{shown}: a configuration brings no weights; give the folder of a model")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if head:  # names of its own classes
+                values = {key: value for key, value in values.items() if key not in {"id2label", "label2id"}}
             channels = {"num_channels": in_chans} if in_chans != 3 else {}
             config = transformers.AutoConfig.for_model(values.pop("model_type"), **{**values, **head, **channels})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
