@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,6 +41,8 @@ class Measured:
 
 
 Arm = TypeVar("Arm", bound=str)
+Show = Callable[[Any], Iterable[str]]
+"""Passes names of measurements through; ``iter`` shows nothing."""
 Values = Mapping[str, float] | Measured
 """What one arm's measurement returns."""
 
@@ -116,20 +118,25 @@ class Study:
         self,
         measure: Callable[[int], Mapping[str, Mapping[str, float]]],
         executor: concurrent.futures.Executor | None = None,
+        show: Show = iter,
     ) -> None:
         """Measure all arms together, seed by seed: ``measure(seed)`` returns ``{arm: {metric: value}}``.
 
         Args:
             measure: the measurement; with an executor of other processes, one that can be pickled.
             executor: where it runs, one call per seed; None is here, one after another.
+            show: passes the measurements through and shows how far they are, such as ``terminal.track`` with a description.
         """
-        self._measure({f"seed-{seed}": (measure, seed, "") for seed in self.seeds}, executor)
+        self._measure({f"seed-{seed}": (measure, seed, "") for seed in self.seeds}, executor, show)
         for seed in self.seeds:
             for arm, metrics in self._saved(f"seed-{seed}").items():
                 self._add(arm, seed, metrics)
 
     def over_arms(
-        self, arms: Mapping[Arm, Callable[[int], Values]], executor: concurrent.futures.Executor | None = None
+        self,
+        arms: Mapping[Arm, Callable[[int], Values]],
+        executor: concurrent.futures.Executor | None = None,
+        show: Show = iter,
     ) -> None:
         """Measure each arm on each seed: ``arms[name](seed)`` returns ``{metric: value}`` or a ``Measured``.
 
@@ -139,9 +146,10 @@ class Study:
             arms: name -> measurement; with an executor of other processes, one that can be pickled (a module's function,
                 ``functools.partial`` of one).
             executor: where they run, one call per arm and seed; None is here, one after another.
+            show: passes the measurements through and shows how far they are, such as ``terminal.track`` with a description.
         """
         tasks = {f"{arm}-seed-{seed}": (measure, seed, arm) for seed in self.seeds for arm, measure in arms.items()}
-        self._measure(tasks, executor)
+        self._measure(tasks, executor, show)
         for seed in self.seeds:
             for arm in arms:
                 self._add(arm, seed, self._saved(f"{arm}-seed-{seed}")[arm])
@@ -162,17 +170,18 @@ class Study:
         self,
         tasks: Mapping[str, tuple[Callable[[int], Any], int, str]],
         executor: concurrent.futures.Executor | None,
+        show: Show,
     ) -> None:
         """Make and save every measurement that is not there yet; a fault of one ends the study, the others are kept."""
         waiting = {name: task for name, task in tasks.items() if not self._path(name).exists()}
         if executor is None:
-            for name, (measure, seed, arm) in waiting.items():
-                self._save(name, _timed(measure, seed, arm))
+            for name in show(list(waiting)):
+                self._save(name, _timed(*waiting[name]))
             return
         futures = {executor.submit(_timed, *task): name for name, task in waiting.items()}
         try:
-            for future in futures:  # in their order: an executor of a cluster has no other way of waiting in common
-                self._save(futures[future], future.result())
+            for name in show(_Done(futures)):
+                self._save(name, next(future for future, other in futures.items() if other == name).result())
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -344,6 +353,21 @@ class Study:
         summary = {**self._head, "seconds": took, "seeds": self.seeds, **body}
         self.run.write_json("summary.json", summary)
         return summary
+
+
+class _Done:
+    """Names of measurements as they end; of an executor whose futures are its own, in their order."""
+
+    def __init__(self, futures: Mapping[Any, str]) -> None:
+        self.futures = futures
+
+    def __len__(self) -> int:
+        return len(self.futures)
+
+    def __iter__(self) -> Iterator[str]:
+        standard = all(isinstance(future, concurrent.futures.Future) for future in self.futures)
+        for future in concurrent.futures.as_completed(self.futures) if standard else self.futures:
+            yield self.futures[future]
 
 
 def _timed(

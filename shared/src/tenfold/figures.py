@@ -96,7 +96,7 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
 def arm_chart(
     path: str | os.PathLike[str], values: Mapping[Arm, Sequence[float]], *, xlabel: str, title: str = ""
 ) -> None:
-    """Draw one row per arm: its mean with Student's 95 % interval (from three seeds on), and below a faint dot for each of several.
+    """Draw one row per arm: its mean with Student's 95 % interval (from three seeds on), below it a faint dot for each seed.
 
     Args:
         path: the PNG.

@@ -18,7 +18,7 @@ from tenfold.devices import choose_device
 from tenfold.images import ImageData
 from tenfold.report import write_report
 from tenfold.runs import Run
-from tenfold.terminal import show_claims, table
+from tenfold.terminal import show_claims, table, track
 
 METRICS = ("top1", "best on test", "agreement", "fisher ratio", "center correlation")
 _CAPTIONS = {
@@ -51,7 +51,10 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
     with executors.make(settings.executor) as pool:
         here = folder if pool is None else None  # a run goes to no other process; its arms are then not resumed within
         arms = {arm: partial(measure, settings, arm, weights, here, invocation.quiet) for arm in settings.arms}
-        study.over_arms(arms, pool)
+        show = partial(
+            track, description="arms x seeds", quiet=invocation.quiet or pool is None
+        )  # each shows its own here
+        study.over_arms(arms, pool, show)
     decide(study, settings.arms)
     draw(study, settings, data)
     summary = study.finish()
