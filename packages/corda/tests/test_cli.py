@@ -194,6 +194,23 @@ def test_conversion_of_an_untrained_adapter_is_exactly_zero(runs, tmp_path):
         assert json.loads((tmp_path / kind / "conversion.json").read_text())["norm"] == 0
 
 
+def test_a_start_is_found_by_its_folder_its_adapter_alone_or_its_factors(runs, shared_folder, tmp_path):
+    alone = shutil.copytree(runs / "residual/corda_init", tmp_path / "copied")
+    config = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    stats = ContextStats.load(runs / "stats/context.safetensors")
+    build_factors(load(shared_folder), stats, config).save(tmp_path / "corda_start.safetensors")
+    inside = runs / "residual/corda_init"
+    for number, start in enumerate((runs / "residual", inside, alone, tmp_path / "corda_start.safetensors")):
+        out = tmp_path / str(number)
+        assert call("convert", "--adapter", runs / "residual-trained", "--run", start, "--out", out) == 0
+    results = [load_file(tmp_path / f"{number}/lora/adapter_model.safetensors") for number in range(4)]
+    for key, tensor in results[0].items():
+        for other in results[1:]:
+            torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-6)
+    checked = ["--model", f"hf:{shared_folder}", "--run", tmp_path / "corda_start.safetensors", "--out", tmp_path / "c"]
+    assert call("convert", "--adapter", runs / "residual-trained", *checked) == 0
+
+
 def test_truncation(runs, shared_folder, tmp_path):
     words = ["truncate", "--model", f"hf:{shared_folder}", "--targets", "k_proj"]
     assert call(*words, "--stats", runs / "stats", "--drop", 0, "--out", tmp_path / "none") == 0
@@ -336,6 +353,24 @@ def test_what_the_user_can_mend(shared_folder, text, tmp_path, capsys, words, ex
     options |= {"--calibration.windows": "8"} | dict(zip(words[::2], words[1::2], strict=True))
     assert_user_error(main, ["init", *(part for pair in options.items() for part in pair)], capsys, *expected)
     assert not (tmp_path / "a/corda_init").exists()
+
+
+@pytest.mark.parametrize("verb", ["stats", "init", "truncate", "verify", "compare"])
+def test_data_and_device_are_checked_before_a_model_is_looked_up(runs, tmp_path, capsys, monkeypatch, verb):
+    def never(*_):
+        raise AssertionError("a model was looked up")
+
+    for name in ("load_tokenizer", "load_model"):
+        monkeypatch.setattr(f"corda.commands.{verb}.{name}", never)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    more = {"truncate": ["--drop", "1"], "verify": ["--run", str(runs / "residual")], "compare": ["--learn", "topics"]}
+    words = [verb, "--model", "hf:no/such", *more.get(verb, []), "--out", str(tmp_path / "a"), "--device"]
+    data = "--keep" if verb == "compare" else "--data"
+    assert_user_error(main, [*words, "cpu", data, f"jsonl:{tmp_path}/bad.jsonl"], capsys, "bad.jsonl, line 2: not JSON")
+    assert_user_error(main, [*words, "cpu", data, "jsonl:missing"], capsys, f"{data} jsonl:missing: no such file")
+    device = next(name for name in ("cuda", "mps") if not getattr(torch, name).is_available())
+    assert_user_error(main, [*words, device, data, "topics"], capsys, f"--device {device}: ")
+    assert not (tmp_path / "a").exists()
 
 
 def test_another_base_model_is_refused_everywhere(runs, shared_folder, model_folder, text, tmp_path, capsys):

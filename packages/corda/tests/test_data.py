@@ -12,7 +12,7 @@ import torch
 from corda.commands._models import load_model, load_tokenizer
 from corda.config import Calibration
 from corda.data import calibration_batches, on_model
-from corda.records import read_texts
+from corda.records import read_records
 from transformers import AutoTokenizer
 
 from tenfold import UserError
@@ -25,6 +25,10 @@ CHATS = [
     {"conversation": [{"human": "hello", "assistant": "hi"}]},
 ]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def read_texts(source, calibration=None, tokenizer=None):
+    return read_records(source, calibration).texts(tokenizer)
 
 
 @pytest.fixture
@@ -232,6 +236,18 @@ def test_parts_hold_every_window_once(tmp_path, tokenizer):
     assert sorted(row for part in rows[:-1] for row in part) == sorted(rows[-1])
     with pytest.raises(UserError, match="1 rows cannot be split into 2 parts"):
         calibration_batches(source, Calibration(pack=0), tokenizer, parts=2)
+
+
+def test_windows_depend_on_the_seed_alone(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("".join(random.Random(0).choices(string.ascii_letters, k=2000)))
+    settings = Calibration(pack=50, windows=10, batch_size=10)
+
+    def windows(seed):
+        ((batch,),) = calibration_batches(f"text:{tmp_path / 'a.txt'}", settings, tokenizer, seed=seed)
+        return batch["input_ids"]
+
+    assert torch.equal(windows(1), windows(1))
+    assert not torch.equal(windows(1), windows(2))
 
 
 def test_of_a_long_text_random_stretches_are_read(tmp_path, tokenizer, monkeypatch):

@@ -479,7 +479,7 @@ def test_bad_inputs_of_the_selection_are_named(llama, batches):
             {"per": "group", "groups": {"a": "a", "b": "a"}},
         ),
         ("needs the groups", {"a": W}, {"a": [C]}, {"per": "group"}),
-        ("power must be 0, 0.5 or 1", {"a": W}, {"a": [C]}, {"power": 2}),
+        ("power: expected one of 0, 0.5, 1", {"a": W}, {"a": [C]}, {"power": 2}),
     ):
         with pytest.raises(UserError, match=complaint):
             select_covariances(weights, candidates, **options)

@@ -77,7 +77,7 @@ def test_bad_arguments(problem, llama, batches):
         truncate(W, None, 3)
     with pytest.raises(UserError, match="unknown method 'cosvdd': did you mean cosvd"):
         truncate(W, C, 3, method="cosvdd")
-    with pytest.raises(UserError, match="power must be 0, 0.5 or 1, got 0.7"):
+    with pytest.raises(UserError, match="power: expected one of 0, 0.5, 1, got 0.7"):
         truncate(W, C, 3, power=0.7)
     some = collect_context(llama, batches, ["model.layers.0.mlp.up_proj"])
     start = llama.model.layers[0].mlp.up_proj.weight.clone()

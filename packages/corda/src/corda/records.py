@@ -115,23 +115,6 @@ class Records:
         return found
 
 
-def read_texts(
-    source: str, calibration: Calibration | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> list[str] | list[Tensor]:
-    """The texts of a calibration source, or their tokens where the records hold ``input_ids``.
-
-    Args:
-        source: as for ``read_records``.
-        calibration: likewise.
-        tokenizer: its chat template renders messages and conversations.
-
-    Raises:
-        UserError: as for ``read_records``, or a conversation that cannot be rendered.
-        MissingExtraError: parquet or dataset without pyarrow.
-    """
-    return read_records(source, calibration).texts(tokenizer)
-
-
 def read_records(source: str, calibration: Calibration | None = None, *, option: str = "--data") -> Records:
     """What a calibration source holds.
 

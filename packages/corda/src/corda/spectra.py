@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from corda.config import CordaInit
+from corda.config import POWERS, CordaInit
 from corda.context import ContextStats
 from corda.moments import DampedCovariance
 from corda.targets import resolve_targets, weight_of
@@ -93,7 +93,8 @@ def spectrum(weight: Tensor, context: DampedCovariance | None, power: float = 1.
 
 def _operator(weight: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
     """W C_d^p in fp64; for p = 1/2, W times the Cholesky factor, which has the same singular values and left vectors."""
-    CordaInit(power=power)
+    if power not in POWERS:
+        raise UserError(f"power: expected one of {', '.join(map(str, POWERS))}, got {power}")
     if weight.ndim != 2:
         raise UserError(f"a weight is a matrix, got shape {tuple(weight.shape)}")
     W = weight.detach().double()
