@@ -12,10 +12,9 @@ from functools import partial
 
 import timm
 import torch
-from localrecon import LocalNet, MemoryProbe, PipelineTrainer, SGRConfig, local_step, plan_split
-from localrecon.demo import memory_net, pipeline_net
+from localrecon import LocalNet, MemoryProbe, PipelineTrainer, SGRConfig, StepOptions, local_step, plan_split
+from localrecon.commands._machine import memory_net, pipeline_net
 from localrecon.models import convnet, gpt, vit
-from localrecon.step import StepOptions
 from torch import nn
 
 from tenfold.bench import Comparison, compare, main, peak_rss

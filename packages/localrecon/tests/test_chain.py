@@ -7,19 +7,17 @@ from localrecon import (
     HeadSpec,
     ListAdapter,
     LocalNet,
-    PlanMismatchError,
     SGRConfig,
-    SharedParameterError,
     SplitPlan,
-    UnsplittableModelError,
-    build_chain,
     detach_tied,
     local_step,
     plan_split,
     register_adapter,
     untie,
 )
-from localrecon.chain import _ADAPTERS, Block, Chain
+from localrecon.adapters import _ADAPTERS, build_chain
+from localrecon.chain import Block, Chain, SharedParameterError, UnsplittableModelError
+from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, images, mlp, same, sgds, split, vectors, weights
 from torch import nn
 

@@ -98,7 +98,20 @@ def test_plans_are_printed_and_written(tmp_path, capsys):
 
 
 def test_methods_are_compared(tmp_path, capsys):
-    words = ["compare", "--model", "mlp", "--data", "digits", *SMALL, "--methods", "bp,local,sgr", "--ks", "2,3"]
+    words = [
+        "compare",
+        "--model",
+        "mlp",
+        "--data",
+        "digits",
+        *SMALL,
+        "--arms",
+        "bp,local,sgr",
+        "--ks",
+        "2,3",
+        "--seeds",
+        "0",
+    ]
     assert main([*words, "--out", str(tmp_path / "c")]) == 0
     out = capsys.readouterr().out
     for arm in ("bp", "local-k2", "sgr-k2", "sgr-k3"):

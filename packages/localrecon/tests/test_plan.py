@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from localrecon import LocalNet, MemoryProbe, SGRConfig, local_step, plan_split
+from localrecon.boundary import StepOptions, first_boundary
 from localrecon.config import parse_bytes
 from localrecon.memory import tensors_in
 from localrecon.plan import partition
-from localrecon.step import StepOptions, first_boundary, train_stage
+from localrecon.step import train_stage
 from localrecon_test_nets import convs, images, mlp, vectors
 from torch import nn
 

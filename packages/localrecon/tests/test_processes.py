@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from localrecon import NonFiniteLossError, PipelineTrainer, SGRConfig, local_step
-from localrecon.step import StepOptions
+from localrecon import PipelineTrainer, SGRConfig, StepOptions, local_step
+from localrecon.passes import NonFiniteLossError
 
 from tenfold import UserError
 

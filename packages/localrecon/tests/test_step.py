@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from localrecon import HeadSpec, LocalNet, NonFiniteLossError, NoSecondDerivativeError, SGRConfig, local_step
-from localrecon.step import StepOptions, first_boundary, keyed_random, train_stage
+from localrecon import HeadSpec, LocalNet, SGRConfig, StepOptions, local_step
+from localrecon.boundary import first_boundary
+from localrecon.passes import NonFiniteLossError, NoSecondDerivativeError, keyed_random
+from localrecon.step import train_stage
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
 from torch import nn
 
@@ -444,7 +446,7 @@ def test_an_etf_classifier_is_a_simplex():
 
 
 def test_chunks_of_the_language_models_loss_are_the_whole():
-    from localrecon.heads import loss_and_correct
+    from localrecon.losses import loss_and_correct
 
     torch.manual_seed(0)
     head, x = nn.Linear(8, 11), torch.randn(3, 7, 8, requires_grad=True)
@@ -473,7 +475,7 @@ def test_rows_of_text_without_a_token_that_counts_do_no_harm(estimator):
 
 
 def test_predsim_compares_similarity_matrices():
-    from localrecon.heads import loss_and_correct
+    from localrecon.losses import loss_and_correct
 
     x, y = torch.randn(4, 6), torch.tensor([0, 1, 0, 2])
     head = nn.Linear(6, 3)

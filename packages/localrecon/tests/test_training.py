@@ -8,12 +8,14 @@ import time
 import lightning.pytorch as pl
 import pytest
 import torch
-from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, PlanMismatchError, SGRConfig, local_step
+from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, SGRConfig, StepOptions, local_step
 from localrecon.cli import main
-from localrecon.config import TrainingSettings
+from localrecon.commands.compare import measure
+from localrecon.config import CompareSettings
 from localrecon.data import load_data
-from localrecon.step import StepOptions
-from localrecon.training import evaluate, make_optimizers, train_arm
+from localrecon.evaluation import evaluate
+from localrecon.optimizers import make_optimizers
+from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
 
 from tenfold import UserError
@@ -123,7 +125,7 @@ def test_factories_that_share_parameters_are_refused():
 def test_float16_scales_each_module_on_its_own():
     x, y = vectors()
     one = LocalTrainer(split(mlp(), x, 2), SGRConfig(ramp=0), momentum, precision="16")
-    assert len(one.scalers) == 2
+    assert len(one.stepper.scalers) == 2
     with torch.no_grad():
         before = [p.clone() for p in one.net.parameters_of(0)]
     report = one.step(x, y)
@@ -154,10 +156,10 @@ ARM = {
 
 
 def test_all_methods_run_through_one_loop_and_share_their_start():
-    settings = TrainingSettings(**ARM)
+    settings = CompareSettings(**ARM)
     data = load_data(settings)
     found = {
-        method: train_arm(settings, method, data, 0) for method in ("bp", "ckpt", "accum", "local", "sgr", "bpfree")
+        method: measure(method, settings, data, True, 0) for method in ("bp", "ckpt", "accum", "local", "sgr", "bpfree")
     }
     assert found["bp"]["accuracy"] == found["ckpt"]["accuracy"]  # the same numbers, computed in another order of need
     assert found["bp"]["loss"] == found["ckpt"]["loss"]
@@ -170,9 +172,9 @@ def test_language_models_are_trained_on_text(tmp_path):
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 2000)
     text = f"text:{tmp_path / 't.txt'}"
     small = {"depth": 2, "width": 16, "window": 64, "k": 2, "batch_size": 128, "epochs": 1}
-    settings = TrainingSettings(model="gpt", data=text, device="cpu", **small)
+    settings = CompareSettings(model="gpt", data=text, device="cpu", **small)
     data = load_data(settings)
-    found = train_arm(settings, "sgr", data, 0)
+    found = measure("sgr", settings, data, True, 0)
     assert found["bits"] < 8
 
 

@@ -1,4 +1,12 @@
-"""Train a network block by block with local losses: the activation memory of one block, not of all."""
+"""Train a network block by block with local losses: the activation memory of one block, not of all.
+
+Read in this order: ``chain`` and ``adapters`` (a model as blocks between which one tensor crosses), ``plan`` (which blocks
+form which module), ``losses`` and ``heads`` (the local classifiers), ``stage`` and ``net`` (modules with heads),
+``reconcile`` (the term and its estimators, as pure functions), ``boundary``, ``passes`` and ``step`` (one training step),
+``profiling`` (choosing where to cut), ``trainer`` (a loop of its own) and ``training`` (Lightning). Beside the way:
+``bpfree`` (closed form, no graph), ``pipeline`` (several processes), ``diagnosis`` (do modules agree?), ``evaluation``
+(every head, early exits), ``memory`` (counted bytes).
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,53 +16,43 @@ _HOMES = {
     "BPFreeConv2d": "bpfree",
     "BPFreeLinear": "bpfree",
     "BPFreeNet": "bpfree",
-    "EarlyExit": "net",
+    "EarlyExit": "evaluation",
     "HeadSpec": "config",
-    "ListAdapter": "chain",
+    "ListAdapter": "adapters",
     "LocalNet": "net",
     "LocalReconModule": "training",
-    "LocalTrainer": "training",
+    "LocalTrainer": "trainer",
     "MemoryMonitor": "training",
     "MemoryProbe": "memory",
-    "NoSecondDerivativeError": "errors",
-    "NonFiniteLossError": "errors",
     "PipelineTrainer": "pipeline",
-    "PlanMismatchError": "errors",
-    "ReconReport": "diagnosis",
     "SGRConfig": "config",
-    "SharedParameterError": "errors",
     "SplitPlan": "plan",
-    "StepReport": "step",
-    "UnsplittableModelError": "errors",
-    "build_chain": "chain",
-    "detach_tied": "chain",
+    "StepOptions": "boundary",
+    "detach_tied": "tying",
     "diagnose": "diagnosis",
     "local_step": "step",
-    "plan_split": "planning",
-    "register_adapter": "chain",
-    "untie": "chain",
+    "plan_split": "profiling",
+    "register_adapter": "adapters",
+    "untie": "tying",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
+    from localrecon.adapters import ListAdapter, register_adapter
+    from localrecon.boundary import StepOptions
     from localrecon.bpfree import BPFreeConv2d, BPFreeLinear, BPFreeNet
-    from localrecon.chain import ListAdapter, build_chain, detach_tied, register_adapter, untie
     from localrecon.config import HeadSpec, SGRConfig
-    from localrecon.diagnosis import ReconReport, diagnose
-    from localrecon.errors import (
-        NonFiniteLossError,
-        NoSecondDerivativeError,
-        PlanMismatchError,
-        SharedParameterError,
-        UnsplittableModelError,
-    )
+    from localrecon.diagnosis import diagnose
+    from localrecon.evaluation import EarlyExit
     from localrecon.memory import MemoryProbe
-    from localrecon.net import EarlyExit, LocalNet
+    from localrecon.net import LocalNet
     from localrecon.pipeline import PipelineTrainer
     from localrecon.plan import SplitPlan
-    from localrecon.planning import plan_split
-    from localrecon.step import StepReport, local_step
-    from localrecon.training import LocalReconModule, LocalTrainer, MemoryMonitor
+    from localrecon.profiling import plan_split
+    from localrecon.step import local_step
+    from localrecon.trainer import LocalTrainer
+    from localrecon.training import LocalReconModule, MemoryMonitor
+    from localrecon.tying import detach_tied, untie
 
 
 def __getattr__(name: str) -> Any:

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from localrecon.config import SGRConfig
+from localrecon.config import Feedback, SGRConfig
 from localrecon.heads import simplex_etf
 from localrecon.reconcile import distance
 from localrecon.step import ModuleReport, StepReport
 from tenfold import UserError
 
-Feedback = Literal["transpose", "fa", "sign"]
 Activation = Literal["relu", "tanh", "gelu", "identity"]
 Head = Literal["trainable", "fixed", "etf"]
 LossName = Literal["ce", "squared"]
@@ -67,6 +66,12 @@ class _Layer(nn.Module):
         scale = 1.0 if head == "etf" else 1 / math.sqrt(features)
         self.head = nn.Parameter(start * scale, requires_grad=head == "trainable")
         self.register_buffer("fixed", torch.randn(classes, features) / math.sqrt(features))
+
+    def take(self, plain: nn.Linear | nn.Conv2d) -> None:
+        """W and b of a plain layer, started for ReLU."""
+        self.weight, self.bias = cast("nn.Parameter", plain.weight), cast("nn.Parameter", plain.bias)
+        nn.init.kaiming_normal_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def feedback_weights(self) -> Tensor:
         """B (C, D): V itself, fixed random ones, or the signs of V at V's mean size."""
@@ -185,10 +190,7 @@ class BPFreeLinear(_Layer):
         loss: LossName = "ce",
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
-        plain = nn.Linear(inputs, features)
-        self.weight, self.bias = cast("nn.Parameter", plain.weight), plain.bias
-        nn.init.kaiming_normal_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.take(nn.Linear(inputs, features))
 
     def apply_weight(self, x: Tensor, *, bias: bool) -> Tensor:
         """W x, with or without b."""
@@ -231,11 +233,8 @@ class BPFreeConv2d(_Layer):
         loss: LossName = "ce",
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
-        plain = nn.Conv2d(inputs, features, kernel)
-        self.weight, self.bias = cast("nn.Parameter", plain.weight), cast("nn.Parameter", plain.bias)
         self.stride, self.padding = stride, kernel // 2
-        nn.init.kaiming_normal_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.take(nn.Conv2d(inputs, features, kernel))
 
     def apply_weight(self, x: Tensor, *, bias: bool) -> Tensor:
         """W x, with or without b."""

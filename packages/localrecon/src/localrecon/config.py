@@ -9,7 +9,7 @@ from tenfold.trainer_config import Device
 
 Method = Literal["bp", "ckpt", "accum", "local", "sgr", "bpfree"]
 HeadKind = Literal["auto", "linear", "gap_linear", "conv_gap", "mlp_sr", "aug", "token", "token_block", "lm"]
-METHODS = ("bp", "ckpt", "accum", "local", "sgr", "bpfree")
+Feedback = Literal["transpose", "fa", "sign"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +112,21 @@ class HeadSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+class OptimizerKind:
+    """The optimizer of each module.
+
+    Args:
+        name: sgd (with Nesterov momentum; one state per weight) or adamw (two).
+    """
+
+    name: Literal["sgd", "adamw"] = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(OptimizerKind):
     """The optimizer of each module, and its schedule over the training.
 
     Args:
-        name: sgd (with Nesterov momentum) or adamw.
         lr: peak learning rate.
         weight_decay: of all weights.
         momentum: of sgd.
@@ -124,7 +134,6 @@ class OptimizerSettings:
         warmup: share of the training over which the rate rises linearly.
     """
 
-    name: Literal["sgd", "adamw"] = "adamw"
     lr: float = 3e-3
     weight_decay: float = 1e-4
     momentum: float = 0.9
@@ -152,7 +161,6 @@ class ModelSettings:
         window: tokens (bytes) in a row of text.
         batch_size: samples in a step.
         device: where to compute; auto takes a GPU when there is one.
-        seed: of weights, order, augmentation and dropout.
     """
 
     model: str
@@ -163,7 +171,6 @@ class ModelSettings:
     window: int = 128
     batch_size: int = 64
     device: Device = "auto"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "image_size", "window", "batch_size"):
@@ -184,7 +191,7 @@ class SplitSettings(ModelSettings):
         adapter: how the model is taken apart; auto tries all of them.
         head: the local heads.
         sgr: the reconciliation.
-        optimizer: of each module.
+        optimizer: optimizer of each module.
     """
 
     k: int = 4
@@ -194,7 +201,7 @@ class SplitSettings(ModelSettings):
     adapter: str = "auto"
     head: HeadSpec = field(default_factory=HeadSpec)
     sgr: SGRConfig = field(default_factory=SGRConfig)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    optimizer: OptimizerKind = field(default_factory=OptimizerKind)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,96 +213,117 @@ class SplitSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(SplitSettings):
-    """Settings of `localrecon plan`."""
+    """Decide where a model is cut, and predict the peak memory of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings(SplitSettings):
+class AugmentSettings:
+    """How training items are varied.
+
+    Args:
+        augment: none, crop (random crop and flip, as usual on CIFAR) or timm (RandAugment, random erasing; needs timm).
+        randaugment: policy of timm's RandAugment.
+        erasing: probability of timm's random erasing.
+    """
+
+    augment: Literal["none", "crop", "timm"] = "none"
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(SplitSettings, AugmentSettings):
     """How it is trained.
 
     Args:
+        optimizer: optimizer of each module, and its schedule.
         epochs: passes over the training data.
-        augment: none, crop (random crop and flip, as usual on CIFAR) or timm (RandAugment, random erasing; needs timm).
-        randaugment: of timm: its policy.
-        erasing: of timm: probability of random erasing.
-        mixup: of timm: alpha of mixup, 0 is off.
-        cutmix: of timm: alpha of CutMix, 0 is off.
+        mixup: alpha of timm's mixup, 0 is off.
+        cutmix: alpha of timm's CutMix, 0 is off.
         accumulate: parts that a batch is computed in, one after another, with the result of the whole.
         clip_norm: largest norm of a module's gradient; null leaves it.
         precision: 32, bf16 or 16 (mixed; 16 with a loss scale of each module); auto is bf16 on a GPU that has it.
         compile: compile each module.
-        validation: share of the training data that is held out and measured after each epoch.
+        feedback: feedback of bpfree. transpose, fa (feedback alignment: fixed random weights) or sign.
         workers: processes that read the data.
         devices: number of devices.
-        strategy: of several devices; ddp (each module's gradients are averaged as soon as they are there) or auto.
-        checkpoint_every: steps between two checkpoints.
-        log_every: steps between two rows of metrics.csv.
+        strategy: strategy of several devices; ddp (each module's gradients are averaged as soon as they are there) or auto.
     """
 
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     epochs: int = 10
-    augment: Literal["none", "crop", "timm"] = "none"
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    erasing: float = 0.25
     mixup: float = 0.0
     cutmix: float = 0.0
     accumulate: int = 1
     clip_norm: float | None = None
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
     compile: bool = False
-    validation: float = 0.0
+    feedback: Feedback = "transpose"
     workers: int = 0
     devices: int = 1
     strategy: Literal["auto", "ddp"] = "auto"
-    checkpoint_every: int = 500
-    log_every: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "accumulate", "devices", "checkpoint_every", "log_every"):
+        for name in ("epochs", "accumulate", "devices"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings:
+    """What a training writes on its way.
+
+    Args:
+        validation: share of the training data that is held out and measured.
+        checkpoint_every: steps between two checkpoints.
+        log_every: steps between two rows of metrics.csv.
+    """
+
+    validation: float = 0.0
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(TrainingSettings, RecordSettings):
+    """Train a model, block by block or by one of the baselines.
+
+    Args:
+        method: sgr, local (no reconciliation), bp (ordinary backpropagation), ckpt (with activation checkpointing), accum
+            (with gradient accumulation over k parts) or bpfree (closed form, one layer per module; mlp and convnet alone).
+        seed: seed of weights, order, augmentation and dropout.
+    """
+
+    method: Method = "sgr"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation < 1:
             raise UserError(f"--validation is {self.validation}, expected a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(TrainingSettings):
-    """Settings of `localrecon train`.
-
-    Args:
-        method: sgr, local (no reconciliation), bp (ordinary backpropagation), ckpt (with activation checkpointing), accum
-            (with gradient accumulation over k parts) or bpfree (closed form, one layer a module; mlp and convnet alone).
-        feedback: of bpfree. transpose, fa (feedback alignment: fixed random weights) or sign.
-    """
-
-    method: Method = "sgr"
-    feedback: Literal["transpose", "fa", "sign"] = "transpose"
-
-
-@dataclass(frozen=True, kw_only=True)
 class CompareSettings(TrainingSettings):
-    """Settings of `localrecon compare`.
+    """Train by several methods: accuracy, memory and time.
 
     Args:
-        methods: arms, of bp, ckpt, accum, local, sgr and bpfree; all with the same epochs, seeds and optimizer.
+        arms: methods to compare, of bp, ckpt, accum, local, sgr and bpfree; all with the same epochs, seeds and optimizer.
         ks: numbers of modules of local and sgr; default: k.
-        seeds: of the report.
-        feedback: of bpfree. transpose, fa (feedback alignment: fixed random weights) or sign.
+        seeds: seeds of the report.
     """
 
-    methods: list[Method] = field(default_factory=lambda: ["bp", "ckpt", "local", "sgr"])
+    arms: list[Method] = field(default_factory=lambda: ["bp", "ckpt", "local", "sgr"])
     ks: list[int] | None = None
-    seeds: list[int] = field(default_factory=lambda: [0])
-    feedback: Literal["transpose", "fa", "sign"] = "transpose"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("methods", "ks", "seeds"):
+        for name in ("arms", "ks", "seeds"):
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise UserError(f"--{name} must name at least one, and none twice; got {values}")
-        if any(seed >= 100 for seed in self.seeds):
-            raise UserError(f"seeds from 100 on are for tuning; report others, got {self.seeds}")
 
 
 @dataclass(frozen=True, kw_only=True)

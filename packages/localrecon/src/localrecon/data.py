@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from localrecon.config import TrainingSettings
+from localrecon.config import AugmentSettings, ModelSettings, TrainingSettings
 from localrecon.models import DataForm
 from tenfold import UserError, datasets
 from tenfold.errors import MissingExtraError
@@ -100,20 +100,25 @@ class _Windows(Dataset[Item]):
         return row[:-1], row[1:]
 
 
-def load_data(settings: TrainingSettings) -> Data:
+def load_data(settings: ModelSettings, augment: AugmentSettings | None = None) -> Data:
     """The data that ``--data`` names.
+
+    Args:
+        settings: source and sizes.
+        augment: how training items are varied; default: not at all.
 
     Raises:
         UserError: it cannot be read, or is not of the form that its kind has.
     """
     kind, path = datasets.parse_source(settings.data, kinds=KINDS, embedded=EMBEDDED)
     if kind in {"text", "topics"}:
-        return _text(path, settings)
-    if settings.augment == "timm" and kind != "imagefolder":
+        return _text(path, settings.window)
+    augment = augment or AugmentSettings()
+    if augment.augment == "timm" and kind != "imagefolder":
         raise UserError(f"--augment timm goes with --data imagefolder:DIR, not with {kind}: take crop or none")
     if kind == "imagefolder":
         assert path is not None
-        return _image_folder(path, settings)
+        return _image_folder(path, settings.image_size, augment)
     if kind == "npz":
         assert path is not None
         train, held = datasets.npz_images(path)
@@ -125,7 +130,7 @@ def load_data(settings: TrainingSettings) -> Data:
         train, test = datasets.glyphs(classes=GLYPHS)
     else:
         train, test = datasets.digits()
-    return images_data(train, test, crop=settings.augment == "crop")
+    return images_data(train, test, crop=augment.augment == "crop")
 
 
 def _tested(part: Part | None, path: Path) -> Part:
@@ -161,7 +166,7 @@ def _channels_first(images: NDArray[Any]) -> Tensor:
     return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
 
 
-def _text(path: Path | None, settings: TrainingSettings) -> Data:
+def _text(path: Path | None, window: int) -> Data:
     """Bytes of a file, or Python's documentation; the last tenth tests."""
     if path is None:
         source, content = str(datasets.topics()), datasets.topics().text.encode()
@@ -169,10 +174,9 @@ def _text(path: Path | None, settings: TrainingSettings) -> Data:
         try:
             source, content = f"of the user: {path.name}", path.read_bytes()
         except OSError as error:
-            raise UserError(f"--data {settings.data}: {error.strerror}") from error
+            raise UserError(f"--data text:{path}: {error.strerror}") from error
     text = np.frombuffer(content, np.uint8)
     cut = len(text) * 9 // 10
-    window = settings.window
     return Data(
         _Windows(text[:cut], window, move=True),
         _Windows(text[cut:], window, move=False),
@@ -182,15 +186,14 @@ def _text(path: Path | None, settings: TrainingSettings) -> Data:
     )
 
 
-def _image_folder(path: Path, settings: TrainingSettings) -> Data:
+def _image_folder(path: Path, size: int, augment: AugmentSettings) -> Data:
     """DIR/train/CLASS/... and DIR/val/CLASS/... (or test)."""
     train, held = datasets.image_folders(path)
     test = _tested(held, path)
-    size = settings.image_size
     plain = _EvaluationTransform(size)
     form = DataForm("classify", (3, size, size), len(train.classes))
     return Data(
-        _Files(train, _training_transform(settings)),
+        _Files(train, _training_transform(size, augment)),
         _Files(test, plain),
         _Files(train, plain),
         form,
@@ -233,23 +236,45 @@ class _CropTransform:
         return cut.flip(2) if flip < 0.5 else cut
 
 
-def _training_transform(settings: TrainingSettings) -> Callable[[Any], Tensor]:
-    if settings.augment == "none":
-        return _EvaluationTransform(settings.image_size)
-    if settings.augment == "crop":
-        return _CropTransform(settings.image_size)
+def _training_transform(size: int, augment: AugmentSettings) -> Callable[[Any], Tensor]:
+    if augment.augment == "none":
+        return _EvaluationTransform(size)
+    if augment.augment == "crop":
+        return _CropTransform(size)
     try:
         from timm.data.transforms_factory import create_transform
     except ImportError as error:
         raise MissingExtraError('--augment timm needs timm; pip install "localrecon[timm]"') from error
     transform: Callable[[Any], Tensor] = create_transform(
-        settings.image_size,
+        size,
         is_training=True,
-        auto_augment=settings.randaugment or None,
-        re_prob=settings.erasing,
+        auto_augment=augment.randaugment or None,
+        re_prob=augment.erasing,
         re_mode="pixel",
     )
     return transform
+
+
+def mixing(settings: TrainingSettings, classes: int) -> Callable[[Any, Tensor], tuple[Any, Tensor]] | None:
+    """Mixup and CutMix of timm for a batch, or None where neither is asked for."""
+    if not (settings.mixup or settings.cutmix):
+        return None
+    try:
+        from timm.data.mixup import Mixup
+    except ImportError as error:
+        raise MissingExtraError('--mixup and --cutmix need timm; pip install "localrecon[timm]"') from error
+    mixup: Any = Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.head.label_smoothing,
+        num_classes=classes,
+    )
+
+    def mix(inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
+        mixed, soft = mixup(inputs, labels)
+        return mixed, torch.as_tensor(soft).to(inputs.device)
+
+    return mix
 
 
 def split_validation(data: Data, share: float, seed: int) -> tuple[Dataset[Item], Dataset[Item] | None]:

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localrecon.boundary import check_labels
 from localrecon.chain import Inputs
-from localrecon.heads import terms_of
-from localrecon.net import LocalNet, frozen_statistics
-from localrecon.step import check_labels, keyed_random
+from localrecon.losses import terms_of
+from localrecon.net import LocalNet
+from localrecon.passes import keyed_random
+from localrecon.stage import frozen_statistics
 
 COPYING_COSINE = 0.75
 """Mean cosine at the boundaries from which on modules want so exactly what the one before them wants ..."""

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localrecon.bpfree import BPFreeConv2d, BPFreeLinear, BPFreeNet, Feedback
-from localrecon.config import ModelSettings
+from localrecon.bpfree import BPFreeConv2d, BPFreeLinear, BPFreeNet
+from localrecon.config import Feedback, ModelSettings
 from localrecon.heads import TokenPool, TransformerBlock
+from localrecon.tying import untie
 from tenfold import UserError
 from tenfold.errors import MissingExtraError, did_you_mean
 
@@ -205,8 +206,6 @@ def _as_module(model: Any) -> nn.Module:
 def _transformers(full: str, name: str, data: DataForm) -> nn.Module:
     _needs("transformers", "transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from localrecon.chain import untie
 
     path = Path(name)
     if data.task != "lm":

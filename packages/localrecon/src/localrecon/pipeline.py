@@ -9,22 +9,22 @@ import dataclasses
 import itertools
 import queue as queues
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import Tensor
 
+from localrecon.boundary import Boundary, StepOptions, first_boundary
 from localrecon.chain import Inputs
 from localrecon.config import SGRConfig
 from localrecon.net import LocalNet
+from localrecon.optimizers import OptimizerFactory, SchedulerFactory
 from localrecon.plan import partition
-from localrecon.step import Boundary, ModuleReport, StepOptions, StepReport, first_boundary, train_stage
+from localrecon.step import ModuleReport, StepReport, train_stage
 from tenfold import UserError
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Work:
     first: int
     past: int
     optimizer: OptimizerFactory
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None
+    scheduler: SchedulerFactory | None
     sgr: SGRConfig
     options: StepOptions
     device: str
@@ -77,7 +77,7 @@ class PipelineTrainer:
         optimizer: OptimizerFactory,
         sgr: SGRConfig | None = None,
         options: StepOptions | None = None,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        scheduler: SchedulerFactory | None = None,
         *,
         workers: int = 2,
         devices: Sequence[str] | None = None,

@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from localrecon.errors import PlanMismatchError
 from tenfold import UserError
 
 Balance = Literal["memory", "flops", "params", "blocks"]
+
+
+class PlanMismatchError(UserError):
+    """A plan, or a checkpoint, was made for another model or another split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +103,9 @@ class SplitPlan:
         changed = [name for name in fields if getattr(self, name) != getattr(other, name)]
         return "; ".join(f"{name}: {getattr(self, name)} -> {getattr(other, name)}" for name in changed)
 
-    def table(self) -> str:
-        """One line a module, for people."""
-        from tenfold.cli import table
-
-        rows = []
+    def rows(self) -> tuple[list[str], list[list[Any]]]:
+        """Headers and rows of a table, one row per module."""
+        rows: list[list[Any]] = []
         for k, (a, b) in enumerate(self.ranges):
             names = self.blocks[a] if b - a == 1 else f"{self.blocks[a]} .. {self.blocks[b - 1]}"
             peak = f"{self.module_peaks[k] / 2**20:.1f}" if self.module_peaks else "-"
@@ -114,7 +115,7 @@ class SplitPlan:
                 [k + 1, names, b - a, shape, f"{sums[0] / 2**20:.1f}", f"{sums[1]:,}", f"{sums[2] / 1e6:.1f}", peak]
             )
         headers = ["module", "blocks", "n", "output", "saved MiB", "parameters", "MFLOP", "peak MiB"]
-        return table(headers, rows)
+        return headers, rows
 
 
 def _tuples(value: Any) -> Any:

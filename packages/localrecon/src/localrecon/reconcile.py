@@ -76,10 +76,12 @@ def _leaves(params: Mapping[str, Tensor], x: Tensor) -> tuple[Gradients, Tensor]
     return {name: p.detach().requires_grad_() for name, p in params.items()}, x.detach().requires_grad_()
 
 
-def _input_gradient(f: Loss, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def _pull(f: Loss, params: Mapping[str, Tensor], x: Tensor, target: Tensor, dist: Dist, terms: int | None) -> Tensor:
+    """dR / dg_in at x: where the three estimators without a second graph look."""
+    n = terms or x.shape[0]
     leaf = x.detach().requires_grad_()
     (g,) = torch.autograd.grad(f({name: p.detach() for name, p in params.items()}, leaf), leaf)
-    return g
+    return direction(g * n, target.detach() * n, n, dist)
 
 
 def _plain(f: Loss, params: Mapping[str, Tensor], x: Tensor) -> Gradients:
@@ -135,9 +137,7 @@ def shift(
 
     Arguments as for ``exact``; ``clip`` bounds each sample's shift as a share of its norm.
     """
-    n = terms or x.shape[0]
-    g = _input_gradient(f, params, x)
-    delta = direction(g * n, target.detach() * n, n, dist) * lam
+    delta = _pull(f, params, x, target, dist, terms) * lam
     if clip is not None:
         delta, _ = clip_shift(delta, x, clip)
     return _plain(f, params, x.detach() + delta)
@@ -161,8 +161,7 @@ def fd(
     With ``central``, +-h: exact where L is quadratic in x. For networks with kinks (ReLU) larger steps are better: their
     noise grows as eps^(-1/2); 5e-2 there, 1e-2 for smooth ones. Arguments as for ``exact``.
     """
-    n = terms or x.shape[0]
-    d = direction(_input_gradient(f, params, x) * n, target.detach() * n, n, dist)
+    d = _pull(f, params, x, target, dist, terms)
     h = eps * float(x.detach().square().mean().sqrt()) / max(float(d.square().mean().sqrt()), _TINY)
     plain, ahead = _plain(f, params, x), _plain(f, params, x + h * d)
     behind, width = (_plain(f, params, x - h * d), 2 * h) if central else (plain, h)
@@ -179,8 +178,7 @@ def jvp(
     terms: int | None = None,
 ) -> Gradients:
     """Gradient of L + lambda R by forward-over-reverse differentiation; slower than ``exact``, and independent of it."""
-    n = terms or x.shape[0]
-    d = direction(_input_gradient(f, params, x) * n, target.detach() * n, n, dist)
+    d = _pull(f, params, x, target, dist, terms)
     fixed = {name: p.detach() for name, p in params.items()}
 
     def gradient(at: Tensor) -> Gradients:

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from localrecon.chain import Chain, Inputs, build_chain
+from localrecon.adapters import build_chain
+from localrecon.boundary import StepOptions, first_boundary
+from localrecon.chain import Chain, Inputs, UnsplittableModelError
 from localrecon.config import HeadSpec, SGRConfig, parse_bytes
-from localrecon.errors import UnsplittableModelError
 from localrecon.heads import build_head
 from localrecon.memory import MemoryProbe
-from localrecon.net import LocalNet, Stage, frozen_statistics
+from localrecon.net import LocalNet
+from localrecon.passes import keyed_random
 from localrecon.plan import Balance, SplitPlan, partition
-from localrecon.step import StepOptions, first_boundary, keyed_random, train_stage
+from localrecon.stage import Stage, frozen_statistics
+from localrecon.step import train_stage
 from tenfold import UserError
 
 
