@@ -128,7 +128,6 @@ KNOWN = [timm_resnet, timm_vit, timm_deit_distilled, torchvision_resnet, gpt2, l
 
 @pytest.mark.parametrize("make", KNOWN, ids=lambda make: make.__name__)
 def test_a_split_model_is_the_model_and_trains(make):
-    """Property 12."""
     torch.manual_seed(0)
     model, x = make()
     keys = list(model.state_dict())

@@ -19,7 +19,6 @@ from tenfold import UserError
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=9), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_partitions_are_as_good_as_the_best_of_all(values, modules):
-    """Property 20."""
     modules = min(modules, len(values))
 
     def largest(cuts):
@@ -41,7 +40,6 @@ def step_peak(net, x, y, sgr):
 
 
 def test_a_budget_is_kept_by_the_step_and_too_small_a_one_says_the_least():
-    """Property 20."""
     x, y = images(count=16, size=16)
     whole = plan_split(convs(8), x, k=1).predicted_peak
     plan = plan_split(convs(8), x, budget=int(0.6 * whole))
@@ -133,7 +131,6 @@ def test_tensors_are_found_in_what_people_have():
 
 
 def test_nothing_of_a_module_lives_on_when_the_next_begins():
-    """Property 18."""
     x, y = images(count=16, size=16)
     net = LocalNet(convs(8), plan_split(convs(8), x, k=4, measure=False)).train()
     boundary = first_boundary(net, x, y)
@@ -155,7 +152,7 @@ def vit():
 
 @pytest.mark.parametrize("kind", ["conv", "vit"])
 def test_the_peak_falls_as_promised(kind):
-    """Property 19, counted in tensor bytes."""
+    """Counted in tensor bytes."""
     model = {"conv": lambda: convs(12, width=24, classes=10), "vit": vit}[kind]
     x, y = images(count=32 if kind == "vit" else 48, size=48 if kind == "vit" else 24, classes=10)
     peaks = {}

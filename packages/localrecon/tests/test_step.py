@@ -37,7 +37,6 @@ def gradients(net, x, y, sgr, **options):
 
 
 def test_one_module_is_plain_backpropagation_bit_for_bit():
-    """Property 1."""
     x, y = images()
     model = convs()
     twin = copy.deepcopy(model).train()
@@ -55,7 +54,6 @@ def test_one_module_is_plain_backpropagation_bit_for_bit():
 
 @pytest.mark.parametrize("estimator", ["shift", "exact"])
 def test_with_lambda_zero_it_is_a_literal_detach_and_step_loop_bit_for_bit(estimator):
-    """Property 2."""
     x, y = vectors()
     net = split(dropout_mlp(), x, 3)
     twin = copy.deepcopy(net)
@@ -78,7 +76,6 @@ def test_with_lambda_zero_it_is_a_literal_detach_and_step_loop_bit_for_bit(estim
 
 
 def test_the_first_module_does_not_depend_on_the_reconciliation():
-    """Property 3."""
     x, y = vectors()
     ends = []
     for sgr in (SGRConfig(lam=0), SGRConfig(lam=3, ramp=0), SGRConfig(estimator="exact"), SGRConfig(every=2)):
@@ -90,7 +87,6 @@ def test_the_first_module_does_not_depend_on_the_reconciliation():
 
 
 def test_no_gradient_leaves_a_module():
-    """Property 4, first half."""
     x, y = vectors()
     net = split(mlp(), x, 2)
     first, second = net.segments
@@ -101,7 +97,6 @@ def test_no_gradient_leaves_a_module():
 
 
 def test_a_later_module_does_not_touch_an_earlier_ones_gradient():
-    """Property 4, second half."""
     x, y = vectors()
     net = split(mlp(), x, 3)
     before = gradients(net, x, y, SGRConfig(ramp=0))
@@ -117,7 +112,7 @@ def test_a_later_module_does_not_touch_an_earlier_ones_gradient():
 @pytest.mark.parametrize("dist", ["sample", "mean", "relative", "cosine"])
 @pytest.mark.parametrize("reg_to_head", [True, False])
 def test_shift_in_a_step_approaches_exact_as_lambda_falls(dist, reg_to_head):
-    """Property 6, in place: the errors of two lambdas have the ratio of their squares."""
+    """In place: the errors of two lambdas have the ratio of their squares."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp(norm=True).double(), x, 3)
     errors = []
@@ -143,7 +138,6 @@ def test_reg_to_head_false_leaves_the_heads_gradient_as_without_reconciliation()
 
 
 def test_doubling_the_batch_changes_nothing_of_sample_and_halves_mean():
-    """Property 10."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp().double(), x, 2)
     for dist, factor in (("sample", 1.0), ("mean", 0.5)):
@@ -162,7 +156,7 @@ def no_update(net):
 
 
 def test_scaling_the_loss_leaves_the_step_as_it_is():
-    """Property 10: what mixed precision with a loss scale does."""
+    """What mixed precision with a loss scale does."""
     x, y = vectors(dtype=torch.float64)
     ends = []
     for scale in (None, 2.0**10):
@@ -175,7 +169,7 @@ def test_scaling_the_loss_leaves_the_step_as_it_is():
 
 
 def test_the_polarization_identity_predicts_the_change_of_the_next_loss():
-    """Property 11: a step of module 1 changes L_2 by -eta <J^T g_in, J^T g_out> + O(eta^2)."""
+    """A step of module 1 changes L_2 by -eta <J^T g_in, J^T g_out> + O(eta^2)."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp().double(), x, 2)
     first, second = net.segments
@@ -205,7 +199,6 @@ def test_the_polarization_identity_predicts_the_change_of_the_next_loss():
 @pytest.mark.parametrize("estimator", ["shift", "exact"])
 @pytest.mark.parametrize("reg_to_head", [True, False])
 def test_batchnorm_counts_once_a_step_whatever_the_estimator(estimator, reg_to_head):
-    """Property 16."""
     x, y = images()
     plain = split(convs(), x, 2)
     net = copy.deepcopy(plain)
@@ -220,7 +213,7 @@ def test_batchnorm_counts_once_a_step_whatever_the_estimator(estimator, reg_to_h
 
 
 def test_both_passes_see_the_same_dropout():
-    """Property 16: where the shift is zero, the learning pass is the ordinary pass."""
+    """Where the shift is zero, the learning pass is the ordinary pass."""
     x, y = vectors()
     net = split(dropout_mlp(), x, 2)
     shifted = gradients(net, x, y, SGRConfig(lam=1e-30, ramp=0))
@@ -229,7 +222,7 @@ def test_both_passes_see_the_same_dropout():
 
 
 def test_fraction_is_unbiased():
-    """Property 17: the mean over all subsets of half of the samples is the whole."""
+    """The mean over all subsets of half of the samples is the whole."""
     import itertools
     import unittest.mock
 
@@ -263,7 +256,6 @@ def test_fraction_of_shift_agrees_with_that_of_exact_and_hands_on_the_plain_outp
 
 
 def test_every_applies_at_multiples_with_the_multiplied_weight():
-    """Property 17."""
     sgr = SGRConfig(lam=0.5, every=3, ramp=0)
     assert [sgr.strength(t, 100) for t in range(5)] == [1.5, 0, 0, 1.5, 0]
     x, y = vectors()
@@ -281,7 +273,7 @@ def test_ramp_and_annealing_weigh_the_ends_of_the_training():
 
 @pytest.mark.parametrize("sgr", [SGRConfig(lam=0), SGRConfig(ramp=0), SGRConfig(ramp=0, estimator="exact")])
 def test_accumulation_over_two_halves_is_the_whole_batch(sgr):
-    """Property 14, without BatchNorm."""
+    """In networks without BatchNorm, which would see the halves."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp(norm=True).double(), x, 3)
     whole, halves = gradients(net, x, y, sgr), gradients(net, x, y, sgr, accumulate=2)
@@ -323,7 +315,6 @@ class Attention(nn.Module):
 
 
 def test_attention_trains_by_shift_and_exact_says_what_it_needs():
-    """Property 21."""
     torch.manual_seed(0)
     model = nn.Sequential(*[Attention() for _ in range(3)], nn.Sequential(nn.Flatten(), nn.Linear(80, 3)))
     x, y = torch.randn(4, 5, 16), torch.randint(3, (4,))

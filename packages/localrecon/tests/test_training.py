@@ -47,7 +47,6 @@ def loader():
 
 
 def test_two_and_two_steps_through_a_file_are_four_bit_for_bit(tmp_path):
-    """Property 14."""
     whole = trainer()
     whole.fit(loader(), 2)
     first = trainer()
@@ -179,7 +178,7 @@ def test_language_models_are_trained_on_text(tmp_path):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path):
-    """Contracts, section 3: kill -9, then --resume."""
+    """With SIGKILL, then --resume."""
     words = "train --model mlp --data digits --k 3 --depth 4 --epochs 12 --checkpoint_every 7 --device cpu --quiet"
 
     def arguments(name, *more):
