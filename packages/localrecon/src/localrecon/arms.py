@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from localrecon.boundary import StepOptions
 from localrecon.chain import Inputs
 from localrecon.config import Feedback, HeadSpec, Method, OptimizerSettings, SGRConfig, SplitSettings
-from localrecon.memory import MemoryProbe
 from localrecon.models import DataForm, build_bpfree, build_model
 from localrecon.net import LocalNet
 from localrecon.optimizers import Net, make_optimizers, optimizer_of
 from localrecon.plan import SplitPlan
 from localrecon.profiling import plan_split
 from localrecon.trainer import train_step
+from tenfold.memory import MemoryProbe
 
 WHOLE = ("bp", "ckpt", "accum")
 """Methods that do not cut the model."""
@@ -80,7 +80,7 @@ def build_arm(
     settings: SplitSettings,
     method: Method,
     form: DataForm,
-    items: Dataset[Any],
+    items: Dataset[Any] | None,
     seed: int,
     *,
     accumulate: int = 1,
@@ -93,7 +93,7 @@ def build_arm(
         settings: model, split, heads and reconciliation.
         method: name of the method.
         form: what the model has to know of its data.
-        items: training items; a batch of them decides the split.
+        items: training items, a batch of which decides the split; None where the plan is given.
         seed: seed of the weights.
         accumulate: parts that a batch is computed in.
         feedback: feedback of bpfree.
@@ -107,10 +107,14 @@ def build_arm(
         return Arm(build_bpfree(settings, form, feedback), settings.sgr, 1)
     model = build_model(settings, form)
     sgr = settings.sgr if method == "sgr" else dataclasses.replace(settings.sgr, lam=0.0)
-    if plan is None and method in WHOLE:
-        sample, _ = first_batch(items, settings.batch_size)
-        plan = plan_split(model, sample, k=1, adapter=settings.adapter, measure=False)
-    net = run_as(method, model, plan or split_of(settings, model, items, sgr), settings.head)
+    if plan is None:
+        assert items is not None
+        if method in WHOLE:
+            sample, _ = first_batch(items, settings.batch_size)
+            plan = plan_split(model, sample, k=1, adapter=settings.adapter, measure=False)
+        else:
+            plan = split_of(settings, model, items, sgr)
+    net = run_as(method, model, plan, settings.head)
     return Arm(net, sgr, max(accumulate, settings.k) if method == "accum" else accumulate)
 
 

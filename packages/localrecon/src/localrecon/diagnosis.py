@@ -12,8 +12,8 @@ from localrecon.boundary import check_labels
 from localrecon.chain import Inputs
 from localrecon.losses import terms_of
 from localrecon.net import LocalNet
-from localrecon.passes import keyed_random
 from localrecon.stage import frozen_statistics
+from tenfold.randomness import keyed
 
 COPYING_COSINE = 0.75
 """Mean cosine at the boundaries from which on modules want so exactly what the one before them wants ..."""
@@ -109,7 +109,7 @@ def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> Recon
             x = x.detach().requires_grad_()
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         backbone = [p for p in stage.trained() if id(p) not in head]
-        with keyed_random(labels.device, seed, stage.index), frozen_statistics(stage.norms):
+        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms):
             out = stage.run_blocks(x, context)
             loss, correct = stage.judge(out, context, labels)
         asked = [out, *([x] if before is not None else []), *backbone]
@@ -181,7 +181,7 @@ def _bp_gradient(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> li
     for stage in net.segments:
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         parameters += [p for p in stage.trained() if id(p) not in head]
-        with keyed_random(labels.device, seed, stage.index), frozen_statistics(stage.norms):
+        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms):
             x = stage.run_blocks(x, context)
             if stage.is_last:
                 loss, _ = stage.judge(x, context, labels)

@@ -1,16 +1,18 @@
 """The accuracy of every head, and early exits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from localrecon.losses import terms_of
+from localrecon.chain import Inputs
+from localrecon.losses import IGNORED, terms_of
 from localrecon.net import LocalNet
 from localrecon.optimizers import Net
 from tenfold import UserError
+from tenfold.modules import evaluating
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -18,28 +20,33 @@ def moved(value: Any, device: torch.device) -> Any:
     return {key: item.to(device) for key, item in value.items()} if isinstance(value, Mapping) else value.to(device)
 
 
-@torch.no_grad()
-def evaluate(net: Net, loader: Any, device: torch.device | str = "cpu") -> dict[str, float]:
-    """``accuracy`` of the last head in percent, its ``loss``, and ``accuracy 1`` .. of every head.
+def evaluate(net: Net, loader: Iterable[tuple[Inputs, Tensor]], device: torch.device | str = "cpu") -> dict[str, float]:
+    """Accuracy and loss of a net.
 
-    Of a language model, ``loss`` is in nats a token, and there is ``bits`` in bits a token.
+    Args:
+        net: the net, on the device.
+        loader: batches of inputs and labels.
+        device: where to compute.
+
+    Returns:
+        ``accuracy`` of the last head in percent, its ``loss``, and ``accuracy 1`` .. of every head. Of a language model,
+        ``loss`` is in nats per token, and there is ``bits`` in bits per token.
     """
-    mode = net.training
-    net.eval()
     device = torch.device(device)
     task = net.plan.task if isinstance(net, LocalNet) else "classify"
+    stages = net.segments if isinstance(net, LocalNet) else ()  # they are not registered in the net
     total, loss = 0, 0.0
     right = [0.0] * net.k
-    for batch, answers in loader:
-        inputs, labels = moved(batch, device), answers.to(device)
-        exits = net.forward_exits(inputs)
-        flat = [logits.flatten(0, -2).float() for logits in exits]
-        truth = labels.flatten()
-        loss += float(nn.functional.cross_entropy(flat[-1], truth, ignore_index=-100, reduction="sum"))
-        for k, logits in enumerate(flat):
-            right[k] += float((logits.argmax(dim=1) == truth).sum())
-        total += terms_of(labels, task)
-    net.train(mode)
+    with evaluating(net, *stages):
+        for batch, answers in loader:
+            inputs, labels = moved(batch, device), answers.to(device)
+            exits = net.forward_exits(inputs)
+            flat = [logits.flatten(0, -2).float() for logits in exits]
+            truth = labels.flatten()
+            loss += float(nn.functional.cross_entropy(flat[-1], truth, ignore_index=IGNORED, reduction="sum"))
+            for k, logits in enumerate(flat):
+                right[k] += float((logits.argmax(dim=1) == truth).sum())
+            total += terms_of(labels, task)
     found = {"accuracy": 100 * right[-1] / total, "loss": loss / total}
     if task == "lm":
         found["bits"] = loss / total / math.log(2)
@@ -51,7 +58,7 @@ class EarlyExit(nn.Module):
 
     Args:
         net: a trained net.
-        threshold: leave at the first exit whose largest probability is at least so high. In (0, 1].
+        threshold: probability from which on an exit is taken. In (0, 1].
 
     Shapes: inputs (B, ...) -> logits (B, C) and the number of the exit (from 0 on) that each sample took (B,). Samples that
     have left are not computed further.
@@ -68,7 +75,7 @@ class EarlyExit(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Logits, and the number of the exit that each sample took."""
         context = self.net.chain.context(x)
         left = torch.arange(x.shape[0], device=x.device)
         exits = torch.zeros_like(left)
@@ -88,10 +95,10 @@ class EarlyExit(nn.Module):
 
 
 @torch.no_grad()
-def early_exit(net: LocalNet, threshold: float, loader: Any, device: str) -> dict[str, float]:
+def early_exit(leave: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]], device: str) -> dict[str, float]:
     """Accuracy with early exits, and the mean share of the modules' computation that was done."""
-    leave = EarlyExit(net, threshold)
-    flops = [sum(net.plan.flops[a:b]) for a, b in net.plan.ranges]
+    plan = leave.net.plan
+    flops = [sum(plan.flops[a:b]) for a, b in plan.ranges]
     done = torch.tensor(flops, dtype=torch.float64).cumsum(0) / max(1, sum(flops))
     right, total, spent = 0.0, 0, 0.0
     for inputs, labels in loader:

@@ -1,7 +1,6 @@
 """One part of a batch through one module: the ordinary pass, and the two estimators of the reconciled gradient."""
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from localrecon.losses import terms_of
 from localrecon.reconcile import clip_shift, direction, distance
 from localrecon.stage import Stage, frozen_statistics, warn_of_clone, without_parameter_gradients
 from tenfold import NonFiniteError, UserError
+from tenfold.randomness import generator, keyed
 
 
 class NonFiniteLossError(NonFiniteError):
@@ -43,20 +43,6 @@ def _rebuild(message: str, module: int, step: int) -> NonFiniteLossError:
 
 class NoSecondDerivativeError(UserError, RuntimeError):
     """An operation has no second derivative, which the estimator "exact" needs."""
-
-
-def random_key(*key: int) -> int:
-    """63 bits that depend on every part of the key, the same on each machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-@contextlib.contextmanager
-def keyed_random(device: torch.device, *key: int) -> Iterator[None]:
-    """What torch draws within the block depends on the key alone; afterwards all is as before."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(random_key(*key))
-        yield
 
 
 @dataclass
@@ -97,7 +83,7 @@ class Pass:
         options = self.options
         key = (options.seed, self.stage.index, options.step, self.part)
         mixed = torch.autocast(self.device.type, options.dtype) if options.dtype else contextlib.nullcontext()
-        with keyed_random(self.device, *key), mixed:
+        with keyed(*key, device=self.device), mixed:
             yield
 
     def run(self) -> dict[str, float]:
@@ -178,9 +164,8 @@ class Pass:
             return None
         if self.context is not None:
             raise UserError("fraction below 1 needs a model whose blocks take one tensor and nothing else: use every")
-        key = random_key(self.options.seed, self.stage.index, self.options.step, self.part, 1)
-        generator = torch.Generator().manual_seed(key)
-        return torch.randperm(count, generator=generator)[:chosen].sort().values.to(self.device)
+        drawn = generator(self.options.seed, self.stage.index, self.options.step, self.part, 1)
+        return torch.randperm(count, generator=drawn)[:chosen].sort().values.to(self.device)
 
     def _shift(self) -> None:
         assert self.target is not None

@@ -13,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from localrecon.adapters import build_chain
 from localrecon.boundary import StepOptions, first_boundary
 from localrecon.chain import Chain, Inputs, UnsplittableModelError
-from localrecon.config import HeadSpec, SGRConfig, parse_bytes
+from localrecon.config import HeadSpec, SGRConfig
 from localrecon.heads import build_head
-from localrecon.memory import MemoryProbe
 from localrecon.net import LocalNet
-from localrecon.passes import keyed_random
 from localrecon.plan import Balance, SplitPlan, partition
 from localrecon.stage import Stage, frozen_statistics
 from localrecon.step import train_stage
 from tenfold import UserError
+from tenfold.config import parse_bytes
+from tenfold.memory import MemoryProbe
+from tenfold.randomness import keyed
 
 
 def plan_split(
@@ -105,7 +106,7 @@ def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
     device = next(model.parameters()).device
     known = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     saved, flops, shapes, numbers = [], [], [], []
-    with keyed_random(device, 0), frozen_statistics(probe.norms):
+    with keyed(0, device=device), frozen_statistics(probe.norms):
         context = chain.context(sample)
         x: Any = sample
         for block in chain.blocks:
@@ -184,7 +185,7 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
             return 0
         key = base.shapes[place]
         if key not in known:
-            with keyed_random(torch.device("cpu"), 0):
+            with keyed(0):
                 module = build_head(heads, base.shapes, place, (0, count), base.classes, base.task)
             x = torch.zeros(max(2, batch), *base.shapes[place], requires_grad=True)
             if base.task == "lm":
@@ -215,7 +216,7 @@ def _measured(
 ) -> SplitPlan:
     """The plan with the peak of a step, module by module."""
     device = next(model.parameters()).device
-    with keyed_random(device, 0):
+    with keyed(0, device=device):
         net = LocalNet(model, plan, heads)
     first = next(iter(sample.values())) if isinstance(sample, dict) else sample
     shape = tuple(first.shape[:2]) if plan.task == "lm" else (first.shape[0],)

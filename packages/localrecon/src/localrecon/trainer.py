@@ -2,9 +2,9 @@
 
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +27,8 @@ from localrecon.optimizers import (
 from localrecon.plan import PlanMismatchError, SplitPlan
 from localrecon.step import StepReport, local_step
 from tenfold import UserError
-from tenfold.runs import replacing
-
-
-class SeekableLoader(Protocol):
-    """Batches whose position is a number, such as ``tenfold.training.KeyedLoader``."""
-
-    def seek(self, epoch: int, start: int = 0) -> None:
-        """Let the next iteration give the batches of ``epoch`` from number ``start`` on."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]: ...
+from tenfold.files import replacing
+from tenfold.loading import KeyedLoader
 
 
 def train_step(
@@ -203,7 +193,7 @@ class LocalTrainer:
 
     def fit(
         self,
-        loader: SeekableLoader,
+        loader: KeyedLoader,
         epochs: int,
         *,
         on_step: Callable[[int, StepReport], None] | None = None,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from localrecon.bpfree import BPFreeNet
 from localrecon.config import SGRConfig
-from localrecon.memory import MemoryProbe
 from localrecon.optimizers import Net, OptimizerFactory, SchedulerFactory, adamw, make_optimizers
 from localrecon.trainer import Stepper
 from tenfold import UserError
+from tenfold.memory import MemoryProbe
 
 
 class LocalReconModule(pl.LightningModule):

@@ -1,29 +1,36 @@
 """The files of a training: what ``train`` writes, and the net that other verbs read from them."""
 
-import dataclasses
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from torch import nn
 
 from localrecon.arms import build_arm
-from localrecon.config import HeadSpec, OptimizerSettings, RunSettings, SGRConfig, TrainSettings
-from localrecon.data import Data, load_data
+from localrecon.config import TrainSettings
+from localrecon.models import DataForm
 from localrecon.net import LocalNet
 from localrecon.optimizers import Net
 from localrecon.plan import SplitPlan
-from tenfold import UserError, checkpoints
+from tenfold import UserError, checkpoints, runs
 from tenfold.runs import Run
 
 BACKBONE = "backbone.safetensors"
 HEADS = "heads.safetensors"
 PLAN = "plan.json"
+CARD = "config.json"
 
 
-def backbone_of(net: Net) -> Any:
+def backbone_of(net: Net) -> nn.Module:
     """The user's model within a net; a BP-free net is its own."""
     return net.model if isinstance(net, LocalNet) else net
+
+
+def card(settings: TrainSettings, form: DataForm, names: tuple[str, ...]) -> dict[str, Any]:
+    """What somebody has to know of the weights: model, method, form of the data and names of the classes."""
+    model = {"model": settings.model, "width": settings.width, "depth": settings.depth, "method": settings.method}
+    return {**model, **asdict(form), "names": list(names)}
 
 
 def read_plan(folder: Path) -> SplitPlan | None:
@@ -32,15 +39,13 @@ def read_plan(folder: Path) -> SplitPlan | None:
     return SplitPlan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def save(net: Net, run: Run, settings: TrainSettings, version: str) -> None:
-    """Write the model's weights under its own key names, and the local heads beside them."""
-    header: dict[str, Any] = {
-        "version": version,
-        "config": {"model": settings.model, "method": settings.method},
-    }
-    checkpoints.save(run.own(BACKBONE), backbone_of(net).state_dict(), method="localrecon.backbone", **header)
+def save(net: Net, run: Run, settings: TrainSettings, form: DataForm, names: tuple[str, ...]) -> None:
+    """Write the model's weights under its own key names, the local heads beside them, and what they are."""
+    config = {"model": settings.model, "method": settings.method}
+    checkpoints.save(run.own(BACKBONE), backbone_of(net).state_dict(), method="localrecon.backbone", config=config)
     if isinstance(net, LocalNet) and len(net.heads):
-        checkpoints.save(run.own(HEADS), net.heads.state_dict(), method="localrecon.heads", **header)
+        checkpoints.save(run.own(HEADS), net.heads.state_dict(), method="localrecon.heads", config=config)
+    run.write_json(CARD, card(settings, form, names))
 
 
 @dataclass(frozen=True)
@@ -50,43 +55,42 @@ class Trained:
     Attributes:
         net: its net, in evaluation mode.
         settings: its settings.
-        data: its data, or others of the same form.
+        form: form of its data.
+        names: names of its classes.
     """
 
     net: Net
     settings: TrainSettings
-    data: Data
+    form: DataForm
+    names: tuple[str, ...]
+
+    def check(self, form: DataForm, source: str) -> None:
+        """Refuse data of another form.
+
+        Raises:
+            UserError: with both forms.
+        """
+        if form != self.form:
+            raise UserError(f"--data {source}: the data are {form}, those of the training were {self.form}")
 
 
-def load(asked: RunSettings) -> Trained:
+def load(folder: str) -> Trained:
     """The net of a finished training.
 
     Raises:
-        UserError: the folder is no finished run of ``localrecon train``, or the data have another form.
+        UserError: the folder is no finished run of ``localrecon train``, or a file of it is not whole.
     """
-    folder = Path(asked.run)
-    settings = _read_settings(folder)
-    if asked.data is not None:
-        settings = dataclasses.replace(settings, data=asked.data)
-    data = load_data(settings)
-    plan = read_plan(folder)
-    arm = build_arm(
-        settings, settings.method, data.form, data.plain, settings.seed, feedback=settings.feedback, plan=plan
-    )
-    net = arm.net
-    checkpoints.load_into(backbone_of(net), folder / BACKBONE, method="localrecon.backbone")
-    if isinstance(net, LocalNet) and len(net.heads):
-        checkpoints.load_into(net.heads, folder / HEADS, method="localrecon.heads")
-    return Trained(net.eval(), settings, data)
-
-
-def _read_settings(folder: Path) -> TrainSettings:
-    if not (folder / BACKBONE).is_file():
-        raise UserError(f"{folder}: expected the folder of a finished `localrecon train`, found no {BACKBONE}")
+    found = runs.read(folder, TrainSettings, package="localrecon", verb="train")
+    settings, path = found.settings, found.path
     try:
-        values: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        nested = {"head": HeadSpec, "sgr": SGRConfig, "optimizer": OptimizerSettings}
-        parts: dict[str, Any] = {name: kind(**values.pop(name)) for name, kind in nested.items()}
-        return TrainSettings(**values, **parts)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.yaml'}: not the settings of `localrecon train` ({error})") from error
+        about = json.loads((path / CARD).read_text(encoding="utf-8"))
+        form = DataForm(about["task"], tuple(about["shape"]), about["classes"])
+        names = tuple(about["names"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / CARD}: not written by `localrecon train` ({error})") from error
+    plan = read_plan(path)
+    net = build_arm(settings, settings.method, form, None, settings.seed, feedback=settings.feedback, plan=plan).net
+    checkpoints.load_into(backbone_of(net), path / BACKBONE, method="localrecon.backbone")
+    if isinstance(net, LocalNet) and len(net.heads):
+        checkpoints.load_into(net.heads, path / HEADS, method="localrecon.heads")
+    return Trained(net.eval(), settings, form, names)

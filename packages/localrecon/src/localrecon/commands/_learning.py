@@ -15,7 +15,7 @@ from localrecon.optimizers import optimizer_of, scheduler_of
 from localrecon.profiling import plan_split
 from localrecon.trainer import LocalTrainer
 from tenfold import datasets
-from tenfold.cli import track
+from tenfold.terminal import track
 
 Arms = dict[str, tuple[int, SGRConfig]]
 """Name -> number of modules, reconciliation."""

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from localrecon.arms import run_as
 from localrecon.boundary import StepOptions
 from localrecon.config import SGRConfig
-from localrecon.memory import MemoryProbe
 from localrecon.models import convnet, vit
 from localrecon.net import LocalNet
 from localrecon.pipeline import PipelineTrainer
 from localrecon.profiling import plan_split
 from localrecon.step import local_step
-from tenfold.cli import track
+from tenfold.memory import MemoryProbe
+from tenfold.terminal import track
 
 MEMORY_ARMS: dict[str, tuple[str, SGRConfig]] = {
     "bp": ("whole", SGRConfig(lam=0)),

@@ -9,17 +9,17 @@ D5: a small GPT on English text: bits per byte.
 
 import sys
 
-from localrecon import __version__
 from localrecon.commands import _learning, _machine
 from localrecon.commands._learning import CONV_ARMS
 from localrecon.commands._machine import MEMORY_ARMS
 from localrecon.config import DemoSettings
 from tenfold import datasets
 from tenfold.claims import Study, interval, mean_ci95
-from tenfold.cli import Invocation, show_claims
+from tenfold.cli import Invocation
 from tenfold.figures import Curve, Panel, arm_chart, line_chart
 from tenfold.report import write_report
 from tenfold.runs import Run
+from tenfold.terminal import show_claims
 
 DATA = (
     f"real: handwritten digits (shipped by scikit-learn); {datasets.topics()}; memory and pipeline use random images, whose"
@@ -43,37 +43,26 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     sys.stdout.write(f"data: {DATA}\n")
     sys.stdout.flush()
     folder, quiet = invocation.folder, invocation.quiet
-    counts = {"quick": 1, "default": 2, "full": 5}
-    seeds = settings.seeds or list(range(counts[settings.level]))
+    seeds = settings.seeds_of({"quick": 1, "default": 2, "full": 5})
     small = settings.level == "quick"
-
-    def studied(seeds: list[int]) -> Study:
-        return Study(
-            folder,
-            package="localrecon",
-            version=__version__,
-            command="demo",
-            level=settings.level,
-            data=DATA,
-            seeds=seeds,
-        )
 
     def measure(seed: int) -> dict[str, dict[str, float]]:
         return _learning.digits_parts(settings, seed, quiet) | _learning.text_part(settings, seed, quiet)
 
-    study = studied(seeds)
+    study = Study(folder, data=DATA, seeds=seeds, level=settings.level)
     study.over_seeds(measure)
-    machine = studied(seeds[:1])  # the same on every seed: measured once
+    # the same on every seed: measured once
+    machine = Study(folder, data=DATA, seeds=seeds[:1], level=settings.level)
     machine.over_arms({"machine": lambda seed: _measure_machine(small, quiet)})
     _decide(study, machine, settings)
     _note(study, machine, settings)
     _draw(study, machine, folder, settings)
     summary = study.finish()
     captions = {
+        "memory": "D3: peak bytes of live tensors in a training step, all included, relative to back-propagation.",
         "accuracy": "D1: test accuracy of ten-layer networks on 400 training digits, and how far modules agree.",
         "heads": "Accuracy of every head, from the first module to the last. Left D1; right D2, where the relative distance"
         " with weak heads makes later modules copy the first.",
-        "memory": "D3: peak bytes of live tensors in a training step, all included, relative to back-propagation.",
     }
     write_report(folder, "localrecon: reconciled local learning", captions)
     return show_claims(summary, strict=invocation.strict)
@@ -173,7 +162,7 @@ def _note(study: Study, machine: Study, settings: DemoSettings) -> None:
 def _draw(study: Study, machine: Study, run: Run, settings: DemoSettings) -> None:
     arms = _learning.mlp_arms(settings)
     accuracies = {LABELS[arm]: study.values((arm, "accuracy")).tolist() for arm in arms}
-    arm_chart(run.own("figures/accuracy.png"), accuracies, xlabel="test accuracy (%), digits, ten modules")
+    arm_chart(run.figure("accuracy"), accuracies, xlabel="test accuracy (%), digits, ten modules")
     panels = []
     for title, group, k in (
         ("plain network, 10 modules", arms, 10),
@@ -187,11 +176,11 @@ def _draw(study: Study, machine: Study, run: Run, settings: DemoSettings) -> Non
                 high = [ci[1] if ci else mean for mean, ci in points]
                 curves[LABELS[arm]] = Curve(list(range(1, k + 1)), [mean for mean, _ in points], low, high)
         panels.append(Panel(title, "head", "test accuracy (%)", curves))
-    line_chart(run.own("figures/heads.png"), panels)
+    line_chart(run.figure("heads"), panels)
     shares = {}
     for kind in ("conv", "vit"):
         whole = _value(machine, f"{kind}: bp | peak MiB")
         for name in MEMORY_ARMS:
             if name not in {"bp", "sgr, every 4"}:
                 shares[f"{kind}: {name}"] = [100 * _value(machine, f"{kind}: {name} | peak MiB") / whole]
-    arm_chart(run.own("figures/memory.png"), shares, xlabel="peak bytes, % of back-propagation's")
+    arm_chart(run.figure("memory"), shares, xlabel="peak bytes, % of back-propagation's")
