@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class Measured:
     arrays: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
 
 
+Arm = TypeVar("Arm", bound=str)
 Values = Mapping[str, float] | Measured
 """What one arm's measurement returns."""
 
@@ -128,7 +129,7 @@ class Study:
                 self._add(arm, seed, metrics)
 
     def over_arms(
-        self, arms: Mapping[str, Callable[[int], Values]], executor: concurrent.futures.Executor | None = None
+        self, arms: Mapping[Arm, Callable[[int], Values]], executor: concurrent.futures.Executor | None = None
     ) -> None:
         """Measure each arm on each seed: ``arms[name](seed)`` returns ``{metric: value}`` or a ``Measured``.
 
