@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from localrecon import HeadSpec, LocalNet, SGRConfig, StepOptions, local_step
 from localrecon.boundary import first_boundary
-from localrecon.passes import NonFiniteLossError, NoSecondDerivativeError, keyed_random
+from localrecon.passes import NonFiniteLossError, NoSecondDerivativeError
 from localrecon.step import train_stage
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
 from torch import nn
 
 from tenfold import UserError
+from tenfold.randomness import keyed
 from tenfold.testing import assert_gradient_isolated, assert_same_as_reference
 
 
@@ -65,7 +66,7 @@ def test_with_lambda_zero_it_is_a_literal_detach_and_step_loop_bit_for_bit(estim
         z = x
         for k, group in enumerate(groups):
             head = twin.heads[k] if k < 2 else twin.model[-1]
-            with keyed_random(torch.device("cpu"), 0, k, step, 0):
+            with keyed(0, k, step, 0):
                 out = nn.Sequential(*group)(z.detach())
                 loss = F.cross_entropy(head(out), y)
             optimizers[k].zero_grad()

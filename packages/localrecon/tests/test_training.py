@@ -19,7 +19,9 @@ from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
 
 from tenfold import UserError
-from tenfold.training import KeyedLoader, TrainerConfig, fit
+from tenfold.config import TrainerConfig
+from tenfold.loading import KeyedLoader
+from tenfold.training import fit
 
 
 def pairs(count=32):
@@ -86,7 +88,7 @@ def test_lightning_does_what_the_plain_loop_does_bit_for_bit():
     plain.fit(loader(), 2)
     net = split(dropout_mlp(), vectors()[0], 3)
     module = LocalReconModule(net, SETTINGS, momentum, halving, seed=3, total_steps=8)
-    fit(module, loader(), TrainerConfig(max_epochs=2, device="cpu", seed=1), quiet=True)
+    fit(module, loader(), TrainerConfig(epochs=2, device="cpu"), seed=1, quiet=True)
     assert same(weights(plain.net), weights(net))
 
 

@@ -203,7 +203,7 @@ def _transform(size: int, augment: AugmentSettings) -> Callable[[Any], Tensor]:
         return partial(_normalized, images.middle_square, size)
     if augment.augment == "crop":
         return partial(_normalized, images.random_square, size)
-    needs("timm", "timm", why="--augment timm")
+    needs("timm", "timm", "localrecon", why="--augment timm")
     from timm.data.transforms_factory import create_transform
 
     transform: Callable[[Any], Tensor] = create_transform(
@@ -227,7 +227,7 @@ def mixing(settings: TrainingSettings, form: DataForm) -> Callable[[Any, Tensor]
         return None
     if form.task != "classify":
         raise UserError(f"--mixup and --cutmix are for images, not for --data {settings.data}")
-    needs("timm", "timm", why="--mixup")
+    needs("timm", "timm", "localrecon", why="--mixup")
     from timm.data.mixup import Mixup
 
     mixup: Any = Mixup(  # type: ignore[no-untyped-call]

@@ -150,8 +150,8 @@ def build_model(settings: ModelSettings, form: DataForm) -> nn.Module:
         MissingExtraError: the library of the model is not installed.
     """
     name = settings.model
-    kind, colon, _ = name.partition(":")
-    if not colon and name not in NAMES:
+    named = ":" in name
+    if not named and name not in NAMES:
         forms = ", ".join(models.FORMS.values())
         raise UserError(f"--model {name}: unknown name: {did_you_mean(name, NAMES)}; or one of {forms}")
     if _task_of(name) not in {form.task, ""}:
@@ -159,7 +159,7 @@ def build_model(settings: ModelSettings, form: DataForm) -> nn.Module:
             f"--model {name} does not go with --data {settings.data}: text wants gpt, hf: or py:, images another one"
         )
     sizes = {key: value for key in ("width", "depth") if (value := getattr(settings, key)) is not None}
-    if colon:
+    if named:
         if sizes:
             raise UserError(f"--{next(iter(sizes))} is for built-in models, not for --model {name}")
         return _named(name, form)
@@ -180,11 +180,11 @@ def build_model(settings: ModelSettings, form: DataForm) -> nn.Module:
 def _task_of(name: str) -> str:
     """The task that a model is for; empty where only its data or the model itself can say."""
     kind, colon, rest = name.partition(":")
+    if not colon:
+        return "lm" if name == "gpt" else "classify"
     if kind == "packaged" and rest in models.PACKAGED:
         return "classify" if models.PACKAGED[rest].architecture else "lm"
-    if kind in {"hf", "py", "packaged"}:
-        return ""
-    return "lm" if name == "gpt" else "classify"
+    return "classify" if kind in {"timm", "tv"} else ""
 
 
 def _named(name: str, form: DataForm) -> nn.Module:

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 
 from localrecon.bpfree import BPFreeNet
@@ -13,7 +11,14 @@ from localrecon.config import SGRConfig
 from localrecon.optimizers import Net, OptimizerFactory, SchedulerFactory, adamw, make_optimizers
 from localrecon.trainer import Stepper
 from tenfold import UserError
+from tenfold.errors import MissingExtraError
 from tenfold.memory import MemoryProbe
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+except ImportError as error:
+    raise MissingExtraError('LocalReconModule needs Lightning: pip install "tenfold[lightning]"') from error
 
 
 class LocalReconModule(pl.LightningModule):

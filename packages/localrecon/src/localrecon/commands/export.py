@@ -1,40 +1,36 @@
-"""``localrecon export``: a trained model's weights under its own key names."""
+"""``localrecon export``: a trained model for elsewhere, under its own key names."""
 
 import sys
 
-from safetensors.torch import save_file
+import torch
 
 from localrecon.commands import _files
 from localrecon.config import ExportSettings
 from localrecon.net import LocalNet
+from tenfold import UserError, export
 from tenfold.cli import Invocation
+from tenfold.randomness import generator
 
 
 def run(settings: ExportSettings, invocation: Invocation) -> None:
-    """Write ``model.safetensors`` and ``config.json``, and with ``--heads`` the local heads and the plan."""
-    trained = _files.load(settings)
-    folder, net, training, form = invocation.folder, trained.net, trained.settings, trained.data.form
-    state = _files.backbone_of(net).state_dict()
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    with folder.replacing("model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    about = {
-        "model": training.model,
-        "method": training.method,
-        "task": form.task,
-        "input": list(form.shape),
-        "classes": form.classes,
-        "width": training.width,
-        "depth": training.depth,
-        "names": list(trained.data.classes),
-    }
-    folder.write_json("config.json", about)
+    """Write the model and ``config.json``, and with ``--heads`` the local heads and the plan."""
+    folder = invocation.folder
+    trained = _files.load(settings.run)
+    net, form = trained.net, trained.form
+    if settings.heads and not isinstance(net, LocalNet):
+        raise UserError("--heads: a run of bpfree has no local heads beside its layers")
+    if form.task == "lm":
+        example = torch.randint(form.classes, (2, *form.shape), generator=generator(0))
+    else:
+        example = torch.zeros(2, *form.shape)
+    inputs = ("tokens",) if form.task == "lm" else ("images",)
+    model = _files.backbone_of(net)
+    written = export.save(model, example, folder, "model", settings.format, inputs=inputs)
+    folder.write_json(_files.CARD, _files.card(trained.settings, form, trained.names))
     if settings.heads and isinstance(net, LocalNet):
-        heads = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in net.heads.state_dict().items()}
-        with folder.replacing("heads.safetensors") as temporary:
-            save_file(heads, temporary, metadata={"format": "pt"})
+        export.save(net.heads, (), folder, "heads")
         folder.write_text(_files.PLAN, net.plan.to_json() + "\n")
-    size = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
     sys.stdout.write(
-        f"{folder.path / 'model.safetensors'}: {len(tensors)} tensors, {size:.1f} MiB, under the model's own names\n"
+        f"{written.path}: {written.tensors} tensors, {written.bytes / 2**20:.1f} MiB, under the model's own names;"
+        f" takes {form}\n"
     )
