@@ -39,9 +39,9 @@ def halving(optimizer):
 SETTINGS = SGRConfig(gate=True)
 
 
-def trainer(**options):
+def trainer():
     net = split(dropout_mlp(), vectors()[0], 3)
-    return LocalTrainer(net, SETTINGS, momentum, halving, seed=3, **options)
+    return LocalTrainer(net, SETTINGS, momentum, halving, StepOptions(seed=3))
 
 
 def loader():
@@ -87,7 +87,7 @@ def test_lightning_does_what_the_plain_loop_does_bit_for_bit():
     plain = trainer()
     plain.fit(loader(), 2)
     net = split(dropout_mlp(), vectors()[0], 3)
-    module = LocalReconModule(net, SETTINGS, momentum, halving, seed=3, total_steps=8)
+    module = LocalReconModule(net, SETTINGS, momentum, halving, StepOptions(seed=3, total_steps=8))
     fit(module, loader(), TrainerConfig(epochs=2, device="cpu"), seed=1, quiet=True)
     assert same(weights(plain.net), weights(net))
 
@@ -95,7 +95,7 @@ def test_lightning_does_what_the_plain_loop_does_bit_for_bit():
 def test_users_trainers_of_lightning_log_every_module(tmp_path):
     x, y = images(16)
     net = split(convs(), x, 2)
-    module = LocalReconModule(net, SGRConfig(ramp=0), momentum, accumulate=2, clip_norm=1.0)
+    module = LocalReconModule(net, SGRConfig(ramp=0), momentum, None, StepOptions(accumulate=2, clip_norm=1.0))
     data = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=8)
     quiet = {
         "enable_progress_bar": False,
@@ -109,7 +109,7 @@ def test_users_trainers_of_lightning_log_every_module(tmp_path):
     assert {"m1/loss", "m1/acc", "m2/loss", "b1/cos", "b1/R", "val/acc", "val/loss", "memory/peak_mib"} <= logged
     half = pl.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     half.precision_plugin.precision = "16-mixed"
-    with pytest.raises(UserError, match='precision="16"'):
+    with pytest.raises(UserError, match="dtype=torch.float16"):
         half.fit(LocalReconModule(net), data)
 
 
@@ -125,7 +125,7 @@ def test_factories_that_share_parameters_are_refused():
 
 def test_float16_scales_each_module_on_its_own():
     x, y = vectors()
-    one = LocalTrainer(split(mlp(), x, 2), SGRConfig(ramp=0), momentum, precision="16")
+    one = LocalTrainer(split(mlp(), x, 2), SGRConfig(ramp=0), momentum, None, StepOptions(dtype=torch.float16))
     assert len(one.stepper.scalers) == 2
     with torch.no_grad():
         before = [p.clone() for p in one.net.parameters_of(0)]

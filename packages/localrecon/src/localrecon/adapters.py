@@ -40,14 +40,14 @@ class ListAdapter(nn.Module):
         self.parts = nn.ModuleDict({str(i): step for i, step in enumerate(steps) if isinstance(step, nn.Module)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """What the last step returns."""
         for step in self.steps:
             x = step(x)
         return x
 
 
 def list_adapter(model: nn.Module) -> Chain | None:
-    """A ``ListAdapter``."""
+    """The chain of a ``ListAdapter``."""
     if not isinstance(model, ListAdapter):
         return None
     blocks = [
@@ -58,7 +58,7 @@ def list_adapter(model: nn.Module) -> Chain | None:
 
 
 def sequential_adapter(model: nn.Module) -> Chain | None:
-    """An ``nn.Sequential``: each child is a block; the last one with parameters is the classifier."""
+    """The chain of an ``nn.Sequential``: each child is a block; the last one with parameters is the classifier."""
     if not isinstance(model, nn.Sequential):
         return None
     blocks = [Block(name, _plain(child), (name,)) for name, child in model.named_children()]
@@ -82,7 +82,7 @@ def _plain(call: Callable[[Any], Tensor]) -> Callable[[Any, Context], Tensor]:
 
 
 def resnet_adapter(model: nn.Module) -> Chain | None:
-    """ResNets of torchvision and timm, and what is built like them: stem, layer1 .. layerN, pooling, fc."""
+    """The chain of a ResNet of torchvision or timm, or of what is built like it: stem, layer1 .. layerN, pooling, fc."""
     if not all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")):
         return None
     net: Any = model
@@ -108,7 +108,7 @@ def resnet_adapter(model: nn.Module) -> Chain | None:
 
 
 def timm_vit_adapter(model: nn.Module) -> Chain | None:
-    """ViT and DeiT of timm: patches with positions, blocks, norm with pooling and classifier."""
+    """The chain of a ViT or DeiT of timm: patches with positions, blocks, norm with pooling and classifier."""
     if not all(hasattr(model, name) for name in ("patch_embed", "_pos_embed", "blocks", "forward_head")):
         return None
     net: Any = model
@@ -169,7 +169,7 @@ def _stopping_at(layer: nn.Module) -> Iterator[None]:
 class _Family:
     """Where a kind of model of transformers keeps its layers and what comes after them."""
 
-    layers: tuple[str, ...]  # of several names, the one that is there: it changes between versions
+    layers: tuple[str, ...]  # the name differs between versions: the first that is there
     before_head: str
     head: tuple[str, ...]
     pick: Callable[[Tensor], Tensor] = field(default=lambda x: x)
@@ -191,7 +191,11 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def transformers_adapter(model: nn.Module) -> Chain | None:
-    """GPT-2, Llama and its likes, BERT and ViT of transformers; masks and positions are computed once."""
+    """The chain of a GPT-2, Llama-like, BERT or ViT model of transformers; masks and positions are computed once.
+
+    Raises:
+        UnsplittableModelError: a model of transformers of another kind.
+    """
     if not hasattr(getattr(model, "config", None), "model_type"):
         return None
     found = [
@@ -267,9 +271,12 @@ _ADAPTERS: dict[str, Adapter] = {
 
 
 def register_adapter(name: str) -> Callable[[Adapter], Adapter]:
-    """Decorator: a function that takes a model apart, or returns None where the model is of another kind.
+    """Decorator that registers a function as an adapter: it returns a model's chain, or None for a model of another kind.
 
-    Adapters that were registered later are asked first, and before all of ours.
+    Adapters that were registered later are asked first, and before all built-in ones.
+
+    Args:
+        name: name of the adapter; one of the same name is replaced.
     """
 
     def register(adapter: Adapter) -> Adapter:
@@ -280,10 +287,10 @@ def register_adapter(name: str) -> Callable[[Adapter], Adapter]:
 
 
 def build_chain(model: nn.Module, adapter: str = "auto") -> Chain:
-    """Take a model apart.
+    """The chain of a model.
 
     Args:
-        model: any.
+        model: the model.
         adapter: name of an adapter, or auto: the first that takes the model.
 
     Raises:

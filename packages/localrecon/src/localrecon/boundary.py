@@ -18,12 +18,12 @@ class StepOptions:
     """What a step knows besides model, batch and reconciliation.
 
     Args:
-        step: counted from 0.
-        total_steps: of the training, for the ramps; None is no ramp.
-        seed: of dropout: random states depend on (seed, module, step, part), not on who computes when.
+        step: number of the step, from 0 on.
+        total_steps: length of the training, for the ramps; None is no ramp.
+        seed: seed of dropout: random states depend on (seed, module, step, part), not on who computes when.
         accumulate: parts that the batch is computed in, with the result of the whole (but for BatchNorm).
         clip_norm: largest norm of a module's gradient. Each module is clipped on its own.
-        dtype: of mixed precision; None computes in the weights' own.
+        dtype: number format of mixed precision; None computes in the weights' own.
     """
 
     step: int = 0
@@ -36,14 +36,14 @@ class StepOptions:
 
 @dataclass
 class Boundary:
-    """What crosses from one module to the next, one entry a part of the batch.
+    """What crosses from one module to the next, one entry per part of the batch.
 
     Attributes:
         x: outputs of the module before.
         target: gradient that it used on each, per sample (N times that of the mean loss); None before the first module.
         context: see ``Chain.context``.
-        labels: of each part.
-        loss_average: of the module before, for the gate.
+        labels: labels of each part.
+        loss_average: running mean of the loss of the module before, for the gate.
     """
 
     x: list[Any]
@@ -79,7 +79,11 @@ def parts_of(value: Any, count: int) -> list[Any]:
 
 
 def check_labels(net: LocalNet, labels: Tensor) -> None:
-    """Refuse labels that a head has no output for."""
+    """Refuse labels that a head has no output for.
+
+    Raises:
+        UserError: a label is negative, and not the one that does not count, or too large.
+    """
     if labels.device.type != "cpu" or labels.is_floating_point() or not labels.numel():
         return
     low, high = int(labels[labels != IGNORED].amin()) if (labels != IGNORED).any() else 0, int(labels.amax())

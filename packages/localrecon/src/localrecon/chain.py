@@ -36,9 +36,9 @@ class Block:
     """One link of a chain.
 
     Attributes:
-        name: for people.
+        name: name for people.
         run: (input, context) -> output.
-        owns: names of the submodules and loose parameters of the model that it uses.
+        owns: names of the model's submodules and loose parameters that it uses.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Chain:
     """``model(inputs) == tail(blocks(inputs))``.
 
     Attributes:
-        model: the user's.
+        model: the user's model.
         blocks: b_1 .. b_N, in order.
         tail: the model's own classifier, which is the head of the last module.
         adapter: name of what took the model apart.
-        context: inputs -> what all blocks are given besides their input.
+        context: inputs -> what all blocks get besides their input.
     """
 
     model: nn.Module
@@ -111,7 +111,7 @@ def submodule(model: nn.Module, name: str) -> Any:
 
 
 def merge_without_parameters(model: nn.Module, blocks: Sequence[Block]) -> list[Block]:
-    """Blocks without parameters join the block before them (at the beginning: the one after)."""
+    """The blocks, where those without parameters have joined the one before (at the beginning: the one after)."""
     chain = Chain(model, (), blocks[0], "")
     groups: list[list[Block]] = []
     for block in blocks:

@@ -32,11 +32,11 @@ class Data:
 
     Attributes:
         train: gives (input, label) for an index; what it draws at random comes from torch's global generator.
-        test: likewise, without augmentation.
+        test: gives (input, label) for an index, without augmentation.
         plain: the training items without augmentation.
         form: what a model has to know.
-        source: what it is, and whether it is real or rendered.
-        classes: names.
+        source: what the data are, and whether they are real or rendered.
+        classes: names of the classes; empty for text.
     """
 
     train: Dataset[Item]

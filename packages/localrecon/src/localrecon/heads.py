@@ -26,7 +26,7 @@ def simplex_etf(classes: int, features: int) -> Tensor:
 
 
 def classifier(features: int, classes: int, spec: HeadSpec) -> nn.Linear:
-    """The last layer; random and etf ones are fixed."""
+    """The last layer of a head; random and etf ones are fixed."""
     layer = nn.Linear(features, classes, bias=spec.classifier == "trainable")
     if spec.classifier == "etf":
         layer.weight = nn.Parameter(simplex_etf(classes, features) * math.sqrt(features))
@@ -41,7 +41,7 @@ class TokenPool(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """One vector per sample."""
         return x[:, 0] if self.pool == "cls" else x.mean(dim=1)
 
 
@@ -60,7 +60,7 @@ class TransformerBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The tokens after attention and MLP."""
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -131,11 +131,11 @@ def build_head(
     """The head of one module.
 
     Args:
-        spec: which.
-        shapes: of the blocks' outputs, without the batch.
+        spec: which head.
+        shapes: shapes of the blocks' outputs, without the batch.
         place: number of the module's last block.
         modules: number of the module, from 0 on, and how many there are.
-        classes: of the task, or size of the vocabulary.
+        classes: number of classes, or size of the vocabulary.
         task: classify or lm.
 
     Raises:

@@ -53,7 +53,7 @@ class Residual(nn.Module):
         self.stride, self.added = stride, after - before
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The sum of both ways, rectified."""
         short = x[:, :, :: self.stride, :: self.stride]
         if self.added:
             short = F.pad(short, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
@@ -82,7 +82,7 @@ class Patches(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """One token per patch, with its position."""
         return self.project(x).flatten(2).transpose(1, 2) + self.positions
 
 
@@ -96,7 +96,7 @@ class Tokens(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """One embedding per token, with its position."""
         return torch.as_tensor(self.token(x)) + self.position[:, : x.shape[1]]
 
 
@@ -107,7 +107,7 @@ def _heads(width: int) -> int:
 def vit(
     channels: int, size: int, classes: int, width: int = 192, depth: int = 8, patch: int | None = None
 ) -> nn.Sequential:
-    """A small ViT with mean pooling; patches so that 36 to 64 tokens come of an image."""
+    """A small ViT with mean pooling; patches are chosen so that an image gives 36 to 64 tokens."""
     patch = patch or max(1, size // 8 if size % 8 == 0 else size // 6)
     if size % patch:
         raise UserError(f"images of {size} pixels do not divide into patches of {patch}")
@@ -205,7 +205,7 @@ def build_bpfree(settings: ModelSettings, form: DataForm, feedback: Feedback) ->
     """The BP-free net of the size of ``mlp`` or ``convnet``: one layer per module, ReLU, no normalization.
 
     Raises:
-        UserError: another model.
+        UserError: the settings name another model.
     """
     if settings.model not in {"mlp", "convnet"}:
         raise UserError(f"method bpfree takes --model mlp or convnet (one layer per module), not {settings.model}")

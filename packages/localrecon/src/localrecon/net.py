@@ -76,11 +76,11 @@ class LocalNet(nn.Module):
         return self.plan.k
 
     def forward(self, x: Inputs) -> Any:
-        """See the class."""
+        """What the model gives."""
         return self.model(**x) if isinstance(x, dict) else self.model(x)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For ``copy.deepcopy`` and for other processes: the model, the heads and the plan; the rest is built again."""
+        """What ``copy.deepcopy`` and other processes are sent: the model, the heads and the plan; the rest is built again."""
         kept = [(stage.spec, stage.loss_average, stage.checkpointing) for stage in self.segments]
         return _rebuild, (self.model, self.plan, list(self.heads), kept, self.training)
 
@@ -110,7 +110,7 @@ class LocalNet(nn.Module):
         return self.model
 
     def distribute(self) -> None:
-        """Average each module's gradients over the ranks as soon as its backward has run (DDP, one a module)."""
+        """Average each module's gradients over the ranks as soon as its backward has run (one DDP per module)."""
         from torch.nn.parallel import DistributedDataParallel
 
         for stage in self.segments:

@@ -1,4 +1,4 @@
-"""One optimizer per module: factories, schedules and loss scales."""
+"""One optimizer per module: factories and schedules."""
 
 import math
 from collections.abc import Callable
@@ -66,13 +66,3 @@ def scheduler_of(
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total_steps - warm))))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def dtype_of(precision: str) -> torch.dtype | None:
-    """Data type of mixed precision, by the names of the command line or of Lightning."""
-    return {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision.partition("-")[0]]
-
-
-def scalers_of(precision: str, device: torch.device, k: int) -> list[torch.amp.GradScaler] | None:
-    """A loss scale for each module, where the precision needs one."""
-    return [torch.amp.GradScaler(device.type) for _ in range(k)] if precision.startswith("16") else None

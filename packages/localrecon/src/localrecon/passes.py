@@ -24,8 +24,8 @@ class NonFiniteLossError(NonFiniteError):
     """The loss of a module is NaN or infinite.
 
     Attributes:
-        module: its number, from 1 on.
-        step: counted from 0.
+        module: number of the module, from 1 on.
+        step: number of the step, from 0 on.
     """
 
     def __init__(self, message: str, *, module: int, step: int) -> None:

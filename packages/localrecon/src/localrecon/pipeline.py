@@ -57,15 +57,15 @@ class PipelineTrainer:
 
     Args:
         net: the net; it may not be used until ``collect``.
-        optimizer: parameters -> optimizer; a function that a process can be sent (``functools.partial``, no lambda).
+        optimizer: parameters -> optimizer; a function that can be sent to a process (``functools.partial``, no lambda).
         sgr: the reconciliation.
-        options: seed, clip_norm and the like; ``step`` is where to begin.
-        scheduler: optimizer -> learning-rate scheduler, stepped once a step; likewise sendable.
+        options: seed, clip_norm and the like; ``step`` is the number of the first step.
+        scheduler: optimizer -> learning-rate scheduler, stepped after each step; it can be sent to a process as well.
         workers: number of processes; each gets neighboring modules with about equal shares of the computation.
-        devices: one a worker, such as ["cuda:0", "cuda:1"]; default: all on the CPU.
+        devices: one per worker, such as ["cuda:0", "cuda:1"]; default: all on the CPU.
         queue: batches that may wait before each worker; bounds the memory.
-        threads: of each worker.
-        timeout: seconds without any result after which the workers are given up.
+        threads: threads of each worker.
+        timeout: seconds without any result after which the workers are given up on.
 
     Raises:
         UserError: more workers than modules, or a device for each is not given.
@@ -128,7 +128,12 @@ class PipelineTrainer:
                 process.join()
 
     def steps(self, batches: Iterable[tuple[Inputs, Tensor]]) -> Iterator[StepReport]:
-        """Train on each batch; reports come in order, a few steps late."""
+        """Train on each batch; the reports come in order, a few steps late.
+
+        Raises:
+            RuntimeError: a worker has died or has not answered in time.
+            UserError: what a step raises, as in one process.
+        """
         found: dict[int, dict[int, ModuleReport]] = {}
         step = self.step
         for inputs, labels in batches:
@@ -200,7 +205,7 @@ class PipelineTrainer:
 
 
 def step_message(step: int, boundary: Boundary) -> tuple[Any, ...]:
-    """What is sent from process to process."""
+    """What one process sends to the next."""
     fields = (boundary.x, boundary.target, boundary.context, boundary.labels, boundary.loss_average)
     return ("step", step, *fields)
 

@@ -1,4 +1,4 @@
-"""Choosing where to cut: profile every block once, partition exactly, measure the step that comes of it."""
+"""Choosing where to cut: profile every block once, partition exactly, measure the step that results."""
 
 import copy
 import dataclasses
@@ -39,26 +39,26 @@ def plan_split(
     optimizer_states: int = 2,
     measure: bool = True,
 ) -> SplitPlan:
-    """Decide which blocks form which module.
+    """The split of a model: which blocks form which module.
 
     Every block is run once on the sample; then the contiguous partition whose largest module is smallest is found exactly.
     The peak of a training step is measured by a step without an update, on copies of nothing: gradients are dropped, and
     BatchNorm's statistics and random states are put back.
 
     Args:
-        model: any that an adapter takes; put into training mode and back.
-        sample: a batch as in training; its size decides the bytes.
+        model: any model that an adapter takes; put into training mode and back.
+        sample: one batch of inputs as in training; its size decides the bytes.
         k: number of modules.
-        budget: most bytes of live tensors in a training step ("2GB"); the smallest number of modules that fits is taken,
-            and ``k`` is not looked at.
-        balance: what the largest module is to have least of: memory (saved activations, boundaries and head), flops,
-            params or blocks.
-        cuts: numbers of blocks before the end of each module but the last, in place of all that.
+        budget: maximum bytes of live tensors in a training step ("2GB"); the smallest number of modules that fits is taken,
+            and ``k`` is ignored.
+        balance: quantity whose largest sum over a module is made smallest: memory (saved activations, boundaries and
+            head), flops, params or blocks.
+        cuts: numbers of blocks before the end of each module but the last, in place of k, budget and balance.
         adapter: how the model is taken apart.
         heads: local heads that will be used.
         sgr: reconciliation that will be used.
         optimizer_states: tensors of a parameter's size that the optimizer keeps: 2 for Adam, 1 for SGD with momentum.
-        measure: False leaves the predicted peak out, and needs no backward.
+        measure: whether the peak of a step is predicted, which needs a backward pass.
 
     Raises:
         UnsplittableModelError: the model cannot be cut, or its parts give another result than itself.

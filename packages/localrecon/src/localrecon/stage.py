@@ -57,7 +57,7 @@ def without_parameter_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[
 
 
 class Stage(nn.Module):
-    """Module k with its head: (x_{k-1}, context, labels) -> (x_k, mean loss, number of right answers).
+    """Module k with its head: (x_{k-1}, context, labels) -> (x_k, mean loss, number of correct answers).
 
     It borrows the user's submodules, so its own state_dict is not for saving; ``LocalNet`` has the names.
     """
@@ -108,7 +108,7 @@ class Stage(nn.Module):
         return torch.as_tensor(self.tail.run(x, context) if self.head is None else self.head(x))
 
     def judge(self, x: Tensor, context: Context, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss of x_k, and the number of right answers."""
+        """Mean loss of x_k, and the number of correct answers."""
 
         def head(x: Tensor) -> Tensor:
             return self.logits(x, context)
@@ -118,7 +118,10 @@ class Stage(nn.Module):
     def forward(
         self, x: Any, context: Context, labels: Tensor, apart: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """With ``apart``, the head learns from that output alone, and the blocks from their own."""
+        """x_k, its mean loss and the number of correct answers.
+
+        With ``apart``, the head learns from that output alone, and the blocks from their own.
+        """
         out = self.run_blocks(x, context)
         if apart is None:
             loss, correct = self.judge(out, context, labels)
@@ -129,7 +132,7 @@ class Stage(nn.Module):
         return out, loss + own, correct
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Of the head; of the last module's, which is the model's own classifier."""
+        """Trained parameters of the head; the last module's head is the model's own classifier."""
         judges: list[nn.Module] = self.__dict__["judges"]
         return [p for judge in judges for p in judge.parameters() if p.requires_grad]
 
@@ -146,7 +149,7 @@ class Stage(nn.Module):
 
     @property
     def name(self) -> str:
-        """For messages: the number and the blocks."""
+        """Name for messages: the number and the blocks."""
         first, last = self.blocks[0].name, self.blocks[-1].name
         return f"module {self.index + 1} ({first if first == last else f'{first} .. {last}'})"
 
@@ -158,7 +161,7 @@ def _run(blocks: Sequence[Block], x: Any, context: Context) -> Tensor:
 
 
 def warn_of_clone(stage: Stage) -> None:
-    """Once a module: it begins with an in-place operation."""
+    """Clone this module's input from now on, and say so: it begins with an in-place operation."""
     stage.clones_input = True
     warnings.warn(
         f"{stage.name} begins with an in-place operation: its input is copied, which costs the memory of one boundary",

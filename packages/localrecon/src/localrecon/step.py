@@ -23,9 +23,9 @@ class ModuleReport:
 
     Attributes:
         loss: local loss.
-        accuracy: of its head on the batch, in [0, 1].
-        reconciliation: R; None where it was off.
-        cosine: of g_in and its target, mean over samples; None where it was off.
+        accuracy: accuracy of its head on the batch, in [0, 1].
+        reconciliation: R; None where reconciliation was off.
+        cosine: cosine of g_in and its target, mean over samples; None where reconciliation was off.
         clipped: share of the samples whose shift was clipped; None but for shift.
         seconds: wall time.
     """
@@ -40,7 +40,11 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in a step, module by module."""
+    """What happened in a step.
+
+    Attributes:
+        modules: what happened in each module.
+    """
 
     modules: tuple[ModuleReport, ...]
 
@@ -50,7 +54,7 @@ class StepReport:
         return [module.loss for module in self.modules]
 
     def metrics(self) -> dict[str, float]:
-        """For a log: ``m1/loss``, ``m1/acc``, ..., and ``b1/cos``, ``b1/R``, ``b1/clipped`` of the boundaries."""
+        """What a log shows: ``m1/loss``, ``m1/acc``, ..., and ``b1/cos``, ``b1/R``, ``b1/clipped`` of the boundaries."""
         found: dict[str, float] = {}
         for k, module in enumerate(self.modules, 1):
             found |= {f"m{k}/loss": module.loss, f"m{k}/acc": module.accuracy}
@@ -74,10 +78,10 @@ def local_step(
         net: in training mode.
         inputs: (B, ...), or what a model of transformers takes, as a dict.
         labels: (B,) int64 or (B, C) probabilities; for language models (B, T) int64, the next token, -100 does not count.
-        optimizers: one a module, of ``net.parameters_of(k)``.
+        optimizers: one per module, of ``net.parameters_of(k)``.
         sgr: the reconciliation; default ``SGRConfig()``; ``SGRConfig(lam=0)`` is plain local learning.
         options: step number, seed and the like; default ``StepOptions()``.
-        scalers: one a module, for float16.
+        scalers: one loss scale per module, for float16.
 
     Raises:
         NonFiniteLossError: the loss of a module is NaN or infinite; it names module, step and block.

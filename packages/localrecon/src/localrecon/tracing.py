@@ -1,4 +1,4 @@
-"""Models that torch.fx can trace, cut wherever exactly one live tensor crosses."""
+"""The chain of any model that torch.fx can trace, cut wherever exactly one live tensor crosses."""
 
 from collections.abc import Sequence
 from typing import Any

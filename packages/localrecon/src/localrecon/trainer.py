@@ -15,15 +15,7 @@ from localrecon.chain import Inputs
 from localrecon.config import SGRConfig
 from localrecon.evaluation import evaluate, moved
 from localrecon.net import LocalNet
-from localrecon.optimizers import (
-    Net,
-    OptimizerFactory,
-    SchedulerFactory,
-    adamw,
-    dtype_of,
-    make_optimizers,
-    scalers_of,
-)
+from localrecon.optimizers import Net, OptimizerFactory, SchedulerFactory, adamw, make_optimizers
 from localrecon.plan import PlanMismatchError, SplitPlan
 from localrecon.step import StepReport, local_step
 from tenfold import UserError
@@ -54,35 +46,20 @@ class Stepper:
     Args:
         net: the net.
         sgr: the reconciliation; default ``SGRConfig()``.
-        seed: seed of dropout.
-        total_steps: length of the training, for the ramps.
-        accumulate: parts that a batch is computed in.
-        clip_norm: largest norm of a module's gradient.
-        precision: 32, bf16 or 16, mixed; 16 has one loss scale per module, so an overflow skips that module alone.
+        options: seed, length of the training and the like; default ``StepOptions()``. With float16 there is one loss scale
+            per module, so an overflow skips that module alone.
     """
 
-    def __init__(
-        self,
-        net: Net,
-        sgr: SGRConfig | None,
-        *,
-        seed: int,
-        total_steps: int | None,
-        accumulate: int,
-        clip_norm: float | None,
-        precision: str,
-    ) -> None:
+    def __init__(self, net: Net, sgr: SGRConfig | None = None, options: StepOptions | None = None) -> None:
         self.net = net
         self.sgr = sgr or SGRConfig()
-        self.options = StepOptions(
-            total_steps=total_steps, seed=seed, accumulate=accumulate, clip_norm=clip_norm, dtype=dtype_of(precision)
-        )
-        self.precision = precision
+        self.options = options or StepOptions()
         self.scalers: list[torch.amp.GradScaler] | None = None
 
     def place(self, device: torch.device) -> None:
-        """Make the loss scales that the precision needs on this device."""
-        self.scalers = scalers_of(self.precision, device, self.net.k)
+        """Make the loss scales that float16 needs on this device."""
+        if self.options.dtype == torch.float16:
+            self.scalers = [torch.amp.GradScaler(device.type) for _ in range(self.net.k)]
 
     def step(
         self,
@@ -135,13 +112,10 @@ class LocalTrainer:
         sgr: the reconciliation; default ``SGRConfig()``.
         optim: parameters of a module -> its optimizer; default AdamW at 1e-3.
         scheduler: optimizer -> learning-rate scheduler, stepped after each step.
-        seed: seed of dropout.
-        total_steps: length of the training, for the ramps; ``fit`` finds it out.
-        accumulate: parts that a batch is computed in.
-        clip_norm: largest norm of a module's gradient.
+        options: seed, accumulation, clipping, number format and the like; default ``StepOptions()``. ``fit`` finds out the
+            length of the training.
         device: where to compute.
-        precision: 32, bf16 or 16, mixed; 16 has one loss scale per module, so an overflow skips that module alone.
-        compile: compile each module.
+        compile: whether each module is compiled.
 
     Raises:
         UserError: the factory's optimizers do not hold exactly one module's parameters each.
@@ -153,30 +127,18 @@ class LocalTrainer:
         sgr: SGRConfig | None = None,
         optim: OptimizerFactory = adamw,
         scheduler: SchedulerFactory | None = None,
+        options: StepOptions | None = None,
         *,
-        seed: int = 0,
-        total_steps: int | None = None,
-        accumulate: int = 1,
-        clip_norm: float | None = None,
         device: str = "cpu",
-        precision: str = "32",
         compile: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.net = net.to(self.device).train()
-        self.stepper = Stepper(
-            self.net,
-            sgr,
-            seed=seed,
-            total_steps=total_steps,
-            accumulate=accumulate,
-            clip_norm=clip_norm,
-            precision=precision,
-        )
+        self.stepper = Stepper(self.net, sgr, options)
         self.stepper.place(self.device)
         self.optimizers = make_optimizers(net, optim)
         self.schedulers = [scheduler(optimizer) for optimizer in self.optimizers] if scheduler else []
-        self.step_count = 0
+        self.step_count = self.stepper.options.step
         if compile and isinstance(net, LocalNet):
             net.compile_segments()
 

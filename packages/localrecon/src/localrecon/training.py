@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from localrecon.boundary import StepOptions
 from localrecon.bpfree import BPFreeNet
 from localrecon.config import SGRConfig
 from localrecon.optimizers import Net, OptimizerFactory, SchedulerFactory, adamw, make_optimizers
@@ -25,7 +26,7 @@ class LocalReconModule(pl.LightningModule):
     """Local training under Lightning: manual optimization, one optimizer per module.
 
     It logs ``m{k}/loss``, ``m{k}/acc`` of each module, ``b{k}/cos``, ``b{k}/R`` of each boundary, and in validation
-    ``val/acc`` and ``val/loss``. Clipping, accumulation and mixed precision are arguments here, since Lightning's own do
+    ``val/acc`` and ``val/loss``. Clipping, accumulation and mixed precision are options here, since Lightning's own do
     not reach into a module's turn. Several devices: strategy "localrecon_ddp" (gradients are averaged module by module).
 
     Args:
@@ -33,11 +34,8 @@ class LocalReconModule(pl.LightningModule):
         sgr: the reconciliation; default ``SGRConfig()``.
         optim: parameters of a module -> its optimizer; default AdamW at 1e-3.
         scheduler: optimizer -> learning-rate scheduler, stepped after each step.
-        seed: seed of dropout.
-        total_steps: length of the training, for the ramps; default: what the trainer expects.
-        accumulate: parts that a batch is computed in.
-        clip_norm: largest norm of a module's gradient.
-        precision: 32, bf16 or 16.
+        options: seed, accumulation, clipping, number format and the like; default ``StepOptions()``. The length of the
+            training is what the trainer expects, where it is not given.
         batch_transform: applied to (inputs, labels) of a training batch, such as mixup.
     """
 
@@ -47,26 +45,14 @@ class LocalReconModule(pl.LightningModule):
         sgr: SGRConfig | None = None,
         optim: OptimizerFactory = adamw,
         scheduler: SchedulerFactory | None = None,
+        options: StepOptions | None = None,
         *,
-        seed: int = 0,
-        total_steps: int | None = None,
-        accumulate: int = 1,
-        clip_norm: float | None = None,
-        precision: str = "32",
         batch_transform: Callable[[Any, Tensor], tuple[Any, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.net = net
-        self.stepper = Stepper(
-            net,
-            sgr,
-            seed=seed,
-            total_steps=total_steps,
-            accumulate=accumulate,
-            clip_norm=clip_norm,
-            precision=precision,
-        )
+        self.stepper = Stepper(net, sgr, options)
         self.optim, self.scheduler, self.batch_transform = optim, scheduler, batch_transform
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -80,7 +66,9 @@ class LocalReconModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what Lightning would do to the whole, and make the loss scales."""
         if str(self.trainer.precision).startswith("16"):
-            raise UserError('Lightning\'s precision "16" scales one loss: give precision="16" to LocalReconModule')
+            raise UserError(
+                'Lightning\'s precision "16" scales one loss: give StepOptions(dtype=torch.float16) to LocalReconModule'
+            )
         if self.stepper.scalers is None:
             self.stepper.place(self.device)
 

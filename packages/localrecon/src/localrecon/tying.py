@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 
 def untie(model: nn.Module) -> nn.Module:
-    """Give every module its own copy of a parameter that several share; returns the model, changed in place."""
+    """Give every module its own copy of a parameter that several share.
+
+    Args:
+        model: the model; changed in place.
+
+    Returns:
+        The model.
+    """
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -36,14 +43,20 @@ class _DetachedLinear(nn.Module):
         return torch.as_tensor(weight).detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The linear map by the borrowed weight."""
         return nn.functional.linear(x, self.weight, self.bias)
 
 
 def detach_tied(model: nn.Module) -> nn.Module:
-    """Let output layers that share the embedding's weight use it without training it; returns the model, changed in place.
+    """Let output layers that share the embedding's weight use it without training it.
 
     The weight is then trained by the first module alone. ``state_dict`` loses the second name of the weight.
+
+    Args:
+        model: the model; changed in place.
+
+    Returns:
+        The model.
     """
     embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
     for parent in list(model.modules()):

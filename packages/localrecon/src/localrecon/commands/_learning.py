@@ -6,6 +6,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from localrecon.boundary import StepOptions
 from localrecon.config import DemoSettings, HeadSpec, OptimizerSettings, SGRConfig
 from localrecon.diagnosis import diagnose
 from localrecon.evaluation import evaluate
@@ -68,7 +69,9 @@ def fit(
     """Train with AdamW and a cosine to 0 on the batches that ``draw`` gives."""
     optimizer = OptimizerSettings(weight_decay=decay)
     scheduler = partial(scheduler_of, optimizer, steps)
-    trainer = LocalTrainer(net, sgr, partial(optimizer_of, optimizer), scheduler, seed=seed, total_steps=steps)
+    trainer = LocalTrainer(
+        net, sgr, partial(optimizer_of, optimizer), scheduler, StepOptions(seed=seed, total_steps=steps)
+    )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         trainer.step(*draw(generator))
@@ -154,5 +157,5 @@ def text_part(settings: DemoSettings, seed: int, quiet: bool) -> dict[str, dict[
         net = LocalNet(model, plan)
         before = evaluate(net, [(held_x, held_y)])["bits"]
         fit(net, draw, TEXT_STEPS[settings.level], sgr, seed, decay=0.01)
-        out[name] = {"bits before": before, "bits a byte": evaluate(net, [(held_x, held_y)])["bits"]}
+        out[name] = {"bits before": before, "bits per byte": evaluate(net, [(held_x, held_y)])["bits"]}
     return out

@@ -62,7 +62,7 @@ def memory_part(small: bool, quiet: bool) -> dict[str, dict[str, float]]:
                 local_step(net, x, labels, optimizers, sgr, StepOptions(step=step, accumulate=parts))
                 seconds.append(time.perf_counter() - start)
             mean = sum(seconds) / len(seconds)  # of whole rounds of every=4
-            out[f"{kind}: {name}"] = {"peak MiB": probe.peak_bytes / 2**20, "seconds a step": mean}
+            out[f"{kind}: {name}"] = {"peak MiB": probe.peak_bytes / 2**20, "seconds per step": mean}
     return out
 
 

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from localrecon.arms import Arm
+from localrecon.boundary import StepOptions
 from localrecon.config import RecordSettings, TrainingSettings
 from localrecon.data import Data, load_data, mixing, split_validation
 from localrecon.evaluation import evaluate
@@ -18,6 +20,8 @@ from tenfold.devices import choose_device, choose_precision
 from tenfold.loading import KeyedLoader
 from tenfold.runs import Run
 from tenfold.training import fit
+
+_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def checked_data(settings: TrainingSettings) -> Data:
@@ -71,11 +75,13 @@ def training_of(
         arm.sgr,
         partial(optimizer_of, settings.optimizer),
         partial(scheduler_of, settings.optimizer, total),
-        seed=seed,
-        total_steps=total,
-        accumulate=arm.accumulate,
-        clip_norm=settings.clip_norm,
-        precision=choose_precision(settings.precision, choose_device(settings.device)),
+        StepOptions(
+            total_steps=total,
+            seed=seed,
+            accumulate=arm.accumulate,
+            clip_norm=settings.clip_norm,
+            dtype=_DTYPES[choose_precision(settings.precision, choose_device(settings.device))],
+        ),
         batch_transform=mixing(settings, data.form),
     )
     if settings.compile and isinstance(arm.net, LocalNet):

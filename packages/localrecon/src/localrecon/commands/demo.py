@@ -35,7 +35,7 @@ LABELS = {
 LABELS |= {"conv-bp": LABELS["bp"], "conv-local": LABELS["local"], "conv-sgr": LABELS["sgr-shift"]}
 LABELS["conv-relative"] = LABELS["sgr-relative"]
 TEXT_GAP = 0.5
-"""Bits a byte that local learning of four modules may lie behind back-propagation."""
+"""Bits per byte that local learning of four modules may lie behind back-propagation."""
 
 
 def run(settings: DemoSettings, invocation: Invocation) -> int:
@@ -112,13 +112,13 @@ def _decide(study: Study, machine: Study, settings: DemoSettings) -> None:
         text = "D4: weights of two processes equal those of one, bit for bit"
         study.count("pipeline", text, int(_value(machine, "pipeline | equal")), 1, required=">= 1", main=True)
     texts = _learning.text_arms(settings)
-    fell = sum(int((study.values((arm, "bits a byte")) < study.values((arm, "bits before"))).sum()) for arm in texts)
+    fell = sum(int((study.values((arm, "bits per byte")) < study.values((arm, "bits before"))).sum()) for arm in texts)
     total = len(study.seeds) * len(texts)
-    text = "D5: small GPTs whose bits a byte on other text fall in training"
+    text = "D5: small GPTs whose bits per byte on other text fall in training"
     study.count("text", text, fell, total, required=f">= {total}")
-    text = "D5: bits a byte, SGR of four modules minus back-propagation"
+    text = "D5: bits per byte, SGR of four modules minus back-propagation"
     study.difference(
-        "text_gap", text, ("gpt-sgr-k4", "bits a byte"), ("gpt-bp", "bits a byte"), required=f"<= {TEXT_GAP}"
+        "text_gap", text, ("gpt-sgr-k4", "bits per byte"), ("gpt-bp", "bits per byte"), required=f"<= {TEXT_GAP}"
     )
 
 
@@ -143,7 +143,7 @@ def _note(study: Study, machine: Study, settings: DemoSettings) -> None:
     for kind in ("conv", "vit"):
         told = [
             f"{name} {_value(machine, f'{kind}: {name} | peak MiB'):.1f} MiB"
-            f" {_value(machine, f'{kind}: {name} | seconds a step'):.3f} s"
+            f" {_value(machine, f'{kind}: {name} | seconds per step'):.3f} s"
             for name in MEMORY_ARMS
         ]
         study.note(f"D3, {kind}: {'; '.join(told)}.")
@@ -153,10 +153,10 @@ def _note(study: Study, machine: Study, settings: DemoSettings) -> None:
             " (it takes two idle cores)."
         )
     told = [
-        f"{arm} {interval(*mean_ci95(study.values((arm, 'bits a byte')).tolist()))}"
+        f"{arm} {interval(*mean_ci95(study.values((arm, 'bits per byte')).tolist()))}"
         for arm in _learning.text_arms(settings)
     ]
-    study.note(f"D5, bits a byte on other text: {'; '.join(told)}.")
+    study.note(f"D5, bits per byte on other text: {'; '.join(told)}.")
 
 
 def _draw(study: Study, machine: Study, run: Run, settings: DemoSettings) -> None:
