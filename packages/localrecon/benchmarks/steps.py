@@ -2,7 +2,7 @@
 
 Memory is counted in live tensor bytes (parameters, heads, gradients, optimizer states, batch, activations), so those rows
 need no idle machine; times and the pipeline do. Checkpointing is torch's own, non-reentrant, in segments of the square root
-of the number of blocks, which needs less memory than one segment a block and takes as long.
+of the number of blocks, which needs less memory than one segment per block and takes as long.
 """
 
 import copy
@@ -12,14 +12,13 @@ from functools import partial
 
 import timm
 import torch
-from localrecon import LocalNet, MemoryProbe, PipelineTrainer, SGRConfig, local_step, plan_split
-from localrecon.demo import memory_net, pipeline_net
+from localrecon import LocalNet, PipelineTrainer, SGRConfig, StepOptions, local_step, plan_split
+from localrecon.commands._machine import memory_net, pipeline_net
 from localrecon.models import convnet, gpt, vit
-from localrecon.step import StepOptions
 from torch import nn
 
-from tenfold.bench import Comparison, compare, main, peak_rss
-from tenfold.claims import Bound
+from tenfold.bench import compare, counted, main, resident
+from tenfold.memory import MemoryProbe
 
 K = 4
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -67,14 +66,6 @@ def peak(model, x, y, how, sgr, make):
     return probe.peak_bytes
 
 
-def counted(id, shape, ours, peer, required, statistic="counted in one step; the same in every run"):
-    """A row of bytes."""
-    equal = "same model and batch"
-    ratio = peer / ours
-    holds = Bound.parse(required).met_by(ratio)
-    return Comparison(id, shape, ours / 2**20, peer / 2**20, "MiB", statistic, ratio, None, required, holds, equal)
-
-
 def memory_rows():
     """Peak bytes of SGR (shift) against back-propagation and checkpointing; with plain SGD, and with AdamW's two states."""
     rows = []
@@ -85,9 +76,19 @@ def memory_rows():
             bytes_of = {how: peak(model, x, y, how, sgr, make) for how, sgr in arms.items()}
             plain = make is torch.optim.SGD
             tail, with_states = ("", f"{shape}, SGD") if plain else ("_adamw", f"{shape}, AdamW")
-            ours = bytes_of["split"]
-            rows.append(counted(f"memory_{name}_bp{tail}", with_states, ours, bytes_of["whole"], bounds[name]))
-            rows.append(counted(f"memory_{name}_ckpt{tail}", with_states, ours, bytes_of["ckpt"], ">= 0.909"))
+            for how, peer, required in (("whole", "bp", bounds[name]), ("ckpt", "ckpt", ">= 0.909")):
+                rows.append(
+                    counted(
+                        f"memory_{name}_{peer}{tail}",
+                        bytes_of["split"] / 2**20,
+                        bytes_of[how] / 2**20,
+                        shape=with_states,
+                        unit="MiB",
+                        required=required,
+                        equal="same model and batch",
+                        statistic="counted in one step; the same in every run",
+                    )
+                )
     return rows
 
 
@@ -106,11 +107,19 @@ def budget_rows():
         with MemoryProbe(net, optimizers, x, y) as probe:
             local_step(net, x, y, optimizers, RECONCILED)
         within = max(probe.peak_bytes / plan.predicted_peak, plan.predicted_peak / probe.peak_bytes)
-        fits = f"K {plan.k}, {probe.peak_bytes / budget:.2f} of the budget"
-        sizes = probe.peak_bytes / 2**20, plan.predicted_peak / 2**20
-        statistic = "measured, predicted; ratio is the larger over the smaller"
-        holds = within <= 1.1
-        rows.append(Comparison(f"budget_{name}", shape, *sizes, "MiB", statistic, within, None, "<= 1.1", holds, fits))
+        rows.append(
+            counted(
+                f"budget_{name}",
+                probe.peak_bytes / 2**20,
+                plan.predicted_peak / 2**20,
+                shape=shape,
+                unit="MiB",
+                required="<= 1.1",
+                equal=f"K {plan.k}, {probe.peak_bytes / budget:.2f} of the budget",
+                statistic="measured, predicted; ratio is the larger over the smaller",
+                ratio=within,
+            )
+        )
     return rows
 
 
@@ -173,15 +182,19 @@ def pipeline_row():
 def rss_rows():
     """Peak resident memory of processes that train two steps, over one that plans on the same batch and takes none."""
     command = [sys.executable, __file__, "--child"]
-    floor = peak_rss([*command, "none"], ALLOCATOR)
-    grown = {how: peak_rss([*command, how], ALLOCATOR) - floor for how in ("split", "whole", "ckpt")}
-    shape = "12 conv-BN-ReLU, 24 ch, 24x24, B 64"
-    statistic = "peak RSS over that of a process that plans and takes no step; allocator set to give memory back"
-    rows = []
-    for how, name, required in (("whole", "bp", ">= 1.667"), ("ckpt", "ckpt", f">= {1 / 1.2:.3f}")):
-        ours, peer = grown["split"] * 1e6, grown[how] * 1e6
-        rows.append(counted(f"rss_conv_{name}", shape, ours, peer, required, statistic))
-    return rows
+    return [
+        resident(
+            f"rss_conv_{name}",
+            [*command, "split"],
+            [*command, how],
+            [*command, "none"],
+            shape="12 conv-BN-ReLU, 24 ch, 24x24, B 64",
+            required=required,
+            equal="same model and batch; the idle process plans on it and takes no step",
+            environment=ALLOCATOR,
+        )
+        for how, name, required in (("whole", "bp", ">= 1.667"), ("ckpt", "ckpt", f">= {1 / 1.2:.3f}"))
+    ]
 
 
 def child(how: str) -> None:

@@ -6,8 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from localrecon import LocalNet, SGRConfig, local_step, plan_split
-from localrecon.step import StepOptions
+from localrecon import LocalNet, SGRConfig, StepOptions, local_step, plan_split
 from torch import nn
 
 

@@ -38,7 +38,6 @@ def autograd_of(layer, kind, activation, loss, x, y, target, lam):
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "identity"])
 @pytest.mark.parametrize("loss", ["ce", "squared"])
 def test_the_closed_form_is_the_double_backward(kind, activation, loss):
-    """Property 9."""
     layer, x, y, target = layer_and_data(kind, activation, loss)
     wanted, g_out, value, r = autograd_of(layer, kind, activation, loss, x, y, target, 0.7)
     _, handed_on, found = layer.local_gradients(x, y, target, 0.7)

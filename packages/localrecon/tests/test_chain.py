@@ -7,19 +7,17 @@ from localrecon import (
     HeadSpec,
     ListAdapter,
     LocalNet,
-    PlanMismatchError,
     SGRConfig,
-    SharedParameterError,
     SplitPlan,
-    UnsplittableModelError,
-    build_chain,
     detach_tied,
     local_step,
     plan_split,
     register_adapter,
     untie,
 )
-from localrecon.chain import _ADAPTERS, Block, Chain
+from localrecon.adapters import _ADAPTERS, build_chain
+from localrecon.chain import Block, Chain, SharedParameterError, UnsplittableModelError
+from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, images, mlp, same, sgds, split, vectors, weights
 from torch import nn
 
@@ -130,7 +128,6 @@ KNOWN = [timm_resnet, timm_vit, timm_deit_distilled, torchvision_resnet, gpt2, l
 
 @pytest.mark.parametrize("make", KNOWN, ids=lambda make: make.__name__)
 def test_a_split_model_is_the_model_and_trains(make):
-    """Property 12."""
     torch.manual_seed(0)
     model, x = make()
     keys = list(model.state_dict())

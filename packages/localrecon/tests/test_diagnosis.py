@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from localrecon import HeadSpec, LocalNet, SGRConfig, diagnose, plan_split
-from localrecon.demo import digits, fit
+from localrecon.commands._learning import digits, fit
 from localrecon.models import convnet
 from localrecon_test_nets import convs, images, mlp, same, split, vectors, weights
 

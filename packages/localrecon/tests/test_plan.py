@@ -4,21 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from localrecon import LocalNet, MemoryProbe, SGRConfig, local_step, plan_split
-from localrecon.config import parse_bytes
-from localrecon.memory import tensors_in
+from localrecon import LocalNet, SGRConfig, StepOptions, local_step, plan_split
+from localrecon.boundary import first_boundary
 from localrecon.plan import partition
-from localrecon.step import StepOptions, first_boundary, train_stage
+from localrecon.step import train_stage
 from localrecon_test_nets import convs, images, mlp, vectors
-from torch import nn
 
 from tenfold import UserError
+from tenfold.memory import MemoryProbe
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=9), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_partitions_are_as_good_as_the_best_of_all(values, modules):
-    """Property 20."""
     modules = min(modules, len(values))
 
     def largest(cuts):
@@ -40,7 +38,6 @@ def step_peak(net, x, y, sgr):
 
 
 def test_a_budget_is_kept_by_the_step_and_too_small_a_one_says_the_least():
-    """Property 20."""
     x, y = images(count=16, size=16)
     whole = plan_split(convs(8), x, k=1).predicted_peak
     plan = plan_split(convs(8), x, budget=int(0.6 * whole))
@@ -84,55 +81,7 @@ def test_other_balances(balance):
     assert plan_split(mlp(), x, k=2, balance=balance, measure=False).k == 2
 
 
-@pytest.mark.parametrize(("text", "value"), [("2GB", 2 * 10**9), ("1.5 MiB", 3 * 2**19), ("700", 700), ("3kb", 3000)])
-def test_bytes_are_read(text, value):
-    assert parse_bytes(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "GB", "two GB", "-1MB", "1 MG"])
-def test_what_is_no_number_of_bytes_is_refused(text):
-    with pytest.raises(UserError):
-        parse_bytes(text)
-
-
-def test_the_probe_counts_storages_once_and_sees_them_go():
-    """Against sizes computed by hand."""
-    a = torch.zeros(1000)
-    with MemoryProbe(a) as probe:
-        b = a + 1  # 4000
-        c = b.view(10, 100)[:5]  # the same storage
-        d = torch.ones(500)  # 2000
-        del d
-        e = b * 2  # 4000
-        assert probe.live_bytes == 12000
-    assert (probe.start_bytes, probe.peak_bytes) == (4000, 12000)
-    assert c.shape == (5, 100)
-    assert e.shape == (1000,)
-
-
-def test_the_probe_counts_what_backward_keeps():
-    x = torch.randn(100, requires_grad=True)
-    with MemoryProbe(x) as probe:
-        y = x.exp()  # keeps its result, 400
-        z = y.sin()  # keeps its input, the same 400
-        loss = (z * z).sum()  # keeps z, 400
-        assert probe.saved_bytes == 800
-        loss.backward()
-    assert probe.saved_bytes == 800
-    assert x.grad is not None
-
-
-def test_tensors_are_found_in_what_people_have():
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.zeros(1, 3)).sum().backward()
-    optimizer.step()
-    found = list(tensors_in([{"a": model}, optimizer, (torch.zeros(5),)]))
-    assert len(found) == 4 + 6 + 1  # two weights with gradients; their three states each; one tensor
-
-
 def test_nothing_of_a_module_lives_on_when_the_next_begins():
-    """Property 18."""
     x, y = images(count=16, size=16)
     net = LocalNet(convs(8), plan_split(convs(8), x, k=4, measure=False)).train()
     boundary = first_boundary(net, x, y)
@@ -154,7 +103,7 @@ def vit():
 
 @pytest.mark.parametrize("kind", ["conv", "vit"])
 def test_the_peak_falls_as_promised(kind):
-    """Property 19, counted in tensor bytes."""
+    """Counted in tensor bytes."""
     model = {"conv": lambda: convs(12, width=24, classes=10), "vit": vit}[kind]
     x, y = images(count=32 if kind == "vit" else 48, size=48 if kind == "vit" else 24, classes=10)
     peaks = {}

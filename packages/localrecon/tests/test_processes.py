@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from localrecon import NonFiniteLossError, PipelineTrainer, SGRConfig, local_step
-from localrecon.step import StepOptions
+from localrecon import PipelineTrainer, SGRConfig, StepOptions, local_step
+from localrecon.passes import NonFiniteLossError
 
 from tenfold import UserError
 
@@ -34,7 +34,7 @@ def batches(count):
 
 
 def test_a_pipeline_of_two_processes_is_one_process_bit_for_bit(functions):
-    """Property 13: 20 steps, with reconciliation, dropout and BatchNorm."""
+    """20 steps, with reconciliation, dropout and BatchNorm."""
     sgr = SGRConfig(ramp=0, gate=True)
     alone = functions.net_with_dropout()
     optimizers = [functions.sgd(alone.parameters_of(k)) for k in range(3)]
@@ -76,7 +76,7 @@ def test_pipelines_that_cannot_be_are_refused(functions):
 
 
 def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path):
-    """Property 15: every estimator, and one all-reduce a parameter and step."""
+    """Every estimator, and one all-reduce per parameter and step."""
     assert importlib.util.find_spec("torch.distributed")
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [

@@ -45,7 +45,7 @@ def objective(f, params, x, target, lam, dist):
 @pytest.mark.parametrize("dist", DISTANCES)
 @pytest.mark.parametrize("activation", [torch.tanh, F.gelu])
 def test_exact_is_the_derivative_of_the_objective(dist, activation):
-    """Property 5: against central differences of the objective itself."""
+    """Against central differences of the objective itself."""
     f, params, x, target = problem(activation)
     found = reconcile.exact(f, params, x, target, 0.7, dist)
     for name, p in params.items():
@@ -62,7 +62,6 @@ def test_exact_is_the_derivative_of_the_objective(dist, activation):
 
 @pytest.mark.parametrize("dist", DISTANCES)
 def test_forward_over_reverse_agrees_with_double_backward(dist):
-    """Property 5."""
     arguments = (*problem(), 0.7, dist)
     exact, forward = reconcile.exact(*arguments), reconcile.jvp(*arguments)
     for name in exact:
@@ -71,7 +70,7 @@ def test_forward_over_reverse_agrees_with_double_backward(dist):
 
 @pytest.mark.parametrize("dist", DISTANCES)
 def test_shift_is_right_to_first_order(dist):
-    """Property 6: the error of ((shifted - plain) / lambda) against grad R is O(lambda)."""
+    """The error of ((shifted - plain) / lambda) against grad R is O(lambda)."""
     f, params, x, target = problem()
     plain = reconcile.exact(f, params, x, target, 0.0, dist)
     reg = {name: g - plain[name] for name, g in reconcile.exact(f, params, x, target, 1.0, dist).items()}
@@ -85,7 +84,7 @@ def test_shift_is_right_to_first_order(dist):
 @given(st.sampled_from(DISTANCES), st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
 def test_the_direction_is_the_derivative_of_the_distance(dist, seed):
-    """Property 6: dR / dg_in, of g_in = g / N."""
+    """DR/dg_in, where g_in = g / N is the gradient of the mean loss."""
     g = torch.Generator().manual_seed(seed)
     a, t = (torch.randn(5, 3, 2, generator=g, dtype=torch.float64) for _ in range(2))
     leaf = (a / 5).requires_grad_()
@@ -95,7 +94,7 @@ def test_the_direction_is_the_derivative_of_the_distance(dist, seed):
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 2.0])
 def test_central_differences_are_exact_where_the_loss_is_quadratic_in_the_input(eps):
-    """Property 7: linear module, linear head, squared loss."""
+    """A linear module, a linear head and squared loss make it so."""
     g = torch.Generator().manual_seed(0)
     params = {name: torch.randn(s, generator=g, dtype=torch.float64) for name, s in {"w": (5, 4), "v": (3, 5)}.items()}
     x, t = (torch.randn(6, 4, generator=g, dtype=torch.float64) for _ in range(2))
@@ -121,7 +120,7 @@ def test_one_sided_differences_approach_exact():
 
 
 def test_a_reconciled_linear_net_does_what_backpropagation_does():
-    """Property 8: heads V_k = V_{k+1} W_{k+1}; then R = 0 and local gradients are the global ones."""
+    """Heads V_k = V_{k+1} W_{k+1}; then R = 0 and local gradients are the global ones."""
     g = torch.Generator().manual_seed(0)
     w = [torch.randn(6, 6, generator=g, dtype=torch.float64) / 3 for _ in range(3)]
     last = torch.randn(4, 6, generator=g, dtype=torch.float64)

@@ -3,12 +3,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from localrecon import HeadSpec, LocalNet, NonFiniteLossError, NoSecondDerivativeError, SGRConfig, local_step
-from localrecon.step import StepOptions, first_boundary, keyed_random, train_stage
+from localrecon import HeadSpec, LocalNet, SGRConfig, StepOptions, local_step
+from localrecon.boundary import first_boundary
+from localrecon.passes import NonFiniteLossError, NoSecondDerivativeError
+from localrecon.step import train_stage
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
 from torch import nn
 
 from tenfold import UserError
+from tenfold.randomness import keyed
 from tenfold.testing import assert_gradient_isolated, assert_same_as_reference
 
 
@@ -35,7 +38,6 @@ def gradients(net, x, y, sgr, **options):
 
 
 def test_one_module_is_plain_backpropagation_bit_for_bit():
-    """Property 1."""
     x, y = images()
     model = convs()
     twin = copy.deepcopy(model).train()
@@ -53,7 +55,6 @@ def test_one_module_is_plain_backpropagation_bit_for_bit():
 
 @pytest.mark.parametrize("estimator", ["shift", "exact"])
 def test_with_lambda_zero_it_is_a_literal_detach_and_step_loop_bit_for_bit(estimator):
-    """Property 2."""
     x, y = vectors()
     net = split(dropout_mlp(), x, 3)
     twin = copy.deepcopy(net)
@@ -65,7 +66,7 @@ def test_with_lambda_zero_it_is_a_literal_detach_and_step_loop_bit_for_bit(estim
         z = x
         for k, group in enumerate(groups):
             head = twin.heads[k] if k < 2 else twin.model[-1]
-            with keyed_random(torch.device("cpu"), 0, k, step, 0):
+            with keyed(0, k, step, 0):
                 out = nn.Sequential(*group)(z.detach())
                 loss = F.cross_entropy(head(out), y)
             optimizers[k].zero_grad()
@@ -76,7 +77,6 @@ def test_with_lambda_zero_it_is_a_literal_detach_and_step_loop_bit_for_bit(estim
 
 
 def test_the_first_module_does_not_depend_on_the_reconciliation():
-    """Property 3."""
     x, y = vectors()
     ends = []
     for sgr in (SGRConfig(lam=0), SGRConfig(lam=3, ramp=0), SGRConfig(estimator="exact"), SGRConfig(every=2)):
@@ -88,7 +88,6 @@ def test_the_first_module_does_not_depend_on_the_reconciliation():
 
 
 def test_no_gradient_leaves_a_module():
-    """Property 4, first half."""
     x, y = vectors()
     net = split(mlp(), x, 2)
     first, second = net.segments
@@ -99,7 +98,6 @@ def test_no_gradient_leaves_a_module():
 
 
 def test_a_later_module_does_not_touch_an_earlier_ones_gradient():
-    """Property 4, second half."""
     x, y = vectors()
     net = split(mlp(), x, 3)
     before = gradients(net, x, y, SGRConfig(ramp=0))
@@ -115,7 +113,7 @@ def test_a_later_module_does_not_touch_an_earlier_ones_gradient():
 @pytest.mark.parametrize("dist", ["sample", "mean", "relative", "cosine"])
 @pytest.mark.parametrize("reg_to_head", [True, False])
 def test_shift_in_a_step_approaches_exact_as_lambda_falls(dist, reg_to_head):
-    """Property 6, in place: the errors of two lambdas have the ratio of their squares."""
+    """In place: the errors of two lambdas have the ratio of their squares."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp(norm=True).double(), x, 3)
     errors = []
@@ -141,7 +139,6 @@ def test_reg_to_head_false_leaves_the_heads_gradient_as_without_reconciliation()
 
 
 def test_doubling_the_batch_changes_nothing_of_sample_and_halves_mean():
-    """Property 10."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp().double(), x, 2)
     for dist, factor in (("sample", 1.0), ("mean", 0.5)):
@@ -160,7 +157,7 @@ def no_update(net):
 
 
 def test_scaling_the_loss_leaves_the_step_as_it_is():
-    """Property 10: what mixed precision with a loss scale does."""
+    """What mixed precision with a loss scale does."""
     x, y = vectors(dtype=torch.float64)
     ends = []
     for scale in (None, 2.0**10):
@@ -173,7 +170,7 @@ def test_scaling_the_loss_leaves_the_step_as_it_is():
 
 
 def test_the_polarization_identity_predicts_the_change_of_the_next_loss():
-    """Property 11: a step of module 1 changes L_2 by -eta <J^T g_in, J^T g_out> + O(eta^2)."""
+    """A step of module 1 changes L_2 by -eta <J^T g_in, J^T g_out> + O(eta^2)."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp().double(), x, 2)
     first, second = net.segments
@@ -203,7 +200,6 @@ def test_the_polarization_identity_predicts_the_change_of_the_next_loss():
 @pytest.mark.parametrize("estimator", ["shift", "exact"])
 @pytest.mark.parametrize("reg_to_head", [True, False])
 def test_batchnorm_counts_once_a_step_whatever_the_estimator(estimator, reg_to_head):
-    """Property 16."""
     x, y = images()
     plain = split(convs(), x, 2)
     net = copy.deepcopy(plain)
@@ -218,7 +214,7 @@ def test_batchnorm_counts_once_a_step_whatever_the_estimator(estimator, reg_to_h
 
 
 def test_both_passes_see_the_same_dropout():
-    """Property 16: where the shift is zero, the learning pass is the ordinary pass."""
+    """Where the shift is zero, the learning pass is the ordinary pass."""
     x, y = vectors()
     net = split(dropout_mlp(), x, 2)
     shifted = gradients(net, x, y, SGRConfig(lam=1e-30, ramp=0))
@@ -227,7 +223,7 @@ def test_both_passes_see_the_same_dropout():
 
 
 def test_fraction_is_unbiased():
-    """Property 17: the mean over all subsets of half of the samples is the whole."""
+    """The mean over all subsets of half of the samples is the whole."""
     import itertools
     import unittest.mock
 
@@ -261,7 +257,6 @@ def test_fraction_of_shift_agrees_with_that_of_exact_and_hands_on_the_plain_outp
 
 
 def test_every_applies_at_multiples_with_the_multiplied_weight():
-    """Property 17."""
     sgr = SGRConfig(lam=0.5, every=3, ramp=0)
     assert [sgr.strength(t, 100) for t in range(5)] == [1.5, 0, 0, 1.5, 0]
     x, y = vectors()
@@ -279,7 +274,7 @@ def test_ramp_and_annealing_weigh_the_ends_of_the_training():
 
 @pytest.mark.parametrize("sgr", [SGRConfig(lam=0), SGRConfig(ramp=0), SGRConfig(ramp=0, estimator="exact")])
 def test_accumulation_over_two_halves_is_the_whole_batch(sgr):
-    """Property 14, without BatchNorm."""
+    """In networks without BatchNorm, which would see the halves."""
     x, y = vectors(dtype=torch.float64)
     net = split(mlp(norm=True).double(), x, 3)
     whole, halves = gradients(net, x, y, sgr), gradients(net, x, y, sgr, accumulate=2)
@@ -321,7 +316,6 @@ class Attention(nn.Module):
 
 
 def test_attention_trains_by_shift_and_exact_says_what_it_needs():
-    """Property 21."""
     torch.manual_seed(0)
     model = nn.Sequential(*[Attention() for _ in range(3)], nn.Sequential(nn.Flatten(), nn.Linear(80, 3)))
     x, y = torch.randn(4, 5, 16), torch.randint(3, (4,))
@@ -444,7 +438,7 @@ def test_an_etf_classifier_is_a_simplex():
 
 
 def test_chunks_of_the_language_models_loss_are_the_whole():
-    from localrecon.heads import loss_and_correct
+    from localrecon.losses import loss_and_correct
 
     torch.manual_seed(0)
     head, x = nn.Linear(8, 11), torch.randn(3, 7, 8, requires_grad=True)
@@ -473,7 +467,7 @@ def test_rows_of_text_without_a_token_that_counts_do_no_harm(estimator):
 
 
 def test_predsim_compares_similarity_matrices():
-    from localrecon.heads import loss_and_correct
+    from localrecon.losses import loss_and_correct
 
     x, y = torch.randn(4, 6), torch.tensor([0, 1, 0, 2])
     head = nn.Linear(6, 3)

@@ -8,16 +8,20 @@ import time
 import lightning.pytorch as pl
 import pytest
 import torch
-from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, PlanMismatchError, SGRConfig, local_step
+from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, SGRConfig, StepOptions, local_step
 from localrecon.cli import main
-from localrecon.config import TrainingSettings
+from localrecon.commands.compare import measure
+from localrecon.config import CompareSettings
 from localrecon.data import load_data
-from localrecon.step import StepOptions
-from localrecon.training import evaluate, make_optimizers, train_arm
+from localrecon.evaluation import evaluate
+from localrecon.optimizers import make_optimizers
+from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
 
 from tenfold import UserError
-from tenfold.training import KeyedLoader, TrainerConfig, fit
+from tenfold.config import TrainerConfig
+from tenfold.loading import KeyedLoader
+from tenfold.training import fit
 
 
 def pairs(count=32):
@@ -35,9 +39,9 @@ def halving(optimizer):
 SETTINGS = SGRConfig(gate=True)
 
 
-def trainer(**options):
+def trainer():
     net = split(dropout_mlp(), vectors()[0], 3)
-    return LocalTrainer(net, SETTINGS, momentum, halving, seed=3, **options)
+    return LocalTrainer(net, SETTINGS, momentum, halving, StepOptions(seed=3))
 
 
 def loader():
@@ -45,7 +49,6 @@ def loader():
 
 
 def test_two_and_two_steps_through_a_file_are_four_bit_for_bit(tmp_path):
-    """Property 14."""
     whole = trainer()
     whole.fit(loader(), 2)
     first = trainer()
@@ -84,15 +87,15 @@ def test_lightning_does_what_the_plain_loop_does_bit_for_bit():
     plain = trainer()
     plain.fit(loader(), 2)
     net = split(dropout_mlp(), vectors()[0], 3)
-    module = LocalReconModule(net, SETTINGS, momentum, halving, seed=3, total_steps=8)
-    fit(module, loader(), TrainerConfig(max_epochs=2, device="cpu", seed=1), quiet=True)
+    module = LocalReconModule(net, SETTINGS, momentum, halving, StepOptions(seed=3, total_steps=8))
+    fit(module, loader(), TrainerConfig(epochs=2, device="cpu"), seed=1, quiet=True)
     assert same(weights(plain.net), weights(net))
 
 
 def test_users_trainers_of_lightning_log_every_module(tmp_path):
     x, y = images(16)
     net = split(convs(), x, 2)
-    module = LocalReconModule(net, SGRConfig(ramp=0), momentum, accumulate=2, clip_norm=1.0)
+    module = LocalReconModule(net, SGRConfig(ramp=0), momentum, None, StepOptions(accumulate=2, clip_norm=1.0))
     data = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=8)
     quiet = {
         "enable_progress_bar": False,
@@ -106,7 +109,7 @@ def test_users_trainers_of_lightning_log_every_module(tmp_path):
     assert {"m1/loss", "m1/acc", "m2/loss", "b1/cos", "b1/R", "val/acc", "val/loss", "memory/peak_mib"} <= logged
     half = pl.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     half.precision_plugin.precision = "16-mixed"
-    with pytest.raises(UserError, match='precision="16"'):
+    with pytest.raises(UserError, match="dtype=torch.float16"):
         half.fit(LocalReconModule(net), data)
 
 
@@ -122,8 +125,8 @@ def test_factories_that_share_parameters_are_refused():
 
 def test_float16_scales_each_module_on_its_own():
     x, y = vectors()
-    one = LocalTrainer(split(mlp(), x, 2), SGRConfig(ramp=0), momentum, precision="16")
-    assert len(one.scalers) == 2
+    one = LocalTrainer(split(mlp(), x, 2), SGRConfig(ramp=0), momentum, None, StepOptions(dtype=torch.float16))
+    assert len(one.stepper.scalers) == 2
     with torch.no_grad():
         before = [p.clone() for p in one.net.parameters_of(0)]
     report = one.step(x, y)
@@ -154,10 +157,10 @@ ARM = {
 
 
 def test_all_methods_run_through_one_loop_and_share_their_start():
-    settings = TrainingSettings(**ARM)
+    settings = CompareSettings(**ARM)
     data = load_data(settings)
     found = {
-        method: train_arm(settings, method, data, 0) for method in ("bp", "ckpt", "accum", "local", "sgr", "bpfree")
+        method: measure(method, settings, data, True, 0) for method in ("bp", "ckpt", "accum", "local", "sgr", "bpfree")
     }
     assert found["bp"]["accuracy"] == found["ckpt"]["accuracy"]  # the same numbers, computed in another order of need
     assert found["bp"]["loss"] == found["ckpt"]["loss"]
@@ -170,14 +173,14 @@ def test_language_models_are_trained_on_text(tmp_path):
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 2000)
     text = f"text:{tmp_path / 't.txt'}"
     small = {"depth": 2, "width": 16, "window": 64, "k": 2, "batch_size": 128, "epochs": 1}
-    settings = TrainingSettings(model="gpt", data=text, device="cpu", **small)
+    settings = CompareSettings(model="gpt", data=text, device="cpu", **small)
     data = load_data(settings)
-    found = train_arm(settings, "sgr", data, 0)
+    found = measure("sgr", settings, data, True, 0)
     assert found["bits"] < 8
 
 
 def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path):
-    """Contracts, section 3: kill -9, then --resume."""
+    """With SIGKILL, then --resume."""
     words = "train --model mlp --data digits --k 3 --depth 4 --epochs 12 --checkpoint_every 7 --device cpu --quiet"
 
     def arguments(name, *more):

@@ -1,69 +1,39 @@
-"""Train a network block by block with local losses: the activation memory of one block, not of all."""
+"""Train a network block by block with local losses: the activation memory of one block, not of all.
 
-from typing import TYPE_CHECKING, Any
+Read in this order: ``chain`` and ``adapters`` (a model as blocks between which one tensor crosses), ``plan`` (which blocks
+form which module), ``losses`` and ``heads`` (the local classifiers), ``stage`` and ``net`` (modules with heads),
+``reconcile`` (the term and its estimators, as pure functions), ``boundary``, ``passes`` and ``step`` (one training step),
+``profiling`` (choosing where to cut), ``trainer`` (a loop of its own) and ``training`` (Lightning). Beside the way:
+``bpfree`` (closed form, no graph), ``pipeline`` (several processes), ``diagnosis`` (do modules agree?), ``evaluation``
+(every head, early exits), ``arms`` (the methods that are compared).
+"""
+
+from typing import TYPE_CHECKING
+
+from tenfold.lazy import attach
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "BPFreeConv2d": "bpfree",
-    "BPFreeLinear": "bpfree",
-    "BPFreeNet": "bpfree",
-    "EarlyExit": "net",
-    "HeadSpec": "config",
-    "ListAdapter": "chain",
-    "LocalNet": "net",
-    "LocalReconModule": "training",
-    "LocalTrainer": "training",
-    "MemoryMonitor": "training",
-    "MemoryProbe": "memory",
-    "NoSecondDerivativeError": "errors",
-    "NonFiniteLossError": "errors",
-    "PipelineTrainer": "pipeline",
-    "PlanMismatchError": "errors",
-    "ReconReport": "diagnosis",
-    "SGRConfig": "config",
-    "SharedParameterError": "errors",
-    "SplitPlan": "plan",
-    "StepReport": "step",
-    "UnsplittableModelError": "errors",
-    "build_chain": "chain",
-    "detach_tied": "chain",
-    "diagnose": "diagnosis",
-    "local_step": "step",
-    "plan_split": "planning",
-    "register_adapter": "chain",
-    "untie": "chain",
-}
-__all__ = [*sorted(_HOMES), "__version__"]
-
 if TYPE_CHECKING:
-    from localrecon.bpfree import BPFreeConv2d, BPFreeLinear, BPFreeNet
-    from localrecon.chain import ListAdapter, build_chain, detach_tied, register_adapter, untie
-    from localrecon.config import HeadSpec, SGRConfig
-    from localrecon.diagnosis import ReconReport, diagnose
-    from localrecon.errors import (
-        NonFiniteLossError,
-        NoSecondDerivativeError,
-        PlanMismatchError,
-        SharedParameterError,
-        UnsplittableModelError,
-    )
-    from localrecon.memory import MemoryProbe
-    from localrecon.net import EarlyExit, LocalNet
-    from localrecon.pipeline import PipelineTrainer
-    from localrecon.plan import SplitPlan
-    from localrecon.planning import plan_split
-    from localrecon.step import StepReport, local_step
-    from localrecon.training import LocalReconModule, LocalTrainer, MemoryMonitor
+    from localrecon.adapters import ListAdapter as ListAdapter
+    from localrecon.adapters import register_adapter as register_adapter
+    from localrecon.boundary import StepOptions as StepOptions
+    from localrecon.bpfree import BPFreeConv2d as BPFreeConv2d
+    from localrecon.bpfree import BPFreeLinear as BPFreeLinear
+    from localrecon.bpfree import BPFreeNet as BPFreeNet
+    from localrecon.config import HeadSpec as HeadSpec
+    from localrecon.config import SGRConfig as SGRConfig
+    from localrecon.diagnosis import diagnose as diagnose
+    from localrecon.evaluation import EarlyExit as EarlyExit
+    from localrecon.net import LocalNet as LocalNet
+    from localrecon.pipeline import PipelineTrainer as PipelineTrainer
+    from localrecon.plan import SplitPlan as SplitPlan
+    from localrecon.profiling import plan_split as plan_split
+    from localrecon.step import local_step as local_step
+    from localrecon.trainer import LocalTrainer as LocalTrainer
+    from localrecon.training import LocalReconModule as LocalReconModule
+    from localrecon.training import MemoryMonitor as MemoryMonitor
+    from localrecon.tying import detach_tied as detach_tied
+    from localrecon.tying import untie as untie
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"localrecon.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'localrecon' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = attach(__name__, needs={"training": "lightning"})

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from localrecon.config import SGRConfig
+from localrecon.config import Feedback, SGRConfig
 from localrecon.heads import simplex_etf
 from localrecon.reconcile import distance
 from localrecon.step import ModuleReport, StepReport
 from tenfold import UserError
 
-Feedback = Literal["transpose", "fa", "sign"]
 Activation = Literal["relu", "tanh", "gelu", "identity"]
 Head = Literal["trainable", "fixed", "etf"]
 LossName = Literal["ce", "squared"]
@@ -68,6 +67,12 @@ class _Layer(nn.Module):
         self.head = nn.Parameter(start * scale, requires_grad=head == "trainable")
         self.register_buffer("fixed", torch.randn(classes, features) / math.sqrt(features))
 
+    def take(self, plain: nn.Linear | nn.Conv2d) -> None:
+        """W and b of a plain layer, started for ReLU."""
+        self.weight, self.bias = cast("nn.Parameter", plain.weight), cast("nn.Parameter", plain.bias)
+        nn.init.kaiming_normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def feedback_weights(self) -> Tensor:
         """B (C, D): V itself, fixed random ones, or the signs of V at V's mean size."""
         if self.feedback == "transpose":
@@ -100,7 +105,7 @@ class _Layer(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The layer's output h."""
         return activate(self.apply_weight(x, bias=True), self.activation)[0]
 
     @torch.no_grad()
@@ -165,9 +170,9 @@ class BPFreeLinear(_Layer):
     """A linear layer that trains itself, (B, I) -> (B, D).
 
     Args:
-        inputs: I.
-        features: D.
-        classes: of its head.
+        inputs: number of inputs I.
+        features: number of outputs D.
+        classes: number of classes of its head.
         activation: relu, tanh, gelu or identity.
         feedback: what carries the head's error back. transpose, fa (feedback alignment: fixed random) or sign.
         head: trainable, fixed (random) or etf (simplex equiangular tight frame, fixed).
@@ -185,10 +190,7 @@ class BPFreeLinear(_Layer):
         loss: LossName = "ce",
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
-        plain = nn.Linear(inputs, features)
-        self.weight, self.bias = cast("nn.Parameter", plain.weight), plain.bias
-        nn.init.kaiming_normal_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.take(nn.Linear(inputs, features))
 
     def apply_weight(self, x: Tensor, *, bias: bool) -> Tensor:
         """W x, with or without b."""
@@ -207,15 +209,15 @@ class BPFreeConv2d(_Layer):
     """A convolution that trains itself, (B, I, H, W) -> (B, D, H', W'); its head sees the mean over positions.
 
     Args:
-        inputs: I.
-        features: D.
+        inputs: number of input channels I.
+        features: number of output channels D.
         kernel: side of the kernel, padded to keep the size at stride 1.
-        stride: of the convolution.
-        classes: of its head.
-        activation: see ``BPFreeLinear``, as for feedback, head and loss.
-        feedback: what carries the head's error back.
-        head: the linear head.
-        loss: ce or squared.
+        stride: stride of the convolution.
+        classes: number of classes of its head.
+        activation: relu, tanh, gelu or identity.
+        feedback: what carries the head's error back. transpose, fa (feedback alignment: fixed random) or sign.
+        head: trainable, fixed (random) or etf (simplex equiangular tight frame, fixed).
+        loss: ce or squared (half the squared error of the one-hot label).
     """
 
     def __init__(
@@ -231,11 +233,8 @@ class BPFreeConv2d(_Layer):
         loss: LossName = "ce",
     ) -> None:
         super().__init__(features, classes, activation, feedback, head, loss)
-        plain = nn.Conv2d(inputs, features, kernel)
-        self.weight, self.bias = cast("nn.Parameter", plain.weight), cast("nn.Parameter", plain.bias)
         self.stride, self.padding = stride, kernel // 2
-        nn.init.kaiming_normal_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.take(nn.Conv2d(inputs, features, kernel))
 
     def apply_weight(self, x: Tensor, *, bias: bool) -> Tensor:
         """W x, with or without b."""
@@ -276,7 +275,7 @@ class BPFreeNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Logits of the last layer's head."""
         return self.forward_exits(x)[-1]
 
     @torch.no_grad()
@@ -300,7 +299,15 @@ class BPFreeNet(nn.Module):
     ) -> StepReport:
         """One step: each layer finds its gradients in closed form and is updated at once.
 
-        The reconciliation is of dist sample and exact; of ``sgr``, lam, every, ramp and anneal_last count.
+        The reconciliation has the distance ``sample`` and is exact; of ``sgr``, lam, every, ramp and anneal_last count.
+
+        Args:
+            x: inputs (B, ...).
+            y: labels (B,) int64.
+            optimizers: one per layer, of ``parameters_of(k)``.
+            sgr: the reconciliation; default ``SGRConfig()``.
+            step: number of the step, from 0 on.
+            total_steps: length of the training, for the ramps; None is no ramp.
         """
         lam = (sgr or SGRConfig()).strength(step, total_steps)
         target, reports = None, []

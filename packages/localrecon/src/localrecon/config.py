@@ -1,19 +1,38 @@
 """Every setting, with its one default; no torch here."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from tenfold import UserError
-from tenfold.errors import did_you_mean
-from tenfold.trainer_config import Device
+from tenfold import config as base
+from tenfold.config import (
+    Count,
+    Device,
+    Distinct,
+    Ge,
+    Interval,
+    Length,
+    Natural,
+    NonNegative,
+    Positive,
+    Precision,
+    Probability,
+    Seed,
+    Seeds,
+    Settings,
+    parse_bytes,
+)
+from tenfold.errors import UserError
+from tenfold.reading import Reading
 
 Method = Literal["bp", "ckpt", "accum", "local", "sgr", "bpfree"]
+Feedback = Literal["transpose", "fa", "sign"]
 HeadKind = Literal["auto", "linear", "gap_linear", "conv_gap", "mlp_sr", "aug", "token", "token_block", "lm"]
-METHODS = ("bp", "ckpt", "accum", "local", "sgr", "bpfree")
+Part = Annotated[float, Interval(ge=0, lt=1)]
+"""A part of a whole that may be nothing, and not all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGRConfig:
+class SGRConfig(Settings):
     """Successive gradient reconciliation: how later modules are made to want what earlier ones do.
 
     Args:
@@ -23,38 +42,25 @@ class SGRConfig:
         estimator: shift (two first-order passes, ours) or exact (double backward).
         shift_clip: largest shift of a sample, as a share of its norm; null leaves it.
         fraction: share of the samples that are reconciled, in (0, 1]; below 1 only without BatchNorm.
-        every: reconcile at every so-manieth step, with lam multiplied by it.
+        every: steps between two reconciliations; lam is multiplied by it.
         ramp: share of the training over which lam rises from 0.
         anneal_last: share of the training, at its end, over which lam falls to 0.
-        gate: weaken lam by (loss of this module / loss of the one before)^2 where this one is better.
-        reg_to_head: let the reconciliation train the local head, too.
-        math_attention: with exact, compute attention by a kernel that has second derivatives (quadratic memory).
+        gate: whether lam is weakened by (loss of this module / loss of the one before)^2 where this one is better.
+        reg_to_head: whether the reconciliation trains the local head, too.
+        math_attention: whether attention is computed by a kernel that has second derivatives (quadratic memory), for exact.
     """
 
-    lam: float = 1.0
+    lam: NonNegative = 1.0
     dist: Literal["sample", "mean", "relative", "cosine"] = "sample"
     estimator: Literal["shift", "exact"] = "shift"
-    shift_clip: float | None = 0.5
-    fraction: float = 1.0
-    every: int = 1
-    ramp: float = 0.05
-    anneal_last: float = 0.0
+    shift_clip: Positive | None = 0.5
+    fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    every: Count = 1
+    ramp: Probability = 0.05
+    anneal_last: Probability = 0.0
     gate: bool = False
     reg_to_head: bool = True
     math_attention: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.lam >= 0:
-            raise UserError(f"lam must be 0 or more, got {self.lam}")
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"fraction must be in (0, 1], got {self.fraction}")
-        if self.every < 1:
-            raise UserError(f"every must be 1 or more, got {self.every}")
-        if self.shift_clip is not None and not self.shift_clip > 0:
-            raise UserError(f"shift_clip must be above 0, or null, got {self.shift_clip}")
-        for name in ("ramp", "anneal_last"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
     def strength(self, step: int, total_steps: int | None) -> float:
         """Weight of the reconciliation at a step (counted from 0); 0 where it is off."""
@@ -69,107 +75,94 @@ class SGRConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadSpec:
+class HeadSpec(Settings):
     """The small classifier of a module.
 
     Args:
-        kind: auto is conv_gap for feature maps, token for tokens, lm for language models, linear for vectors. gap_linear
-            (pool, linear), conv_gap (3 x 3 convolution, pool, two layers: InfoPro's), mlp_sr (DGL's), aug (AugLocal's
-            layers of the rest of the network), token (LayerNorm, pooled tokens, linear), token_block (a transformer block
-            before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given).
+        kind: kind of head. auto is conv_gap for feature maps, token for tokens, lm for language models, linear for vectors.
+            gap_linear (pool, linear), conv_gap (3 x 3 convolution, pool, two layers: InfoPro's), mlp_sr (DGL's), aug
+            (AugLocal's layers of the rest of the network), token (LayerNorm, pooled tokens, linear), token_block (a
+            transformer block before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given).
         hidden: width of the hidden layer of conv_gap.
-        channels: most channels of conv_gap's convolution, which has twice the module's (InfoPro's has no limit; in wide
-            networks its weights would outweigh what is saved).
+        channels: maximum number of channels of conv_gap's convolution, which has twice the module's (InfoPro's has no
+            limit; in wide networks its weights would outweigh what is saved).
         classifier: last layer. trainable, random (fixed) or etf (fixed, simplex equiangular tight frame).
-        pool: of token: mean or cls (the first token).
-        rank: of lm's factorized output layer; null is full.
-        depth: of aug: most layers of a head; falls linearly to 1 at the last module.
-        chunk: of lm: tokens whose logits exist at a time.
+        pool: pooling of token: mean or cls (the first token).
+        rank: rank of lm's factorized output layer; null is full.
+        depth: maximum number of layers of an aug head; falls linearly to 1 at the last module.
+        chunk: tokens of lm whose logits exist at a time.
         label_smoothing: share of the target spread over all classes.
         predsim: weight of the similarity-matching loss (PredSim); the cross-entropy has 1 - predsim. PredSim's paper: 0.99.
     """
 
     kind: HeadKind = "auto"
-    hidden: int = 128
-    channels: int = 256
+    hidden: Count = 128
+    channels: Count = 256
     classifier: Literal["trainable", "random", "etf"] = "trainable"
     pool: Literal["mean", "cls"] = "mean"
-    rank: int | None = None
-    depth: int = 3
-    chunk: int = 2048
-    label_smoothing: float = 0.0
-    predsim: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("hidden", "channels", "depth", "chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"rank must be 1 or more, got {self.rank}")
-        for name in ("label_smoothing", "predsim"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+    rank: Count | None = None
+    depth: Count = 3
+    chunk: Count = 2048
+    label_smoothing: Part = 0.0
+    predsim: Part = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+class OptimizerKind(Settings):
+    """The optimizer of each module.
+
+    Args:
+        name: sgd (with Nesterov momentum; one state per weight) or adamw (two).
+    """
+
+    name: Literal["sgd", "adamw"] = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(OptimizerKind):
     """The optimizer of each module, and its schedule over the training.
 
     Args:
-        name: sgd (with Nesterov momentum) or adamw.
         lr: peak learning rate.
-        weight_decay: of all weights.
-        momentum: of sgd.
+        weight_decay: decay of all weights.
+        momentum: momentum of sgd.
         schedule: cosine (to 0) or constant.
         warmup: share of the training over which the rate rises linearly.
     """
 
-    name: Literal["sgd", "adamw"] = "adamw"
-    lr: float = 3e-3
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
+    lr: Positive = 3e-3
+    weight_decay: NonNegative = 1e-4
+    momentum: Part = 0.9
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"lr must be above 0, got {self.lr}")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup must be in [0, 1), got {self.warmup}")
+    warmup: Part = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """The model and its data.
 
     Args:
-        model: mlp, convnet, resnet20, resnet32, resnet110 (of CIFAR), vit, gpt, timm:NAME, hf:FOLDER_OR_CONFIG.json, or
-            py:MODULE:FUNCTION (called without arguments; it runs code of yours).
+        model: mlp, convnet, resnet20, resnet32, resnet110 (of CIFAR), vit, gpt, timm:NAME, tv:NAME, hf:FOLDER_OR_CONFIG.json,
+            packaged:NAME or py:MODULE:FUNCTION (which runs code of yours).
         data: digits, glyphs, topics, imagefolder:DIR, cifar10:DIR, npz:FILE or text:FILE.
         width: channels or features of the built-in models; default: that of the model.
         depth: blocks of mlp, convnet, vit and gpt; default: that of the model.
+        reading: how image files are read.
         image_size: side of the images of an imagefolder.
         window: tokens (bytes) in a row of text.
         batch_size: samples in a step.
         device: where to compute; auto takes a GPU when there is one.
-        seed: of weights, order, augmentation and dropout.
     """
 
     model: str
     data: str
-    width: int | None = None
-    depth: int | None = None
-    image_size: int = 224
-    window: int = 128
-    batch_size: int = 64
+    width: Count | None = None
+    depth: Count | None = None
+    reading: Reading = field(default_factory=Reading)
+    image_size: Count = 224
+    window: Count = 128
+    batch_size: Count = 64
     device: Device = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("width", "depth", "image_size", "window", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}, expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,132 +172,142 @@ class SplitSettings(ModelSettings):
     Args:
         k: number of modules (4 is ours).
         budget: peak bytes of a training step, such as 2GB; the smallest number of modules that fits is taken, not k.
-        balance: what the modules are to have equal shares of. memory (of their activations), flops, params or blocks.
-        cuts: cut after these blocks, by number from 1 on, in place of k and balance.
+        balance: what the modules have equal shares of. memory (of their activations), flops, params or blocks.
+        cuts: numbers of the blocks, from 1 on, after which to cut, in place of k and balance.
         adapter: how the model is taken apart; auto tries all of them.
         head: the local heads.
         sgr: the reconciliation.
-        optimizer: of each module.
+        optimizer: optimizer of each module.
     """
 
-    k: int = 4
+    k: Count = 4
     budget: str | None = None
     balance: Literal["memory", "flops", "params", "blocks"] = "memory"
-    cuts: list[int] | None = None
+    cuts: Annotated[list[Count], Length(1), Distinct()] | None = None
     adapter: str = "auto"
     head: HeadSpec = field(default_factory=HeadSpec)
     sgr: SGRConfig = field(default_factory=SGRConfig)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    optimizer: OptimizerKind = field(default_factory=OptimizerKind)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1:
-            raise UserError(f"--k is {self.k}, expected 1 or more")
         if self.budget is not None:
-            parse_bytes(self.budget)
+            parse_bytes(self.budget, "--budget")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(SplitSettings):
-    """Settings of `localrecon plan`."""
+    """Decide where a model is cut, and predict the peak memory of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings(SplitSettings):
-    """How it is trained.
+class AugmentSettings(Settings):
+    """How training items are varied.
 
     Args:
-        epochs: passes over the training data.
         augment: none, crop (random crop and flip, as usual on CIFAR) or timm (RandAugment, random erasing; needs timm).
-        randaugment: of timm: its policy.
-        erasing: of timm: probability of random erasing.
-        mixup: of timm: alpha of mixup, 0 is off.
-        cutmix: of timm: alpha of CutMix, 0 is off.
+        randaugment: policy of timm's RandAugment.
+        erasing: probability of timm's random erasing.
+    """
+
+    augment: Literal["none", "crop", "timm"] = "none"
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    erasing: Probability = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(SplitSettings, AugmentSettings):
+    """How a model is trained.
+
+    Args:
+        optimizer: optimizer of each module, and its schedule.
+        epochs: passes over the training data.
+        mixup: alpha of timm's mixup; 0 is off.
+        cutmix: alpha of timm's CutMix; 0 is off.
         accumulate: parts that a batch is computed in, one after another, with the result of the whole.
         clip_norm: largest norm of a module's gradient; null leaves it.
-        precision: 32, bf16 or 16 (mixed; 16 with a loss scale of each module); auto is bf16 on a GPU that has it.
-        compile: compile each module.
-        validation: share of the training data that is held out and measured after each epoch.
+        precision: 32, bf16 or 16 (mixed; 16 with a loss scale for each module); auto is bf16 on a GPU that has it.
+        compile: whether each module is compiled.
+        feedback: feedback of bpfree. transpose, fa (feedback alignment: fixed random weights) or sign.
         workers: processes that read the data.
         devices: number of devices.
-        strategy: of several devices; ddp (each module's gradients are averaged as soon as they are there) or auto.
+        strategy: strategy of several devices: ddp (each module's gradients are averaged as soon as they are there) or auto.
+    """
+
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    epochs: Count = 10
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    accumulate: Count = 1
+    clip_norm: Positive | None = None
+    precision: Precision = "auto"
+    compile: bool = False
+    feedback: Feedback = "transpose"
+    workers: Natural = 0
+    devices: Count = 1
+    strategy: Literal["auto", "ddp"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings(Settings):
+    """What a training measures and writes on its way.
+
+    Args:
+        validation: share of the training data that is held out and measured.
+        validate_every: steps between two validations; 0 validates at the end of each epoch.
         checkpoint_every: steps between two checkpoints.
         log_every: steps between two rows of metrics.csv.
     """
 
-    epochs: int = 10
-    augment: Literal["none", "crop", "timm"] = "none"
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    erasing: float = 0.25
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    accumulate: int = 1
-    clip_norm: float | None = None
-    precision: Literal["auto", "32", "bf16", "16"] = "auto"
-    compile: bool = False
-    validation: float = 0.0
-    workers: int = 0
-    devices: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"
-    checkpoint_every: int = 500
-    log_every: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("epochs", "accumulate", "devices", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
-        if not 0 <= self.validation < 1:
-            raise UserError(f"--validation is {self.validation}, expected a share in [0, 1)")
+    validation: Part = 0.0
+    validate_every: Natural = 0
+    checkpoint_every: Count = 500
+    log_every: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(TrainingSettings):
-    """Settings of `localrecon train`.
+class TrainSettings(TrainingSettings, RecordSettings):
+    """Train a model, block by block or by one of the baselines.
 
     Args:
-        method: sgr, local (no reconciliation), bp (ordinary backpropagation), ckpt (with activation checkpointing), accum
-            (with gradient accumulation over k parts) or bpfree (closed form, one layer a module; mlp and convnet alone).
-        feedback: of bpfree. transpose, fa (feedback alignment: fixed random weights) or sign.
+        method: sgr, local (no reconciliation), bp (ordinary back-propagation), ckpt (with activation checkpointing), accum
+            (with gradient accumulation over k parts) or bpfree (closed form, one layer per module; mlp and convnet alone).
+        seed: seed of weights, order, augmentation and dropout.
     """
 
     method: Method = "sgr"
-    feedback: Literal["transpose", "fa", "sign"] = "transpose"
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validate_every and not self.validation:
+            raise UserError("--validate_every needs --validation, the share of the data that is held out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(TrainingSettings):
-    """Settings of `localrecon compare`.
+    """Train by several methods over several seeds: accuracy, memory and time.
 
     Args:
-        methods: arms, of bp, ckpt, accum, local, sgr and bpfree; all with the same epochs, seeds and optimizer.
+        arms: methods to compare, of bp, ckpt, accum, local, sgr and bpfree; all with the same epochs, seeds and optimizer.
         ks: numbers of modules of local and sgr; default: k.
-        seeds: of the report.
-        feedback: of bpfree. transpose, fa (feedback alignment: fixed random weights) or sign.
+        seeds: seeds of weights, order, augmentation and dropout.
+        executor: where arms are measured: processes:N on this machine, or dask:ADDRESS; default: here, one after another.
     """
 
-    methods: list[Method] = field(default_factory=lambda: ["bp", "ckpt", "local", "sgr"])
-    ks: list[int] | None = None
-    seeds: list[int] = field(default_factory=lambda: [0])
-    feedback: Literal["transpose", "fa", "sign"] = "transpose"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("methods", "ks", "seeds"):
-            values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) < len(values)):
-                raise UserError(f"--{name} must name at least one, and none twice; got {values}")
-        if any(seed >= 100 for seed in self.seeds):
-            raise UserError(f"seeds from 100 on are for tuning; report others, got {self.seeds}")
+    arms: Annotated[list[Method], Length(1), Distinct()] = field(default_factory=lambda: ["bp", "ckpt", "local", "sgr"])
+    ks: Annotated[list[Count], Length(1), Distinct()] | None = None
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
+    executor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(Settings):
     """Which training a command works on.
 
     Args:
-        run: folder of `localrecon train`.
-        data: other data than the training's, in the same form.
+        run: folder of a finished `localrecon train`, or a file in it.
+        data: data in the same form as the training's; default: the training's own.
         device: where to compute; auto takes a GPU when there is one.
     """
 
@@ -315,79 +318,42 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(RunSettings):
-    """Settings of `localrecon evaluate`.
+    """Measure a training on its test data, with early exits if wanted.
 
     Args:
-        threshold: leave at the first exit whose probability is at least so high, and say what that saves; null does not.
+        threshold: probability from which on the first exit that has it is taken, and what that saves is measured; null
+            takes the last exit.
     """
 
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise UserError(f"--threshold is {self.threshold}, expected a probability in (0, 1]")
+    threshold: Annotated[float, Interval(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseSettings(RunSettings):
-    """Settings of `localrecon diagnose`.
+    """Show what the modules of a training want of each other.
 
     Args:
-        samples: of the training data that are looked at.
+        samples: number of training samples to look at.
     """
 
-    samples: int = 256
-
-    def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise UserError(f"--samples is {self.samples}, expected 2 or more")
+    samples: Annotated[int, Ge(2)] = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings(RunSettings):
-    """Settings of `localrecon export`.
+class ExportSettings(Settings):
+    """Write a trained model's weights under its own key names, or its graph.
 
     Args:
-        heads: also write the local heads, for early exits.
+        run: folder of a finished `localrecon train`, or a file in it.
+        format: safetensors (weights), torch-export or onnx (graph with weights).
+        heads: whether the local heads are written, too, for early exits.
     """
 
+    run: str
+    format: Literal["safetensors", "torch-export", "onnx"] = "safetensors"
     heads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """Settings of `localrecon demo`.
-
-    Args:
-        level: quick (mechanics only), default (direction of the main claim) or full (five seeds decide every claim).
-        seeds: of the trainings; default: 0 for quick, 0 and 1 for default, 0 to 4 for full.
-    """
-
-    level: Literal["quick", "default", "full"] = "default"
-    seeds: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.seeds == []:
-            raise UserError("--seeds must name at least one")
-
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of ``"2GB"``, ``"500 MiB"`` or ``"123456"``.
-
-    Raises:
-        UserError: no such number or unit.
-    """
-    number = text.strip().rstrip("BbIiKkMmGg")
-    unit = text.strip()[len(number) :].strip().upper() or "B"
-    try:
-        value = float(number)
-    except ValueError:
-        raise UserError(f"'{text}' is no number of bytes, expected one like 2GB or 500MiB") from None
-    if unit not in _UNITS:
-        raise UserError(f"'{text}': unknown unit; {did_you_mean(unit, _UNITS)}")
-    if not value > 0:
-        raise UserError(f"'{text}': expected more than 0 bytes")
-    return int(value * _UNITS[unit])
+class DemoSettings(base.DemoSettings):
+    """Show what reconciliation and local training do, on two cores."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from localrecon.config import TrainingSettings
+from localrecon.config import AugmentSettings, ModelSettings, TrainingSettings
 from localrecon.models import DataForm
-from tenfold import UserError, datasets
-from tenfold.errors import MissingExtraError
+from tenfold import UserError, datasets, images, readers
+from tenfold.errors import needs
+from tenfold.models import IMAGENET
 
 KINDS = ("imagefolder", "cifar10", "npz", "text")
 EMBEDDED = ("digits", "glyphs", "topics")
@@ -30,11 +32,11 @@ class Data:
 
     Attributes:
         train: gives (input, label) for an index; what it draws at random comes from torch's global generator.
-        test: likewise, without augmentation.
+        test: gives (input, label) for an index, without augmentation.
         plain: the training items without augmentation.
         form: what a model has to know.
-        source: what it is, and whether it is real or rendered.
-        classes: names.
+        source: what the data are, and whether they are real or rendered.
+        classes: names of the classes; empty for text.
     """
 
     train: Dataset[Item]
@@ -45,8 +47,8 @@ class Data:
     classes: tuple[str, ...] = ()
 
 
-class _Images(Dataset[Item]):
-    """Arrays (N, C, H, W), normalized when asked for; with ``crop``, padded by an eighth, cropped at random, flipped."""
+class _Arrays(Dataset[Item]):
+    """Images (N, C, H, W), normalized when asked for; with ``crop``, padded by an eighth, cropped at random, mirrored."""
 
     def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, *, crop: bool) -> None:
         self.images, self.labels, self.mean, self.std, self.crop = images, labels, mean, std, crop
@@ -69,17 +71,14 @@ class _Images(Dataset[Item]):
 class _Files(Dataset[Item]):
     """Image files, decoded and transformed when asked for."""
 
-    def __init__(self, folder: datasets.ImageFolder, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, folder: readers.ImageFolder, transform: Callable[[Any], Tensor]) -> None:
         self.folder, self.transform = folder, transform
 
     def __len__(self) -> int:
         return len(self.folder.paths)
 
     def __getitem__(self, index: int) -> Item:
-        from PIL import Image
-
-        image = Image.fromarray(datasets.read_image(self.folder.paths[index]))
-        return self.transform(image), int(self.folder.labels[index])
+        return self.transform(images.open_image(self.folder.paths[index])), int(self.folder.labels[index])
 
 
 class _Windows(Dataset[Item]):
@@ -100,32 +99,39 @@ class _Windows(Dataset[Item]):
         return row[:-1], row[1:]
 
 
-def load_data(settings: TrainingSettings) -> Data:
+def load_data(settings: ModelSettings, augment: AugmentSettings | None = None) -> Data:
     """The data that ``--data`` names.
+
+    Args:
+        settings: source and sizes.
+        augment: how training items are varied; default: not at all.
 
     Raises:
         UserError: it cannot be read, or is not of the form that its kind has.
+        MissingExtraError: the augmentation needs a library that is not installed.
     """
-    kind, path = datasets.parse_source(settings.data, kinds=KINDS, embedded=EMBEDDED)
-    if kind in {"text", "topics"}:
-        return _text(path, settings)
-    if settings.augment == "timm" and kind != "imagefolder":
+    kind, path = readers.parse_source(settings.data, kinds=KINDS, embedded=EMBEDDED)
+    augment = augment or AugmentSettings()
+    if augment.augment != "none" and kind in {"text", "topics"}:
+        raise UserError(f"--augment {augment.augment} is for images, not for --data {settings.data}")
+    if augment.augment == "timm" and kind != "imagefolder":
         raise UserError(f"--augment timm goes with --data imagefolder:DIR, not with {kind}: take crop or none")
+    if path is None:
+        if kind == "topics":
+            pages = datasets.topics()
+            return _text(pages.text.encode(), str(pages), settings.window)
+        train, test = datasets.glyphs(classes=GLYPHS) if kind == "glyphs" else datasets.digits()
+        return images_data(train, test, crop=augment.augment == "crop")
+    if kind == "text":
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"--data {settings.data}: {error.strerror}") from error
+        return _text(content, f"the user's: {path.name}", settings.window)
     if kind == "imagefolder":
-        assert path is not None
-        return _image_folder(path, settings)
-    if kind == "npz":
-        assert path is not None
-        train, held = datasets.npz_images(path)
-        test = _tested(held, path)
-    elif kind == "cifar10":
-        assert path is not None
-        train, test = datasets.cifar(path)
-    elif kind == "glyphs":
-        train, test = datasets.glyphs(classes=GLYPHS)
-    else:
-        train, test = datasets.digits()
-    return images_data(train, test, crop=settings.augment == "crop")
+        return _image_folder(path, settings, augment)
+    train, held = readers.npz_images(path) if kind == "npz" else readers.cifar(path)
+    return images_data(train, _tested(held, path), crop=augment.augment == "crop")
 
 
 def _tested(part: Part | None, path: Path) -> Part:
@@ -134,45 +140,33 @@ def _tested(part: Part | None, path: Path) -> Part:
     return part
 
 
-def images_data(train: datasets.Images, test: datasets.Images, *, crop: bool = False) -> Data:
-    """Arrays as tensors, every channel of mean 0 and deviation 1 on the training images."""
-    images = [_channels_first(part.images) for part in (train, test)]
+def images_data(train: readers.Images, test: readers.Images, *, crop: bool = False) -> Data:
+    """Arrays as tensors, every channel of mean 0 and deviation 1 on the training images.
+
+    Raises:
+        UserError: training and test images of different sizes.
+    """
+    pixels = [images.to_tensor(part.images) for part in (train, test)]
     labels = [torch.from_numpy(part.labels) for part in (train, test)]
-    sample = images[0][:: max(1, len(images[0]) // 10_000)].double()
-    mean = sample.mean(dim=(0, 2, 3)).float()[:, None, None]
-    std = sample.std(dim=(0, 2, 3)).float()[:, None, None].clamp_min(1e-6)
-    shape = tuple(images[0].shape[1:])
-    if shape != tuple(images[1].shape[1:]):
-        raise UserError(
-            f"training images are {shape}, test images {tuple(images[1].shape[1:])}: expected the same size"
-        )
+    shape, other = (tuple(part.shape[1:]) for part in pixels)
+    if shape != other:
+        raise UserError(f"training images are {shape}, test images {other}: expected the same size")
+    mean, std = (value.float()[:, None, None] for value in images.pixel_statistics(pixels[0], scale=1, most=10_000))
+    std = std.clamp_min(1e-6)
     return Data(
-        _Images(images[0], labels[0], mean, std, crop=crop),
-        _Images(images[1], labels[1], mean, std, crop=False),
-        _Images(images[0], labels[0], mean, std, crop=False),
+        _Arrays(pixels[0], labels[0], mean, std, crop=crop),
+        _Arrays(pixels[1], labels[1], mean, std, crop=False),
+        _Arrays(pixels[0], labels[0], mean, std, crop=False),
         DataForm("classify", shape, len(train.classes)),
         train.source,
         train.classes,
     )
 
 
-def _channels_first(images: NDArray[Any]) -> Tensor:
-    tensor = torch.tensor(images)  # a copy, since embedded data are read-only
-    return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
-
-
-def _text(path: Path | None, settings: TrainingSettings) -> Data:
-    """Bytes of a file, or Python's documentation; the last tenth tests."""
-    if path is None:
-        source, content = str(datasets.topics()), datasets.topics().text.encode()
-    else:
-        try:
-            source, content = f"of the user: {path.name}", path.read_bytes()
-        except OSError as error:
-            raise UserError(f"--data {settings.data}: {error.strerror}") from error
+def _text(content: bytes, source: str, window: int) -> Data:
+    """Bytes; the last tenth tests."""
     text = np.frombuffer(content, np.uint8)
     cut = len(text) * 9 // 10
-    window = settings.window
     return Data(
         _Windows(text[:cut], window, move=True),
         _Windows(text[cut:], window, move=False),
@@ -182,74 +176,72 @@ def _text(path: Path | None, settings: TrainingSettings) -> Data:
     )
 
 
-def _image_folder(path: Path, settings: TrainingSettings) -> Data:
-    """DIR/train/CLASS/... and DIR/val/CLASS/... (or test)."""
-    train, held = datasets.image_folders(path)
-    test = _tested(held, path)
-    size = settings.image_size
-    plain = _EvaluationTransform(size)
-    form = DataForm("classify", (3, size, size), len(train.classes))
+def _image_folder(path: Path, settings: ModelSettings, augment: AugmentSettings) -> Data:
+    train, held = readers.image_folders(path, settings.reading)
+    test, size = _tested(held, path), settings.image_size
+    left_out = len(train.skipped) + len(test.skipped)
     return Data(
-        _Files(train, _training_transform(settings)),
-        _Files(test, plain),
-        _Files(train, plain),
-        form,
-        f"of the user: {path.name}",
+        _Files(train, _transform(size, augment)),
+        _Files(test, _transform(size, AugmentSettings())),
+        _Files(train, _transform(size, AugmentSettings())),
+        DataForm("classify", (3, size, size), len(train.classes)),
+        f"the user's: {path.name}" + (f", without {left_out} broken pictures" if left_out else ""),
         train.classes,
     )
 
 
-_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-"""Of ImageNet, as everybody uses them."""
+_MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
 
 
-def _tensor(image: Any) -> Tensor:
-    return (torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1) - _MEAN) / _STD
+def _normalized(cut: Callable[[Any, int], NDArray[np.uint8]], size: int, image: Any) -> Tensor:
+    """What a cut makes of an image, by ImageNet's statistics."""
+    return (torch.from_numpy(cut(image, size).astype(np.float32) / 255).permute(2, 0, 1) - _MEAN) / _STD
 
 
-class _EvaluationTransform:
-    """The middle of the image, 7/8 of its shorter side."""
+def _transform(size: int, augment: AugmentSettings) -> Callable[[Any], Tensor]:
+    if augment.augment == "none":
+        return partial(_normalized, images.middle_square, size)
+    if augment.augment == "crop":
+        return partial(_normalized, images.random_square, size)
+    needs("timm", "timm", "localrecon", why="--augment timm")
+    from timm.data.transforms_factory import create_transform
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, image: Any) -> Tensor:
-        side = min(image.size) * 7 // 8
-        left, top = ((n - side) // 2 for n in image.size)
-        return _tensor(image.resize((self.size, self.size), resample=3, box=(left, top, left + side, top + side)))
-
-
-class _CropTransform:
-    """A random part of 35 to 100 % of the image, flipped half of the time."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, image: Any) -> Tensor:
-        share, x, y, flip = torch.rand(4).tolist()
-        side = max(1, int(min(image.size) * (0.35 + 0.65 * share) ** 0.5))
-        left, top = int(x * (image.width - side)), int(y * (image.height - side))
-        cut = _tensor(image.resize((self.size, self.size), resample=3, box=(left, top, left + side, top + side)))
-        return cut.flip(2) if flip < 0.5 else cut
-
-
-def _training_transform(settings: TrainingSettings) -> Callable[[Any], Tensor]:
-    if settings.augment == "none":
-        return _EvaluationTransform(settings.image_size)
-    if settings.augment == "crop":
-        return _CropTransform(settings.image_size)
-    try:
-        from timm.data.transforms_factory import create_transform
-    except ImportError as error:
-        raise MissingExtraError('--augment timm needs timm; pip install "localrecon[timm]"') from error
     transform: Callable[[Any], Tensor] = create_transform(
-        settings.image_size,
+        size,
         is_training=True,
-        auto_augment=settings.randaugment or None,
-        re_prob=settings.erasing,
+        auto_augment=augment.randaugment or None,
+        re_prob=augment.erasing,
         re_mode="pixel",
     )
     return transform
+
+
+def mixing(settings: TrainingSettings, form: DataForm) -> Callable[[Any, Tensor], tuple[Any, Tensor]] | None:
+    """Mixup and CutMix of timm for a batch, or None where neither is asked for.
+
+    Raises:
+        UserError: the data are text.
+        MissingExtraError: timm is not installed.
+    """
+    if not (settings.mixup or settings.cutmix):
+        return None
+    if form.task != "classify":
+        raise UserError(f"--mixup and --cutmix are for images, not for --data {settings.data}")
+    needs("timm", "timm", "localrecon", why="--mixup")
+    from timm.data.mixup import Mixup
+
+    mixup: Any = Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.head.label_smoothing,
+        num_classes=form.classes,
+    )
+
+    def mix(inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
+        mixed, soft = mixup(inputs, labels)
+        return mixed, torch.as_tensor(soft).to(inputs.device)
+
+    return mix
 
 
 def split_validation(data: Data, share: float, seed: int) -> tuple[Dataset[Item], Dataset[Item] | None]:

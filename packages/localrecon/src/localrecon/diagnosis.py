@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localrecon.boundary import check_labels
 from localrecon.chain import Inputs
-from localrecon.heads import terms_of
-from localrecon.net import LocalNet, frozen_statistics
-from localrecon.step import check_labels, keyed_random
+from localrecon.losses import terms_of
+from localrecon.net import LocalNet
+from localrecon.stage import frozen_statistics
+from tenfold.randomness import keyed
 
 COPYING_COSINE = 0.75
-"""Mean cosine at the boundaries from which on modules want so exactly what the one before them wants ..."""
+"""Mean cosine at the boundaries from which on modules want so exactly what the one before wants that it is suspicious ..."""
 COPYING_ERROR = 0.1
-"""... that an error at least so high of the last head is suspicious (worst collapses on digits: 0.79 to 0.86; milder: less)."""
+"""... where the last head's error is at least this (cosines of the worst collapses on digits: 0.79 to 0.86; milder: less)."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class BoundaryReport:
 
     Attributes:
         gap: |g_in - g_out| / |g_out|.
-        cosine: of g_in and g_out, mean over samples.
-        pooled_cosine: the same of gradients summed over positions (equal to it where there are none).
+        cosine: cosine of g_in and g_out, mean over samples.
+        pooled_cosine: the same for gradients summed over positions (equal to it where there are none).
         certificate: <J^T g_in, J^T g_out> / (|J^T g_in| |J^T g_out|), J of the module's parameters. Where it is positive, a
             small step of module k lowers the loss of module k + 1, too.
     """
@@ -42,11 +44,11 @@ class ReconReport:
     """What ``diagnose`` found.
 
     Attributes:
-        losses: of each head.
-        accuracies: of each head, in [0, 1].
-        boundaries: one fewer than modules.
+        losses: loss of each head.
+        accuracies: accuracy of each head, in [0, 1].
+        boundaries: what was found at each boundary.
         bp_alignment: cosine of the backbone's local gradients, all together, with the gradient of back-propagation.
-        warnings: in words.
+        warnings: what looks wrong, in words.
     """
 
     losses: tuple[float, ...]
@@ -56,7 +58,7 @@ class ReconReport:
     warnings: tuple[str, ...]
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
-        """Headers and rows of a table, one row a module."""
+        """Headers and rows of a table, one row per module."""
         headers = ["module", "loss", "accuracy", "gap to next", "cosine", "pooled cosine", "certificate"]
         rows: list[list[Any]] = []
         for k, (loss, accuracy) in enumerate(zip(self.losses, self.accuracies, strict=True)):
@@ -68,7 +70,7 @@ class ReconReport:
         return headers, rows
 
     def to_markdown(self) -> str:
-        """A table, the alignment with back-propagation, and the warnings."""
+        """The table, the alignment with back-propagation, and the warnings, as Markdown."""
         headers, rows = self.rows()
         lines = [f"| {' | '.join(map(str, line))} |" for line in (headers, ["---"] * len(headers), *rows)]
         lines += ["", f"Cosine of local gradients with back-propagation's: {self.bp_alignment:.3f}."]
@@ -76,15 +78,15 @@ class ReconReport:
 
 
 def diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int = 0) -> ReconReport:
-    """Look at a net on one batch, in training mode, without changing it (statistics and random states stay).
+    """What the modules of a net want on one batch, in training mode; the net is not changed (nor are random states).
 
     It holds the graph of the whole model once, for the gradient of back-propagation.
 
     Args:
         net: the net.
-        inputs: as for ``local_step``.
-        labels: likewise.
-        seed: of dropout.
+        inputs: inputs, as for ``local_step``.
+        labels: labels, as for ``local_step``.
+        seed: seed of dropout.
     """
     check_labels(net, labels)
     mode = net.training
@@ -107,7 +109,7 @@ def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> Recon
             x = x.detach().requires_grad_()
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         backbone = [p for p in stage.trained() if id(p) not in head]
-        with keyed_random(labels.device, seed, stage.index), frozen_statistics(stage.norms):
+        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms):
             out = stage.run_blocks(x, context)
             loss, correct = stage.judge(out, context, labels)
         asked = [out, *([x] if before is not None else []), *backbone]
@@ -179,7 +181,7 @@ def _bp_gradient(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> li
     for stage in net.segments:
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         parameters += [p for p in stage.trained() if id(p) not in head]
-        with keyed_random(labels.device, seed, stage.index), frozen_statistics(stage.norms):
+        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms):
             x = stage.run_blocks(x, context)
             if stage.is_last:
                 loss, _ = stage.judge(x, context, labels)

@@ -1,22 +1,19 @@
-"""The models that the command line knows by name; all plain ``nn.Sequential``, but for those of timm and transformers."""
+"""The models that the command line knows by name: our own, all plain ``nn.Sequential``, and those of ``tenfold.models``."""
 
-import importlib
-import importlib.util
-import json
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localrecon.bpfree import BPFreeConv2d, BPFreeLinear, BPFreeNet, Feedback
-from localrecon.config import ModelSettings
+from localrecon.bpfree import BPFreeConv2d, BPFreeLinear, BPFreeNet
+from localrecon.config import Feedback, ModelSettings
 from localrecon.heads import TokenPool, TransformerBlock
-from tenfold import UserError
-from tenfold.errors import MissingExtraError, did_you_mean
+from localrecon.tying import untie
+from tenfold import UserError, models
+from tenfold.errors import did_you_mean
 
 NAMES = ("mlp", "convnet", "resnet20", "resnet32", "resnet110", "vit", "gpt")
 
@@ -56,7 +53,7 @@ class Residual(nn.Module):
         self.stride, self.added = stride, after - before
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The sum of both ways, rectified."""
         short = x[:, :, :: self.stride, :: self.stride]
         if self.added:
             short = F.pad(short, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
@@ -85,7 +82,7 @@ class Patches(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """One token per patch, with its position."""
         return self.project(x).flatten(2).transpose(1, 2) + self.positions
 
 
@@ -99,7 +96,7 @@ class Tokens(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """One embedding per token, with its position."""
         return torch.as_tensor(self.token(x)) + self.position[:, : x.shape[1]]
 
 
@@ -110,7 +107,7 @@ def _heads(width: int) -> int:
 def vit(
     channels: int, size: int, classes: int, width: int = 192, depth: int = 8, patch: int | None = None
 ) -> nn.Sequential:
-    """A small ViT with mean pooling; patches so that 36 to 64 tokens come of an image."""
+    """A small ViT with mean pooling; patches are chosen so that an image gives 36 to 64 tokens."""
     patch = patch or max(1, size // 8 if size % 8 == 0 else size // 6)
     if size % patch:
         raise UserError(f"images of {size} pixels do not divide into patches of {patch}")
@@ -132,127 +129,96 @@ class DataForm:
 
     Attributes:
         task: classify or lm.
-        shape: of an image (C, H, W); (T,) of text.
-        classes: or size of the vocabulary.
+        shape: shape of an input: (C, H, W) of an image, (T,) of text.
+        classes: number of classes, or size of the vocabulary.
     """
 
-    task: str
+    task: Literal["classify", "lm"]
     shape: tuple[int, ...]
     classes: int
 
+    def __str__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"{shape} bytes of text" if self.task == "lm" else f"images of {shape} in {self.classes} classes"
 
-def build_model(settings: ModelSettings, data: DataForm) -> nn.Module:
+
+def build_model(settings: ModelSettings, form: DataForm) -> nn.Module:
     """The model that the settings name, for data of that form.
 
     Raises:
         UserError: an unknown name, or one that does not go with the data.
+        MissingExtraError: the library of the model is not installed.
     """
-    kind, colon, name = settings.model.partition(":")
-    if colon:
-        return _from_elsewhere(settings.model, kind, name, data)
-    if settings.model not in NAMES:
-        forms = "timm:NAME, hf:FOLDER_OR_CONFIG.json or py:MODULE:FUNCTION"
-        raise UserError(f"--model {settings.model}: {did_you_mean(settings.model, NAMES)}; or {forms}")
-    if (settings.model == "gpt") != (data.task == "lm"):
+    name = settings.model
+    named = ":" in name
+    if not named and name not in NAMES:
+        forms = ", ".join(models.FORMS.values())
+        raise UserError(f"--model {name}: unknown name: {did_you_mean(name, NAMES)}; or one of {forms}")
+    if _task_of(name) not in {form.task, ""}:
         raise UserError(
-            f"--model {settings.model} does not go with --data {settings.data}: text wants gpt or hf:, images not"
+            f"--model {name} does not go with --data {settings.data}: text wants gpt, hf: or py:, images another one"
         )
     sizes = {key: value for key in ("width", "depth") if (value := getattr(settings, key)) is not None}
-    if settings.model == "gpt":
-        return gpt(data.classes, settings.window, **sizes)
-    channels, height, width = data.shape
-    if settings.model == "mlp":
-        return mlp(channels * height * width, data.classes, **sizes)
-    if settings.model == "convnet":
-        return convnet(channels, data.classes, **sizes)
-    if settings.model == "vit":
-        return vit(channels, height, data.classes, **sizes)
+    if named:
+        if sizes:
+            raise UserError(f"--{next(iter(sizes))} is for built-in models, not for --model {name}")
+        return _named(name, form)
+    if name == "gpt":
+        return gpt(form.classes, *form.shape, **sizes)
+    channels, height, width = form.shape
+    if name == "mlp":
+        return mlp(channels * height * width, form.classes, **sizes)
+    if name == "convnet":
+        return convnet(channels, form.classes, **sizes)
+    if name == "vit":
+        return vit(channels, height, form.classes, **sizes)
     if "depth" in sizes:
-        raise UserError(f"--depth is in the name of --model {settings.model}")
-    return cifar_resnet(int(settings.model.removeprefix("resnet")), channels, data.classes, **sizes)
+        raise UserError(f"--depth is in the name of --model {name}")
+    return cifar_resnet(int(name.removeprefix("resnet")), channels, form.classes, **sizes)
 
 
-def _from_elsewhere(full: str, kind: str, name: str, data: DataForm) -> nn.Module:
-    if kind == "timm":
-        _needs("timm", "timm")
-        import timm
+def _task_of(name: str) -> str:
+    """The task that a model is for; empty where only its data or the model itself can say."""
+    kind, colon, rest = name.partition(":")
+    if not colon:
+        return "lm" if name == "gpt" else "classify"
+    if kind == "packaged" and rest in models.PACKAGED:
+        return "classify" if models.PACKAGED[rest].architecture else "lm"
+    return "classify" if kind in {"timm", "tv"} else ""
 
-        known = timm.list_models()
-        if name.partition(".")[0] not in known:
-            raise UserError(f"--model {full}: {did_you_mean(name, known)}")
-        return _as_module(timm.create_model(name, num_classes=data.classes, in_chans=data.shape[0]))
-    if kind == "hf":
-        return _transformers(full, name, data)
-    if kind == "py":
-        module, colon, function = name.rpartition(":")
-        if not colon or importlib.util.find_spec(module.partition(".")[0]) is None:
-            raise UserError(f"--model {full}: expected py:MODULE:FUNCTION of a module that can be imported")
-        factory = getattr(importlib.import_module(module), function, None)
-        if factory is None:
-            raise UserError(f"--model {full}: module {module} has no {function}")
-        model = factory()
-        if not isinstance(model, nn.Module):
-            raise UserError(f"--model {full}: it returned {type(model).__name__}, expected a torch module")
+
+def _named(name: str, form: DataForm) -> nn.Module:
+    if form.task == "classify":
+        return models.build(name, num_classes=form.classes, in_chans=form.shape[0])
+    model = models.build(name, num_classes=form.classes, auto="AutoModelForCausalLM")
+    if name.startswith("py:"):
         return model
-    raise UserError(f"--model {full}: unknown kind '{kind}'; {did_you_mean(kind, ['timm', 'hf', 'py'])}")
-
-
-def _as_module(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _transformers(full: str, name: str, data: DataForm) -> nn.Module:
-    _needs("transformers", "transformers")
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from localrecon.chain import untie
-
-    path = Path(name)
-    if data.task != "lm":
-        raise UserError(f"--model {full} does not go with these data: it is a language model, and wants text")
-    if not path.exists():
-        raise UserError(f"--model {full}: no such file or folder: {path}")
-    if path.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
-    else:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            config = AutoConfig.for_model(values.pop("model_type"), **values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a configuration of transformers ({error})") from error
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    vocabulary = model.config.vocab_size
-    if vocabulary < data.classes:
+    vocabulary = int(cast("Any", model).config.vocab_size)
+    if vocabulary < form.classes:
         raise UserError(
-            f"{path}: a vocabulary of {vocabulary} is too small for bytes, of which there are {data.classes}"
+            f"--model {name}: a vocabulary of {vocabulary} is too small for bytes, of which there are {form.classes}"
         )
-    return untie(_as_module(model))
+    return untie(model)
 
 
-def _needs(module: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise MissingExtraError(f'{module} is not installed; pip install "localrecon[{extra}]"')
-
-
-def build_bpfree(settings: ModelSettings, data: DataForm, feedback: Feedback) -> BPFreeNet:
-    """The BP-free net of the size of ``mlp`` or ``convnet``: one layer a module, ReLU, no normalization.
+def build_bpfree(settings: ModelSettings, form: DataForm, feedback: Feedback) -> BPFreeNet:
+    """The BP-free net of the size of ``mlp`` or ``convnet``: one layer per module, ReLU, no normalization.
 
     Raises:
-        UserError: another model.
+        UserError: the settings name another model.
     """
     if settings.model not in {"mlp", "convnet"}:
-        raise UserError(f"method bpfree takes --model mlp or convnet (one layer a module), not {settings.model}")
-    channels, height, width = data.shape
+        raise UserError(f"method bpfree takes --model mlp or convnet (one layer per module), not {settings.model}")
+    channels, height, width = form.shape
     layers: list[BPFreeLinear | BPFreeConv2d] = []
     if settings.model == "mlp":
         wide, depth = settings.width or 32, settings.depth or 10
         for i in range(depth):
             inputs = channels * height * width if i == 0 else wide
-            layers.append(BPFreeLinear(inputs, wide, data.classes, feedback=feedback))
+            layers.append(BPFreeLinear(inputs, wide, form.classes, feedback=feedback))
     else:
         wide, depth = settings.width or 24, settings.depth or 12
         for i in range(depth):
             inputs = channels if i == 0 else wide
-            layers.append(BPFreeConv2d(inputs, wide, 3, 1, data.classes, feedback=feedback))
+            layers.append(BPFreeConv2d(inputs, wide, 3, 1, form.classes, feedback=feedback))
     return BPFreeNet(layers)

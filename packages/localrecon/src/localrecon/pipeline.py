@@ -9,22 +9,22 @@ import dataclasses
 import itertools
 import queue as queues
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import Tensor
 
+from localrecon.boundary import Boundary, StepOptions, first_boundary
 from localrecon.chain import Inputs
 from localrecon.config import SGRConfig
 from localrecon.net import LocalNet
+from localrecon.optimizers import OptimizerFactory, SchedulerFactory
 from localrecon.plan import partition
-from localrecon.step import Boundary, ModuleReport, StepOptions, StepReport, first_boundary, train_stage
+from localrecon.step import ModuleReport, StepReport, train_stage
 from tenfold import UserError
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Work:
     first: int
     past: int
     optimizer: OptimizerFactory
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None
+    scheduler: SchedulerFactory | None
     sgr: SGRConfig
     options: StepOptions
     device: str
@@ -57,15 +57,15 @@ class PipelineTrainer:
 
     Args:
         net: the net; it may not be used until ``collect``.
-        optimizer: parameters -> optimizer; a function that a process can be sent (``functools.partial``, no lambda).
+        optimizer: parameters -> optimizer; a function that can be sent to a process (``functools.partial``, no lambda).
         sgr: the reconciliation.
-        options: seed, clip_norm and the like; ``step`` is where to begin.
-        scheduler: optimizer -> learning-rate scheduler, stepped once a step; likewise sendable.
+        options: seed, clip_norm and the like; ``step`` is the number of the first step.
+        scheduler: optimizer -> learning-rate scheduler, stepped after each step; it can be sent to a process as well.
         workers: number of processes; each gets neighboring modules with about equal shares of the computation.
-        devices: one a worker, such as ["cuda:0", "cuda:1"]; default: all on the CPU.
+        devices: one per worker, such as ["cuda:0", "cuda:1"]; default: all on the CPU.
         queue: batches that may wait before each worker; bounds the memory.
-        threads: of each worker.
-        timeout: seconds without any result after which the workers are given up.
+        threads: threads of each worker.
+        timeout: seconds without any result after which the workers are given up on.
 
     Raises:
         UserError: more workers than modules, or a device for each is not given.
@@ -77,7 +77,7 @@ class PipelineTrainer:
         optimizer: OptimizerFactory,
         sgr: SGRConfig | None = None,
         options: StepOptions | None = None,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        scheduler: SchedulerFactory | None = None,
         *,
         workers: int = 2,
         devices: Sequence[str] | None = None,
@@ -128,7 +128,12 @@ class PipelineTrainer:
                 process.join()
 
     def steps(self, batches: Iterable[tuple[Inputs, Tensor]]) -> Iterator[StepReport]:
-        """Train on each batch; reports come in order, a few steps late."""
+        """Train on each batch; the reports come in order, a few steps late.
+
+        Raises:
+            RuntimeError: a worker has died or has not answered in time.
+            UserError: what a step raises, as in one process.
+        """
         found: dict[int, dict[int, ModuleReport]] = {}
         step = self.step
         for inputs, labels in batches:
@@ -200,7 +205,7 @@ class PipelineTrainer:
 
 
 def step_message(step: int, boundary: Boundary) -> tuple[Any, ...]:
-    """What is sent from process to process."""
+    """What one process sends to the next."""
     fields = (boundary.x, boundary.target, boundary.context, boundary.labels, boundary.loss_average)
     return ("step", step, *fields)
 

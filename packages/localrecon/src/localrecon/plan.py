@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from localrecon.errors import PlanMismatchError
 from tenfold import UserError
 
 Balance = Literal["memory", "flops", "params", "blocks"]
+
+
+class PlanMismatchError(UserError):
+    """A plan, or a checkpoint, was made for another model or another split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +20,19 @@ class SplitPlan:
     """Which blocks form which module. Plain data: ``to_json`` and ``from_json``.
 
     Attributes:
-        adapter: what took the model apart.
-        blocks: names, in order.
+        adapter: name of the adapter that took the model apart.
+        blocks: names of the blocks, in order.
         cuts: number of blocks before the end of each module but the last, rising.
         task: classify or lm.
-        classes: of the classifier, or size of the vocabulary.
-        shapes: of each block's output, without the batch.
-        saved_bytes: what each block saves for backward, on the sample (its output included, its input not).
-        flops: of each block's forward on the sample.
-        parameters: of each block.
+        classes: number of classes, or size of the vocabulary.
+        shapes: shape of each block's output, without the batch.
+        saved_bytes: bytes that each block saves for backward, on the sample (its output included, its input not).
+        flops: operations of each block's forward on the sample.
+        parameters: number of parameters of each block.
         predicted_peak: bytes of live tensors at the peak of a training step on the sample: parameters, buffers, heads,
             gradients, optimizer states, batch and activations. Measured by a step without an update; None if that was not
             asked for.
-        module_peaks: the same, of each module's turn.
+        module_peaks: the same for each module's turn.
     """
 
     adapter: str
@@ -56,7 +59,7 @@ class SplitPlan:
         return list(itertools.pairwise(edges))
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """The plan as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
@@ -95,16 +98,14 @@ class SplitPlan:
             )
 
     def difference(self, other: "SplitPlan") -> str:
-        """In one line, what splits the model differently; empty where nothing does."""
+        """What differs between two splits of a model, in one line; empty where nothing does."""
         fields = ("adapter", "blocks", "cuts", "task", "classes")
         changed = [name for name in fields if getattr(self, name) != getattr(other, name)]
         return "; ".join(f"{name}: {getattr(self, name)} -> {getattr(other, name)}" for name in changed)
 
-    def table(self) -> str:
-        """One line a module, for people."""
-        from tenfold.cli import table
-
-        rows = []
+    def rows(self) -> tuple[list[str], list[list[Any]]]:
+        """Headers and rows of a table, one row per module."""
+        rows: list[list[Any]] = []
         for k, (a, b) in enumerate(self.ranges):
             names = self.blocks[a] if b - a == 1 else f"{self.blocks[a]} .. {self.blocks[b - 1]}"
             peak = f"{self.module_peaks[k] / 2**20:.1f}" if self.module_peaks else "-"
@@ -114,7 +115,7 @@ class SplitPlan:
                 [k + 1, names, b - a, shape, f"{sums[0] / 2**20:.1f}", f"{sums[1]:,}", f"{sums[2] / 1e6:.1f}", peak]
             )
         headers = ["module", "blocks", "n", "output", "saved MiB", "parameters", "MFLOP", "peak MiB"]
-        return table(headers, rows)
+        return headers, rows
 
 
 def _tuples(value: Any) -> Any:

@@ -76,10 +76,12 @@ def _leaves(params: Mapping[str, Tensor], x: Tensor) -> tuple[Gradients, Tensor]
     return {name: p.detach().requires_grad_() for name, p in params.items()}, x.detach().requires_grad_()
 
 
-def _input_gradient(f: Loss, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def _pull(f: Loss, params: Mapping[str, Tensor], x: Tensor, target: Tensor, dist: Dist, terms: int | None) -> Tensor:
+    """dR / dg_in at x: where the three estimators without a second graph look."""
+    n = terms or x.shape[0]
     leaf = x.detach().requires_grad_()
     (g,) = torch.autograd.grad(f({name: p.detach() for name, p in params.items()}, leaf), leaf)
-    return g
+    return direction(g * n, target.detach() * n, n, dist)
 
 
 def _plain(f: Loss, params: Mapping[str, Tensor], x: Tensor) -> Gradients:
@@ -104,12 +106,12 @@ def exact(
 
     Args:
         f: (params, x) -> mean loss L.
-        params: what is trained.
+        params: parameters that are trained.
         x: input (B, ...).
-        target: T, like x; gradient of the mean loss of the module before.
-        lam: lambda.
-        dist: see ``distance``.
-        terms: N of the mean; default B.
+        target: T (B, ...), gradient of the mean loss of the module before at x.
+        lam: weight lambda.
+        dist: distance of the two gradients, see ``distance``.
+        terms: number N of terms in the mean; default B.
     """
     n = terms or x.shape[0]
     leaves, leaf = _leaves(params, x)
@@ -133,11 +135,17 @@ def shift(
 
         grad_theta L(x + lambda dR/dg_in) = grad_theta (L + lambda R)(x) + O(lambda^2)
 
-    Arguments as for ``exact``; ``clip`` bounds each sample's shift as a share of its norm.
+    Args:
+        f: (params, x) -> mean loss L.
+        params: parameters that are trained.
+        x: input (B, ...).
+        target: T (B, ...), gradient of the mean loss of the module before at x.
+        lam: weight lambda.
+        dist: distance of the two gradients, see ``distance``.
+        terms: number N of terms in the mean; default B.
+        clip: largest shift of a sample, as a share of its norm; None leaves it.
     """
-    n = terms or x.shape[0]
-    g = _input_gradient(f, params, x)
-    delta = direction(g * n, target.detach() * n, n, dist) * lam
+    delta = _pull(f, params, x, target, dist, terms) * lam
     if clip is not None:
         delta, _ = clip_shift(delta, x, clip)
     return _plain(f, params, x.detach() + delta)
@@ -158,11 +166,19 @@ def fd(
 
         lambda grad R ~ (lambda / h) (grad L(x + h d) - grad L(x)),   h = eps rms(x) / rms(d)
 
-    With ``central``, +-h: exact where L is quadratic in x. For networks with kinks (ReLU) larger steps are better: their
-    noise grows as eps^(-1/2); 5e-2 there, 1e-2 for smooth ones. Arguments as for ``exact``.
+    Args:
+        f: (params, x) -> mean loss L.
+        params: parameters that are trained.
+        x: input (B, ...).
+        target: T (B, ...), gradient of the mean loss of the module before at x.
+        lam: weight lambda.
+        dist: distance of the two gradients, see ``distance``.
+        terms: number N of terms in the mean; default B.
+        eps: relative size of the step: 1e-2 for smooth networks. For networks with kinks (ReLU) larger steps are better,
+            5e-2, since their noise grows as eps^(-1/2).
+        central: take +-h, which is exact where L is quadratic in x.
     """
-    n = terms or x.shape[0]
-    d = direction(_input_gradient(f, params, x) * n, target.detach() * n, n, dist)
+    d = _pull(f, params, x, target, dist, terms)
     h = eps * float(x.detach().square().mean().sqrt()) / max(float(d.square().mean().sqrt()), _TINY)
     plain, ahead = _plain(f, params, x), _plain(f, params, x + h * d)
     behind, width = (_plain(f, params, x - h * d), 2 * h) if central else (plain, h)
@@ -178,9 +194,18 @@ def jvp(
     dist: Dist = "sample",
     terms: int | None = None,
 ) -> Gradients:
-    """Gradient of L + lambda R by forward-over-reverse differentiation; slower than ``exact``, and independent of it."""
-    n = terms or x.shape[0]
-    d = direction(_input_gradient(f, params, x) * n, target.detach() * n, n, dist)
+    """Gradient of L + lambda R by forward-over-reverse differentiation; slower than ``exact``, and independent of it.
+
+    Args:
+        f: (params, x) -> mean loss L.
+        params: parameters that are trained.
+        x: input (B, ...).
+        target: T (B, ...), gradient of the mean loss of the module before at x.
+        lam: weight lambda.
+        dist: distance of the two gradients, see ``distance``.
+        terms: number N of terms in the mean; default B.
+    """
+    d = _pull(f, params, x, target, dist, terms)
     fixed = {name: p.detach() for name, p in params.items()}
 
     def gradient(at: Tensor) -> Gradients:

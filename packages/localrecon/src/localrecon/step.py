@@ -1,45 +1,20 @@
 """One training step, module by module: what ``local_step``, both trainers and the pipeline run."""
 
-import contextlib
-import hashlib
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localrecon.chain import Context, Inputs
+from localrecon.boundary import Boundary, StepOptions, first_boundary
+from localrecon.chain import Inputs
 from localrecon.config import SGRConfig
-from localrecon.errors import NonFiniteLossError, NoSecondDerivativeError
-from localrecon.heads import IGNORED, terms_of
-from localrecon.net import LocalNet, Stage, frozen_statistics, warn_of_clone, without_parameter_gradients
-from localrecon.reconcile import clip_shift, direction, distance
+from localrecon.losses import terms_of
+from localrecon.net import LocalNet
+from localrecon.passes import Pass
+from localrecon.stage import Stage
 from tenfold import UserError
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """What a step knows besides model, batch and reconciliation.
-
-    Args:
-        step: counted from 0.
-        total_steps: of the training, for the ramps; None is no ramp.
-        seed: of dropout: random states depend on (seed, module, step, part), not on who computes when.
-        accumulate: parts that the batch is computed in, with the result of the whole (but for BatchNorm).
-        clip_norm: largest norm of a module's gradient. Each module is clipped on its own.
-        dtype: of mixed precision; None computes in the weights' own.
-    """
-
-    step: int = 0
-    total_steps: int | None = None
-    seed: int = 0
-    accumulate: int = 1
-    clip_norm: float | None = None
-    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +23,9 @@ class ModuleReport:
 
     Attributes:
         loss: local loss.
-        accuracy: of its head on the batch, in [0, 1].
-        reconciliation: R; None where it was off.
-        cosine: of g_in and its target, mean over samples; None where it was off.
+        accuracy: accuracy of its head on the batch, in [0, 1].
+        reconciliation: R; None where reconciliation was off.
+        cosine: cosine of g_in and its target, mean over samples; None where reconciliation was off.
         clipped: share of the samples whose shift was clipped; None but for shift.
         seconds: wall time.
     """
@@ -65,7 +40,11 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in a step, module by module."""
+    """What happened in a step.
+
+    Attributes:
+        modules: what happened in each module.
+    """
 
     modules: tuple[ModuleReport, ...]
 
@@ -75,69 +54,13 @@ class StepReport:
         return [module.loss for module in self.modules]
 
     def metrics(self) -> dict[str, float]:
-        """For a log: ``m1/loss``, ``m1/acc``, ..., and ``b1/cos``, ``b1/R``, ``b1/clipped`` of the boundaries."""
+        """What a log shows: ``m1/loss``, ``m1/acc``, ..., and ``b1/cos``, ``b1/R``, ``b1/clipped`` of the boundaries."""
         found: dict[str, float] = {}
         for k, module in enumerate(self.modules, 1):
             found |= {f"m{k}/loss": module.loss, f"m{k}/acc": module.accuracy}
             values = {"cos": module.cosine, "R": module.reconciliation, "clipped": module.clipped}
             found |= {f"b{k - 1}/{name}": value for name, value in values.items() if value is not None}
         return found
-
-
-@dataclass
-class Boundary:
-    """What crosses from one module to the next, one entry a part of the batch.
-
-    Attributes:
-        x: outputs of the module before.
-        target: gradient that it used on each, per sample (N times that of the mean loss); None before the first module.
-        context: see ``Chain.context``.
-        labels: of each part.
-        loss_average: of the module before, for the gate.
-    """
-
-    x: list[Any]
-    target: list[Tensor | None]
-    context: list[Context]
-    labels: list[Tensor]
-    loss_average: float | None = None
-
-
-def parts_of(value: Any, count: int) -> list[Any]:
-    """A batch (a tensor, or a dict of tensors) cut into ``count`` parts along its first dimension."""
-    if isinstance(value, Mapping):
-        columns = {key: parts_of(item, count) for key, item in value.items()}
-        return [{key: column[i] for key, column in columns.items()} for i in range(count)]
-    if value.shape[0] < count:
-        raise UserError(f"accumulate is {count}, but the batch has {value.shape[0]} samples")
-    return list(torch.tensor_split(value, count))
-
-
-def first_boundary(net: LocalNet, inputs: Inputs, labels: Tensor, accumulate: int = 1) -> Boundary:
-    """What the first module starts from.
-
-    Raises:
-        UserError: labels out of range, or fewer samples than parts.
-        TypeError: the input of the net is no tensor and no dict of tensors.
-    """
-    if not isinstance(inputs, Tensor | Mapping):
-        raise TypeError(f"expected a tensor, or a dict of tensors, as input; got {type(inputs).__name__}")
-    check_labels(net, labels)
-    parts = [inputs] if accumulate == 1 else parts_of(inputs, accumulate)
-    rows = [labels] if accumulate == 1 else parts_of(labels, accumulate)
-    return Boundary(parts, [None] * len(parts), [net.chain.context(part) for part in parts], rows)
-
-
-def check_labels(net: LocalNet, labels: Tensor) -> None:
-    """Refuse labels that a head has no output for."""
-    if labels.device.type != "cpu" or labels.is_floating_point() or not labels.numel():
-        return
-    low, high = int(labels[labels != IGNORED].amin()) if (labels != IGNORED).any() else 0, int(labels.amax())
-    if low < 0 or high >= net.plan.classes:
-        raise UserError(
-            f"label {low if low < 0 else high} is out of range: the heads of modules 1 to {net.plan.k} have outputs 0 to"
-            f" {net.plan.classes - 1}"
-        )
 
 
 def local_step(
@@ -155,10 +78,10 @@ def local_step(
         net: in training mode.
         inputs: (B, ...), or what a model of transformers takes, as a dict.
         labels: (B,) int64 or (B, C) probabilities; for language models (B, T) int64, the next token, -100 does not count.
-        optimizers: one a module, of ``net.parameters_of(k)``.
+        optimizers: one per module, of ``net.parameters_of(k)``.
         sgr: the reconciliation; default ``SGRConfig()``; ``SGRConfig(lam=0)`` is plain local learning.
         options: step number, seed and the like; default ``StepOptions()``.
-        scalers: one a module, for float16.
+        scalers: one loss scale per module, for float16.
 
     Raises:
         NonFiniteLossError: the loss of a module is NaN or infinite; it names module, step and block.
@@ -205,7 +128,7 @@ def train_stage(
     parts = len(terms)
     sums: dict[str, float] = {}
     for part in range(parts):
-        once = _Pass(stage, boundary, part, terms[part], total, sgr, options, lam, scaler)
+        once = Pass(stage, boundary, part, terms[part], total, sgr, options, lam, scaler)
         with once.without_sync(last=part == parts - 1):
             found = once.run()
         for name, value in found.items():
@@ -246,270 +169,3 @@ def _update(
             optimizer.step()
     for parameter in stage.parameters():
         parameter.grad = None
-
-
-def random_key(*key: int) -> int:
-    """63 bits that depend on every part of the key, the same on each machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-@contextlib.contextmanager
-def keyed_random(device: torch.device, *key: int) -> Iterator[None]:
-    """What torch draws within the block depends on the key alone; afterwards all is as before."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(random_key(*key))
-        yield
-
-
-@dataclass
-class _Pass:
-    """One part of the batch through one module."""
-
-    stage: Stage
-    boundary: Boundary
-    part: int
-    terms: int
-    total: int
-    sgr: SGRConfig
-    options: StepOptions
-    lam: float
-    scaler: Any
-    found: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        boundary, part = self.boundary, self.part
-        self.x: Any = boundary.x[part]
-        self.target = boundary.target[part]
-        self.context, self.labels = boundary.context[part], boundary.labels[part]
-        boundary.x[part] = boundary.target[part] = None
-        self.weight = self.terms / self.total
-        self.scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
-        self.device = self.labels.device
-
-    @contextlib.contextmanager
-    def without_sync(self, *, last: bool) -> Iterator[None]:
-        """Under DDP, average gradients over the ranks with the last part alone."""
-        parallel = self.stage.__dict__.get("parallel")
-        with contextlib.nullcontext() if last or parallel is None else parallel.no_sync():
-            yield
-
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Keyed random states and mixed precision: the same in each pass over this part."""
-        options = self.options
-        key = (options.seed, self.stage.index, options.step, self.part)
-        mixed = torch.autocast(self.device.type, options.dtype) if options.dtype else contextlib.nullcontext()
-        with keyed_random(self.device, *key), mixed:
-            yield
-
-    def run(self) -> dict[str, float]:
-        """Gradients of the parameters, the next boundary, and what is to be reported, weighted by this part's terms."""
-        if not self.lam:
-            self._plain()
-        elif self.sgr.estimator == "exact":
-            self._exact()
-        else:
-            self._shift()
-        return {name: value * self.weight for name, value in self.found.items()}
-
-    def _forward(
-        self, x: Any, labels: Tensor | None = None, *, trains: bool, apart: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        call = self.stage.call if trains else self.stage
-        labels = self.labels if labels is None else labels
-        try:
-            with self.computing():
-                out, loss, correct = call(x, self.context, labels, apart)
-        except RuntimeError as error:
-            if "leaf Variable that requires grad" not in str(error) or self.stage.clones_input:
-                raise
-            warn_of_clone(self.stage)
-            return self._forward(x, labels, trains=trains, apart=apart)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"{self.stage.name}: BatchNorm cannot normalize one sample; give two or more in a batch (in each part, with"
-                " accumulate)"
-            ) from error
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
-            raise TypeError(f"{self.stage.name} gives {kind}: expected one tensor of real numbers at a boundary")
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            where, step = _first_not_finite(self.stage, x, self.context), self.options.step
-            message = f"{self.stage.name}: the loss is {value} at step {step}; {where}"
-            raise NonFiniteLossError(message, module=self.stage.index + 1, step=step)
-        if labels is self.labels and "loss" not in self.found:
-            self.found |= {"loss": value, "accuracy": float(correct) / max(1, self.terms)}
-        return out, loss, correct
-
-    def _backward(self, loss: Tensor, parameters: list[nn.Parameter] | None = None) -> None:
-        factor = self.weight * self.scale
-        (loss if factor == 1 else loss * factor).backward(inputs=parameters)  # type: ignore[no-untyped-call]
-
-    def _hand_on(self, x: Tensor, gradient: Tensor | None) -> None:
-        """The next boundary: both in single precision (or double), and without history."""
-        keep = x.dtype if x.dtype == torch.float64 else torch.float32
-        self.boundary.x[self.part] = x.detach().to(keep)
-        self.boundary.target[self.part] = None if gradient is None else gradient.detach().to(keep)
-
-    def _plain(self) -> None:
-        x, self.x, self.target = self.x, None, None
-        out, loss, _ = self._forward(x, trains=True)
-        del x
-        if not self.stage.is_last:
-            out.retain_grad()
-        self._backward(loss)
-        if not self.stage.is_last:
-            assert out.grad is not None
-            factor = self.total / self.scale
-            self._hand_on(out, out.grad if factor == 1 else out.grad.mul_(factor))
-
-    def _compare(self, g: Tensor, t: Tensor, terms: int) -> None:
-        """What is reported of two opinions about one tensor."""
-        cosine = F.cosine_similarity(g.flatten(1), t.flatten(1), dim=1).mean()
-        self.found["cosine"] = float(cosine)
-        self.found["reconciliation"] = float(distance(g, t, terms, self.sgr.dist))
-
-    def _chosen(self) -> Tensor | None:
-        """Indices of the samples that are reconciled; None is all."""
-        count = self.labels.shape[0]
-        chosen = max(1, round(self.sgr.fraction * count))
-        if chosen == count:
-            return None
-        if self.context is not None:
-            raise UserError("fraction below 1 needs a model whose blocks take one tensor and nothing else: use every")
-        key = random_key(self.options.seed, self.stage.index, self.options.step, self.part, 1)
-        generator = torch.Generator().manual_seed(key)
-        return torch.randperm(count, generator=generator)[:chosen].sort().values.to(self.device)
-
-    def _shift(self) -> None:
-        assert self.target is not None
-        chosen = self._chosen()
-        if chosen is None:
-            x, t, labels, terms = self.x, self.target, self.labels, self.terms
-            self.x = self.target = None
-        else:
-            x, t, labels = self.x[chosen], self.target[chosen], self.labels[chosen]
-            terms = terms_of(labels, self.stage.task)
-        terms = max(1, terms)  # a part may hold no token that counts
-        x, g_out, probed = self._probe(x, t, labels, terms)
-        del t
-        if chosen is not None:
-            self._learn_mixed(x, g_out, probed, chosen)
-            return
-        if not self.stage.is_last:
-            assert probed is not None
-            self._hand_on(probed, g_out)
-        del g_out
-        with frozen_statistics(self.stage.norms):
-            _, loss, _ = self._forward(x, trains=True, apart=None if self.sgr.reg_to_head else probed)
-        del x, probed, _
-        self._backward(loss)
-
-    def _learn_mixed(self, x: Tensor, g_out: Tensor | None, probed: Tensor | None, chosen: Tensor) -> None:
-        """With a fraction: the chosen samples learn shifted and go on as probed, the others in one ordinary pass."""
-        if not self.sgr.reg_to_head:
-            raise UserError("fraction below 1 does not go with reg_to_head=False")
-        whole, self.x, self.target = self.x.index_copy(0, chosen, x), None, None
-        out, loss, _ = self._forward(whole, trains=True)
-        last = self.stage.is_last
-        if not last:
-            out.retain_grad()
-        self._backward(loss)
-        if last:
-            return
-        assert out.grad is not None
-        assert probed is not None
-        assert g_out is not None
-        gradient = out.grad.mul_(self.total / self.scale)
-        self._hand_on(
-            out.detach().index_copy(0, chosen, probed), gradient.index_copy(0, chosen, g_out.to(gradient.dtype))
-        )
-
-    def _probe(self, x: Tensor, t: Tensor, labels: Tensor, terms: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Shifted input, per-sample gradient at the output, and the output; no gradient for any parameter."""
-        leaf = x.detach().requires_grad_()
-        last, scale = self.stage.is_last, self.scale
-        with without_parameter_gradients(self.stage.trained()):
-            out, loss, _ = self._forward(leaf, labels, trains=False)
-            asked = [leaf] if last else [leaf, out]
-            grads = torch.autograd.grad(loss if scale == 1 else loss * scale, asked)
-        detached = None if last and self.sgr.reg_to_head else out.detach()
-        del out, loss
-        g = grads[0] * (terms / scale)
-        g_out = None if last else grads[1].mul_(terms / scale)
-        del grads
-        self._compare(g, t, terms)
-        delta = direction(g, t, terms, self.sgr.dist).mul_(self.lam * self.terms / terms)
-        del g
-        if self.sgr.shift_clip is not None:
-            delta, self.found["clipped"] = clip_shift(delta, x, self.sgr.shift_clip)
-        return delta.add_(x), g_out, detached
-
-    def _exact(self) -> None:
-        assert self.target is not None
-        chosen, t = self._chosen(), self.target
-        leaf = self.x.detach().requires_grad_()
-        self.x = self.target = None
-        try:
-            with _math_attention(self.sgr.math_attention):
-                out, loss, _ = self._forward(leaf, trains=True)
-                asked = [leaf] if self.stage.is_last else [leaf, out]
-                with contextlib.ExitStack() as stack:
-                    judged = loss
-                    if not self.sgr.reg_to_head:  # also while differentiating, which makes the second graph
-                        stack.enter_context(without_parameter_gradients(self.stage.head_parameters()))
-                        stack.enter_context(frozen_statistics(self.stage.norms))
-                        with self.computing():
-                            judged, _ = self.stage.judge(out, self.context, self.labels)
-                    grads = torch.autograd.grad(judged * self.scale, asked, create_graph=True)
-                g = grads[0] * (self.terms / self.scale)
-                terms = self.terms
-                if chosen is not None:
-                    g, t = g[chosen], t[chosen]
-                    terms = terms_of(self.labels[chosen], self.stage.task)
-                terms = max(1, terms)
-                self._compare(g.detach(), t, terms)
-                objective = loss + self.lam * distance(g, t, terms, self.sgr.dist)
-                gradient = None if self.stage.is_last else grads[1].detach() * (self.terms / self.scale)
-                del grads, g
-                self._backward(objective, self.stage.trained())
-        except RuntimeError as error:
-            if "derivative for" not in str(error) and "double backward" not in str(error):
-                raise
-            raise NoSecondDerivativeError(
-                f"{self.stage.name} has an operation without second derivative ({' '.join(str(error).split())[:120]}): use"
-                ' estimator="shift", or for attention math_attention=True'
-            ) from error
-        if not self.stage.is_last:
-            self._hand_on(out, gradient)
-
-
-@contextlib.contextmanager
-def _math_attention(on: bool) -> Iterator[None]:
-    if not on:
-        yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-@torch.no_grad()
-def _first_not_finite(stage: Stage, x: Any, context: Context) -> str:
-    """Which input, parameter or block it comes from."""
-    values = x.values() if isinstance(x, Mapping) else [x]
-    if not all(bool(torch.isfinite(v).all()) for v in values if v.is_floating_point()):
-        return "its input is not finite already"
-    sound = all(bool(torch.isfinite(p).all()) for p in stage.parameters())
-    with frozen_statistics(stage.norms):
-        for block in stage.blocks:
-            x = block.run(x, context)
-            if not bool(torch.isfinite(x).all()):
-                weights = "all its weights are finite" if sound else "a weight is not finite"
-                return f"{weights}; the first output that is not finite is that of block {block.name}"
-    return f"its blocks' outputs are finite, {'the head or the labels are not' if sound else 'a weight of its head is not'}"

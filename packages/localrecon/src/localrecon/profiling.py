@@ -1,4 +1,4 @@
-"""Choosing where to cut: profile every block once, partition exactly, measure the step that comes of it."""
+"""Choosing where to cut: profile every block once, partition exactly, measure the step that results."""
 
 import copy
 import dataclasses
@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from localrecon.chain import Chain, Inputs, build_chain
-from localrecon.config import HeadSpec, SGRConfig, parse_bytes
-from localrecon.errors import UnsplittableModelError
+from localrecon.adapters import build_chain
+from localrecon.boundary import StepOptions, first_boundary
+from localrecon.chain import Chain, Inputs, UnsplittableModelError
+from localrecon.config import HeadSpec, SGRConfig
 from localrecon.heads import build_head
-from localrecon.memory import MemoryProbe
-from localrecon.net import LocalNet, Stage, frozen_statistics
+from localrecon.net import LocalNet
 from localrecon.plan import Balance, SplitPlan, partition
-from localrecon.step import StepOptions, first_boundary, keyed_random, train_stage
+from localrecon.stage import Stage, frozen_statistics
+from localrecon.step import train_stage
 from tenfold import UserError
+from tenfold.config import parse_bytes
+from tenfold.memory import MemoryProbe
+from tenfold.randomness import keyed
 
 
 def plan_split(
@@ -35,26 +39,26 @@ def plan_split(
     optimizer_states: int = 2,
     measure: bool = True,
 ) -> SplitPlan:
-    """Decide which blocks form which module.
+    """The split of a model: which blocks form which module.
 
     Every block is run once on the sample; then the contiguous partition whose largest module is smallest is found exactly.
     The peak of a training step is measured by a step without an update, on copies of nothing: gradients are dropped, and
     BatchNorm's statistics and random states are put back.
 
     Args:
-        model: any that an adapter takes; put into training mode and back.
-        sample: a batch as in training; its size decides the bytes.
+        model: any model that an adapter takes; put into training mode and back.
+        sample: one batch of inputs as in training; its size decides the bytes.
         k: number of modules.
-        budget: most bytes of live tensors in a training step ("2GB"); the smallest number of modules that fits is taken,
-            and ``k`` is not looked at.
-        balance: what the largest module is to have least of: memory (saved activations, boundaries and head), flops,
-            params or blocks.
-        cuts: numbers of blocks before the end of each module but the last, in place of all that.
+        budget: maximum bytes of live tensors in a training step ("2GB"); the smallest number of modules that fits is taken,
+            and ``k`` is ignored.
+        balance: quantity whose largest sum over a module is made smallest: memory (saved activations, boundaries and
+            head), flops, params or blocks.
+        cuts: numbers of blocks before the end of each module but the last, in place of k, budget and balance.
         adapter: how the model is taken apart.
         heads: local heads that will be used.
         sgr: reconciliation that will be used.
         optimizer_states: tensors of a parameter's size that the optimizer keeps: 2 for Adam, 1 for SGD with momentum.
-        measure: False leaves the predicted peak out, and needs no backward.
+        measure: whether the peak of a step is predicted, which needs a backward pass.
 
     Raises:
         UnsplittableModelError: the model cannot be cut, or its parts give another result than itself.
@@ -102,7 +106,7 @@ def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
     device = next(model.parameters()).device
     known = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     saved, flops, shapes, numbers = [], [], [], []
-    with keyed_random(device, 0), frozen_statistics(probe.norms):
+    with keyed(0, device=device), frozen_statistics(probe.norms):
         context = chain.context(sample)
         x: Any = sample
         for block in chain.blocks:
@@ -181,7 +185,7 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
             return 0
         key = base.shapes[place]
         if key not in known:
-            with keyed_random(torch.device("cpu"), 0):
+            with keyed(0):
                 module = build_head(heads, base.shapes, place, (0, count), base.classes, base.task)
             x = torch.zeros(max(2, batch), *base.shapes[place], requires_grad=True)
             if base.task == "lm":
@@ -212,7 +216,7 @@ def _measured(
 ) -> SplitPlan:
     """The plan with the peak of a step, module by module."""
     device = next(model.parameters()).device
-    with keyed_random(device, 0):
+    with keyed(0, device=device):
         net = LocalNet(model, plan, heads)
     first = next(iter(sample.values())) if isinstance(sample, dict) else sample
     shape = tuple(first.shape[:2]) if plan.task == "lm" else (first.shape[0],)

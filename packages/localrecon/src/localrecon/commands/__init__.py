@@ -1,0 +1,1 @@
+"""One file per verb: ``run(settings, invocation)``; imported when the verb runs."""
