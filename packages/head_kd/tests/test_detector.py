@@ -4,7 +4,7 @@ import pytest
 import torch
 from head_kd import small
 from head_kd.assistants import collect_regions
-from head_kd.compose import fcos_head, rcnn_head, rcnn_train_cfg
+from head_kd.heads import fcos_head, rcnn_head, rcnn_train_cfg
 from head_kd.losses import mimic_loss
 from head_kd.proposals import Proposals, Provenance
 from head_kd.signals import capturing, resolve

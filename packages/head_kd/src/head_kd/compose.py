@@ -2,13 +2,13 @@
 
 import copy
 import importlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from head_kd.checkpoints import resolve_config
 from head_kd.config import Distillation
+from head_kd.heads import fcos_head, rcnn_head, rcnn_train_cfg, retina_head, retina_train_cfg
 from tenfold import UserError
 
 IMPORTS = ("head_kd.ops_fallback", "head_kd.detector", "head_kd.loop")
@@ -176,116 +176,6 @@ def config_strides(model: Any) -> list[int]:
     head = model.bbox_head
     stated = head.get("strides") or (head.get("anchor_generator") or {}).get("strides") or [8, 16, 32, 64, 128]
     return [int(s[0]) if isinstance(s, list | tuple) else int(s) for s in stated]
-
-
-def rcnn_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
-    """mmdet's config of a Faster R-CNN head."""
-    return {
-        "type": "StandardRoIHead",
-        "bbox_roi_extractor": {
-            "type": "SingleRoIExtractor",
-            "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0},
-            "out_channels": channels,
-            "featmap_strides": list(strides),
-        },
-        "bbox_head": {
-            "type": "Shared2FCBBoxHead",
-            "in_channels": channels,
-            "fc_out_channels": 4 * channels,  # 1024 for the usual 256
-            "roi_feat_size": 7,
-            "num_classes": classes,
-            "bbox_coder": {
-                "type": "DeltaXYWHBBoxCoder",
-                "target_means": [0.0] * 4,
-                "target_stds": [0.1, 0.1, 0.2, 0.2],
-            },
-            "reg_class_agnostic": False,
-            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
-            "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
-        },
-    }
-
-
-def rcnn_train_cfg(regions: int = 512) -> dict[str, Any]:
-    """Assigner and sampler of a Faster R-CNN head."""
-    return {
-        "assigner": {
-            "type": "MaxIoUAssigner",
-            "pos_iou_thr": 0.5,
-            "neg_iou_thr": 0.5,
-            "min_pos_iou": 0.5,
-            "match_low_quality": False,
-            "ignore_iof_thr": -1,
-        },
-        "sampler": {
-            "type": "RandomSampler",
-            "num": regions,
-            "pos_fraction": 0.25,
-            "neg_pos_ub": -1,
-            "add_gt_as_proposals": True,
-        },
-        "pos_weight": -1,
-        "debug": False,
-    }
-
-
-def fcos_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
-    """An FCOS head with the tricks that the authors use beside an R-CNN assistant."""
-    bounds = [-1, *(8 * stride for stride in strides[:-1]), 1e8]
-    return {
-        "type": "FCOSHead",
-        "num_classes": classes,
-        "in_channels": channels,
-        "feat_channels": channels,
-        "stacked_convs": 4,
-        "strides": list(strides),
-        "regress_ranges": tuple(itertools.pairwise(bounds)),
-        "norm_on_bbox": True,
-        "centerness_on_reg": True,
-        "center_sampling": True,
-        "norm_cfg": {"type": "GN", "num_groups": min(32, channels // 4), "requires_grad": True},
-        "loss_cls": {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 1.0},
-        "loss_bbox": {"type": "GIoULoss", "loss_weight": 1.0},
-        "loss_centerness": {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 1.0},
-    }
-
-
-def retina_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
-    """mmdet's config of a RetinaNet head."""
-    return {
-        "type": "RetinaHead",
-        "num_classes": classes,
-        "in_channels": channels,
-        "feat_channels": channels,
-        "stacked_convs": 4,
-        "anchor_generator": {
-            "type": "AnchorGenerator",
-            "octave_base_scale": 4,
-            "scales_per_octave": 3,
-            "ratios": [0.5, 1.0, 2.0],
-            "strides": list(strides),
-        },
-        "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [1.0] * 4},
-        "loss_cls": {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 1.0},
-        "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
-    }
-
-
-def retina_train_cfg() -> dict[str, Any]:
-    """Assigner of a RetinaNet head."""
-    return {
-        "assigner": {
-            "type": "MaxIoUAssigner",
-            "pos_iou_thr": 0.5,
-            "neg_iou_thr": 0.4,
-            "min_pos_iou": 0,
-            "ignore_iof_thr": -1,
-        },
-        "sampler": {"type": "PseudoSampler"},
-        "allowed_border": -1,
-        "pos_weight": -1,
-        "debug": False,
-    }
 
 
 def first_drop(cfg: Any, iterations_per_epoch: int | None = None) -> int | None:
