@@ -131,30 +131,25 @@ def resolve_config(config: Any) -> Any:
     elif isinstance(config, dict | ConfigDict):
         found = Config(dict(config) if "model" in config else {"model": dict(config)})
     else:
+        family()
         path = config_path(str(config))
-        if family() == "mmdet":
-            _legacy_packaging(path)
         try:
-            found = Config.fromfile(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that pkg_resources is deprecated is mmengine's business
+                found = Config.fromfile(path)
+        except ModuleNotFoundError as error:
+            try:
+                import pkg_resources  # noqa: F401  # upstream mmengine looks "mmdet::" up by it; setuptools has dropped it
+            except ModuleNotFoundError:
+                raise UserError(
+                    f'{path}: mmengine needs pkg_resources for "mmdet::": pip install "setuptools<81"'
+                ) from error
+            raise
         except (OSError, SyntaxError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a config that mmengine reads: {error}") from error
     if "model" not in found:
         raise UserError(f"{config} defines no model")
     return found
-
-
-def _legacy_packaging(path: Path) -> None:
-    """Upstream mmengine looks "mmdet::" up by pkg_resources, which setuptools has dropped; say so before it fails."""
-    if "::" not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is deprecated is mmengine's business
-        try:
-            import pkg_resources  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f'{path}: mmengine needs pkg_resources for "mmdet::": pip install "setuptools<81"'
-            ) from error
 
 
 def config_path(name: str) -> Path:
