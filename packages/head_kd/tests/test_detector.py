@@ -3,10 +3,11 @@ import copy
 import pytest
 import torch
 from head_kd import small
-from head_kd.assistants import collect_regions
+from head_kd.balance import gradient_norms
 from head_kd.heads import fcos_head, rcnn_head, rcnn_train_cfg
 from head_kd.losses import mimic_loss
 from head_kd.proposals import Proposals, Provenance
+from head_kd.regions import collect_regions
 from head_kd.signals import capturing, resolve
 from head_kd.teacher import Renormalize, TeacherView, fingerprint
 from mmengine.config import Config, ConfigDict
@@ -396,7 +397,7 @@ def test_neck_imitation_trains_the_neck_alone(mimic, teacher):
     model = wrap(STUDENTS["retinanet"], neck_mimic=mimic, teacher=teacher)
     losses = model.loss(*batch_for(model))
     assert gradients(losses["neck.loss_mimic"], model.neck, model.backbone, model.bbox_head) == [True, True, False]
-    assert model._neck_pairs == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert model.head_kd.neck.pairs == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
 def test_balancing_gives_each_term_its_share_of_the_gradient(teacher):
@@ -409,8 +410,8 @@ def test_balancing_gives_each_term_its_share_of_the_gradient(teacher):
     factors = model.head_kd.factors.clone()
     model.load_state_dict(state)
     features = list(model.extract_feat(images))
-    losses, terms = model._losses(images, features, samples)
-    norms = model.gradient_norms(losses, terms, features)
+    losses, terms = model.unweighted(images, features, samples)
+    norms = gradient_norms(losses, terms, features)
     assert torch.allclose(norms[1:] * factors, norms[0] * 0.6 / len(terms), rtol=1e-4)
     model.loss(images, samples)
     frozen = model.head_kd.factors.clone()

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AssistantSettings": "config",
-    "DenseAssistant": "assistants",
+    "DenseAssistant": "dense_assistant",
     "Distillation": "config",
     "GuardHook": "training",
     "HEADDetector": "detector",
@@ -15,7 +15,7 @@ _HOMES = {
     "Proposals": "proposals",
     "Provenance": "proposals",
     "Renormalize": "teacher",
-    "RoIAssistant": "assistants",
+    "RoIAssistant": "roi_assistant",
     "Schedule": "config",
     "TargetCache": "cache",
     "TeacherView": "teacher",
@@ -32,19 +32,20 @@ _HOMES = {
     "ramp": "losses",
     "write_cache": "cache",
 }
-_NEED_MMDET = {"cache", "detector", "teacher", "training", "assistants"}
+_NEED_MMDET = {"cache", "detector", "teacher", "training", "dense_assistant", "roi_assistant"}
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
-    from head_kd.assistants import DenseAssistant, RoIAssistant
     from head_kd.cache import TargetCache, write_cache
     from head_kd.compose import pair
     from head_kd.config import AssistantSettings, Distillation, NeckMimic, Schedule
     from head_kd.data import check_coco
+    from head_kd.dense_assistant import DenseAssistant
     from head_kd.detector import HEADDetector
     from head_kd.losses import PerAnchorLinear, gap_r2, mimic_loss, pkd_loss, ramp
     from head_kd.ops_fallback import install_ops_fallback
     from head_kd.proposals import Proposals, Provenance, center_locations, dense_proposals, gather_at
+    from head_kd.roi_assistant import RoIAssistant
     from head_kd.teacher import Renormalize, TeacherView
     from head_kd.training import GuardHook, export_student
 

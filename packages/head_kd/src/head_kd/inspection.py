@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from head_kd.assistants import DenseAssistant, RoIAssistant
+from head_kd.balance import gradient_norms
+from head_kd.dense_assistant import DenseAssistant
 from head_kd.detector import HEADDetector
 from head_kd.losses import gap_r2
+from head_kd.roi_assistant import RoIAssistant
 from head_kd.signals import is_two_stage
 from head_kd.teacher import TeacherView
 from tenfold import UserError
@@ -77,8 +79,9 @@ def signal_rows(model: HEADDetector) -> list[list[str]]:
             rows.append(
                 [f"ckd{number}", f"student {student} {own}", f"{whose} {target} {wanted}", _kind(assistant.ckd)]
             )
-    for level, (own, theirs) in enumerate(model._neck_pairs):
-        kind = _kind(model.head_kd.neck[level]) if len(model.head_kd.neck) else "none"
+    neck = model.head_kd.neck
+    for level, (own, theirs) in enumerate(neck.pairs if neck is not None else ()):
+        kind = _kind(neck[level]) if neck else "none"
         rows.append([f"neck{level}", f"student map {own} (stride {model.strides[own]})", f"teacher map {theirs}", kind])
     return rows
 
@@ -152,9 +155,9 @@ def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) ->
         try:
             for batch, samples in batches:
                 features = list(model.student.extract_feat(batch))
-                losses, terms = model._losses(batch, features, samples)
+                losses, terms = model.unweighted(batch, features, samples)
                 names = list(terms)
-                norms.append(model.gradient_norms(losses, terms, features))
+                norms.append(gradient_norms(losses, terms, features))
         finally:
             model.observer = None
             model.zero_grad(set_to_none=True)

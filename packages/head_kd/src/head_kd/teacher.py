@@ -1,14 +1,17 @@
 """The teacher: a frozen detector beside the model, with its own input normalization, read at the student's regions."""
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
-from head_kd.checkpoints import read_weights, resolve_config
+from head_kd.checkpoints import Weights, read_weights, resolve_config
 from head_kd.signals import box_heads, capturing, forward_stage, is_two_stage, resolve
 from tenfold import UserError
 from tenfold.checkpoints import check_shapes
@@ -88,8 +91,6 @@ class TeacherView:
         Raises:
             UserError: no such file, or a checkpoint of another config; the message names the first keys that differ.
         """
-        from mmdet.registry import MODELS
-
         cfg = resolve_config(config)
         weights = read_weights(checkpoint)
         with torch.random.fork_rng(devices=[]):
@@ -171,6 +172,48 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """The head of a detector's config, with the settings that it trains and measures by.
+
+    Attributes:
+        kind: roi or dense.
+        head: config of the head.
+        train_cfg: assigner and sampler; None where the config does not train.
+        test_cfg: of the head.
+    """
+
+    kind: str
+    head: Any
+    train_cfg: Any
+    test_cfg: Any
+
+
+def head_config(cfg: Any) -> HeadConfig:
+    """The head of an mmdet config that an assistant is a copy of."""
+    model = cfg.model
+    if "roi_head" in model:
+        return HeadConfig("roi", model.roi_head, (model.get("train_cfg") or {}).get("rcnn"), model.test_cfg.rcnn)
+    return HeadConfig("dense", model.bbox_head, model.get("train_cfg"), model.get("test_cfg"))
+
+
+def load_roi_head(cfg: Any, weights: Weights, checkpoint: str | Path) -> nn.Module:
+    """A teacher's RoI head with its weights, frozen, without the rest of the teacher.
+
+    Raises:
+        UserError: the config has no RoI head, or the checkpoint is of another one.
+    """
+    found = head_config(cfg)
+    if found.kind != "roi":
+        raise UserError("teacher: a cache holds the activations of a RoI head, which this teacher does not have")
+    with torch.random.fork_rng(devices=[]):
+        head: nn.Module = MODELS.build({**copy.deepcopy(found.head), "test_cfg": found.test_cfg, "train_cfg": None})
+    prefix = "roi_head."
+    state_dict = {k.removeprefix(prefix): v for k, v in weights.state_dict.items() if k.startswith(prefix)}
+    load_all(head, state_dict, checkpoint)
+    return head.requires_grad_(False)
+
+
 def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: str | Path) -> None:
     """Load a checkpoint that has to fill at least nine tenths of a module's tensors.
 
@@ -192,8 +235,6 @@ def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: st
 
 def config_classes(cfg: Any) -> tuple[str, ...] | None:
     """The classes that a config states for its training data, directly or through the data set's own list."""
-    from mmdet.registry import DATASETS
-
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
     while "dataset" in dataset:
         dataset = dataset["dataset"]

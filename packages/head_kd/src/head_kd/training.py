@@ -150,7 +150,7 @@ class GuardHook(Hook):  # type: ignore[misc]
         classes = loader.dataset.metainfo.get("classes")
         lines, found = guard(model, classes, self.settings, self.cfg, Path(runner.work_dir))
         preprocessed = [_split(model.data_preprocessor(batch, True)) for batch in _few(loader, 2)]
-        if model.assistants or model._neck_pairs:
+        if model.assistants or model.head_kd.neck is not None:
             numbers = inspection.measure(model, preprocessed)
             found |= numbers
             lines += [
