@@ -170,7 +170,7 @@ def test_export_checks_what_it_writes(project, trained, capsys):
 
 def test_mmdets_own_runner_takes_the_composed_config(trained, tmp_path):
     """What ``tools/train.py`` does with ``config.py``: train, save, resume, with mmengine's loop and checkpoints."""
-    from head_kd.training import _said_nothing
+    from head_kd.stack import said_nothing
     from mmengine.runner import Runner
 
     cfg = Config.fromfile(trained / "config.py")
@@ -180,7 +180,7 @@ def test_mmdets_own_runner_takes_the_composed_config(trained, tmp_path):
     cfg.visualizer = {"type": "Visualizer", "vis_backends": [], "name": "stock"}
     cfg.param_scheduler = None
     cfg.custom_hooks = [{"type": "PlainCheckpointHook"}]
-    with _said_nothing():
+    with said_nothing():
         Runner.from_cfg(cfg).train()
         assert (tmp_path / "iter_2.pth").exists()
         cfg.train_cfg.max_iters, cfg.resume = 3, True
@@ -364,7 +364,7 @@ def test_two_ranks_agree_and_do_not_wait(project, tmp_path):
 
 def test_items_are_kept_whole(project):
     """``MemoryDataset`` gives each time what its data set gave first, and reads no file again."""
-    from head_kd.loop import MemoryDataset
+    from head_kd.training.loop import MemoryDataset
     from mmdet.registry import DATASETS
 
     config = Config.fromfile(project / "student.py").train_dataloader.dataset

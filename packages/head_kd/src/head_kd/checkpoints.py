@@ -1,15 +1,13 @@
-"""Weights and configs from files: nothing of a foreign file is executed but what is an mmengine config by design."""
+"""Weights from files, without unpickling what they were sent with."""
 
 import dataclasses
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from head_kd.families import family
 from tenfold import UserError
 
 EXTRAS = "head_kd."
@@ -114,60 +112,3 @@ def read_weights(path: str | Path) -> Weights:
 def student_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """What belongs to the plain student, of a checkpoint of ``HEADDetector``."""
     return {name: tensor for name, tensor in state_dict.items() if not name.startswith(EXTRAS)}
-
-
-def resolve_config(config: Any) -> Any:
-    """An mmengine ``Config``: itself, from a file, or ``mmdet::folder/name.py`` of those that mmdet ships.
-
-    A config is code, and mmengine runs it: take configs only from those whose code you would run.
-
-    Raises:
-        UserError: no such file, or it does not define a model.
-    """
-    from mmengine.config import Config, ConfigDict
-
-    if isinstance(config, Config):
-        found = config
-    elif isinstance(config, dict | ConfigDict):
-        found = Config(dict(config) if "model" in config else {"model": dict(config)})
-    else:
-        family()
-        path = config_path(str(config))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that pkg_resources is deprecated is mmengine's business
-                found = Config.fromfile(path)
-        except ModuleNotFoundError as error:
-            try:
-                import pkg_resources  # noqa: F401  # upstream mmengine looks "mmdet::" up by it; setuptools has dropped it
-            except ModuleNotFoundError:
-                raise UserError(
-                    f'{path}: mmengine needs pkg_resources for "mmdet::": pip install "setuptools<81"'
-                ) from error
-            raise
-        except (OSError, SyntaxError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a config that mmengine reads: {error}") from error
-    if "model" not in found:
-        raise UserError(f"{config} defines no model")
-    return found
-
-
-def config_path(name: str) -> Path:
-    """The file of a config's name; ``mmdet::`` stands for mmdet's own configs, ``recipe:`` for this package's."""
-    if name.startswith("mmdet::"):
-        import mmdet
-
-        path = Path(str(mmdet.__file__)).parent / ".mim" / "configs" / name.removeprefix("mmdet::")
-    elif name.startswith("recipe:"):
-        path = Path(__file__).parent / "recipes" / name.removeprefix("recipe:")
-    else:
-        path = Path(name).expanduser()
-    if not path.is_file():
-        from tenfold.errors import did_you_mean
-
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(
-            f"{name}: no such config file"
-            + (f" in {path.parent.name}; {did_you_mean(path.name, near)}" if near else "")
-        )
-    return path

@@ -1,17 +1,21 @@
 """Two mmdet configs become one: the student's, with ``HEADDetector`` around its model."""
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import copy
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from head_kd.checkpoints import resolve_config
+from mmengine.utils import import_modules_from_strings
+
 from head_kd.config import Distillation
+from head_kd.configs import innermost, resolve_config
 from head_kd.heads import fcos_head, rcnn_head, rcnn_train_cfg, retina_head, retina_train_cfg
 from tenfold import UserError
 
-IMPORTS = ("head_kd.ops_fallback", "head_kd.detector", "head_kd.loop")
+IMPORTS = ("head_kd.ops_fallback", "head_kd.detector", "head_kd.training.loop")
 _PAPER_CKD = {"FCOSHead": 1.0}
 """The authors' weight for FCOS students; 2.0 for others."""
 
@@ -70,8 +74,7 @@ def pair(
     elif cache is not None:
         raise UserError(f"preset {how.preset} runs no teacher, so a cache has no part in it")
     cfg.model = parts
-    for name in IMPORTS:  # register HEADDetector here too, as custom_imports does when the config is read from a file
-        importlib.import_module(name)
+    import_modules_from_strings(list(IMPORTS))  # as mmengine does when it reads a config from a file
     return cfg
 
 
@@ -195,14 +198,21 @@ def first_drop(cfg: Any, iterations_per_epoch: int | None = None) -> int | None:
 
 
 def use_data(cfg: Any, train: Any, val: Any) -> None:
-    """Point a config's data loaders and evaluators at COCO splits (``head_kd.data.Split``), keeping its pipelines."""
+    """Point a config's data loaders and evaluators at COCO splits, and its model at their classes; pipelines stay.
+
+    Args:
+        cfg: the student's config; it is changed.
+        train: split that is trained on (``head_kd.data.Split``).
+        val: split that is measured.
+
+    Raises:
+        UserError: a data set that is made of several, or has no pipeline.
+    """
     for name, split in (("train", train), ("val", val), ("test", val)):
         loader = cfg.get(f"{name}_dataloader")
         if loader is None:
             continue
-        dataset = loader.dataset
-        while "dataset" in dataset:
-            dataset = dataset.dataset
+        dataset = innermost(loader.dataset)
         if "datasets" in dataset or "pipeline" not in dataset:
             raise UserError(
                 f"--data: the {name} data of the student's config is a {dataset.get('type')}, which is not replaced"
@@ -226,3 +236,4 @@ def use_data(cfg: Any, train: Any, val: Any) -> None:
                 "metric": "bbox",
                 "format_only": False,
             }
+    set_num_classes(cfg.model, len(train.classes))

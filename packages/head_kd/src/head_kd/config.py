@@ -221,7 +221,12 @@ class Distillation:
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher itself runs."""
-        return self.preset in ("own", "paper", "direct", "pkd", "fitnet")
+        return self.reads_regions or self.preset in ("pkd", "fitnet")
+
+    @property
+    def reads_regions(self) -> bool:
+        """Whether the teacher is read at regions, so that a cache can take its place."""
+        return self.preset in ("own", "paper", "direct")
 
 
 Launcher = Literal["none", "pytorch", "slurm", "mpi"]

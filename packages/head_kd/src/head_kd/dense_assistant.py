@@ -3,6 +3,9 @@
 Letters: N images, D features of an activation, C channels of a neck, H and W cells of a level.
 """
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

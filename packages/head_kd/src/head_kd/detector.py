@@ -1,14 +1,13 @@
 """``HEADDetector``: a detector that trains with assistants and a teacher, and is a plain student in all else."""
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-
-import head_kd.ops_fallback  # noqa: F401  # before mmdet
-
-# isort: split
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from head_kd.assistants import Assistant, Observer, Step, Terms, touch
 from head_kd.balance import gradient_norms, shared_factors
 from head_kd.cache import TargetCache
-from head_kd.checkpoints import read_weights, resolve_config
+from head_kd.checkpoints import read_weights
 from head_kd.config import AssistantSettings, Balance, NeckMimic, ProposalSettings, Schedule, from_mapping
+from head_kd.configs import resolve_config
 from head_kd.dense_assistant import DenseAssistant
 from head_kd.losses import ramp
 from head_kd.neck import NeckImitation

@@ -1,5 +1,8 @@
 """The regions that a RoI head works on: sampled as mmdet samples them, and followed back to the cells they come from."""
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -3,6 +3,9 @@
 Letters: M regions of a batch, K boxes of an image, D features of an activation, C channels of a neck.
 """
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

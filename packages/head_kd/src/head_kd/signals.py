@@ -4,16 +4,15 @@ An activation is captured as the *input of the module that consumes it*. Behind 
 itself would see the value before or after the ReLU, depending on a flag; the consumer sees what the head really uses.
 """
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-
-import head_kd.ops_fallback  # noqa: F401  # before mmdet
-
-# isort: split
 from mmdet.models.dense_heads import AnchorHead, FCOSHead, GFLHead
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder

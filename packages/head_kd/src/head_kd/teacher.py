@@ -1,5 +1,8 @@
 """The teacher: a frozen detector beside the model, with its own input normalization, read at the student's regions."""
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import copy
 import dataclasses
 import hashlib
@@ -8,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from head_kd.checkpoints import Weights, read_weights, resolve_config
+from head_kd.checkpoints import Weights, read_weights
+from head_kd.configs import config_classes, resolve_config
 from head_kd.signals import box_heads, capturing, forward_stage, is_two_stage, resolve
 from tenfold import UserError
 from tenfold.checkpoints import check_shapes
@@ -231,15 +235,3 @@ def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: st
         except UserError as error:
             raise UserError(f"{share}; {str(error).partition(': ')[2]}") from None
     module.load_state_dict(fitting, strict=False)
-
-
-def config_classes(cfg: Any) -> tuple[str, ...] | None:
-    """The classes that a config states for its training data, directly or through the data set's own list."""
-    dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
-    while "dataset" in dataset:
-        dataset = dataset["dataset"]
-    stated = (dataset.get("metainfo") or {}).get("classes") or (cfg.get("metainfo") or {}).get("classes")
-    if stated is None and dataset.get("type") is not None:
-        kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
-        stated = getattr(kind, "METAINFO", {}).get("classes")
-    return tuple(stated) if stated else None

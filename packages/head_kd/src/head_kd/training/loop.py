@@ -5,6 +5,9 @@ every random draw is keyed: data order by (seed, epoch), augmentation by (seed, 
 (seed, iteration, rank). So nothing has to be restored but where the loop stands.
 """
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
