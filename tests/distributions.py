@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +60,37 @@ class Distribution:
 
     @property
     def modules(self) -> list[str]:
-        return sorted(path.stem for path in self.source.glob("*.py") if path.stem != "__init__")
+        """Submodules of the package itself, as one names them after a dot."""
+        return sorted(
+            {
+                self.name_of(path).split(".")[1]
+                for path in self.files
+                if path.parent != self.source or path.stem != "__init__"
+            }
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        """Every module; recipes are settings, also where their ecosystem writes them as Python."""
+        return sorted(
+            path for path in self.source.rglob("*.py") if "recipes" not in path.relative_to(self.source).parts
+        )
+
+    def name_of(self, path: Path) -> str:
+        """Dotted name of a module's file."""
+        parts = [self.import_name, *path.relative_to(self.source).with_suffix("").parts]
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    def owns(self, dotted: str) -> str | None:
+        """The module of this distribution that an imported name is, or is in; None for others' names."""
+        known = {self.name_of(path) for path in self.files}
+        while dotted.partition(".")[0] == self.import_name:
+            if dotted in known:
+                return dotted
+            dotted = dotted.rpartition(".")[0]
+            if not dotted:
+                break
+        return None
 
     def requirements(self, *, bench: bool = True) -> set[str]:
         """Normalized names of what the distribution declares, in its core and its extras."""
@@ -72,26 +103,37 @@ class Distribution:
 @dataclasses.dataclass(frozen=True)
 class Import:
     module: str
-    at_import_time: bool
-    """False inside a function or under TYPE_CHECKING."""
+    when: Literal["import", "call", "typing"]
+    """When the module is imported, when a function is called, or for type checkers alone."""
+    plain: bool = False
+    """``import a.b``, which asks for no name of a's."""
+
+    @property
+    def at_import_time(self) -> bool:
+        return self.when == "import"
 
 
 def imports_of(path: Path) -> list[Import]:
     found = []
 
-    def visit(node: ast.AST, eager: bool) -> None:
+    def visit(node: ast.AST, when: Literal["import", "call", "typing"]) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, eager) for alias in node.names)
+            found.extend(Import(alias.name, when, plain=True) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append(Import(node.module, eager))
-            found.extend(Import(f"{node.module}.{alias.name}", eager) for alias in node.names)
-        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
-            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        )
+            found.append(Import(node.module, when))
+            found.extend(Import(f"{node.module}.{alias.name}", when) for alias in node.names)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for child in node.body:
+                visit(child, "typing")
+            for child in node.orelse:
+                visit(child, when)
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and when == "import":
+            when = "call"
         for child in ast.iter_child_nodes(node):
-            visit(child, eager and not lazy)
+            visit(child, when)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), eager=True)
+    visit(ast.parse(path.read_text(encoding="utf-8")), "import")
     return found
 
 

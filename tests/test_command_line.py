@@ -1,12 +1,15 @@
 """The command line of every package: light, the same words for the same things, one line for what the user can mend."""
 
+import dataclasses
 import subprocess
 import sys
+import typing
 
 import pytest
 import yaml
 from distributions import PACKAGES
 
+from tenfold.config import DemoSettings, leaves
 from tenfold.testing import assert_user_error
 
 VERBS = [
@@ -77,3 +80,107 @@ def test_recipes_parse(package, capsys):
             accepted.append(package.main([verb.name, "--config", f"recipe:{path.stem}", "--print_config"]) == 0)
             capsys.readouterr()
         assert any(accepted), f"no verb takes recipe:{path.stem}"
+
+
+OLD = {
+    "max_epochs",
+    "max_steps",
+    "methods",
+    "models",
+    "val_every",
+    "teacher_checkpoint",
+    "checkpoint",
+    "lr",
+    "path",
+    "initial",
+}
+"""Names that the same things once had."""
+
+
+@pytest.mark.parametrize(("package", "verb"), VERBS)
+def test_the_same_thing_has_the_same_name(package, verb):
+    options = {name: kind for name, kind in leaves(verb.settings) if "." not in name}
+    assert not set(options) & OLD
+    assert not {"seed", "seeds"} <= set(options), "a report over seeds has no seed of its own"
+    if verb.name == "demo":
+        assert issubclass(verb.settings, DemoSettings)
+    if verb.name == "compare":
+        assert {"arms", "seeds", "executor"} <= set(options)
+        (seeds,) = [field for field in dataclasses.fields(verb.settings) if field.name == "seeds"]
+        assert seeds.default_factory() == [0, 1, 2]
+    for name, choices in {"device": {"auto", "cpu", "cuda", "mps"}, "precision": {"auto", "32", "bf16", "16"}}.items():
+        if name in options:
+            assert set(typing.get_args(options[name])) == choices
+
+
+@pytest.mark.parametrize(("package", "verb"), VERBS)
+def test_a_verbs_help_is_one_sentence(package, verb):
+    assert verb.help.endswith((".", "?")), verb.help
+    assert len(verb.help) <= 110
+
+
+def bounds(kind):
+    """Bounds of a number: (marker's attribute, value), also inside ``X | None``."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is typing.Annotated and typing.get_args(part)[0] in {int, float}:
+            for marker in part.__metadata__:
+                yield from (
+                    (name, getattr(marker, name)) for name in ("ge", "gt") if getattr(marker, name, None) is not None
+                )
+
+
+def required(verb):
+    """Something for each option that has to be given."""
+    fields = dataclasses.fields(verb.settings)
+    names = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    kinds = dict(leaves(verb.settings))
+    return [
+        word
+        for name in names
+        if name in kinds
+        for word in (f"--{name}", "1" if kinds[name] in {int, float} else "none:none")
+    ]
+
+
+@pytest.mark.parametrize(("package", "verb"), VERBS)
+def test_a_number_out_of_its_range_is_refused_with_its_whole_path(package, verb, capsys, tmp_path):
+    ranges = [(name, bound, value) for name, kind in leaves(verb.settings) for bound, value in bounds(kind)]
+    numbers = {int, float}
+    unbounded = [
+        name
+        for name, kind in leaves(verb.settings)
+        if kind in numbers
+        and name.rpartition(".")[2] in {"batch_size", "epochs", "steps", "k", "r", "workers", "devices", "seed"}
+    ]
+    assert not unbounded, "numbers that have a range and do not say so"
+    out = ["--out", str(tmp_path / "out")] if verb.out else []
+    for name, bound, value in ranges:
+        wrong = value - 1 if bound == "ge" else value
+        words = [verb.name, *out, *required(verb), f"--{name}={wrong:g}"]
+        expected = f"--{name}: expected {value:g}" if bound == "ge" else f"--{name}: expected more than {value:g}"
+        assert_user_error(package.main, words, capsys, expected, f"got {wrong:g}")
+
+
+@pytest.mark.parametrize(("package", "verb"), [v for v in VERBS if v.values[1].out and required(v.values[1])])
+def test_a_refused_command_leaves_no_folder_behind(package, verb, capsys, tmp_path):
+    assert_user_error(package.main, [verb.name, *required(verb), "--out", str(tmp_path / "a/b")], capsys)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_choice_that_there_is_not_is_refused_in_our_words(package, capsys, tmp_path):
+    """No word of the parsing library's shows through, also for unions and lists."""
+    for verb in package.app.verbs:
+        for name, kind in leaves(verb.settings):
+            words = [
+                verb.name,
+                *(["--out", str(tmp_path / "a")] if verb.out else []),
+                *required(verb),
+                f"--{name}",
+                "no such thing",
+            ]
+            if "str" in str(kind):
+                continue
+            line = assert_user_error(package.main, words, capsys, f"--{name}: expected ")
+            assert not any(
+                word in line for word in ("Subtypes", "Given value", "Parser key", "<class", "typing.", "Literal")
+            )

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from types import ModuleType
 
 import pytest
@@ -23,9 +24,6 @@ HEAVY = {
     "sklearn",
     "matplotlib",
 }
-# cli -> demo -> training -> data, the method -> config: each may also use what stands further right
-LAYERS = {"cli": 4, "demo": 3, "training": 2, "data": 1, "config": -1}
-METHOD = 0
 
 
 def test_import_is_light(distribution):
@@ -48,6 +46,72 @@ def test_public_names_load_on_first_use_and_again(distribution):
         module.no_such_name  # noqa: B018
 
 
+def test_star_import_and_help_work_where_no_extra_is_installed(distribution):
+    """In a process that finds nothing of what only an extra brings."""
+    hidden = sorted(only_of_extras(distribution))
+    script = f"""
+        import sys
+        class Hidden:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {hidden}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        sys.meta_path.insert(0, Hidden())
+        from {distribution.import_name} import *
+        import {distribution.import_name} as package, pydoc
+        missing = [name for name in package.__all__ if name not in globals()]
+        assert not missing, missing
+        print(len(pydoc.render_doc(package)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def only_of_extras(distribution) -> set[str]:
+    """Top-level modules that only an extra of the distribution brings."""
+    project = distribution.project
+
+    def names(lines):
+        return {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-") for line in lines}
+
+    core = closure(names(project["dependencies"]))
+    extra = names(line for group in project.get("optional-dependencies", {}).values() for line in group) - core
+    provides = importlib.metadata.packages_distributions()
+    return {
+        module
+        for module, owners in provides.items()
+        if {owner.lower().replace("_", "-") for owner in owners} <= extra and not module.startswith("tenfold")
+    } - {distribution.import_name}
+
+
+def closure(names: set[str]) -> set[str]:
+    """The distributions, and all that they need."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        waiting += [
+            re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-")
+            for line in lines
+            if "extra ==" not in line
+        ]
+    return found
+
+
+def test_a_packages_own_names_are_few_and_its_docstring_says_in_which_order_to_read_it(package):
+    names = [name for name in package.module.__all__ if not name.startswith("__")]
+    assert len(names) <= 26, f"{len(names)} names at the top level: what a user needs, about 20"
+    text = inspect.getdoc(package.module) or ""
+    named = [name for name in package.modules if f"``{name}``" in text]
+    assert len(named) >= 3, "the docstring of __init__ names the method's files in the order in which to read them"
+
+
 def test_public_names_are_documented(distribution):
     undocumented = [
         name
@@ -63,19 +127,6 @@ def test_version_is_that_of_the_metadata(distribution):
 
 def test_typed(distribution):
     assert (distribution.source / "py.typed").exists()
-
-
-def test_layers(package):
-    """The arrows between a package's own modules go one way."""
-    for path in package.source.glob("*.py"):
-        level = LAYERS.get(path.stem, METHOD)
-        for found in imports_of(path):
-            root, _, rest = found.module.partition(".")
-            target = rest.partition(".")[0]
-            if root != package.import_name or not target or path.stem == "__init__":
-                continue
-            if target in package.modules and target != path.stem:
-                assert LAYERS.get(target, METHOD) <= level, f"{path.name} imports {found.module}"
 
 
 def test_settings_need_no_torch(package):

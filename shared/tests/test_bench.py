@@ -97,3 +97,36 @@ def test_the_peak_of_a_process_that_fails_is_no_number():
 def test_a_measured_process_gets_the_given_variables():
     command = [sys.executable, "-c", "import os; assert os.environ['MALLOC_ARENA_MAX'] == '1'"]
     assert bench.peak_rss(command, {"MALLOC_ARENA_MAX": "1"}) > 1
+
+
+@pytest.mark.parametrize(
+    ("required", "ratio", "ci95", "how", "holds"),
+    [
+        (">= 1.05", 1.2, (1.1, 1.3), {"pairs": 9}, None),
+        (">= 1.05", 1.2, (1.1, 1.3), {"pairs": 21}, True),
+        (">= 1.05", 1.2, None, {"counted": True}, True),
+        (">= 1.05", 1.01, None, {"counted": True}, False),
+        (">= 1.05", 1.2, None, {}, None),
+        (">= 2", 2.5, (1.9, 3.0), {"pairs": 9}, None),
+        (">= 2", 2.5, None, {}, True),
+    ],
+)
+def test_a_bound_near_1_is_decided_by_counts_or_by_many_pairs_alone(required, ratio, ci95, how, holds):
+    assert bench.decide(required, ratio, ci95, **how) is holds
+
+
+def test_counts_make_a_row_whose_ratio_is_peer_over_ours_unless_it_is_given():
+    row = bench.counted("bytes", 2.0, 5.0, shape="s", unit="MiB", required=">= 2.5", equal="same")
+    assert (row.ratio, row.holds, row.ci95) == (2.5, True, None)
+    share = bench.counted("share", 2.0, 5.0, shape="s", unit="MiB", required="<= 0.3", equal="same", ratio=0.4)
+    assert (share.ratio, share.holds) == (0.4, False)
+
+
+def test_resident_memory_is_what_the_computation_adds_to_an_idle_process():
+    def grow(megabytes):
+        return [sys.executable, "-c", f"x = bytearray({megabytes} * 10**6); x[::1000] = b'1' * len(x[::1000])"]
+
+    row = bench.resident("rss", grow(40), grow(120), grow(0), shape="s", required=">= 2", equal="none", runs=1)
+    assert 30 < row.ours < 50
+    assert 110 < row.peer < 130
+    assert row.holds is True

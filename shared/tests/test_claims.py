@@ -1,4 +1,6 @@
 import json
+import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,18 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tenfold import NonFiniteError
-from tenfold.claims import Bound, Study, claim_rows, interval, mean_ci95
-from tenfold.cli import show_claims
+from tenfold import NonFiniteError, UserError, executors
+from tenfold.claims import Bound, Measured, Study, arm_rows, claim_rows, interval, mean_ci95
 from tenfold.runs import Run
+from tenfold.terminal import show_claims, table
 
 KD, CE = [61.9, 62.8, 61.2, 62.4, 63.0], [52.1, 53.0, 51.4, 52.2, 52.9]
 
 
 def study(path, level="full", seeds=range(5), **flags):
     run = Run.open(path, package="tenfold", verb="demo", settings={}, **flags)
-    head = {"package": "tenfold", "version": "0.1.0", "command": "demo", "data": "none"}
-    return Study(run, level=level, seeds=list(seeds), **head)
+    return Study(run, level=level, seeds=list(seeds), data="none")
 
 
 def measure(seed):
@@ -115,6 +116,7 @@ def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_summary(tmp_
     with pytest.raises(Killed):
         broken.over_seeds(killed_at_3)
     seen = []
+    broken.run.close()
     resumed = study(tmp_path / "broken", resume=True)
     resumed.over_seeds(lambda seed: seen.append(seed) or measure(seed))
     assert seen == [3, 4]
@@ -181,3 +183,91 @@ def test_intervals_have_three_digits_and_whole_thousands():
     assert interval(9.9444, (9.6, 10.333)) == "9.94 [9.6, 10.3]"
     assert interval(1234.6, (-0.00012345, 1e7)) == "1235 [-0.000123, 1e+07]"
     assert interval(3, None) == "3"
+
+
+def scaled(factor, seed):
+    """A measurement that another process can be sent."""
+    import os
+
+    import torch
+
+    values = {"top1": factor * (seed + 1.0), "pid": float(os.getpid()), "threads": float(torch.get_num_threads())}
+    return Measured(values, {"history": np.arange(seed + 2) * factor})
+
+
+def broken_at_1(seed):
+    if seed == 1:
+        raise ZeroDivisionError
+    return {"top1": 1.0}
+
+
+def test_arms_measured_in_processes_of_one_thread_equal_those_measured_here(tmp_path):
+    arms = {"a": partial(scaled, 1.0), "b": partial(scaled, 2.0)}
+    here, there = study(tmp_path / "here", seeds=[0, 1]), study(tmp_path / "there", seeds=[0, 1])
+    here.over_arms(arms)
+    with executors.make("processes:2") as pool:
+        there.over_arms(arms, pool)
+    for arm in arms:
+        assert here.values((arm, "top1")).tolist() == there.values((arm, "top1")).tolist()
+        assert np.array_equal(here.arrays(arm, 1)["history"], there.arrays(arm, 1)["history"])
+    assert set(there.values(("a", "threads"))) == {1.0}
+    assert os.getpid() not in {*there.values(("a", "pid")), *there.values(("b", "pid"))}
+
+
+def test_a_fault_in_a_process_ends_the_study_and_keeps_what_was_measured(tmp_path):
+    s = study(tmp_path, seeds=[0, 1])
+    with executors.make("processes:1") as pool, pytest.raises(ZeroDivisionError):
+        s.over_arms({"a": broken_at_1}, pool)
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["a-seed-0.json"]
+
+
+def test_arms_are_measured_on_a_cluster_of_dask(tmp_path):
+    distributed = pytest.importorskip("distributed", reason="the extra `dask`")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        s = study(tmp_path, seeds=[0, 1])
+        with executors.make(f"dask:{cluster.scheduler_address}") as pool:
+            s.over_arms({"a": partial(scaled, 3.0)}, pool)
+        assert s.values(("a", "top1")).tolist() == [3.0, 6.0]
+
+
+@pytest.mark.parametrize("spec", ["processes", "processes:0", "threads:2", "dask:"])
+def test_an_executor_of_another_form_is_refused(spec):
+    with pytest.raises(UserError, match=f"--executor {spec}: expected processes:N"), executors.make(spec):
+        pass
+
+
+def test_what_is_known_already_is_recorded_without_a_measurement(tmp_path):
+    s = study(tmp_path, None, seeds=[4, 7])
+    s.record("sgr", {"accuracy": 91})
+    s.record("sgr", {"accuracy": 92}, seed=7)
+    summary = s.finish()
+    assert summary["arms"] == {"sgr": {"accuracy": [91.0, 92.0]}}
+    assert (summary["level"], summary["package"], summary["command"]) == (None, "tenfold", "demo")
+    with pytest.raises(NonFiniteError):
+        s.record("other", {"accuracy": float("nan")})
+
+
+def test_a_command_without_levels_decides_every_claim_from_three_seeds_on(tmp_path):
+    for seeds, holds in (([0, 1], None), ([0, 1, 2], True)):
+        s = study(tmp_path / str(len(seeds)), None, seeds=seeds)
+        s.over_seeds(measure)
+        s.against("ce", ["ce", "kd"], "top1", required=">= 4")
+        (claim,) = s.finish()["claims"]
+        assert (claim["id"], claim["text"], claim["holds"]) == ("kd_over_ce", "top1 of kd - top1 of ce", holds)
+
+
+def test_seeds_that_settings_were_tuned_on_are_named(tmp_path):
+    assert study(tmp_path / "a", seeds=[0, 1]).finish()["notes"] == []
+    (note,) = study(tmp_path / "b", seeds=[0, 100, 101]).finish()["notes"]
+    assert "2 seeds of this report (100, 101)" in note
+
+
+def test_a_table_of_arms_has_means_with_intervals_and_a_dash_where_nothing_was_measured(tmp_path):
+    s = study(tmp_path, seeds=[0, 1])
+    s.over_seeds(lambda seed: {"a": {"x": float(seed)}, "b": {"x": 3.0, "y": 2.0}})
+    headers, body = arm_rows(s, ["b", "a"], ["x", "y"], {"a": "the first"})
+    assert headers == ["arm", "x", "y"]
+    assert body == [["b", "3", "2"], ["the first", "0.5", "-"]]
+    assert table(headers, body).splitlines()[-1].startswith("the first")

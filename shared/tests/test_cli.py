@@ -2,19 +2,23 @@ import dataclasses
 import io
 import sys
 import warnings
-from typing import Literal
+from types import ModuleType
+from typing import Annotated, Literal
 
 import pytest
 import yaml
 
 from tenfold import UserError
-from tenfold.cli import App, Verb, table, track
-from tenfold.errors import MissingExtraError
+from tenfold.cli import App, Verb
+from tenfold.config import Distinct, Ge, Length
+from tenfold.config import Settings as Checked
+from tenfold.errors import needs
+from tenfold.terminal import table, track
 from tenfold.testing import assert_user_error
 
 
-@dataclasses.dataclass(frozen=True)
-class Init:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Init(Checked):
     """Inner settings.
 
     Args:
@@ -23,17 +27,13 @@ class Init:
         mode: what to protect.
     """
 
-    rank: int = 16
+    rank: Annotated[int, Ge(1)] = 16
     mode: Literal["kpm", "ipm"] = "kpm"
 
-    def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"rank must be at least 1, got {self.rank}")
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
+    """Train it.
 
     Args:
         data: KIND:PATH.
@@ -46,25 +46,31 @@ class Settings:
     names: list[str] | None = None
     level: Literal["quick", "default", "full"] = "default"
     batch_size: int = 8
+    arms: Annotated[list[Literal["ce", "kd"]], Length(1), Distinct()] = dataclasses.field(
+        default_factory=lambda: ["ce"]
+    )
+    method: Literal["ce", "kd"] | None = None
 
 
 seen = []
 
 
-def handler(settings, invocation):
+def run(settings, invocation):
     seen.append((settings, invocation))
     if settings.data == "fault":
         raise RuntimeError("a fault of ours")
     if settings.data == "interrupt":
         raise KeyboardInterrupt
     if settings.data == "extra":
-        raise MissingExtraError('matplotlib is not installed; pip install "tenfold[demo]"')
+        needs("no_such_module", "demo")
     if settings.data == "warn":
         for _ in range(2):
             with warnings.catch_warnings():  # which makes Python forget that it has shown the warning
                 warnings.simplefilter("always")
                 warnings.warn("this is off\nhere", stacklevel=1)
-    if settings.data == "mend":
+    if settings.data == "late":
+        invocation.folder.write_text("result.txt", "half")
+    if settings.data in {"mend", "late"}:
         raise UserError("two\nlines")
     if invocation.run:
         invocation.run.write_text("result.txt", settings.data)
@@ -72,19 +78,32 @@ def handler(settings, invocation):
 
 APP = App(
     "tenfold",
-    "tenfold",
+    "example",
     "A test.",
     (
-        Verb("train", Settings, handler, "Train it."),
-        Verb("inspect", Settings, handler, "Look at it.", out=False),
-        Verb("demo", Settings, handler, "Show it.", out=False, claims=True),
+        Verb("train", Settings),
+        Verb("inspect", Settings, out=False),
+        Verb("demo", Settings, out=False, claims=True),
     ),
 )
 
 
 @pytest.fixture(autouse=True)
-def _forget():
+def _package(monkeypatch, tmp_path_factory):
+    """A package ``example`` whose commands all do what ``run`` does."""
     seen.clear()
+    folder = tmp_path_factory.mktemp("package")
+    (folder / "example/commands").mkdir(parents=True)
+    for name in ("__init__", "commands/__init__"):
+        (folder / f"example/{name}.py").write_text("")
+    for verb in APP.verbs:
+        (folder / f"example/commands/{verb.name}.py").write_text("from what_commands_do import run as run\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "example"]:
+        monkeypatch.delitem(sys.modules, name)
+    module = ModuleType("what_commands_do")
+    module.run = run
+    monkeypatch.setitem(sys.modules, "what_commands_do", module)
+    monkeypatch.syspath_prepend(folder)
 
 
 def call(*words):
@@ -95,14 +114,16 @@ def call(*words):
 def test_defaults_and_nested_and_list_options():
     code, settings = call("inspect", "--data", "x", "--init.rank", "4", "--seeds", "3,4", "--names=a,b")
     assert code == 0
-    assert settings == Settings("x", Init(rank=4), (3, 4), ["a", "b"])
+    assert settings == Settings(data="x", init=Init(rank=4), seeds=(3, 4), names=["a", "b"])
     assert call("inspect", "--data", "x", "--seeds", "7")[1].seeds == (7,)
     assert call("inspect", "--data", "x", "--seeds", "[7, 8]")[1].seeds == (7, 8)
 
 
 def test_dashes_and_levels():
     assert call("inspect", "--data", "x", "--batch-size", "4")[1].batch_size == 4
-    assert call("inspect", "--data", "x", "--batch-size=5", "--quick")[1] == Settings("x", batch_size=5, level="quick")
+    assert call("inspect", "--data", "x", "--batch-size=5", "--quick")[1] == Settings(
+        data="x", batch_size=5, level="quick"
+    )
     assert call("demo", "--data", "x", "--full", "--strict")[1].level == "full"
     assert seen[-1][1].strict is True
 
@@ -111,7 +132,7 @@ def test_config_file_and_later_options_win(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("data: from-file\ninit:\n  rank: 5\n  mode: ipm\n")
     settings = call("inspect", "--init.rank", "3", "--config", str(file), "--init.mode", "kpm")[1]
-    assert settings == Settings("from-file", Init(5, "kpm"))
+    assert settings == Settings(data="from-file", init=Init(rank=5, mode="kpm"))
 
 
 def test_print_config_is_taken_back_unchanged(tmp_path, capsys):
@@ -122,7 +143,7 @@ def test_print_config_is_taken_back_unchanged(tmp_path, capsys):
     assert APP.main(["train", "--config", str(tmp_path / "c.yaml"), "--print_config"]) == 0
     assert capsys.readouterr().out == printed
     call("inspect", "--config", str(tmp_path / "c.yaml"), "--data", "x")
-    assert seen[-1][0] == Settings("x", Init(5), names=["a", "b"])
+    assert seen[-1][0] == Settings(data="x", init=Init(rank=5), names=["a", "b"])
 
 
 def test_the_config_of_a_run_repeats_it(tmp_path):
@@ -139,10 +160,27 @@ def test_the_config_of_a_run_repeats_it(tmp_path):
         (["inspect"], ["missing --data"]),
         (["inspect", "--data", "x", "--init.rnk", "3"], ["unknown option --init.rnk", "did you mean --init.rank"]),
         (["inspect", "--dat", "x"], ["unknown option --dat", "did you mean --data"]),
-        (["inspect", "--data", "x", "--init.rank", "x"], ["--init.rank: expected int, got 'x'"]),
-        (["inspect", "--data", "x", "--init.mode", "kmp"], ["--init.mode: expected one of 'kpm', 'ipm', got 'kmp'"]),
-        (["inspect", "--data", "x", "--init.rank", "0"], ["rank must be at least 1, got 0"]),
-        (["inspect", "--data"], ["--data: expected one argument"]),
+        (["inspect", "--data", "x", "--init.rank", "x"], ["--init.rank: expected a whole number, got 'x'"]),
+        (
+            ["inspect", "--data", "x", "--init.mode", "kmp"],
+            ["--init.mode: expected one of kpm, ipm, got 'kmp': did you mean kpm?"],
+        ),
+        (["inspect", "--data", "x", "--init.rank", "0"], ["error: --init.rank: expected 1 or more, got 0"]),
+        (["inspect", "--data"], ["--data: a value is missing"]),
+        (
+            ["inspect", "--data", "x", "--method", "kdd"],
+            ["--method: expected one of ce, kd, got 'kdd': did you mean kd?"],
+        ),
+        (
+            ["inspect", "--data", "x", "--arms", "ce,kdd"],
+            ["--arms: expected one of ce, kd, got 'kdd': did you mean kd?"],
+        ),
+        (["inspect", "--data", "x", "--arms", "ce,ce"], ["--arms: expected each once, got ce,ce"]),
+        (["inspect", "--data", "x", "--arms", "[]"], ["--arms: expected at least one"]),
+        (
+            ["inspect", "--data", "x", "--seeds", "a,b"],
+            ["--seeds: expected whole numbers separated by commas, got 'a'"],
+        ),
         (["inspect", "--data", "x", "y"], ["unexpected argument 'y'"]),
         (["inspect", "--data", "mend"], ["two lines"]),
         (["train", "--data", "x"], ["missing --out"]),
@@ -159,7 +197,9 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, expec
     [
         ("ranck: 3\n", "c.yaml: unknown setting 'ranck': did you mean init.rank?"),
         ("init:\n  rnk: 3\n", "c.yaml: unknown setting 'init.rnk': did you mean init.rank?"),
-        ("data: x\nseeds: 3\n", "--seeds: expected"),
+        ("data: x\nseeds: 3\n", "--seeds: expected whole numbers separated by commas, got '3'"),
+        ("data: x\ninit:\n", "c.yaml: 'init' holds settings, such as init.rank"),
+        ("data: x\ninit:\n  rank: 0\n", "error: --init.rank: expected 1 or more, got 0"),
         ("a: [\n", "c.yaml is not YAML"),
         ("just words\n", "c.yaml: expected settings by name, found str"),
     ],
@@ -193,7 +233,7 @@ def test_an_interrupt_is_130():
 def test_help_lists_verbs_and_options_with_their_descriptions(capsys):
     assert APP.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "Train it." in out
+    assert "train    Train it." in out
     assert APP.main([]) == 0
     assert capsys.readouterr().out == out
     assert APP.main(["train", "--help"]) == 0
@@ -231,12 +271,31 @@ def test_of_the_processes_of_one_command_the_first_alone_speaks(tmp_path, monkey
     assert not (tmp_path / "a").exists()
 
 
-def test_a_demo_names_the_extra_of_its_own_package(capsys):
+def test_a_missing_extra_is_named_of_the_distribution_that_has_it(capsys):
     assert_user_error(
-        APP.main, ["demo", "--data", "extra"], capsys, 'matplotlib is not installed; pip install "tenfold[demo]"'
+        APP.main, ["demo", "--data", "extra"], capsys, 'no_such_module is not installed; pip install "tenfold[demo]"'
     )
-    other = dataclasses.replace(APP, dist="corda")
-    assert_user_error(other.main, ["demo", "--data", "extra"], capsys, 'pip install "corda[demo]"')
+    assert_user_error(
+        dataclasses.replace(APP, dist="pytest").main,
+        ["demo", "--data", "extra"],
+        capsys,
+        'pip install "tenfold[demo]"',  # pytest has no extra of that name
+    )
+
+
+def test_a_refused_command_leaves_nothing_behind_and_runs_when_mended(tmp_path, capsys):
+    out = tmp_path / "new/deep"
+    assert_user_error(APP.main, ["train", "--data", "mend", "--out", str(out)], capsys, "two lines")
+    assert not (tmp_path / "new").exists()
+    assert call("train", "--data", "x", "--out", str(out))[0] == 0
+    assert_user_error(APP.main, ["train", "--data", "mend", "--out", str(out), "--overwrite"], capsys, "two lines")
+    assert (out / "result.txt").read_text() == "x"
+
+
+def test_a_command_that_fails_after_its_first_result_keeps_it(tmp_path, capsys):
+    assert_user_error(APP.main, ["train", "--data", "late", "--out", str(tmp_path / "a")], capsys, "two lines")
+    assert (tmp_path / "a/result.txt").read_text() == "half"
+    assert_user_error(APP.main, ["train", "--data", "late", "--out", str(tmp_path / "a")], capsys, "an unfinished run")
 
 
 def test_table_aligns_text_left_and_numbers_right():
@@ -247,7 +306,7 @@ def test_track_passes_items_through_and_is_silent_when_short(capsys, monkeypatch
     assert list(track([1, 2], "work")) == [1, 2]
     assert capsys.readouterr().err == ""
     clock = iter(range(0, 100, 3))
-    monkeypatch.setattr("tenfold.cli.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tenfold.terminal.time.monotonic", lambda: next(clock))
     assert list(track(iter(range(6)), "work", total=6)) == list(range(6))
     assert "work: 1/6" in capsys.readouterr().err
 

@@ -59,8 +59,8 @@ class Page(HTMLParser):
 
 
 def finished_run(path, package="pckd", level="full", evil=EVIL):
-    run = Run.open(path, package="tenfold", verb="demo", settings={"seed": 0, "name": evil})
-    study = Study(run, package=package, version="0.1.0", command="demo", level=level, data=evil, seeds=[0, 1, 2])
+    run = Run.open(path, package=package, verb="demo", settings={"seed": 0, "name": evil})
+    study = Study(run, level=level, data=evil, seeds=[0, 1, 2])
     ce, kd = [52.1, 53.0, 51.4], [61.9, 62.8, 61.2]
     study.over_arms(
         {"ce": lambda s: {"top1": ce[s]}, evil: lambda s: {"top1": kd[s]}, "speed": lambda s: {"images": s}}
@@ -140,7 +140,7 @@ def test_missing_parts_are_left_out(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))
     write_report(str(tmp_path), "Settings")
     assert "seed: 1" in "".join(Page(tmp_path / "report.html").text)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "report.html"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "report.html", "report.json"]
     with pytest.raises(UserError, match="no such run folder"):
         write_report(tmp_path / "absent", "")
     with pytest.raises(AssertionError, match="typo"):
@@ -149,7 +149,7 @@ def test_missing_parts_are_left_out(tmp_path):
 
 def test_many_metrics_go_down_the_page(tmp_path):
     run = Run.open(tmp_path, package="tenfold", verb="demo", settings={})
-    study = Study(run, package="p", version="1", command="demo", level="quick", data="d", seeds=[0])
+    study = Study(run, level="quick", data="d", seeds=[0])
     study.over_seeds(lambda seed: {arm: {f"m{i}": i / 8 for i in range(9)} for arm in ("a", "b")})
     study.finish()
     write_report(run, "")
@@ -157,27 +157,46 @@ def test_many_metrics_go_down_the_page(tmp_path):
     assert table == [["metric", "a", "b"], *([f"m{i}", f"{i / 8:.3g}", f"{i / 8:.3g}"] for i in range(9))]
 
 
-def test_the_index_shows_all_claims_so_far(tmp_path):
-    write_report(finished_run(tmp_path / "b", "corda", level="default"), "corda")
+def test_the_index_has_a_card_per_run_with_what_its_level_decides(tmp_path):
+    write_report(finished_run(tmp_path / "b", "tenfold", level="default"), "Ours", {"views": "What it sees"})
     finished_run(tmp_path / "a b%", "pckd")
     (tmp_path / "no run").mkdir()
     summaries = write_index(tmp_path)
-    assert [s["package"] for s in summaries] == ["pckd", "corda"]
+    assert [s["package"] for s in summaries] == ["pckd", "tenfold"]
     page = Page(tmp_path / "index.html")
+    text = " ".join("".join(page.text).split())
     assert page.links == ["b/report.html"]
-    assert "(no page)" in "".join(page.text)
-    (claims,) = page.tables
-    assert claims[0] == ["package", "level", "claim", "estimate [95 % CI]", "required", "holds"]
-    assert [(row[0], row[1], row[-1]) for row in claims[1:]] == [
-        ("pckd", "full", "yes"),
-        ("pckd", "full", "NO"),
-        ("corda", "default", "yes"),
-        ("corda", "default", "not decided"),
-    ]
+    assert "pckd (no page)" in text
+    assert "2 reports; 2 of 3 decided claims hold." in text
+    first, second, undecided = page.tables
+    assert first[0] == ["claim", "estimate [95 % CI]", "required", "holds"]
+    assert [row[-1] for row in first[1:]] == ["yes", "NO"]
+    assert [row[-1] for row in second[1:]] == ["yes"]
+    assert [row[-1] for row in undecided[1:]] == ["not decided"]
+    assert undecided[1][0] == "KD is twice as good"
+    assert "1 claim that this level does not decide" in text
+    (image,) = page.images
+    assert image["alt"] == "What it sees"
+    assert base64.b64decode(image["src"].split(",")[1]) == (tmp_path / "b/figures/views.png").read_bytes()
+    assert "The thin library under Tenfold" in text, "the sentence is the distribution's own"
+    assert "pckd demo --full --out DIR" in text
+    assert "tenfold demo --out DIR" in text
     write_report(tmp_path / "a b%", "pckd")
     (tmp_path / "site").mkdir()
     write_index(tmp_path / "site", [tmp_path / "a b%"])
     assert Page(tmp_path / "site/index.html").links == ["../a%20b%25/report.html"]
+
+
+def test_the_figure_that_is_captioned_first_comes_first(tmp_path):
+    run = finished_run(tmp_path / "run")
+    for name in ("arms", "zoo"):
+        image_grid(run.figure(name), [[np.eye(4, dtype=np.uint8)]])
+    write_report(run, "Title", {"zoo": "The main one", "arms": "The second"})
+    assert [image["alt"] for image in Page(tmp_path / "run/report.html").images] == [
+        "The main one",
+        "The second",
+        "views",
+    ]
 
 
 def test_a_broken_summary_is_named(tmp_path):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,14 +20,17 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tenfold import NonFiniteError, UserError
+from tenfold.config import TrainerConfig
+from tenfold.devices import choose_device, choose_precision
+from tenfold.loading import KeyedLoader
 from tenfold.runs import Run
-from tenfold.training import KeyedLoader, TrainerConfig, choose_device, choose_precision, fit, keyed_randomness
+from tenfold.training import fit
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_run
 from training_run import Net, Points, Setup, train
 
-CPU = TrainerConfig(max_epochs=4, checkpoint_every=4, log_every=1, device="cpu", precision="32")  # 6 batches an epoch
+CPU = TrainerConfig(epochs=4, checkpoint_every=4, log_every=1, device="cpu", precision="32")  # 6 batches an epoch
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["lightning.pytorch", "tenfold.training"])  # imported once, not by every process
 
@@ -120,9 +122,7 @@ def test_a_run_killed_six_times_ends_with_the_bits_of_an_unbroken_one(tmp_path):
 
 def test_with_accumulation_step_validation_and_workers_too(tmp_path):
     """The whole run reads in its own process, the broken one with two workers."""
-    config = replace(
-        CPU, max_epochs=None, max_steps=10, accumulate=2, checkpoint_every=2, validate_every=2, log_every=3
-    )
+    config = replace(CPU, epochs=None, steps=10, accumulate=2, checkpoint_every=2, validate_every=2, log_every=3)
     expected = run_unbroken(tmp_path / "whole", Setup(config))
     chance, broken, setup = random.Random(1), tmp_path / "broken", Setup(config, num_workers=2)
     for _ in range(4):
@@ -211,7 +211,7 @@ def test_a_checkpoint_loads_without_unpickling_and_holds_what_resuming_needs(tmp
     train(tmp_path, Setup(CPU))
     state = state_of(tmp_path)
     assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "tenfold"} <= set(state)
-    assert state["tenfold"]["settings"]["config"]["max_epochs"] == 4
+    assert state["tenfold"]["settings"]["config"]["epochs"] == 4
     assert {"python", "numpy", "torch", "cuda"} <= set(state["tenfold"]["random_states"])
 
 
@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
 
 def test_metrics_have_a_row_for_each_logged_step_with_its_learning_rate(tmp_path):
     """24 batches, two a step; the rate is Adam's 0.02 on half a cosine, and Plateau never steps before a validation."""
-    config = replace(CPU, max_epochs=2, accumulate=2, log_every=2)
+    config = replace(CPU, epochs=2, accumulate=2, log_every=2)
     fit(Quiet(), KeyedLoader(Points(), batch_size=6), config, Run.open(tmp_path, **OPENED, settings=config), quiet=True)
     found = rows(tmp_path / "metrics.csv")
     assert [row["step"] for row in found] == ["2", "4", "6"]
@@ -404,20 +404,6 @@ def test_an_own_order_decides_the_batches():
     assert len(loader) == 3
 
 
-def test_keyed_randomness_covers_the_three_generators_and_puts_them_back():
-    def draw():
-        return random.random(), float(np.random.random()), float(torch.rand(()))
-
-    with keyed_randomness(1, 2, 3):
-        first = draw()
-    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with keyed_randomness(1, 2, 3):
-        assert draw() == first
-    with keyed_randomness(1, 23):
-        assert not set(draw()) & set(first)
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
-
-
 class Pairs(Quiet):
     def on_after_batch_transfer(self, batch, dataloader_idx):
         return batch
@@ -437,23 +423,23 @@ def test_loaders_by_name_come_together_and_must_be_equally_long():
 # Settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Own(TrainerConfig):
-    max_epochs: int | None = 30
+    epochs: int | None = 30
     margin: float = 0.5
 
 
 def test_a_package_inherits_the_settings_and_gives_its_defaults():
-    assert (Own().max_epochs, Own(max_steps=5).max_steps, Own().checkpoint_every) == (30, 5, 500)
+    assert (Own().epochs, Own(steps=5).steps, Own().checkpoint_every) == (30, 5, 500)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "neither --max_epochs nor --max_steps"),
-        ({"max_steps": 0}, "--max_steps is 0, expected 1 or more"),
-        ({"max_epochs": 1, "clip_norm": -1.0}, "--clip_norm is -1.0, expected more than 0"),
-        ({"max_epochs": 1, "seed": -1}, "--seed is -1, expected 0 or more"),
+        ({}, "neither --epochs nor --steps"),
+        ({"steps": 0}, "steps: expected 1 or more, got 0"),
+        ({"epochs": 1, "clip_norm": -1.0}, "clip_norm: expected more than 0, got -1.0"),
+        ({"epochs": 1, "device": "gpu"}, "device: expected one of auto, cpu, cuda, mps, got 'gpu'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):
@@ -461,7 +447,7 @@ def test_settings_out_of_range_are_refused(changes, message):
         TrainerConfig(**changes)
 
 
-def test_device_and_precision_that_are_not_to_be_had_are_refused():
+def test_device_and_precision_that_are_not_available_are_refused():
     assert choose_device("cpu") == "cpu"
     assert choose_device("auto") in {"cpu", "cuda", "mps"}
     missing = "mps" if not torch.backends.mps.is_available() else "cuda"

@@ -14,8 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from tenfold import checkpoints
+from tenfold.config import TrainerConfig
+from tenfold.devices import seed_everything
+from tenfold.loading import KeyedLoader
 from tenfold.runs import Run
-from tenfold.training import KeyedLoader, TrainerConfig, fit, seed_everything
+from tenfold.training import fit
 
 
 class Points:
@@ -136,15 +139,15 @@ def train(path, setup, callbacks=(), fitted=lambda: None, resume=True):
     """One whole run: fit and export; called again on the same folder, it resumes."""
     settings = replace(setup, num_workers=0)  # changes nothing but the speed
     run = Run.open(path, package="tenfold", verb="train", settings=settings, resume=resume)
-    seed_everything(setup.config.seed)
+    seed_everything(0)
     module = Net()
-    loader = KeyedLoader(Points(), batch_size=6, seed=setup.config.seed, num_workers=setup.num_workers)
+    loader = KeyedLoader(Points(), batch_size=6, num_workers=setup.num_workers)
     points = [Points()[i] for i in range(10)]
     validate = torch.utils.data.DataLoader(points, batch_size=5)
     trainer = fit(module, loader, setup.config, run, validate=validate, callbacks=[Average(), *callbacks], quiet=True)
     fitted()
     weights = run.own("model.safetensors")
-    checkpoints.save(weights, module.state_dict(), method="tenfold.test", version="0", config=setup.config)
+    checkpoints.save(weights, module.state_dict(), method="tenfold.test", config=setup.config)
     run.finish()
     return trainer
 
@@ -160,5 +163,5 @@ def train_in_process(path, setup, pipe, dies_in_save=0):
 
 if __name__ == "__main__":  # as Lightning's launcher wants it: the processes of further devices run the same command
     torch.set_num_threads(1)
-    two = TrainerConfig(max_epochs=2, log_every=1, device="cpu", devices=2, strategy="ddp", precision="32")
+    two = TrainerConfig(epochs=2, log_every=1, device="cpu", devices=2, strategy="ddp", precision="32")
     train(sys.argv[1], Setup(two), resume=False)

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tenfold.claims import Bound, interval
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 T = TypeVar("T")
+_ENOUGH_PAIRS = 21
+"""Pairs from which on an interval decides a bound within 10 % of 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,6 @@ def compare(
     drawn = np.random.default_rng(0).choice(ratios, (10_000, pairs))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     ratio = float(np.median(ratios))
-    bound = Bound.parse(required)
-    close = 0.9 < bound.value < 1.1
     return Comparison(
         id=id,
         shape=shape,
@@ -90,9 +90,96 @@ def compare(
         ratio=ratio,
         ci95=(float(low), float(high)),
         required=required,
-        holds=None if close and pairs < 21 else bound.decide(ratio, (float(low), float(high))),
+        holds=decide(required, ratio, (float(low), float(high)), pairs=pairs),
         equal=agreement,
     )
+
+
+def decide(
+    required: str, ratio: float, ci95: tuple[float, float] | None = None, *, pairs: int = 0, counted: bool = False
+) -> bool | None:
+    """Whether a ratio meets its bound: the one rule of all rows.
+
+    A bound within 10 % of 1 is decided from what was counted (rows, bytes of tensors, operations), or from 21 pairs or
+    more; otherwise it stays open (None), since the machine's scatter is as large.
+
+    Args:
+        required: ``">= 2.5"``.
+        ratio: peer / ours.
+        ci95: its interval, where there is one; all of it has to meet the bound.
+        pairs: number of pairs behind the interval.
+        counted: whether the numbers are counts, the same in every run.
+    """
+    bound = Bound.parse(required)
+    if 0.9 < bound.value < 1.1 and not counted and pairs < _ENOUGH_PAIRS:
+        return None
+    return bound.decide(ratio, ci95)
+
+
+def counted(
+    id: str,
+    ours: float,
+    peer: float,
+    *,
+    shape: str,
+    unit: str,
+    required: str,
+    equal: str,
+    statistic: str = "counted; the same in every run",
+    ratio: float | None = None,
+) -> Comparison:
+    """A row of what was counted: bytes of tensors, operations, rows.
+
+    Args:
+        id: name of the row.
+        ours: our count.
+        peer: the peer's.
+        shape: the size of the problem.
+        unit: unit of both.
+        required: bound on the ratio.
+        equal: in which sense both compute the same.
+        statistic: what was counted, and how.
+        ratio: what the bound is about, where it is not peer / ours.
+    """
+    found = peer / ours if ratio is None else ratio
+    holds = decide(required, found, counted=True)
+    return Comparison(id, shape, ours, peer, unit, statistic, found, None, required, holds, equal)
+
+
+def resident(
+    id: str,
+    ours: Sequence[str],
+    peer: Sequence[str],
+    idle: Sequence[str],
+    *,
+    shape: str,
+    required: str,
+    equal: str,
+    runs: int = 3,
+    environment: Mapping[str, str] | None = None,
+) -> Comparison:
+    """A row of resident memory: the peak of processes that compute, less that of one that does all but the computation.
+
+    Args:
+        id: name of the row.
+        ours: command of our computation: the executable's path and its arguments.
+        peer: command of the peer's.
+        idle: command that imports and prepares the same, and computes nothing.
+        shape: the size of the problem.
+        required: bound on the ratio.
+        equal: in which sense both compute the same.
+        runs: processes of each command, in turn; their medians are compared.
+        environment: variables on top of this process's, such as settings of the allocator.
+
+    Raises:
+        CalledProcessError: a command failed.
+    """
+    peaks = np.asarray([[peak_rss(command, environment) for command in (ours, peer, idle)] for _ in range(runs)])
+    a, b, nothing = np.median(peaks, axis=0)
+    mine, theirs = max(float(a - nothing), 1.0), float(b - nothing)
+    statistic = f"peak resident size of a process, less one that computes nothing; median of {runs}"
+    holds = decide(required, theirs / mine)
+    return Comparison(id, shape, mine, theirs, "MB", statistic, theirs / mine, None, required, holds, equal)
 
 
 _LAUNCHER = """
@@ -167,7 +254,7 @@ def rows(bench: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def main(package: str, peers: dict[str, str], measure: Callable[[], Sequence[Comparison]]) -> int:
     """The command line of a benchmark script: ``python NAME.py --out FILE``; prints the table and writes the JSON."""
-    from tenfold.cli import table
+    from tenfold.terminal import table
 
     parser = argparse.ArgumentParser(description=f"benchmarks of {package} against {', '.join(peers)}")
     parser.add_argument("--out", required=True, metavar="FILE", help="where bench.json goes")

@@ -1,26 +1,47 @@
 """Arms x seeds -> statistics -> claims: the one way in which a package says that its method does what it should.
 
-A ``Study`` measures arms over seeds, saves each measurement whole (so that a killed study goes on where it was),
-decides its claims from these numbers alone, and writes ``summary.json``.
+A ``Study`` measures arms over seeds, here or by an executor, saves each measurement whole (so that a killed study goes on
+where it was), decides its claims from these numbers alone, and writes ``summary.json``.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tenfold.config import Level
 from tenfold.errors import NonFiniteError, did_you_mean
 from tenfold.runs import Run
 
-Level = Literal["quick", "default", "full"]
 Measurement = tuple[str, str]
 """An arm and one of its metrics, for example ("kd", "top1")."""
+TUNING_SEEDS = 100
+"""Settings are tuned on seeds from here on; reports use those below."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a measurement gives besides its numbers.
+
+    Attributes:
+        values: metric -> value.
+        arrays: name -> array, saved beside the values; ``Study.arrays`` gives them back, also after a resume.
+    """
+
+    values: Mapping[str, float]
+    arrays: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+
+
+Values = Mapping[str, float] | Measured
+"""What one arm's measurement returns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,66 +86,127 @@ def mean_ci95(values: Sequence[float]) -> tuple[float, tuple[float, float] | Non
 class Study:
     """Measurements of arms over seeds, and the claims that they decide.
 
+    Package, version and command are the run's.
+
     Args:
-        run: the output folder; measurements go to ``results/``, the outcome to ``summary.json``.
-        package: distribution name.
-        version: its version.
-        command: the verb.
-        level: ``quick`` decides nothing, ``default`` the main claims, ``full`` every claim.
+        run: output folder; measurements go to ``results/``, the outcome to ``summary.json``.
         data: what the data is, and whether it is real (which library ships it) or rendered.
-        seeds: the seeds of the report; settings are tuned on seeds from 100 on, never on these.
+        seeds: seeds of the report; a note says which of them settings were tuned on (100 and up).
+        level: ``quick`` decides nothing, ``default`` the main claims, ``full`` every claim; None, for a command that has
+            no levels, decides every claim.
     """
 
-    def __init__(
-        self, run: Run, *, package: str, version: str, command: str, level: Level, data: str, seeds: Sequence[int]
-    ) -> None:
+    def __init__(self, run: Run, *, data: str, seeds: Sequence[int], level: Level | None = None) -> None:
         self.run = run
         self.seeds = list(seeds)
         self.level = level
-        self._head = {"package": package, "version": version, "command": command, "level": level, "data": data}
+        self._head = {"package": run.package, "version": run.version, "command": run.verb, "level": level, "data": data}
         self._values: dict[str, dict[str, list[float]]] = {}
         self._claims: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._seconds = 0.0
+        if tuned := [seed for seed in self.seeds if seed >= TUNING_SEEDS]:
+            self.note(
+                f"{_plural(len(tuned), 'seed')} of this report ({', '.join(map(str, tuned))}) may be among those that"
+                f" settings were tuned on ({TUNING_SEEDS} and up)."
+            )
 
-    def over_seeds(self, measure: Callable[[int], Mapping[str, Mapping[str, float]]]) -> None:
-        """Measure all arms together, seed by seed: ``measure(seed)`` returns ``{arm: {metric: value}}``."""
+    def over_seeds(
+        self,
+        measure: Callable[[int], Mapping[str, Mapping[str, float]]],
+        executor: concurrent.futures.Executor | None = None,
+    ) -> None:
+        """Measure all arms together, seed by seed: ``measure(seed)`` returns ``{arm: {metric: value}}``.
+
+        Args:
+            measure: the measurement; with an executor of other processes, one that can be pickled.
+            executor: where it runs, one call per seed; None is here, one after another.
+        """
+        self._measure({f"seed-{seed}": (measure, seed, "") for seed in self.seeds}, executor)
         for seed in self.seeds:
-            for arm, metrics in self._once(f"seed-{seed}", partial(measure, seed)).items():
+            for arm, metrics in self._saved(f"seed-{seed}").items():
                 self._add(arm, seed, metrics)
 
-    def over_arms(self, arms: Mapping[str, Callable[[int], Mapping[str, float]]]) -> None:
-        """Measure each arm on each seed: ``arms[name](seed)`` returns ``{metric: value}``.
+    def over_arms(
+        self, arms: Mapping[str, Callable[[int], Values]], executor: concurrent.futures.Executor | None = None
+    ) -> None:
+        """Measure each arm on each seed: ``arms[name](seed)`` returns ``{metric: value}`` or a ``Measured``.
 
         Seeds are the outer loop, so that a study that is cut off has compared all arms on the seeds that it reached.
-        """
-        for seed in self.seeds:
-            for arm, measure in arms.items():
-                result = self._once(f"{arm}-seed-{seed}", partial(_measure_arm, arm, measure, seed))
-                self._add(arm, seed, result[arm])
 
-    def _once(self, name: str, measure: Callable[[], Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-        """The saved measurement of this name, or a new one, saved whole, with the seconds that it took."""
-        path = self.run.path / "results" / f"{name}.json"
-        if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            start = time.perf_counter()
-            values = {arm: {key: float(v) for key, v in metrics.items()} for arm, metrics in measure().items()}
-            for arm, metrics in values.items():
-                for key, value in metrics.items():
-                    if not math.isfinite(value):
-                        raise NonFiniteError(f"{name}: {key} of arm {arm} is {value}")
-            saved = {"seconds": time.perf_counter() - start, "values": values}
-            self.run.write_json(f"results/{name}.json", saved)
+        Args:
+            arms: name -> measurement; with an executor of other processes, one that can be pickled (a module's function,
+                ``functools.partial`` of one).
+            executor: where they run, one call per arm and seed; None is here, one after another.
+        """
+        tasks = {f"{arm}-seed-{seed}": (measure, seed, arm) for seed in self.seeds for arm, measure in arms.items()}
+        self._measure(tasks, executor)
+        for seed in self.seeds:
+            for arm in arms:
+                self._add(arm, seed, self._saved(f"{arm}-seed-{seed}")[arm])
+
+    def record(self, arm: str, values: Mapping[str, float], seed: int | None = None) -> None:
+        """Add what is already known of an arm, without a measurement of its own.
+
+        Args:
+            arm: name of the arm.
+            values: metric -> value.
+            seed: which seed they belong to; default: the study's next one for this arm.
+        """
+        known = self._values.get(arm, {})
+        taken = max((len(column) for column in known.values()), default=0)
+        self._add(arm, self.seeds[taken] if seed is None else seed, _finite(arm, {arm: values})[arm])
+
+    def _measure(
+        self,
+        tasks: Mapping[str, tuple[Callable[[int], Any], int, str]],
+        executor: concurrent.futures.Executor | None,
+    ) -> None:
+        """Make and save every measurement that is not there yet; a fault of one ends the study, the others are kept."""
+        waiting = {name: task for name, task in tasks.items() if not self._path(name).exists()}
+        if executor is None:
+            for name, (measure, seed, arm) in waiting.items():
+                self._save(name, _timed(measure, seed, arm))
+            return
+        futures = {executor.submit(_timed, *task): name for name, task in waiting.items()}
+        try:
+            for future in futures:  # in their order: an executor of a cluster has no other way of waiting in common
+                self._save(futures[future], future.result())
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def _path(self, name: str) -> Path:
+        return self.run.path / "results" / f"{name}.json"
+
+    def _save(self, name: str, found: tuple[float, Mapping[str, Mapping[str, float]], Mapping[str, Any]]) -> None:
+        seconds, values, arrays = found
+        if arrays:
+            with self.run.replacing(f"results/{name}.npz") as temporary:
+                np.savez_compressed(temporary, **arrays)
+        self.run.write_json(f"results/{name}.json", {"seconds": seconds, "values": _finite(name, values)})
+
+    def _saved(self, name: str) -> dict[str, dict[str, float]]:
+        saved = json.loads(self._path(name).read_text(encoding="utf-8"))
         self._seconds += saved["seconds"]
         return dict(saved["values"])
+
+    def arrays(self, arm: str, seed: int) -> dict[str, NDArray[Any]]:
+        """The arrays that a measurement of ``over_arms`` gave besides its numbers."""
+        with np.load(self.run.path / "results" / f"{arm}-seed-{seed}.npz", allow_pickle=False) as file:
+            return dict(file)
 
     def _add(self, arm: str, seed: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
             values = self._values.setdefault(arm, {}).setdefault(key, [])
             assert len(values) == self.seeds.index(seed), f"{arm} did not measure {key} on every seed"
             values.append(value)
+
+    @property
+    def arms(self) -> Mapping[str, Mapping[str, Sequence[float]]]:
+        """Arm -> metric -> its values, in the order of the seeds."""
+        return self._values
 
     def values(self, measurement: Measurement) -> np.ndarray:
         """The values of one metric of one arm, in the order of the seeds."""
@@ -139,11 +221,42 @@ class Study:
     ) -> None:
         """Claim about the mean of ``better - worse``, paired by seed, with Student's t interval.
 
-        At the level ``full`` fewer than three seeds, which give no interval, decide nothing; nor do they for ``ratio``.
+        Where every claim is decided, fewer than three seeds, which give no interval, decide none; nor do they for ``ratio``.
         """
         estimate, ci95 = mean_ci95(self.values(better) - self.values(worse))
         method = f"paired t over {len(self.seeds)} seeds" if ci95 else f"mean of {_plural(len(self.seeds), 'seed')}"
         self._over_the_seeds(id, text, "difference", estimate, ci95, method, required, main)
+
+    def against(
+        self,
+        reference: str,
+        arms: Iterable[str],
+        metric: str,
+        *,
+        text: str = "{metric} of {arm} - {metric} of {reference}",
+        required: str = ">= 0",
+        main: bool = True,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        """Claim one paired ``difference`` to a reference for each other arm, as ``ARM_over_REFERENCE``.
+
+        Args:
+            reference: arm that the others are compared with; among ``arms`` it is passed over.
+            arms: arms that are compared.
+            metric: metric of which more is better.
+            text: sentence of each claim, with ``{arm}``, ``{reference}`` and ``{metric}``.
+            required: bound on each difference.
+            main: whether the level ``default`` decides them.
+            names: what an arm is called in the sentence; default: as it is.
+        """
+        shown = names or {}
+        for arm in arms:
+            if arm != reference:
+                sentence = text.format(
+                    arm=shown.get(arm, arm), reference=shown.get(reference, reference), metric=metric
+                )
+                id = f"{arm}_over_{reference}".replace("-", "_")
+                self.difference(id, sentence, (arm, metric), (reference, metric), required=required, main=main)
 
     def ratio(
         self, id: str, text: str, top: Measurement, bottom: Measurement, *, required: str, main: bool = False
@@ -174,7 +287,7 @@ class Study:
         required: str,
         main: bool,
     ) -> None:
-        if ci95 is None and self.level == "full":
+        if ci95 is None and self.level in {"full", None}:
             self._append(id, text, kind, estimate, None, f"{method}; too few to decide", required, holds=None)
         else:
             self.claim(id, text, kind, estimate, ci95, method=method, required=required, main=main)
@@ -196,7 +309,7 @@ class Study:
         main: bool = False,
     ) -> None:
         """Add a claim with an estimate from elsewhere (a bootstrap over many items); decided here, by ``required``."""
-        decided = self.level == "full" or (self.level == "default" and main)
+        decided = self.level in {"full", None} or (self.level == "default" and main)
         holds = Bound.parse(required).decide(estimate, ci95) if decided else None
         self._append(id, text, kind, estimate, ci95, method, required, holds)
 
@@ -232,10 +345,30 @@ class Study:
         return summary
 
 
-def _measure_arm(
-    arm: str, measure: Callable[[int], Mapping[str, float]], seed: int
-) -> Mapping[str, Mapping[str, float]]:
-    return {arm: measure(seed)}
+def _timed(
+    measure: Callable[[int], Any], seed: int, arm: str
+) -> tuple[float, Mapping[str, Mapping[str, float]], Mapping[str, NDArray[Any]]]:
+    """Seconds, values of each arm, and arrays of one measurement; ``arm`` is empty where it measures all of them."""
+    start = time.perf_counter()
+    found = measure(seed)
+    seconds = time.perf_counter() - start
+    if isinstance(found, Measured):
+        return seconds, {arm: dict(found.values)}, dict(found.arrays)
+    return seconds, {arm: dict(found)} if arm else {name: dict(values) for name, values in found.items()}, {}
+
+
+def _finite(name: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The values as plain numbers.
+
+    Raises:
+        NonFiniteError: NaN or infinity.
+    """
+    plain = {arm: {key: float(value) for key, value in metrics.items()} for arm, metrics in values.items()}
+    for arm, metrics in plain.items():
+        for key, value in metrics.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{name}: {key} of arm {arm} is {value}")
+    return plain
 
 
 def _plural(count: int, noun: str) -> str:
@@ -251,11 +384,38 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
+def arm_rows(
+    study: Study, arms: Iterable[str], metrics: Sequence[str], names: Mapping[str, str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a table of arms: the mean of each metric over the seeds with its interval; - where there is none.
+
+    Args:
+        study: the study.
+        arms: arms, one row each.
+        metrics: metrics, one column each.
+        names: what an arm is called; default: as it is.
+    """
+
+    def cell(arm: str, metric: str) -> str:
+        values = study.arms[arm].get(metric)
+        return interval(*mean_ci95(values)) if values else "-"
+
+    rows = [[(names or {}).get(arm, arm), *(cell(arm, metric) for metric in metrics)] for arm in arms]
+    return ["arm", *metrics], rows
+
+
 def claim_rows(summaries: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of a table of all claims of some summaries."""
     verdict = {True: "yes", False: "NO", None: "not decided"}
     rows = [
-        [s["package"], s["level"], c["text"], interval(c["estimate"], c["ci95"]), c["required"], verdict[c["holds"]]]
+        [
+            s["package"],
+            s["level"] or "-",
+            c["text"],
+            interval(c["estimate"], c["ci95"]),
+            c["required"],
+            verdict[c["holds"]],
+        ]
         for s in summaries
         for c in s["claims"]
     ]

@@ -1,12 +1,14 @@
-"""A command line out of frozen dataclasses: one ``App`` a package, one ``Verb`` a command, no torch to parse it.
+"""A command line out of frozen dataclasses: one ``App`` per package, one ``Verb`` per command, no torch to parse it.
 
-The fields of a verb's dataclass are its options (``--field value``, nested ``--a.b value``), their help texts stand in
-the dataclass's docstring, and a YAML file of the same names is taken by ``--config``. The parsing and the checking of
-types are jsonargparse's.
+The fields of a verb's dataclass are its options (``--field value``, nested ``--a.b value``), the first line of its
+docstring is the verb's line of help, the section "Args:" the help of the options, and a YAML file of the same names is
+taken by ``--config``. What a verb does stands in ``<package>.commands.<verb>``, which is imported when the verb runs. The
+parsing and the checking of types are jsonargparse's, the checking of ranges ``tenfold.config``'s.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.resources
 import inspect
@@ -16,17 +18,17 @@ import os
 import re
 import sys
 import textwrap
-import time
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from tenfold.errors import MissingExtraError, UserError, did_you_mean
+from tenfold.config import SettingError, described, leaves, nested, one_of, plain_kind
+from tenfold.errors import RUNNING, UserError, did_you_mean
 from tenfold.runs import Run, flat, launched_rank
 
 if typing.TYPE_CHECKING:
@@ -41,9 +43,9 @@ class Invocation:
     """How a verb was called, besides its settings.
 
     Attributes:
-        run: the output folder, opened; None for a verb without one.
-        quiet: no progress on stderr.
-        strict: a claim that does not hold is worth exit code 1.
+        run: output folder, opened; None for a verb without one.
+        quiet: whether to show no progress on stderr.
+        strict: whether a claim that fails gives exit code 1.
     """
 
     run: Run | None
@@ -59,23 +61,26 @@ class Invocation:
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """One command of a package.
+    """One command of a package; its function is ``run(settings, invocation)`` in ``<package>.commands.<name>``.
+
+    What ``run`` returns is the exit code (None is 0).
 
     Args:
-        name: as typed.
-        settings: frozen dataclass; its fields are the options, its docstring's "Args:" section their help.
-        handler: called with the settings and the ``Invocation``; its return value is the exit code (None is 0).
-        help: one line.
+        name: name as typed.
+        settings: frozen dataclass whose fields are the options; its docstring holds their help.
         out: whether the verb writes a run folder (``--out``, ``--resume``, ``--overwrite``).
         claims: whether it ends with claims (``--strict``); with a field ``level``, ``--quick`` and ``--full`` set it.
     """
 
     name: str
     settings: type[Any]
-    handler: Callable[[Any, Invocation], int | None]
-    help: str
     out: bool = True
     claims: bool = False
+
+    @property
+    def help(self) -> str:
+        """One line: the first of the settings' docstring."""
+        return (inspect.getdoc(self.settings) or "").partition("\n")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ class App:
     """The command line of one distribution.
 
     Args:
-        dist: distribution name, which is also the command's.
+        dist: name of the distribution, which is also the command's.
         package: import name; ``recipe:NAME`` means its ``recipes/NAME.yaml``.
         summary: one line for ``--help``.
         verbs: the commands.
@@ -101,6 +106,7 @@ class App:
         130 on Ctrl-C. ``--debug`` shows every traceback.
         """
         words = list(sys.argv[1:] if argv is None else argv)
+        running = RUNNING.set(self.dist)
         try:
             with warnings.catch_warnings():
                 if "--debug" not in words:  # of libraries to their developers, not to the person at the terminal
@@ -125,6 +131,8 @@ class App:
         except Exception:
             traceback.print_exc()
             return 1
+        finally:
+            RUNNING.reset(running)
 
     def _one_line(self) -> Callable[..., None]:
         """Writes a warning once, in one line, without its place in the source, of no use to the person at the terminal."""
@@ -169,30 +177,30 @@ class App:
                 _check_config(Path(attached or value), verb.settings)
         options = parser.parse_args(words)
         settings = _build(verb.settings, options)
-        run = None
-        if verb.out:
-            run = Run.open(
-                options.out,
-                package=self.dist,
-                verb=verb.name,
-                settings=settings,
-                resume=options.resume,
-                overwrite=options.overwrite,
-            )
-            if run.finished:
-                sys.stdout.write(f"{options.out}: this run has finished; nothing is left to do\n")
-                return 0
         first = launched_rank() == 0
-        invocation = Invocation(run, options.quiet or not first, verb.claims and options.strict)
-        with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
-            try:
-                code = verb.handler(settings, invocation)
-            except MissingExtraError as error:
-                what, _, hint = str(error).partition(";")  # the package's own extra brings that of tenfold
-                own = verb.claims and "tenfold[" in hint
-                raise UserError(f'{what}; pip install "{self.dist}[demo]"' if own else str(error)) from error
-        if run is not None:
-            run.finish()
+        with contextlib.ExitStack() as stack:
+            if not first:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            run = None
+            if verb.out:
+                run = stack.enter_context(
+                    Run.open(
+                        options.out,
+                        package=self.dist,
+                        verb=verb.name,
+                        settings=settings,
+                        resume=options.resume,
+                        overwrite=options.overwrite,
+                    )
+                )
+                if run.finished:
+                    sys.stdout.write(f"{options.out}: this run has finished; nothing is left to do\n")
+                    return 0
+            invocation = Invocation(run, options.quiet or not first, verb.claims and options.strict)
+            command = importlib.import_module(f"{self.package}.commands.{verb.name}")
+            code = command.run(settings, invocation)
+            if run is not None:
+                run.finish()
         return code or 0
 
     def _normalize(self, parser: "jsonargparse.ArgumentParser", verb: Verb, words: list[str]) -> list[str]:
@@ -201,7 +209,7 @@ class App:
         ``--batch-size`` is ``--batch_size``; a list may be ``a,b`` as well as ``[a,b]``; ``--quick`` is
         ``--level quick``; ``recipe:NAME`` is a file of the package.
         """
-        kinds = {f"--{name}": kind for name, kind in _leaves(verb.settings)}
+        kinds = {f"--{name}": plain_kind(kind) for name, kind in leaves(verb.settings)}
         out: list[str] = []
         for word in words:
             name, equals, value = word.partition("=")
@@ -239,11 +247,14 @@ _OWN_OPTIONS = ("config", "out", "resume", "overwrite", "quiet", "strict", "debu
 def _parser(dist: str, verb: Verb) -> "jsonargparse.ArgumentParser":
     import jsonargparse
 
+    kinds = dict(leaves(verb.settings))
+
     class Parser(jsonargparse.ArgumentParser):
         """jsonargparse's parser with errors of one line, and without the invocation's options in what it dumps."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise UserError(_one_line(message, [s for s in self._option_string_actions if s.startswith("--")])) from ex
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UserError(_one_line(message, options, kinds)) from ex
 
         def dump(self, cfg: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> str:
             cfg = cfg.clone()
@@ -258,22 +269,27 @@ def _parser(dist: str, verb: Verb) -> "jsonargparse.ArgumentParser":
         parser.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
         parser.add_argument("--overwrite", action="store_true", help="start anew over the run in --out")
     if verb.claims:
-        parser.add_argument("--strict", action="store_true", help="exit with 1 when a claim does not hold")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+        parser.add_argument("--strict", action="store_true", help="exit with code 1 if a claim fails")
+    parser.add_argument("--quiet", action="store_true", help="show no progress on stderr")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
-    parser.add_class_arguments(verb.settings)
-    helps = dict(_helps(verb.settings))
-    for action in parser._actions:
-        if action.dest in helps:
-            action.help = helps[action.dest]
-    titles = {str(verb.settings): "settings"}
-    titles |= {str(inner): f"settings of {name}" for name, inner in _nested(verb.settings)}
-    for group in parser._action_groups:
-        group.title = titles.get(group.title or "", group.title)
+    _add_settings(parser, verb.settings)
     return parser
 
 
-def _one_line(message: str, options: list[str]) -> str:
+def _add_settings(parser: "jsonargparse.ArgumentParser", settings: type[Any]) -> None:
+    """An option for each setting, in a group per dataclass."""
+    helps = dict(_helps(settings))
+    groups = {"": parser.add_argument_group("settings")}
+    defaults = dict(_defaults(settings))
+    for name, kind in leaves(settings):
+        owner = name.rpartition(".")[0]
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group(f"settings of {owner}")
+        given = {"default": defaults[name]} if name in defaults else {"required": True}
+        groups[owner].add_argument(f"--{name}", type=plain_kind(kind), help=helps.get(name, ""), **given)
+
+
+def _one_line(message: str, options: list[str], kinds: dict[str, Any]) -> str:
     """A message of jsonargparse as one line in our words, with the nearest valid names for a typo."""
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         word = match[1].partition("=")[0]
@@ -284,55 +300,70 @@ def _one_line(message: str, options: list[str]) -> str:
         return "missing " + ", ".join(f"--{name.strip().removeprefix('--')}" for name in match[1].split(","))
     if match := re.search(r"(?:Key|Option) [\"'](\S+?)[\"'] is required", message):  # jsonargparse up to 4.45
         return f"missing --{match[1]}"
-    if match := re.search(r"[Kk]ey \"(\S+?)\":\s*(.*)", message, re.DOTALL):
-        return f"--{match[1]}: {_expectation(match[2])}"
+    if match := re.search(r"[Kk]ey \"(\S+?)\"", message):
+        return f"--{match[1]}: {_expectation(kinds.get(match[1]), message)}"
+    if match := re.search(r"argument --([\w.]+)\S*: expected (one|at least one) argument", message):
+        return f"--{match[1]}: a value is missing"
     return message
 
 
+def _expectation(kind: Any, message: str) -> str:
+    """What an option takes and what came, for a value that is not of its kind."""
+    came = re.findall(r"(?:Got value|Given value): (.*)", message)
+    value = came[-1].strip().removeprefix("[").removesuffix("]").replace("'", "") if came else "something else"
+    choices = _choices(kind)
+    if choices:
+        wrong = next((word for word in re.split(r",\s*", value) if word not in choices), value)
+        return one_of(wrong, choices)
+    return f"expected {described(kind)}, got '{value}'"
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that an option takes, where it takes nothing else (or null), also as a list."""
+    kind = plain_kind(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(kind)]
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    return _choices(parts[0]) if len(parts) == 1 else []
+
+
 def _check_config(path: Path, settings: type[Any]) -> None:
-    """Whether a settings file can be read and names only settings that there are; jsonargparse checks the values."""
+    """Check that a settings file can be read and names only settings that there are; jsonargparse checks the values."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected settings by name, found {type(content).__name__}")
-    known = [name for name, _ in _leaves(settings)]
-    groups = {name.rpartition(".")[0] for name in known}
-    for key, value in flat(content).items():
-        if key not in known and not (key in groups and value is None):
+    known = [name for name, _ in leaves(settings)]
+    for key in flat(content):
+        if any(name.startswith(f"{key}.") for name in known):
+            raise UserError(f"--config {path}: '{key}' holds settings, such as {key}.{_first_under(key, known)}")
+        if key not in known:
             raise UserError(f"--config {path}: unknown setting '{key}': {did_you_mean(key, known)}")
 
 
-def _expectation(text: str) -> str:
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    return re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got '\2'", " ".join(text.split()))
+def _first_under(group: str, names: list[str]) -> str:
+    return next(name for name in names if name.startswith(f"{group}.")).removeprefix(f"{group}.")
 
 
-def _dataclass_in(kind: Any) -> type[Any] | None:
-    """The dataclass that a field's type names, also inside ``X | None``."""
-    return next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)  # type: ignore[return-value]
-
-
-def _leaves(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and type of every field that is not itself a dataclass."""
-    for name, kind in typing.get_type_hints(settings).items():
-        inner = _dataclass_in(kind)
-        if inner:
-            yield from _leaves(inner, f"{prefix}{name}.")
+def _defaults(settings: type[Any], prefix: str = "", values: Any = None) -> Iterator[tuple[str, Any]]:
+    """Dotted name and default of every setting that has one."""
+    for field in dataclasses.fields(settings):
+        if values is not None:
+            default = getattr(values, field.name)
+        elif field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         else:
-            yield prefix + name, kind
-
-
-def _nested(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
-    """Dotted name and class of every field that is a dataclass."""
-    for name, kind in typing.get_type_hints(settings).items():
-        if inner := _dataclass_in(kind):
-            yield prefix + name, inner
-            yield from _nested(inner, f"{prefix}{name}.")
+            default = dataclasses.MISSING
+        if inner := nested(typing.get_type_hints(settings)[field.name]):
+            yield from _defaults(inner, f"{prefix}{field.name}.", None if default is dataclasses.MISSING else default)
+        elif default is not dataclasses.MISSING:
+            yield f"{prefix}{field.name}", default
 
 
 def _helps(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -342,88 +373,18 @@ def _helps(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
         for match in re.finditer(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE):
             yield prefix + match[1], " ".join(match[2].split()).replace("%", "percent")
     for name, kind in typing.get_type_hints(settings).items():
-        if inner := _dataclass_in(kind):
+        if inner := nested(kind):
             yield from _helps(inner, f"{prefix}{name}.")
 
 
-def _build(settings: type[T], values: Any) -> T:
-    """The dataclass out of parsed values, so that its own checks run, at every depth."""
+def _build(settings: type[T], values: Any, path: str = "--") -> T:
+    """The dataclass out of parsed values, so that its own checks run, at every depth; a fault has the option's whole path."""
     arguments = {}
-    for name, kind in typing.get_type_hints(settings).items():
-        value = values[name]
-        inner = _dataclass_in(kind)
-        arguments[name] = _build(inner, value) if inner and value is not None else value
-    return settings(**arguments)
-
-
-def track(items: Iterable[T], description: str, total: int | None = None, *, quiet: bool = False) -> Iterator[T]:
-    """Pass ``items`` through and show on stderr how far they are.
-
-    On a terminal a bar with rate and remaining time; elsewhere a plain line every five seconds at most; nothing when
-    ``quiet`` or when all is over sooner.
-    """
-    if total is None and isinstance(items, typing.Sized):
-        total = len(items)
-    if quiet:
-        yield from items
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-        from rich.text import Text
-
-        class Rate(ProgressColumn):
-            def render(self, task: Task) -> Text:
-                return Text(f"{task.speed:.3g}/s" if task.speed else "")
-
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield from progress.track(items, total=total, description=description)
-    else:
-        start = shown = time.monotonic()
-        for done, item in enumerate(items):
-            now = time.monotonic()
-            if now - shown >= 5:
-                shown, rate_per_second = now, done / (now - start)
-                left = f"/{total}, {(total - done) / rate_per_second:.0f} s left" if total and done else ""
-                sys.stderr.write(f"{description}: {done}{left} ({rate_per_second:.3g}/s)\n")
-            yield item
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Plain text table: text to the left, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-    right = [
-        all(re.fullmatch(r"[-+]?[\d.,]+(e[-+]?\d+)?|-|nan|", row[i]) for row in cells) for i in range(len(headers))
-    ]
-    lines = [headers, ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "  ".join(
-            f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-
-
-def claims_table(summary: dict[str, Any]) -> str:
-    """The claims of one summary under a line that says what was run; long claims are broken to fit a terminal."""
-    from tenfold.claims import claim_rows
-
-    headers, rows = claim_rows([summary])
-    start = headers.index("claim")  # what stands before is the same in all rows
-    broken = []
-    for row in rows:
-        first, *more = textwrap.wrap(row[start], 64)
-        broken.append([first, *row[start + 1 :]])
-        broken += [[line, *[""] * (len(headers) - start - 1)] for line in more]
-    seeds = ", ".join(map(str, summary["seeds"]))
-    head = f"{summary['package']} {summary['command']}, level {summary['level']}, seeds {seeds}: {summary['seconds']:.0f} s"
-    return f"{head}\n\n{table(headers[start:], broken)}\n"
-
-
-def show_claims(summary: dict[str, Any], *, strict: bool = False) -> int:
-    """Print a summary's claims and notes to stdout; the exit code is 1 when one fails under ``strict``."""
-    sys.stdout.write(claims_table(summary) + "\n" * bool(summary["notes"]))
-    for note in summary["notes"]:
-        sys.stdout.write(textwrap.fill(note, 110, initial_indent="note: ", subsequent_indent="      ") + "\n")
-    return int(strict and any(claim["holds"] is False for claim in summary["claims"]))
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        inner = nested(typing.get_type_hints(settings)[field.name])
+        value = values[field.name]
+        arguments[field.name] = _build(inner, value, f"{path}{field.name}.") if inner else value
+    try:
+        return settings(**arguments)
+    except SettingError as error:
+        raise UserError(f"{path}{error.field}: {error.message}") from error

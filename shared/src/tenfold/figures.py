@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tenfold.datasets import needs
-from tenfold.runs import replacing
+from tenfold.errors import needs
+from tenfold.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

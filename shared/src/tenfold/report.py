@@ -5,6 +5,7 @@
 
 import base64
 import csv
+import importlib.metadata
 import json
 import os
 import sys
@@ -15,11 +16,13 @@ from typing import Any
 from urllib.parse import quote
 
 from tenfold.claims import claim_rows, interval, mean_ci95
-from tenfold.datasets import needs
-from tenfold.errors import UserError
-from tenfold.runs import Run, replacing
+from tenfold.errors import UserError, needs
+from tenfold.files import replacing
+from tenfold.runs import Run
 
 _LAST_STEPS = 5
+_ABOUT = "report.json"
+"""What a page shows first, for the index: its title, its main picture, the caption."""
 
 
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # headers, rows
@@ -34,7 +37,8 @@ def write_report(run: Run | str | os.PathLike[str], title: str, captions: Mappin
     Args:
         run: a run, which then remembers the page as its own, or the path of a finished one.
         title: of the page.
-        captions: what a figure shows, by its file name without ``.png``; default: that name.
+        captions: what a figure shows, by its file name without ``.png``, the one that matters most first; a figure without
+            a caption comes after those, under its name.
 
     Raises:
         UserError: no such folder, or a ``summary.json`` that cannot be read.
@@ -42,40 +46,51 @@ def write_report(run: Run | str | os.PathLike[str], title: str, captions: Mappin
     path = run.path if isinstance(run, Run) else Path(run)
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder")
+    captions = captions or {}
     parts: dict[str, Any] = {"title": title}
     if (path / "summary.json").exists():
         summary = _summary(path / "summary.json")
-        seeds = ", ".join(map(str, summary["seeds"]))
-        parts["lead"] = (
-            f"{summary['package']} {summary['version']}, {summary['command']}, level {summary['level']}, "
-            f"seeds {seeds}, {summary['seconds']:.0f} s. Data: {summary['data']}."
-        )
+        parts["lead"] = f"{_what_ran(summary)}. Data: {summary['data']}."
         headers, rows = claim_rows([summary])
         start = headers.index("claim")  # what stands before is the same for all claims of a run
         parts["claims"] = (headers[start:], [row[start:] for row in rows])
         parts |= {"arms": _arms(summary["arms"]), "notes": summary["notes"]}
-    pictures = sorted((path / "figures").glob("*.png"))
-    unknown = set(captions or {}) - {picture.stem for picture in pictures}
+    pictures = sorted(picture.stem for picture in (path / "figures").glob("*.png"))
+    unknown = set(captions) - set(pictures)
     assert not unknown, f"captions for figures that are not there: {sorted(unknown)}"
-    parts["pictures"] = [
-        ((captions or {}).get(picture.stem, picture.stem), base64.b64encode(picture.read_bytes()).decode())
-        for picture in pictures
-    ]
+    shown = [*captions, *(name for name in pictures if name not in captions)]
+    parts["pictures"] = [(captions.get(name, name), _data(path / f"figures/{name}.png")) for name in shown]
     parts["metrics"] = _last_steps(path / "metrics.csv")
     names = [name for name in ("config.yaml", "environment.json") if (path / name).exists()]
     parts["files"] = [(name, (path / name).read_text(encoding="utf-8")) for name in names]
-    page = _render(parts)
-    if isinstance(run, Run):
-        run.write_text("report.html", page)
-    else:
-        with replacing(path / "report.html") as temporary:
-            temporary.write_text(page, encoding="utf-8")
+    picture = f"figures/{shown[0]}.png" if shown else ""
+    about = {"title": title, "picture": picture, "caption": captions.get(shown[0], "") if shown else ""}
+    for name, text in {"report.html": _render(parts), _ABOUT: json.dumps(about, ensure_ascii=False) + "\n"}.items():
+        if isinstance(run, Run):
+            run.write_text(name, text)
+        else:
+            with replacing(path / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+def _what_ran(summary: Mapping[str, Any]) -> str:
+    """``pckd 0.1.0, demo, level full, seeds 0, 1, 512 s``."""
+    level = f", level {summary['level']}" if summary["level"] else ""
+    seeds = ", ".join(map(str, summary["seeds"]))
+    return f"{summary['package']} {summary['version']}, {summary['command']}{level}, seeds {seeds}, {summary['seconds']:.0f} s"
+
+
+def _data(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode()
 
 
 def write_index(
     folder: str | os.PathLike[str], reports: Sequence[str | os.PathLike[str]] | None = None
 ) -> list[dict[str, Any]]:
-    """Write ``index.html``: links to the reports of several runs, and one table of all their claims.
+    """Write ``index.html``, a card per run.
+
+    A card holds one sentence about the package, its main picture, the claims that the run's level decides, and the
+    command; the claims that are not decided are folded.
 
     Args:
         folder: where ``index.html`` goes.
@@ -92,15 +107,44 @@ def write_index(
     if not runs:
         raise UserError(f"{folder}: no summary.json in a folder below it")
     summaries = [_summary(run / "summary.json") for run in runs]
-    links = []
-    for run, s in zip(runs, summaries, strict=True):
-        target = quote(Path(os.path.relpath(run / "report.html", folder)).as_posix())
-        name = f"{s['package']} {s['version']}: {s['command']}, level {s['level']}, {s['data']}"
-        links.append((name, target if (run / "report.html").exists() else ""))
-    page = _render({"title": "Tenfold: all claims", "links": links, "claims": claim_rows(summaries)})
+    cards = [_card(folder, run, summary) for run, summary in zip(runs, summaries, strict=True)]
+    decided = [claim["holds"] for summary in summaries for claim in summary["claims"] if claim["holds"] is not None]
+    lead = f"{len(cards)} report{'s' * (len(cards) != 1)}; {sum(decided)} of {len(decided)} decided claims hold."
+    page = _render({"title": "Tenfold: what the demonstrations show", "lead": lead, "cards": cards})
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return summaries
+
+
+def _card(folder: Path, run: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index shows of a run."""
+    try:
+        sentence = importlib.metadata.metadata(summary["package"])["Summary"]
+    except importlib.metadata.PackageNotFoundError:
+        sentence = ""
+    try:
+        about = json.loads((run / _ABOUT).read_text(encoding="utf-8"))
+        picture = run / about["picture"] if about["picture"] else None
+    except (OSError, ValueError, KeyError, TypeError):  # no page, or one of an older version
+        about, picture = {"title": "", "caption": ""}, None
+    page = quote(Path(os.path.relpath(run / "report.html", folder)).as_posix())
+    headers, rows = claim_rows([summary])
+    start = headers.index("claim")
+    decided = [row[start:] for row in rows if row[-1] != "not decided"]
+    open_ones = [row[start:] for row in rows if row[-1] == "not decided"]
+    level = f" --{summary['level']}" if summary["level"] in {"quick", "full"} else ""
+    return {
+        "package": summary["package"],
+        "sentence": sentence,
+        "what": _what_ran(summary),
+        "data": summary["data"],
+        "page": page if (run / "report.html").exists() else "",
+        "picture": _data(picture) if picture is not None and picture.exists() else "",
+        "caption": about["caption"] or about["title"],
+        "claims": (headers[start:], decided) if decided else None,
+        "undecided": (headers[start:], open_ones) if open_ones else None,
+        "command": f"{summary['package']} {summary['command']}{level} --out DIR",
+    }
 
 
 def _render(parts: Mapping[str, Any]) -> str:
@@ -151,7 +195,7 @@ def _last_steps(path: Path) -> _Table | None:
 
 
 if __name__ == "__main__":
-    from tenfold.cli import claims_table
+    from tenfold.terminal import claims_table
 
     found = write_index(sys.argv[1])
     sys.stdout.write("\n".join(map(claims_table, found)) + "\n")

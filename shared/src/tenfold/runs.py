@@ -7,7 +7,6 @@ every file that the run has written, so that starting anew deletes those and not
 import contextlib
 import csv
 import dataclasses
-import errno
 import importlib.metadata
 import io
 import json
@@ -19,83 +18,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 import yaml
 
+from tenfold.config import nested
 from tenfold.errors import UserError
+from tenfold.files import TEMPORARY, Lock, mendable, replacing, sync, usual_mode
 
 MANIFEST = "run.json"
-_TEMPORARY = ".tenfold-"
-_USER_MENDABLE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
-
-
-@contextlib.contextmanager
-def _mendable(path: Path) -> Iterator[None]:
-    """Say in one line when the disk is full or a folder cannot be written; every other fault passes through."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _USER_MENDABLE:
-            raise
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    except Exception as error:  # safetensors raises an error of its own, with the system's number in its words
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if type(error).__name__ != "SafetensorError" or number is None or int(number[1]) not in _USER_MENDABLE:
-            raise
-        raise UserError(f"cannot write {path}: {os.strerror(int(number[1]))}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; when the block ends well, fsync it and rename it onto ``path``.
-
-    A reader, or a process that is killed at any moment, sees the old file or the new one whole. When the block raises,
-    ``path`` stays as it was and the temporary file is removed. The temporary name keeps the suffix of ``path``.
-
-    Raises:
-        UserError: no space left, no permission, or a part of the path is not a folder.
-    """
-    path = Path(path)
-    with _mendable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
-        os.fchmod(descriptor, 0o666 & ~_umask())
-        os.close(descriptor)
-        temporary = Path(name)
-        try:
-            yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+_LOCK = f"{TEMPORARY}lock"
+_ABOUT = (MANIFEST, "config.yaml", "environment.json")
+"""Files that say what a run is; every other one is a result."""
+S = TypeVar("S")
 
 
 def launched_rank() -> int:
@@ -156,25 +95,46 @@ def _git_state() -> dict[str, Any] | None:
 class Run:
     """One output folder of one verb. Made by ``Run.open``; every file that it writes appears whole or not at all.
 
+    A run is a context: at its end the folder is free for another command again, and where the command was refused
+    (``UserError``) before it wrote a result, nothing of it is left behind.
+
     Attributes:
         path: the folder.
+        package: distribution whose command writes it.
+        verb: the command.
         settings: the resolved settings, as plain dicts.
         resumed: True when this continues an unfinished run.
         writes: False in the further processes of a command that a launcher runs several times: they share the folder,
             and the first process alone writes to it. What they write is dropped.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], settings: dict[str, Any], resumed: bool) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], settings: dict[str, Any], resumed: bool, lock: Lock | None = None
+    ) -> None:
         self.path = path
+        self.package: str = manifest["package"]
+        self.verb: str = manifest["verb"]
         self.settings = settings
         self.resumed = resumed
         self.writes = launched_rank() == 0
         self._manifest = manifest
+        self._lock = lock
+        self._made: list[Path] = []  # folders that opening has made, innermost last
+        self._begun = False
+        self._old: list[str] = []  # files of the run that is started anew over
 
     @property
     def finished(self) -> bool:
         """True when there is nothing left to do."""
         return bool(self._manifest["finished"])
+
+    @property
+    def version(self) -> str:
+        """Version of the distribution whose command writes the run; empty where it is not installed."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
 
     @classmethod
     def open(
@@ -187,7 +147,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
     ) -> "Run":
-        """Start, continue or refuse, by what the folder holds.
+        """Start, continue or refuse, by what the folder holds; nothing in it changes before the first file is written.
 
         | folder                      | no flag | resume           | overwrite                                    |
         |-----------------------------|---------|------------------|----------------------------------------------|
@@ -205,62 +165,87 @@ class Run:
             overwrite: start anew over a run of this verb.
 
         Raises:
-            UserError: the folder is refused.
+            UserError: the folder is refused, or another command is writing to it at this moment.
         """
         path = Path(path)
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
-        if launched_rank() > 0:
-            return cls._follow(path, package, verb, plain(settings), resume)
-        with _mendable(path):
-            path.mkdir(parents=True, exist_ok=True)
-            found = cls._read_manifest(path, package, verb)
         asked = plain(settings)
-        resumed = found is not None and resume
-        if found is not None and not (resume or overwrite):
-            state = "a finished" if found["finished"] else "an unfinished"
-            raise UserError(
-                f"{path} holds {state} run of '{package} {verb}': --resume continues it, --overwrite starts anew"
-            )
-        if found is not None and overwrite:
-            for name in [*found["files"], MANIFEST]:
-                with _mendable(path):
-                    _delete(path, name)
-            found = None
-        run = cls(path, found or {"package": package, "verb": verb, "finished": False, "files": []}, asked, resumed)
-        run._remove_temporaries()
-        if resumed and (path / "config.yaml").exists():
-            run._refuse_changed_settings()
-        if not run.finished:
-            run._save_manifest()
-            run.write_text("config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
-            run.write_json("environment.json", environment(package, asked))
+        new = {"package": package, "verb": verb, "finished": False, "files": []}
+        if launched_rank() > 0:  # the first process has refused what is to be refused
+            found = _read_manifest(path, package, verb) if resume and path.exists() else None
+            return cls(path, found or new, asked, resumed=found is not None)
+        made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
+        lock = Lock(path / _LOCK)
+        with mendable(path):
+            path.mkdir(parents=True, exist_ok=True)
+            free = lock.acquire()
+        if not free:
+            raise UserError(f"{path}: another command is writing to this folder at this moment")
+        run = cls(path, new, asked, False, lock)
+        run._made = made
+        try:
+            with mendable(path):
+                found = _read_manifest(path, package, verb)
+            if found is not None and not (resume or overwrite):
+                state = "a finished" if found["finished"] else "an unfinished"
+                raise UserError(
+                    f"{path} holds {state} run of '{package} {verb}': --resume continues it, --overwrite starts anew"
+                )
+            if found is not None and resume:
+                run._manifest, run.resumed = found, True
+                if (path / "config.yaml").exists():
+                    run._refuse_changed_settings()
+            elif found is not None:
+                run._old = [*found["files"], MANIFEST]
+        except BaseException:
+            run.close()
+            raise
         return run
 
-    @classmethod
-    def _follow(cls, path: Path, package: str, verb: str, settings: dict[str, Any], resume: bool) -> "Run":
-        """The run as a process of rank 1 and up sees it; the first process has refused what is to be refused."""
-        found = cls._read_manifest(path, package, verb) if resume and path.exists() else None
-        new = {"package": package, "verb": verb, "finished": False, "files": []}
-        return cls(path, found or new, settings, resumed=found is not None)
+    def __enter__(self) -> "Run":
+        return self
 
-    @staticmethod
-    def _read_manifest(path: Path, package: str, verb: str) -> dict[str, Any] | None:
-        names = [entry.name for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
-        if not names:
-            return None
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            owner = (manifest["package"], manifest["verb"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} is not empty and holds no run ({', '.join(sorted(names)[:3])}): give a new folder"
-            ) from None
-        if owner != (package, verb):
-            raise UserError(
-                f"{path} holds a run of '{' '.join(map(str, owner))}', not of '{package} {verb}': give a new folder"
-            )
-        return dict(manifest)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, UserError) and not self.resumed and not self._has_results():
+            self._withdraw()
+        self.close()
+
+    def close(self) -> None:
+        """Free the folder for other commands; where nothing was written, folders that opening has made are gone again."""
+        if self._lock is None:
+            return
+        self._lock.release()
+        self._lock = None
+        for folder in reversed(self._made):
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+    def _has_results(self) -> bool:
+        return any((self.path / name).exists() for name in self._manifest["files"] if name not in _ABOUT)
+
+    def _withdraw(self) -> None:
+        """Delete what says that a run was begun."""
+        if self._begun:
+            for name in [*self._manifest["files"], *_ABOUT]:
+                _delete(self.path, name)
+            self._begun = False
+
+    def _begin(self) -> None:
+        """Make the folder this run's, with the first file that it writes."""
+        if self._begun or not self.writes:
+            return
+        self._begun = True
+        for name in self._old:
+            with mendable(self.path):
+                _delete(self.path, name)
+        self._remove_temporaries()
+        self._save_manifest()
+        self.write_text("config.yaml", yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
+        self.write_json("environment.json", environment(self.package, self.settings))
 
     def _refuse_changed_settings(self) -> None:
         then = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {})
@@ -271,10 +256,10 @@ class Run:
             raise UserError(f"{self.path} was begun with other settings ({differences}): resume with the same ones")
 
     def _remove_temporaries(self) -> None:
-        for left in sorted(self.path.rglob(f"{_TEMPORARY}*")):
+        for left in sorted(self.path.rglob(f"{TEMPORARY}*")):
             if left.is_dir():
                 shutil.rmtree(left)
-            else:
+            elif left.name != _LOCK:
                 left.unlink(missing_ok=True)
 
     def _save_manifest(self) -> None:
@@ -290,14 +275,25 @@ class Run:
         path = self.path / name
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise UserError(f"{name} leads outside of the run folder {self.path}")
+        self._begin()
         if self.writes and name not in self._manifest["files"]:
             self._manifest["files"].append(name)
             self._save_manifest()
         return path
 
+    def figure(self, name: str) -> Path:
+        """Remember ``figures/NAME.png`` as a picture of this run and return its path."""
+        return self.own(f"figures/{name}.png")
+
+    def adopt(self, folder: str) -> None:
+        """Remember every file below ``folder`` (another library has written them) as a file of this run."""
+        for path in sorted((self.path / folder).rglob("*")):
+            if path.is_file():
+                self.own(path.relative_to(self.path).as_posix())
+
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """``tenfold.runs.replacing`` for a file of this run."""
+        """``tenfold.files.replacing`` for a file of this run."""
         if self.writes:
             with replacing(self.own(name)) as temporary:
                 yield temporary
@@ -313,14 +309,16 @@ class Run:
                 yield Path(dropped)
             return
         target = self.path / name
-        with _mendable(target), tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self.path) as temporary:
+        self._begin()
+        with mendable(target), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.path) as temporary:
             yield Path(temporary)
             for source in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
                 destination = self.own(f"{name}/{source.relative_to(temporary).as_posix()}")
                 destination.parent.mkdir(parents=True, exist_ok=True)
-                _sync(source)
+                usual_mode(source)
+                sync(source)
                 source.replace(destination)
-                _sync(destination.parent)
+                sync(destination.parent)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
@@ -335,9 +333,30 @@ class Run:
         """Mark the run as finished, with the environment as it is now (threads and versions of what was loaded)."""
         if not self.writes:
             return
-        self.write_json("environment.json", environment(self._manifest["package"], self.settings))
+        self._begin()
+        self.write_json("environment.json", environment(self.package, self.settings))
         self._manifest["finished"] = True
         self._save_manifest()
+        self.close()
+
+
+def _read_manifest(path: Path, package: str, verb: str) -> dict[str, Any] | None:
+    """The manifest of a folder that holds a run of this verb; None for an empty one."""
+    names = [entry.name for entry in path.iterdir() if not entry.name.startswith(TEMPORARY)]
+    if not names:
+        return None
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        owner = (manifest["package"], manifest["verb"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is not empty and holds no run ({', '.join(sorted(names)[:3])}): give a new folder"
+        ) from None
+    if owner != (package, verb):
+        raise UserError(
+            f"{path} holds a run of '{' '.join(map(str, owner))}', not of '{package} {verb}': give a new folder"
+        )
+    return dict(manifest)
 
 
 def _delete(root: Path, name: str) -> None:
@@ -350,6 +369,92 @@ def _delete(root: Path, name: str) -> None:
         if parent == root or not parent.is_dir() or any(parent.iterdir()):
             break
         parent.rmdir()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished(Generic[S]):
+    """A finished run as ``read`` found it.
+
+    Attributes:
+        path: its folder.
+        settings: the settings that it was made with.
+        version: version of the package that made it; empty where the run does not say.
+    """
+
+    path: Path
+    settings: S
+    version: str
+
+
+def read(folder: str | os.PathLike[str], settings: type[S], *, package: str, verb: str) -> Finished[S]:
+    """A finished run of ``package verb``, with its settings as their dataclass.
+
+    Args:
+        folder: the run's folder, or a file in it.
+        settings: dataclass of the verb's settings.
+        package: distribution name.
+        verb: the command that wrote the folder.
+
+    Raises:
+        UserError: no such folder, no run of this verb, an unfinished one, or settings that this version does not know.
+    """
+    path = Path(folder).expanduser()
+    if path.is_file():
+        path = next((parent for parent in path.parents if (parent / MANIFEST).is_file()), path.parent)
+    wanted = f"expected the folder of a finished `{package} {verb}`"
+    if not path.is_dir():
+        raise UserError(f"--run {folder}: no such folder; {wanted}")
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"--run {folder}: {wanted}, found no {MANIFEST}")
+    manifest = _read_manifest(path, package, verb)
+    if manifest is None or not manifest["finished"]:
+        raise UserError(f"--run {folder}: this run is unfinished; {wanted}")
+    try:
+        values = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        found = from_plain(settings, values)
+        about = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+        version = str(about["versions"].get(package, ""))
+    except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path / 'config.yaml'}: not the settings of `{package} {verb}` ({error})") from error
+    return Finished(path, found, version)
+
+
+def from_plain(settings: type[S], values: Mapping[str, Any]) -> S:
+    """The dataclass that ``plain`` made ``values`` of, at every depth; lists become tuples where the field is one.
+
+    Raises:
+        TypeError: a name that the dataclass does not have, or one that it needs and that is missing.
+        UserError: a value is out of its range.
+    """
+    hints = typing.get_type_hints(settings)
+    arguments = {}
+    for name, value in values.items():
+        inner = nested(hints.get(name))
+        if inner is not None and isinstance(value, Mapping):
+            arguments[name] = from_plain(inner, value)
+        else:
+            arguments[name] = tuple(value) if _is_tuple(hints.get(name)) and isinstance(value, list) else value
+    return settings(**arguments)
+
+
+def _is_tuple(kind: Any) -> bool:
+    return any(typing.get_origin(part) is tuple for part in (kind, *typing.get_args(kind)))
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, float]]]:
+    """The rows of a ``metrics.csv`` as (step, {name: value}), without what a row leaves empty.
+
+    Raises:
+        UserError: no such file, or not one of ours.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            return [
+                (int(row["step"]), {name: float(value) for name, value in row.items() if name != "step" and value})
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: expected a metrics.csv of a run ({error})") from error
 
 
 class Metrics:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import pytest
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 
@@ -41,7 +43,7 @@ def assert_saved_and_loaded_equal(module: "nn.Module", fresh: "nn.Module", path:
 
     from tenfold import checkpoints
 
-    checkpoints.save(path, module.state_dict(), method="test", version="0", config={})
+    checkpoints.save(path, module.state_dict(), method="test", config={})
     checkpoints.load_into(fresh, path, method="test")
     module.eval()
     fresh.eval()
@@ -66,3 +68,41 @@ def assert_user_error(
     for part in expected:
         assert part in lines[0], f"{part!r} is not in: {lines[0]}"
     return lines[0]
+
+
+def write_cifar(
+    folder: Path, monkeypatch: "pytest.MonkeyPatch", *, kind: str = "CIFAR-100", classes: int = 100, each: int = 2
+) -> "dict[str, tuple[NDArray[np.uint8], list[int]]]":
+    """Write random images in the published form of CIFAR and let them pass for the published files during a test.
+
+    Args:
+        folder: folder to write to; it is made.
+        monkeypatch: pytest's; it changes the checksums of ``tenfold.readers`` until the test ends.
+        kind: ``"CIFAR-10"`` or ``"CIFAR-100"``.
+        classes: number of classes.
+        each: images per class in each file.
+
+    Returns:
+        Rows (N, 3072) and labels of each file of images.
+    """
+    import hashlib
+    import pickle
+
+    import numpy as np
+
+    from tenfold import readers
+
+    files = readers.CIFAR_FILES[kind]
+    rng, folder = np.random.default_rng(0), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [index % classes for index in range(classes * each)]
+    images = {name: rng.integers(0, 256, (len(labels), 3072)).astype(np.uint8) for name in (*files.train, files.test)}
+    contents: dict[str, dict[str, object]] = {
+        name: {"data": rows, files.labels: labels} for name, rows in images.items()
+    }
+    contents[files.meta] = {files.names: [f"class {index}" for index in range(classes)]}
+    for name, content in contents.items():
+        raw = pickle.dumps(content, protocol=2)
+        (folder / name).write_bytes(raw)
+        monkeypatch.setitem(readers.CIFAR_MD5, name, hashlib.md5(raw, usedforsecurity=False).hexdigest())
+    return {name: (rows, labels) for name, rows in images.items()}

@@ -8,7 +8,6 @@ of Lightning, so ``fit`` does its bookkeeping there.
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -19,17 +18,19 @@ import signal
 import sys
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tenfold import distributed
-from tenfold.cli import track
+from tenfold.config import TrainerConfig
+from tenfold.devices import choose_device, choose_precision, seed_everything
 from tenfold.errors import MissingExtraError, NonFiniteError, UserError
+from tenfold.loading import KeyedLoader
+from tenfold.randomness import key
 from tenfold.runs import Metrics, Run, plain
-from tenfold.trainer_config import TrainerConfig, choose_device, choose_precision, seed_everything
+from tenfold.terminal import track
 
 try:
     import lightning.pytorch as pl
@@ -41,164 +42,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-__all__ = [
-    "KeyedLoader",
-    "TrainerConfig",
-    "choose_device",
-    "choose_precision",
-    "fit",
-    "keyed_generator",
-    "keyed_randomness",
-    "seed_everything",
-]
-
-Batches = Sequence[Sequence[int]]
-
-
-def _key(*parts: int) -> int:
-    """63 bits that depend on every part, the same on each machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator whose numbers depend on ``key`` alone, by convention (seed, epoch, index)."""
-    return torch.Generator().manual_seed(_key(*key))
-
-
-def _seed_all(key: int) -> None:
-    random.seed(key)
-    np.random.seed(key % 2**32)
-    torch.default_generator.manual_seed(key)
-
-
-@contextlib.contextmanager
-def keyed_randomness(*key: int) -> Iterator[None]:
-    """Within the block, what Python, NumPy and torch draw on the CPU depends on ``key`` alone; then all is as before."""
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    _seed_all(_key(*key))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])
-
-
-class _KeyedDataset(Dataset[Any]):
-    """``dataset[index]`` with keyed randomness, so that neither the worker nor the order of work matters."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-
-    def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> list[Any]:
-        items = []
-        with keyed_randomness():  # once a batch: taking and putting back states costs more than seeding
-            for key in keys:
-                _seed_all(_key(self.seed, *key))
-                items.append(self.dataset[key[1]])
-        return items
-
-
-class _KeyedBatches:
-    """The batches of ``epoch`` from number ``start`` on, as lists of (epoch, index, times drawn before)."""
-
-    def __init__(self, order: Callable[[torch.Generator], Batches], length: int, seed: int) -> None:
-        self.order = order
-        self.length = length
-        self.seed = seed
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.length // distributed.world_size()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch, start = self.epoch, self.start
-        batches = self.order(keyed_generator(self.seed, epoch))
-        assert len(batches) == self.length, f"order gave {len(batches)} batches in epoch {epoch}, not {self.length}"
-        drawn: Counter[int] = Counter()
-        keyed = []
-        for batch in batches:
-            keyed.append([(epoch, index, drawn[index]) for index in batch])
-            drawn.update(batch)
-        yield from distributed.split(keyed, distributed.rank(), distributed.world_size())[start : len(self)]
-
-
-class KeyedLoader(DataLoader[Any]):
-    """A ``DataLoader`` whose batches are a function of (seed, epoch, index), for any number of workers.
-
-    Whatever ``dataset[index]`` draws from the global generators of Python, NumPy or torch is keyed, so augmentation in
-    the dataset needs no care. Give it to ``fit``; iterated by hand, it gives the epoch that ``seek`` has set.
-
-    Args:
-        dataset: has ``len`` and gives an item for an index.
-        batch_size: items a batch; on several devices, a batch of one device.
-        seed: of order and augmentation.
-        order: makes the batches of an epoch (lists of indices, as many in every epoch) from a generator of that epoch;
-            default is a new random order every epoch, cut into whole batches of ``batch_size``. With it, balanced or
-            fixed orders are a function of a few lines.
-        batches: batches an epoch, over all devices; default is what one pass gives. With more, items come again in a
-            new order and with new augmentation. It makes loaders of different data equally long.
-        num_workers: processes that read ahead; they change nothing but the speed.
-        collate_fn: makes a batch from a list of items, as in ``DataLoader``.
-
-    Raises:
-        UserError: the dataset does not fill one batch on each device.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        batch_size: int = 1,
-        seed: int = 0,
-        order: Callable[[torch.Generator], Batches] | None = None,
-        batches: int | None = None,
-        num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-    ) -> None:
-        if order is not None and batches is not None:
-            raise ValueError("'order' decides how many batches there are: give it or 'batches'")
-        if order is None:
-            size, count = len(dataset), batches or len(dataset) // batch_size
-            if not count or not size:
-                raise UserError(f"{size} items do not fill a batch of {batch_size}: lower the batch size")
-
-            def order(generator: torch.Generator) -> Batches:
-                passes = [torch.randperm(size, generator=generator) for _ in range(-(-count * batch_size // size))]
-                rows: Batches = torch.cat(passes)[: count * batch_size].view(count, batch_size).tolist()
-                return rows
-
-        else:
-            count = len(order(keyed_generator(seed, 0)))
-        self.keyed_batches = _KeyedBatches(order, count, seed)
-        self.between_steps: Callable[[], None] = lambda: None
-        super().__init__(
-            _KeyedDataset(dataset, seed),
-            batch_sampler=self.keyed_batches,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_ignore_interrupt,
-            generator=torch.Generator(),  # else each iterator would draw from the global one
-        )
-
-    def seek(self, epoch: int, start: int = 0) -> None:
-        """Let the next iteration give the batches of ``epoch`` from number ``start`` (of this device) on."""
-        self.keyed_batches.epoch, self.keyed_batches.start = epoch, start
-
-    def __iter__(self) -> Any:
-        self.between_steps()
-        for batch in super().__iter__():
-            yield batch
-            self.between_steps()
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides when to stop
 
 
 class _Interrupted(BaseException):
@@ -211,6 +54,7 @@ def fit(
     config: TrainerConfig,
     run: Run | None = None,
     *,
+    seed: int = 0,
     validate: Any = None,
     callbacks: Sequence[pl.Callback] = (),
     stage: str = "",
@@ -231,13 +75,14 @@ def fit(
     (plain tensors, numbers, strings, lists, dicts), since attributes are not saved and ``on_train_epoch_start`` is not
     called again when a run resumes within its epoch. Hyper-parameters are not in the checkpoint; ``config.yaml`` has
     them. On several devices the random states of rank 0 alone are saved, the others start from keyed ones: such runs
-    resume, not bit for bit. Manual optimization: a step here is a batch; ``max_steps`` counts calls of an optimizer.
+    resume, not bit for bit. Manual optimization: a step here is a batch; ``steps`` counts calls of an optimizer.
 
     Args:
         module: with its optimizers and schedulers from ``configure_optimizers``.
         train: a loader, or loaders of equal length by name, whose batches come together in a dict.
         config: settings.
         run: the run folder; None writes nothing.
+        seed: seed of what is drawn outside of the loaders, such as dropout.
         validate: a ``DataLoader`` or several, for ``validation_step``.
         callbacks: of Lightning.
         stage: name of this training when a run has several one after another; its files are then
@@ -249,7 +94,7 @@ def fit(
 
     Raises:
         NonFiniteError: the loss or a gradient is NaN or infinite; the message says at which step and where.
-        UserError: device or precision are not to be had, or the checkpoint cannot be read.
+        UserError: device or precision is not available, or the checkpoint cannot be read.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is whole.
     """
     device = choose_device(config.device)
@@ -257,15 +102,15 @@ def fit(
     loaders = [train] if isinstance(train, KeyedLoader) else list(train.values())
     if len({len(loader) for loader in loaders}) > 1:
         raise ValueError(f"loaders of {[len(loader) for loader in loaders]} batches: give them the same 'batches'")
-    keeper = _Keeper(config, run, loaders, stage, quiet)
+    keeper = _Keeper(config, run, loaders, stage, seed, quiet)
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device == "cuda" else device,
             devices=config.devices,
             strategy=config.strategy,
             precision=precision,
-            max_epochs=-1 if config.max_epochs is None else config.max_epochs,
-            max_steps=-1 if config.max_steps is None else config.max_steps,
+            max_epochs=-1 if config.epochs is None else config.epochs,
+            max_steps=-1 if config.steps is None else config.steps,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.clip_norm,
             log_every_n_steps=config.log_every,
@@ -287,7 +132,7 @@ def fit(
             raise ValueError(f"{checkpoint} exists: another training of this run needs another stage")
         if keeper.metrics is not None and run is not None and run.resumed and not resume and trainer.is_global_zero:
             keeper.metrics.cut_after(-1)  # killed before the first checkpoint
-        seed_everything(config.seed, device)
+        seed_everything(seed, device)
         loaders[0].between_steps = keeper.between_steps
         together = train if isinstance(train, KeyedLoader) else CombinedLoader(dict(train), mode="min_size")
         try:
@@ -380,9 +225,16 @@ class _Keeper(pl.Callback):
     """Counts steps, saves and restores, stops on Ctrl-C, watches for NaN, shows progress."""
 
     def __init__(
-        self, config: TrainerConfig, run: Run | None, loaders: Sequence[KeyedLoader], stage: str, quiet: bool
+        self,
+        config: TrainerConfig,
+        run: Run | None,
+        loaders: Sequence[KeyedLoader],
+        stage: str,
+        seed: int,
+        quiet: bool,
     ) -> None:
         self.config = config
+        self.seed = seed
         self.run = run
         self.loaders = loaders
         self.quiet = quiet
@@ -417,7 +269,7 @@ class _Keeper(pl.Callback):
         """Put back what Lightning does not, as late as this, since setting up draws numbers and clears metrics."""
         if self.restored is None:
             return
-        _restore_random_states(self.restored["random_states"], self.config.seed, self.step)
+        _restore_random_states(self.restored["random_states"], self.seed, self.step)
         trainer.callback_metrics.update(self.restored["callback_metrics"])
         trainer.fit_loop._restarting = False  # else ReduceLROnPlateau would sit out the rest of this epoch
         self.restored = None
@@ -567,7 +419,7 @@ def _random_states() -> dict[str, Any]:
 
 def _restore_random_states(states: Mapping[str, Any], seed: int, step: int) -> None:
     if distributed.rank() > 0:
-        torch.manual_seed(_key(seed, step, distributed.rank()))
+        torch.manual_seed(key(seed, step, distributed.rank()))
         return
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
