@@ -6,7 +6,7 @@ import torch
 import yaml
 from head_kd.cli import main
 from head_kd.compose import pair
-from head_kd.config import Distillation
+from head_kd.config import WITH_TEACHER, Distillation
 from head_kd.configs import resolve_config
 from head_kd.stack import build
 
@@ -34,9 +34,9 @@ def test_a_recipe_builds_its_pair(recipe, random_weights, capsys):
     settings = yaml.safe_load(capsys.readouterr().out)
     distill = Distillation(**settings["distill"])
     teacher = settings["teacher"]
-    checkpoint = random_weights(teacher) if distill.needs_teacher else None
-    model = build(pair(resolve_config(settings["student"]), teacher, checkpoint, distill).model)
+    weights = random_weights(teacher) if settings["method"] in WITH_TEACHER else None
+    model = build(pair(resolve_config(settings["student"]), teacher, weights, settings["method"], distill).model)
     assert len(model.assistants) >= 1
-    if distill.needs_teacher:
+    if weights is not None:
         model.transfer()
         assert model.untransferred == {"assistant0": []}

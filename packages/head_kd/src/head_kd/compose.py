@@ -4,50 +4,53 @@ import head_kd.ops_fallback  # noqa: F401  # before mmdet
 
 # isort: split
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.utils import import_modules_from_strings
 
-from head_kd.config import Distillation
+from head_kd.config import READ_AT_REGIONS, WITH_TEACHER, Distillation, Method, Terms
 from head_kd.configs import innermost, resolve_config
 from head_kd.heads import fcos_head, rcnn_head, rcnn_train_cfg, retina_head, retina_train_cfg
 from tenfold import UserError
 
 IMPORTS = ("head_kd.ops_fallback", "head_kd.detector", "head_kd.training.loop")
-_PAPER_CKD = {"FCOSHead": 1.0}
-"""The authors' weight for FCOS students; 2.0 for others."""
+_OWN_AKD, _OWN_CKD = 0.5, 0.25
+"""Weights of losses that are divided by the target's variance (ours)."""
 
 
 def pair(
     student: Any,
     teacher: Any = None,
-    checkpoint: str | Path | None = None,
-    distillation: Distillation | None = None,
+    weights: str | Path | None = None,
+    method: Method = "own",
+    distill: Terms | None = None,
     *,
     cache: str | Path | None = None,
     reuse_features: bool = False,
     classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Any:
-    """An mmengine config that distils; ``tools/train.py`` takes its ``dump`` as well as ``head-kd train`` does.
+    """An mmengine config that distills; ``tools/train.py`` takes its ``dump`` as well as ``head-kd train`` does.
 
     Args:
         student: config (path, ``mmdet::...``, dict or ``Config``) of the student's project; data, schedule and hooks are
             taken from it.
         teacher: config of the teacher.
-        checkpoint: of the teacher.
-        distillation: preset and weights.
+        weights: file of the teacher's weights.
+        method: what is distilled (see ``TrainSettings``).
+        distill: weights that differ from the method's, and with a ``Distillation`` the schedule.
         cache: folder of ``head-kd cache``.
         reuse_features: see ``TeacherView``.
-        classes: of the data; sets ``num_classes`` of the student.
-        seed: of the assistants.
+        classes: classes of the data, whose number the student's head takes over; default: as its config says.
+        seed: seed of the assistants.
 
     Raises:
-        UserError: a part that the preset needs is missing, or the pair has no signals in common.
+        UserError: a part that the method needs is missing, or the pair has no signals in common.
     """
-    how = distillation or Distillation()
+    how = Distillation(**dataclasses.asdict(distill or Distillation()))
     cfg = copy.deepcopy(resolve_config(student))
     model = cfg.model
     if model.get("type") == "HEADDetector":
@@ -58,21 +61,32 @@ def pair(
     imports["imports"] = [*IMPORTS, *(i for i in imports.get("imports", []) if i not in IMPORTS)]
     imports["allow_failed_imports"] = False
     cfg.custom_imports = imports
-    parts: dict[str, Any] = {"type": "HEADDetector", "student": model, "seed": seed}
     theirs = None if teacher is None else resolve_config(teacher)
-    if how.preset != "plain":
-        parts |= _parts(model, theirs, how, cfg)
-    if how.needs_teacher:
-        if teacher is None or checkpoint is None:
-            raise UserError(f"preset {how.preset} needs a teacher: give its config and its checkpoint")
-        source = str(teacher) if isinstance(teacher, str | Path) else theirs.to_dict()  # type: ignore[union-attr]
-        parts["teacher"] = {"config": source, "checkpoint": str(checkpoint)}
-        if cache is not None:
-            parts["teacher"]["cache"] = str(cache)
+    parts: dict[str, Any] = {"type": "HEADDetector", "student": model, "seed": seed}
+    if method != "plain":
+        parts |= {"schedule": {"warmup": how.warmup, "stop": how.stop}}
+        parts |= {"balance": {"ratio": how.balance}} if how.balance else {}
+    if method in ("pkd", "fitnet"):
+        parts["neck_mimic"] = _neck_mimic(method, how)
+    elif method == "tf_head":
+        parts["assistants"] = teacher_free(model, how)
+        if how.stop is None:
+            parts["schedule"]["stop"] = first_drop(cfg)
+    elif method != "plain":
+        if theirs is None:
+            raise UserError(f"the method {method} copies the teacher's head: give the teacher's config")
+        parts |= {"assistants": [_assistant(method, how, model, theirs.model)], "rois": how.rois}
+    if method in WITH_TEACHER:
+        if theirs is None or weights is None:
+            raise UserError(f"the method {method} needs a teacher: give its config and its weights")
+        source = str(teacher) if isinstance(teacher, str | Path) else theirs.to_dict()
+        parts["teacher"] = {"config": source, "checkpoint": str(weights)}
         if reuse_features:
             parts["teacher"]["reuse_features"] = True
-    elif cache is not None:
-        raise UserError(f"preset {how.preset} runs no teacher, so a cache has no part in it")
+    if cache is not None:
+        if method not in READ_AT_REGIONS:
+            raise UserError(f"the method {method} reads no teacher at regions, so a cache has no part in it")
+        parts["teacher"]["cache"] = str(cache)
     cfg.model = parts
     import_modules_from_strings(list(IMPORTS))  # as mmengine does when it reads a config from a file
     return cfg
@@ -85,30 +99,23 @@ def set_num_classes(model: Any, count: int) -> None:
         head["num_classes"] = count
 
 
-def _parts(model: Any, teacher: Any, how: Distillation, cfg: Any) -> dict[str, Any]:
-    schedule: dict[str, Any] = {"warmup": how.warmup, "stop": how.stop}
-    if how.preset in ("pkd", "fitnet"):
-        weight = how.neck_weight if how.neck_weight is not None else {"pkd": 6.0, "fitnet": 0.5}[how.preset]
-        mimic = {"kind": how.preset, "weight": weight, "normalize": how.preset == "fitnet"}
-        return {"neck_mimic": mimic, "schedule": schedule} | _balance(how)
-    if how.preset == "tf_head":
-        stop = how.stop if how.stop is not None else first_drop(cfg)
-        schedule["stop"] = stop
-        return {"assistants": teacher_free(model, how), "schedule": schedule} | _balance(how)
-    if teacher is None:
-        raise UserError(f"preset {how.preset} copies the teacher's head: give --teacher CONFIG")
-    theirs = teacher.model
+def _neck_mimic(method: Method, how: Distillation) -> dict[str, Any]:
+    """Settings of PKD or of FitNet on the neck."""
+    usual = 6.0 if method == "pkd" else 0.5
+    weight = usual if how.neck_weight is None else how.neck_weight
+    return {"kind": method, "weight": weight, "normalize": method == "fitnet"}
+
+
+def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> dict[str, Any]:
+    """Settings of an assistant that is a copy of the teacher's head."""
     kind = "roi" if "roi_head" in theirs else "dense"
     two_stage = "roi_head" in model
-    cascade = kind == "roi" and isinstance(theirs.roi_head.bbox_head, list | tuple)
-    student_head = "" if two_stage else str(model.bbox_head.type)
-    assistant: dict[str, Any] = {"kind": kind}
-    paper = how.preset == "paper"
-    akd = 1.0 if paper and (cascade or kind == "dense") else 2.0 if paper else 0.5
-    ckd = _PAPER_CKD.get(student_head, 1.0 if kind == "dense" else 2.0) if paper else 0.25
+    paper = method == "paper"
+    assistant: dict[str, Any] = {"kind": kind, "normalize": not paper}
+    akd, ckd = _paper_weights(model, theirs) if paper else (_OWN_AKD, _OWN_CKD)
     if kind == "dense" and two_stage:
         ckd = 0.0  # the student's head has no map that a dense head's would match
-    if how.preset == "assist":
+    if method == "assist":
         akd = ckd = 0.0
         roi = kind == "roi"
         assistant |= {
@@ -116,23 +123,24 @@ def _parts(model: Any, teacher: Any, how: Distillation, cfg: Any) -> dict[str, A
             "train_cfg": theirs.train_cfg.rcnn if roi else theirs.train_cfg,
             "transfer": False,
         }
-    elif how.preset == "direct":
+    elif method == "direct":
         akd, ckd = 0.0, 0.5
-        assistant |= {"detection_weight": 0.0}
-    assistant |= {
-        "akd_weight": akd if how.akd_weight is None else how.akd_weight,
-        "ckd_weight": ckd if how.ckd_weight is None else how.ckd_weight,
-        "normalize": not paper,
-    }
+        assistant["detection_weight"] = 0.0
+    assistant["akd_weight"] = akd if how.akd_weight is None else how.akd_weight
+    assistant["ckd_weight"] = ckd if how.ckd_weight is None else how.ckd_weight
     if kind == "roi":
         assistant["ckd_on"] = how.ckd_on or ("all" if paper else "positive")
         assistant["rois_per_image"] = how.rois_per_image
         assistant["align_strides"] = how.align_strides
-    return {"assistants": [assistant], "schedule": schedule, "rois": how.rois} | _balance(how)
+    return assistant
 
 
-def _balance(how: Distillation) -> dict[str, Any]:
-    return {"balance": {"ratio": how.balance}} if how.balance else {}
+def _paper_weights(model: Any, theirs: Any) -> tuple[float, float]:
+    """The authors' weights of AKD and CKD: 2.0 each; 1.0 for cascades and dense heads, and for FCOS's CKD."""
+    dense = "roi_head" not in theirs
+    cascade = not dense and isinstance(theirs.roi_head.bbox_head, list | tuple)
+    fcos = "roi_head" not in model and model.bbox_head.type == "FCOSHead"
+    return (1.0 if cascade or dense else 2.0), (1.0 if fcos or dense else 2.0)
 
 
 def teacher_free(model: Any, how: Distillation) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ from typing import Any
 from head_kd import rendered
 from head_kd.configs import innermost
 from tenfold import UserError
-from tenfold.datasets import parse_source
 from tenfold.errors import did_you_mean
-from tenfold.runs import replacing
+from tenfold.files import replacing
+from tenfold.readers import parse_source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import head_kd
 from head_kd.checkpoints import read_weights, student_weights
 from head_kd.configs import resolve_config
 from head_kd.stack import build, start
 from tenfold import UserError, checkpoints
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 METHOD = "head_kd.student"
 
@@ -49,7 +48,7 @@ def export_student(
     names = classes or weights.classes
     out = Path(out)
     header = {"classes": list(names) if names else None, "model": str(cfg.model.get("type"))}
-    checkpoints.save(out.with_suffix(".safetensors"), own, method=METHOD, version=head_kd.__version__, config=header)
+    checkpoints.save(out.with_suffix(".safetensors"), own, method=METHOD, config=header)
     with replacing(out.with_suffix(".pth")) as temporary:
         meta = {"dataset_meta": {"classes": tuple(names)}} if names else {}
         torch.save({"meta": meta, "state_dict": own}, temporary)

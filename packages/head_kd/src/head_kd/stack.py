@@ -19,7 +19,8 @@ from mmengine.device import utils as device_utils
 from mmengine.logging import MMLogger
 
 from tenfold import UserError
-from tenfold.trainer_config import Device, choose_device
+from tenfold.config import Device
+from tenfold.devices import choose_device
 
 
 def start() -> None:

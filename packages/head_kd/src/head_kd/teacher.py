@@ -5,7 +5,6 @@ import head_kd.ops_fallback  # noqa: F401  # before mmdet
 # isort: split
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from head_kd.checkpoints import Weights, read_weights
 from head_kd.configs import config_classes, resolve_config
 from head_kd.signals import box_heads, capturing, forward_stage, is_two_stage, resolve
 from tenfold import UserError
-from tenfold.checkpoints import check_shapes
+from tenfold.checkpoints import check_shapes, digest
 
 LOADED_AT_LEAST = 0.9
 """Share of a teacher's tensors that its checkpoint has to fill."""
@@ -163,17 +162,8 @@ class TeacherView:
         return {name: [value.float() for value in values] for name, values in seen.items()}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all its parameters and buffers."""
-        return fingerprint(self.detector)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        """Digest of all its parameters and buffers."""
+        return digest(self.detector.state_dict())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,39 +1,39 @@
-"""``head-kd cache``: what training asks of a teacher, saved once."""
+"""`head-kd cache`: what training asks of a teacher, saved once."""
 
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from mmdet.registry import DATASETS
 from mmengine.dataset import pseudo_collate
 from torch import Tensor
 
 from head_kd.cache import write_cache
-from head_kd.commands._files import student_config
+from head_kd.commands._files import check_teacher, student_config
 from head_kd.config import CacheSettings
 from head_kd.configs import innermost
 from head_kd.data import annotation_digest
 from head_kd.signals import box_heads, head_signals
-from head_kd.stack import build, said_nothing, start
+from head_kd.stack import build, said_nothing, start, use_device
 from head_kd.teacher import Renormalize, TeacherView
 from head_kd.training.guard import split
 from tenfold import UserError
-from tenfold.cli import Invocation, track
+from tenfold.cli import Invocation
+from tenfold.terminal import track
 
 
 def run(settings: CacheSettings, invocation: Invocation) -> None:
     """Run the teacher once over the training images, not augmented, and write a ``TargetCache`` into the run."""
     run = invocation.folder
+    device = use_device(settings.device)
+    check_teacher(settings.teacher, settings.teacher_weights)
     start()
     cfg = student_config(settings.student, settings.data, run)
-    teacher = TeacherView.load(settings.teacher, settings.teacher_checkpoint)
+    teacher = TeacherView.load(settings.teacher, settings.teacher_weights)
     if not teacher.two_stage:
         raise UserError("a cache needs a teacher with a RoI head: the targets of a dense head depend on every pixel")
-    if torch.cuda.is_available():
-        teacher.detector.cuda()
+    teacher.detector.to(device)
     data = _plain_data(cfg)
-    device = next(teacher.detector.parameters()).device
     preprocessor = build(cfg.model.data_preprocessor).to(device)
     teacher.renormalize = Renormalize(preprocessor, teacher.detector.data_preprocessor)
 
@@ -52,7 +52,7 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
         names=names,
         data=annotation_digest(cfg),
         boxes_per_image=settings.boxes,
-        precision=settings.precision,
+        storage=settings.storage,
         seed=settings.seed,
     )
     files = sorted((run.path / "cache").iterdir())

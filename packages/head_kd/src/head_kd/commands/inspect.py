@@ -1,4 +1,4 @@
-"""``head-kd inspect``: what a pair can match, what it costs, and how far it is apart; nothing is written."""
+"""`head-kd inspect`: what a pair can match, what it costs, and how far it is apart; nothing is written."""
 
 import copy
 import sys
@@ -14,55 +14,43 @@ from torch import Tensor, nn
 
 from head_kd.commands._files import student_config
 from head_kd.compose import pair
-from head_kd.config import InspectSettings, TrainSettings
+from head_kd.config import WITH_TEACHER, InspectSettings
 from head_kd.configs import innermost, resolve_config
 from head_kd.detector import HEADDetector
 from head_kd.inspection import cost, measure
 from head_kd.stack import build, said_nothing, start
 from head_kd.training.guard import look, split, transfer_lines
-from tenfold import UserError
-from tenfold.cli import Invocation, table
+from tenfold.cli import Invocation
+from tenfold.terminal import table
 
 
 def run(settings: InspectSettings, invocation: Invocation) -> None:
     """Build the pair as training would, look at it, print tables."""
-    distill = settings.distill
-    if distill.needs_teacher and settings.teacher is None:
-        raise UserError(f"preset {distill.preset} needs --teacher CONFIG")
     with tempfile.TemporaryDirectory(prefix="head-kd-") as scratch:
         if settings.images or settings.data:
             plain = student_config(settings.student, settings.data, None, scratch)
         else:
             plain = resolve_config(settings.student)
         start()
-        checkpoint = settings.teacher_checkpoint
-        if distill.needs_teacher and checkpoint is None:
-            checkpoint = _random_teacher(settings.teacher, Path(scratch))
-        model = build(pair(plain, settings.teacher, checkpoint, distill).model)
+        weights = settings.teacher_weights
+        if settings.method in WITH_TEACHER and weights is None:
+            weights = _random_teacher(settings.teacher, Path(scratch))
+        model = build(pair(plain, settings.teacher, weights, settings.method, settings.distill).model)
         _strip_pretrained(model)
         model.init_weights()
-        sys.stdout.write("\n".join(_lines(settings, model, plain, checkpoint)) + "\n")
+        sys.stdout.write("\n".join(_lines(settings, model, plain)) + "\n")
 
 
-def _lines(settings: InspectSettings, model: HEADDetector, plain: Any, checkpoint: str | None) -> list[str]:
-    without = settings.teacher_checkpoint is None
+def _lines(settings: InspectSettings, model: HEADDetector, plain: Any) -> list[str]:
+    without = settings.teacher_weights is None
     rows = _signal_rows(model)
     out = [table(["term", "from", "to", "adapter"], rows) if rows else "no distillation terms"]
     if without:
-        out += [
-            *transfer_lines(model),
-            "no --teacher_checkpoint: weights, AP and gradients are not looked at",
-        ]
+        out += [*transfer_lines(model), "no --teacher_weights: weights, AP and gradients are not looked at"]
     else:
-        trained = TrainSettings(
-            student=settings.student,
-            teacher=settings.teacher,
-            teacher_checkpoint=checkpoint,
-            guard=settings.validation,
-            distill=settings.distill,
-        )
         data = innermost(plain.train_dataloader.dataset) if settings.images else {}
-        out += look(model, (data.get("metainfo") or {}).get("classes"), trained, plain)[0]
+        classes = (data.get("metainfo") or {}).get("classes")
+        out += look(model, classes, plain, images=settings.validation, other_classes=settings.other_classes)[0]
     parts = [[name, f"{value:.2f}"] for name, value in cost(model, settings.size).items()]
     height, width = settings.size
     out += ["", f"cost of one {height} x {width} image, forward", table(["part", "1e9 multiply-adds"], parts)]

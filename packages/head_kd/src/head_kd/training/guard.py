@@ -53,7 +53,10 @@ class GuardHook(Hook):  # type: ignore[misc]
             return
         loader = runner.train_loop.dataloader
         classes = loader.dataset.metainfo.get("classes")
-        lines, found = look(model, classes, self.settings, self.cfg)
+        how = self.settings
+        lines, found = look(
+            model, classes, self.cfg, images=how.guard, min_ap=how.min_teacher_ap, other_classes=how.other_classes
+        )
         preprocessed = [split(model.data_preprocessor(batch, True)) for batch in _few(loader, 2)]
         if model.assistants or model.head_kd.neck is not None:
             numbers = inspection.measure(model, preprocessed)
@@ -75,33 +78,43 @@ class GuardHook(Hook):  # type: ignore[misc]
             raise RuntimeError("the teacher's weights changed while the student trained")
 
 
-def look(model: HEADDetector, classes: Any, settings: TrainSettings, cfg: Any) -> tuple[list[str], dict[str, Any]]:
+def look(
+    model: HEADDetector,
+    classes: Sequence[str] | None,
+    cfg: Any,
+    *,
+    images: int,
+    min_ap: float = 0.0,
+    other_classes: bool = False,
+) -> tuple[list[str], dict[str, Any]]:
     """What can be said of a pair without a training batch: lines for a person, and values.
 
     Args:
         model: the pair.
         classes: the data's classes in order, where known.
-        settings: of the training.
         cfg: the student's config, for its validation data.
+        images: validation images that the teacher is measured on.
+        min_ap: the teacher's lowest AP in percent.
+        other_classes: whether classes may differ.
 
     Raises:
-        UserError: classes differ, or the teacher is weaker than ``min_teacher_ap``.
+        UserError: classes differ, or the teacher is weaker than ``min_ap``.
     """
     lines: list[str] = []
     found: dict[str, Any] = {}
     if model.teacher is not None:
         names = model.teacher.classes
-        lines.append(check_classes(classes, names, other_classes=settings.distill.other_classes))
+        lines.append(check_classes(classes, names, other_classes=other_classes))
         lines.append(normalization_line(model))
         same = names is None or classes is None or tuple(names) == tuple(classes)
-        if settings.guard > 0 and cfg.get("test_dataloader") is not None and same:
-            ap = 100 * teacher_ap(cfg, model.teacher.detector, settings.guard)
+        if images > 0 and cfg.get("test_dataloader") is not None and same:
+            ap = 100 * teacher_ap(cfg, model.teacher.detector, images)
             found["teacher_ap"] = ap
-            lines.append(f"teacher: AP {ap:.1f} on {settings.guard} validation images")
-            if ap < settings.min_teacher_ap:
+            lines.append(f"teacher: AP {ap:.1f} on {images} validation images")
+            if ap < min_ap:
                 raise UserError(
-                    f"the teacher has AP {ap:.1f} on {settings.guard} validation images, --min_teacher_ap is"
-                    f" {settings.min_teacher_ap:g}: wrong checkpoint, classes or input?"
+                    f"the teacher has AP {ap:.1f} on {images} validation images, --min_teacher_ap is {min_ap:g}: wrong"
+                    " weights, classes or input?"
                 )
             model.teacher.detector.eval()
     lines += transfer_lines(model)

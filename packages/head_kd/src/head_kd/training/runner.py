@@ -18,11 +18,12 @@ from torch import Tensor
 
 import head_kd.training.loop  # noqa: F401  # registers
 from head_kd.compose import first_drop
-from head_kd.config import TrainSettings
+from head_kd.config import RunnerSettings
 from head_kd.detector import HEADDetector
 from head_kd.stack import quiet_stack, said_nothing, start, use_device
-from tenfold.cli import track
+from tenfold.devices import choose_precision
 from tenfold.runs import Metrics, Run
+from tenfold.terminal import track
 
 LAST = "checkpoints/last.ckpt"
 _numbers = itertools.count()
@@ -33,30 +34,29 @@ class RunHook(Hook):  # type: ignore[misc]
 
     Args:
         run: the folder; None keeps everything in memory.
-        log_every: iterations between two rows of ``metrics.csv``.
-        checkpoint_every: iterations between two checkpoints; the end has one always.
-        quiet: no progress.
-        description: of the progress line.
+        settings: how often rows of ``metrics.csv`` and checkpoints are due; the end always has both.
+        quiet: whether to show no progress.
+        description: what the progress line says.
+        texts: files by name that are written when the training begins.
     """
 
     priority = "VERY_LOW"
 
     def __init__(
-        self, run: Run | None, *, log_every: int, checkpoint_every: int, quiet: bool, description: str
+        self, run: Run | None, settings: RunnerSettings, *, quiet: bool, description: str, texts: Mapping[str, str]
     ) -> None:
-        self.run = run
-        self.log_every = log_every
-        self.checkpoint_every = checkpoint_every
-        self.quiet = quiet
-        self.description = description
+        self.run, self.settings, self.texts = run, settings, texts
+        self.quiet, self.description = quiet, description
         self.metrics = None if run is None or not run.writes else Metrics(run.own("metrics.csv"))
         self.last_validation: dict[str, float] = {}
-        self.history: list[tuple[int, dict[str, float]]] = []
         self._bar: Iterator[int] | None = None
         self._saved = -1
 
     def before_train(self, runner: Any) -> None:
-        """Cut the metrics back to the checkpoint, and start the progress."""
+        """Write the texts, cut the metrics back to the checkpoint, start the progress."""
+        if self.run is not None:
+            for name, text in self.texts.items():
+                self.run.write_text(name, text)
         if self.metrics is not None:
             self.metrics.cut_after(runner.iter)
         self._saved = runner.iter
@@ -67,10 +67,9 @@ class RunHook(Hook):  # type: ignore[misc]
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Log a row."""
         step = runner.iter + 1
-        if step % self.log_every == 0 or step == runner.max_iters or step == 1:
+        if step % self.settings.log_every == 0 or step == runner.max_iters or step == 1:
             values = {k: float(torch.as_tensor(v).detach()) for k, v in (outputs or {}).items()}
             values["lr"] = float(runner.optim_wrapper.get_lr()["lr"][0])
-            self.history.append((step, values))
             if self.metrics is not None:
                 self.metrics.log(step, values)
         assert self._bar is not None
@@ -85,7 +84,7 @@ class RunHook(Hook):  # type: ignore[misc]
     def after_step(self, runner: Any) -> None:
         """Save a checkpoint where one is due."""
         step = runner.iter
-        if step % self.checkpoint_every == 0 or step >= runner.max_iters:
+        if step % self.settings.checkpoint_every == 0 or step >= runner.max_iters:
             self.save(runner)
 
     def save(self, runner: Any) -> None:
@@ -100,21 +99,21 @@ class RunHook(Hook):  # type: ignore[misc]
             runner.save_checkpoint(str(temporary.parent), temporary.name, meta=meta, by_epoch=False)
 
 
-def prepare(cfg: Any, settings: TrainSettings) -> Any:
+def prepare(cfg: Any, settings: RunnerSettings, device: str) -> Any:
     """A config as our runner takes it: exact loop, keyed data, plain checkpoints."""
     cfg = copy.deepcopy(cfg)
     loop = dict(cfg.train_cfg or {})
     by_epoch = loop.get("type", "EpochBasedTrainLoop") == "EpochBasedTrainLoop" and loop.get("by_epoch", True)
-    epochs, steps = settings.max_epochs, settings.max_steps
+    epochs, steps = settings.epochs, settings.steps
     if epochs is None and steps is None:
         epochs, steps = (loop.get("max_epochs"), None) if by_epoch else (None, loop.get("max_iters"))
-    interval = settings.val_every or int(loop.get("val_interval", 1))
+    interval = settings.validate_every or int(loop.get("val_interval", 1))
     cfg.train_cfg = {
         "type": "ExactTrainLoop",
         "max_epochs": epochs,
         "max_iters": steps,
         "val_interval": interval,
-        "val_by_epoch": by_epoch and not settings.val_every,
+        "val_by_epoch": by_epoch and not settings.validate_every,
         "val_begin": int(loop.get("val_begin", 1)),
         "seed": settings.seed,
     }
@@ -137,15 +136,16 @@ def prepare(cfg: Any, settings: TrainSettings) -> Any:
         "inner": data.get("batch_sampler"),
         "drop_last": bool(data.pop("drop_last", False)),
     }
-    if settings.lr is not None:
-        cfg.optim_wrapper.optimizer.lr = settings.lr
+    if settings.optimizer.lr is not None:
+        cfg.optim_wrapper.optimizer.lr = settings.optimizer.lr
         schedulers = cfg.get("param_scheduler") or []
         for scheduler in schedulers if isinstance(schedulers, list | tuple) else [schedulers]:
             if scheduler.get("type") == "OneCycleLR":  # it sets the rate itself
-                scheduler["eta_max"] = settings.lr
-    if settings.precision in ("bf16", "16"):
+                scheduler["eta_max"] = settings.optimizer.lr
+    precision = choose_precision(settings.precision, device)
+    if precision != "32-true":
         cfg.optim_wrapper.type = "AmpOptimWrapper"
-        cfg.optim_wrapper.dtype = {"bf16": "bfloat16", "16": "float16"}[settings.precision]
+        cfg.optim_wrapper.dtype = "bfloat16" if precision == "bf16-mixed" else "float16"
     cfg.randomness = {"seed": settings.seed, "deterministic": False}
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "PlainCheckpointHook"}]
     cfg.launcher = settings.launcher
@@ -162,29 +162,19 @@ def _run_quietly(cfg: Any, work_dir: str) -> None:
     cfg.experiment_name = f"head_kd_{next(_numbers)}_{time.time_ns()}"
 
 
-def build_runner(
-    cfg: Any, settings: TrainSettings, run: Run | None, work_dir: str, *, quiet: bool, description: str
-) -> Any:
-    """A runner with its ``RunHook`` (as ``runner.run_hook``), its model initialized, the schedule's open ends filled in."""
+def build_runner(cfg: Any, settings: RunnerSettings, work_dir: str) -> Any:
+    """mmengine's runner for a config, its model built, its data not yet."""
     start()
-    prepared = prepare(cfg, settings)
+    device = use_device(settings.device)
+    prepared = prepare(cfg, settings, device)
     _run_quietly(prepared, work_dir)
-    if use_device(settings.device) == "cpu":
+    if device == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid, thousands of fills per step
     object.__setattr__(prepared, "_format_python_code", False)  # yapf takes seconds for mmengine's copy of the config
     with said_nothing():
         runner = Runner.from_cfg(prepared)
     quiet_stack()
-    hook = RunHook(
-        run,
-        log_every=settings.log_every,
-        checkpoint_every=settings.checkpoint_every,
-        quiet=quiet,
-        description=description,
-    )
-    runner.register_hook(hook)
-    runner.run_hook = hook
     return runner
 
 
@@ -199,12 +189,13 @@ def fill_schedule(runner: Any, cfg: Any) -> None:
 
 def fit(
     cfg: Any,
-    settings: TrainSettings,
+    settings: RunnerSettings,
     run: Run | None,
     *,
     quiet: bool = False,
     description: str = "training",
     hooks: Sequence[Hook] = (),
+    texts: Mapping[str, str] | None = None,
 ) -> Any:
     """Train what a config describes, from the run's last checkpoint where there is one.
 
@@ -212,9 +203,10 @@ def fit(
         cfg: config of ``head_kd.compose.pair``, or any of mmdet's.
         settings: settings of the training.
         run: the folder; None keeps metrics in memory and writes no checkpoint.
-        quiet: no progress.
+        quiet: whether to show no progress.
         description: what the progress line says.
         hooks: more of mmengine's hooks.
+        texts: files by name that are written to the run when the training begins.
 
     Returns:
         the runner; ``runner.run_hook.last_validation`` has the last metrics.
@@ -226,8 +218,9 @@ def fit(
     if run is not None and run.resumed and (run.path / LAST).exists():
         cfg.load_from, cfg.resume = str(run.path / LAST), True
     with tempfile.TemporaryDirectory(prefix="head-kd-") as scratch:
-        runner = build_runner(cfg, settings, run, scratch, quiet=quiet, description=description)
-        for hook in hooks:
+        runner = build_runner(cfg, settings, scratch)
+        runner.run_hook = RunHook(run, settings, quiet=quiet, description=description, texts=texts or {})
+        for hook in (*hooks, runner.run_hook):
             runner.register_hook(hook)
         with said_nothing():
             runner._train_loop = runner.build_train_loop(runner._train_loop)  # fill_schedule needs the data's length
