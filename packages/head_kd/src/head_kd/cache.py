@@ -19,7 +19,7 @@ from torch import Tensor
 from head_kd.config import Storage
 from head_kd.proposals import Proposals, Provenance
 from head_kd.teacher import TeacherView
-from tenfold import UserError
+from tenfold import UserError, randomness
 from tenfold.checkpoints import digest
 
 _DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
@@ -209,12 +209,12 @@ def write_cache(
         found = teacher.detector.rpn_head.predict(maps, list(samples), rescale=False)
         chosen = []
         for sample, proposed in zip(samples, found, strict=True):
-            generator = torch.Generator().manual_seed(hash((seed, len(ids))) % 2**63)
+            draws = randomness.generator(seed, len(ids))
             ids.append(sample.metainfo["img_id"])
             size = sample.metainfo["img_shape"][:2]
             chosen.append(
                 choose_boxes(
-                    proposed.bboxes.cpu(), sample.gt_instances.bboxes.cpu().float(), size, boxes_per_image, generator
+                    proposed.bboxes.cpu(), sample.gt_instances.bboxes.cpu().float(), size, boxes_per_image, draws
                 )
             )
         rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(chosen)]).to(

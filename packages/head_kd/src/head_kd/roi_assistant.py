@@ -33,6 +33,7 @@ from head_kd.signals import (
     resolve,
 )
 from tenfold import UserError
+from tenfold.randomness import keyed
 
 
 class RoIAssistant(Assistant):
@@ -219,8 +220,7 @@ class RoIAssistant(Assistant):
     def _regions(self, step: Step, number: int) -> Regions:
         if step.regions is not None and step.targets is None:
             return step.regions
-        with torch.random.fork_rng(devices=[]):  # the samplers draw from the CPU's stream
-            torch.manual_seed(hash((*step.key, number)) % 2**63)
+        with keyed(*step.key, number):  # the samplers draw from the CPU's stream
             return self.sample(step.proposals, step.samples, step.features, cached=step.targets is not None)
 
     def _targets(self, step: Step, regions: Regions, rois: Sequence[Tensor]) -> list[dict[str, Tensor]]:
