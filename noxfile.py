@@ -18,7 +18,7 @@ PROJECTS = {
     for file in [ROOT / "shared/pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]
 }
 PACKAGES = {name: folder for name, folder in PROJECTS.items() if folder.parts[0] == "packages"}
-LINTERS = ("ruff>=0.15,<1",)
+LINTERS = ("codespell>=2.4.1", "ruff>=0.15,<1")
 TYPE_CHECKERS = ("mypy>=1.20,<3", "types-PyYAML")
 
 nox.needs_version = ">=2025.5.1"
@@ -81,10 +81,11 @@ def pytest(session: nox.Session, *arguments: str, no_tests_is_fine: bool = False
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Format and lint rules."""
+    """Format, lint rules, spelling."""
     session.install(*LINTERS, env=UV)
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    session.run("codespell")
 
 
 @nox.session

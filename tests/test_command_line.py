@@ -9,7 +9,7 @@ import pytest
 import yaml
 from distributions import PACKAGES
 
-from tenfold.config import DemoSettings, leaves
+from tenfold.config import DemoSettings, leaves, plain_kind
 from tenfold.testing import assert_user_error
 
 VERBS = [
@@ -138,7 +138,7 @@ def required(verb):
         word
         for name in names
         if name in kinds
-        for word in (f"--{name}", "1" if kinds[name] in {int, float} else "none:none")
+        for word in (f"--{name}", "1" if plain_kind(kinds[name]) in {int, float} else "none:none")
     ]
 
 

@@ -1,4 +1,4 @@
-"""The files around the code: README, changelog, licence, wheels."""
+"""The files around the code: README, changelog, license, wheels."""
 
 import re
 import subprocess

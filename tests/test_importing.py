@@ -173,8 +173,10 @@ def test_nothing_unpickles(distribution):
         assert "weights_only=False" not in text, path.name
         modules = {found.module for found in imports_of(path)}
         assert not modules & {"dill", "cloudpickle", "joblib"}, path.name
-        if "def find_class(" in text:  # an unpickler that looks up nothing but what it names itself
-            text = text.replace("(pickle.Unpickler):", "():")
+        if path.name in {"readers.py", "testing.py"} and not distribution.is_package:
+            # CIFAR, whose files are unpickled where their checksum is the published one; and such a file for tests
+            assert text.count("pickle.loads(") + text.count("pickle.dumps(") == 1, path.name
+            text = text.replace("pickle.loads(", "").replace("pickle.dumps(", "")
         assert not re.search(r"pickle\.(?!UnpicklingError|PickleError)\w", text), path.name
         assert not {module for module in modules if module.startswith("pickle.")}, path.name
         assert "allow_pickle=True" not in text, path.name

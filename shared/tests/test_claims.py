@@ -205,8 +205,10 @@ def test_arms_measured_in_processes_of_one_thread_equal_those_measured_here(tmp_
     arms = {"a": partial(scaled, 1.0), "b": partial(scaled, 2.0)}
     here, there = study(tmp_path / "here", seeds=[0, 1]), study(tmp_path / "there", seeds=[0, 1])
     here.over_arms(arms)
+    shown = []
     with executors.make("processes:2") as pool:
-        there.over_arms(arms, pool)
+        there.over_arms(arms, pool, lambda names: (shown.append(name) or name for name in names))
+    assert sorted(shown) == ["a-seed-0", "a-seed-1", "b-seed-0", "b-seed-1"]
     for arm in arms:
         assert here.values((arm, "top1")).tolist() == there.values((arm, "top1")).tolist()
         assert np.array_equal(here.arrays(arm, 1)["history"], there.arrays(arm, 1)["history"])

@@ -221,6 +221,8 @@ def test_opening_changes_nothing_before_the_first_file_is_written(tmp_path):
 def test_a_refusal_before_the_first_result_leaves_nothing_and_a_later_one_keeps_the_result(tmp_path):
     with pytest.raises(UserError), start(tmp_path / "a") as run:
         run.own("result.txt")  # announced, not written
+        run.own("data/train.json", result=False).parent.mkdir()
+        (run.path / "data/train.json").write_text("prepared")
         raise UserError("no")
     assert not (tmp_path / "a").exists()
     with pytest.raises(UserError), start(tmp_path / "a") as run:

@@ -1,9 +1,9 @@
 """From a base model and calibration text to a wrapped model, against peft: time, in turn.
 
 Both run the same windows one at a time (peft takes no batches), with the same threads and in fp32, on Llamas with
-grouped-query attention and random weights. Measured are ``collect_context`` (peft: its calibration), without the plain forward
-passes that both contain, and the whole way with them (peft: ``preprocess_corda`` and ``get_peft_model``), each with one
-copy of the model in it.
+grouped-query attention and random weights. What is timed: ``collect_context`` (peft: its calibration), without the plain
+forward passes that both contain, and the whole way with them (peft: ``preprocess_corda`` and ``get_peft_model``), each with
+one copy of the model in it.
 """
 
 import copy
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import peft
 import torch
 from corda import CordaInit, apply_corda, build_factors, collect_context, get_corda_model
-from corda.attach import lora_layers
+from corda.adapters import lora_layers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import calib_cov_distribution, preprocess_corda
@@ -41,7 +41,7 @@ def model_of(size: str) -> LlamaForCausalLM:
 
 
 def windows() -> list[dict[str, Tensor]]:
-    """Random tokens, a window a batch."""
+    """Random tokens, one window per batch."""
     torch.manual_seed(1)
     return [{"input_ids": torch.randint(512, (1, LENGTH))} for _ in range(WINDOWS)]
 

@@ -1,9 +1,9 @@
-"""From a base model and calibration text to a wrapped model, against peft: memory, in a process each, and accuracy.
+"""From a base model and calibration text to a wrapped model, against peft: memory, each way in its own process, and accuracy.
 
 The computation is that of ``end_to_end.py``. Memory is the peak resident size of a process that goes the whole way once, less
-that of one that imports the same and makes model and windows only, with an allocator that returns what is free
-(``ALLOCATOR``, for both). The last rows show the error of the adapted subspace; the
-reference is an SVD in fp64 of W C_d, C summed in fp64. No row is a time: the machine need not be idle.
+that of one that imports the same and only makes model and windows, with an allocator that returns what is free
+(``ALLOCATOR``, for both). The last rows show the error of the adapted subspace; the reference is an SVD in fp64 of W C_d, C
+summed in fp64. No row is a time, so the machine need not be idle.
 """
 
 import copy
@@ -11,44 +11,35 @@ import sys
 
 import torch
 from corda import collect_context
-from corda.attach import lora_layers
+from corda.adapters import lora_layers
 from end_to_end import MODELS, PEERS, RANK, model_of, shape_of, whole, windows
 
 from tenfold import bench
-from tenfold.claims import Bound
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def memory_rows(size: str) -> list[bench.Comparison]:
     """Extra peak memory of the whole way."""
-    rows = []
-    idle = _peak("nothing", "kpm", size)
-    for mode in ("ipm", "kpm"):
-        theirs = _peak("peft", mode, size) - idle
-        for way, required in (("hooks", ">= 4"), ("streamed", ">= 10")):
-            ours = _peak(way, mode, size) - idle
-            rows.append(
-                bench.Comparison(
-                    id=f"memory_{way}_{mode}_{size}",
-                    shape=shape_of(size),
-                    ours=ours,
-                    peer=theirs,
-                    unit="MB",
-                    statistic="peak resident size of a process each, less one that makes the model only",
-                    ratio=theirs / ours,
-                    ci95=None,
-                    required=required,
-                    holds=Bound.parse(required).decide(theirs / ours, None),
-                    equal="the computation of the time rows",
-                )
-            )
-    return rows
+    return [
+        bench.resident(
+            f"memory_{way}_{mode}_{size}",
+            _command(way, mode, size),
+            _command("peft", mode, size),
+            _command("nothing", mode, size),
+            shape=shape_of(size),
+            required=required,
+            equal="the computation of the time rows",
+            runs=1,
+            environment=ALLOCATOR,
+        )
+        for mode in ("ipm", "kpm")
+        for way, required in (("hooks", ">= 4"), ("streamed", ">= 10"))
+    ]
 
 
-def _peak(way: str, mode: str, size: str) -> float:
-    """MB of a process of its own."""
-    return bench.peak_rss([sys.executable, __file__, "--once", way, mode, size], ALLOCATOR)
+def _command(way: str, mode: str, size: str) -> list[str]:
+    return [sys.executable, __file__, "--once", way, mode, size]
 
 
 def once(way: str, mode: str, size: str) -> None:
@@ -77,18 +68,16 @@ def error_rows(size: str) -> list[bench.Comparison]:
                 lost[way] += (1 - (U.T @ Q).square().sum() / RANK).item() / len(double.targets)
         ratio = lost["peft"] / max(lost["streamed"], 1e-16)
         rows.append(
-            bench.Comparison(
-                id=f"subspace_error_{mode}_{size}",
+            bench.counted(
+                f"subspace_error_{mode}_{size}",
+                lost["streamed"],
+                lost["peft"],
                 shape=shape_of(size),
-                ours=lost["streamed"],
-                peer=lost["peft"],
                 unit="",
                 statistic="mean of 1 - cos^2 to the subspace of an SVD in fp64",
-                ratio=ratio,
-                ci95=None,
                 required=">= 1",
-                holds=ratio >= 1,
-                equal="B of both, orthonormalised",
+                equal="B of both, orthonormalized",
+                ratio=ratio,
             )
         )
     return rows

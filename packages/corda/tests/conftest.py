@@ -50,3 +50,10 @@ def shared_folder(tmp_path_factory):
 def model_folder(shared_folder, tmp_path):
     """A copy of that folder."""
     return shutil.copytree(shared_folder, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n\n" * 20)
+    return f"text:{path}"

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from corda import CordaInit, apply_corda, build_factors, collect_context, resolve_targets
-from corda.anchor import AnchoredLinear, apply_anchor, load_anchor
-from corda.attach import lora_layers
-from corda.factors import FactorSet
+from corda import CordaInit, FactorSet, apply_anchor, apply_corda, build_factors, collect_context, load_anchor
+from corda.adapters import lora_layers
+from corda.anchor import AnchoredLinear
+from corda.targets import resolve_targets
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save
 from torch import nn
@@ -46,7 +46,7 @@ def parts(layer):
 
 
 class Int8Linear(nn.Linear):
-    """As quantised layers are: int8 values and a scale a row, made floating point only in the forward pass."""
+    """As quantized layers are: int8 values and a scale a row, made floating point only in the forward pass."""
 
     def __init__(self, plain):
         super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta")
@@ -55,11 +55,11 @@ class Int8Linear(nn.Linear):
         self.bias = plain.bias
         self.register_buffer("scale", scale)
 
-    def dequantised(self):
+    def dequantized(self):
         return self.weight * self.scale
 
     def forward(self, x):
-        return F.linear(x, self.dequantised().to(x.dtype), self.bias)
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -72,14 +72,14 @@ class PackedLinear(nn.Module):
         self.register_buffer("qweight", inner.weight.detach().T.contiguous())
         self.register_buffer("scale", inner.scale)
 
-    def dequantised(self):
+    def dequantized(self):
         return self.qweight.T * self.scale
 
     def forward(self, x):
-        return F.linear(x, self.dequantised().to(x.dtype))
+        return F.linear(x, self.dequantized().to(x.dtype))
 
 
-def quantised(model, kind):
+def quantized(model, kind):
     model = copy.deepcopy(model)
     for block in model.model.layers:
         for owner in (block.self_attn, block.mlp):
@@ -92,7 +92,7 @@ def quantised(model, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_the_anchored_model_starts_at_the_base_bit_for_bit(llama, batches, dtype, mode):
-    """Property 14; and no weight of the base has changed."""
+    """And no weight of the base has changed."""
     llama = llama.to(dtype)
     base = copy.deepcopy(llama)
     config = configuration(target_modules="all-linear", task_type="CAUSAL_LM")
@@ -105,7 +105,7 @@ def test_the_anchored_model_starts_at_the_base_bit_for_bit(llama, batches, dtype
 
 @pytest.mark.parametrize("change", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "lora_alpha": 2}])
 def test_gradients_and_steps_are_those_of_the_residual_mode(llama, batches, change):
-    """Property 14: gradients of D_A, D_B equal those of A, B; after 3 SGD steps the effective weights agree to 1e-6."""
+    """Gradients of D_A, D_B equal those of A, B; after 3 SGD steps the effective weights agree to 1e-6."""
     base = copy.deepcopy(llama)
     config = configuration(**change)
     factors = factors_of(llama, batches, config)
@@ -126,7 +126,7 @@ def test_gradients_and_steps_are_those_of_the_residual_mode(llama, batches, chan
 
 
 def test_gradients_at_the_start():
-    """Property 22: d(loss)/d(D_A) = s B0^T G x^T and d(loss)/d(D_B) = s G x^T A0^T."""
+    """D(loss)/d(D_A) = s B0^T G x^T and d(loss)/d(D_B) = s G x^T A0^T."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 6)).double()
     x = torch.randn(20, 9, dtype=torch.float64)
@@ -262,10 +262,10 @@ def test_adapters_mix_in_a_batch(llama, batches):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 @pytest.mark.parametrize("kind", [Int8Linear, PackedLinear])
 def test_a_quantised_base_starts_bit_for_bit_and_trains(llama, batches, kind):
-    """Property 14: int8 weights stay as they are; only the merge is refused."""
+    """Int8 weights stay as they are; only the merge is refused."""
     config = configuration()
     factors = factors_of(llama, batches, config)
-    base = quantised(llama, kind)
+    base = quantized(llama, kind)
     wrapped = apply_anchor(copy.deepcopy(base), factors, config)
     assert torch.equal(logits(wrapped, batches), logits(base, batches))
     sgd(wrapped, batches)
@@ -275,10 +275,10 @@ def test_a_quantised_base_starts_bit_for_bit_and_trains(llama, batches, kind):
         assert all(torch.equal(stored[key], value) for key, value in base.get_submodule(name).state_dict().items())
         D_A, D_B = (part.weight.detach() for part in parts(layer))
         A0, B0 = factors.factors[name].A, factors.factors[name].B
-        W = base.get_submodule(name).dequantised() + 2.0 * ((B0 + D_B) @ (A0 + D_A) - B0 @ A0)
+        W = base.get_submodule(name).dequantized() + 2.0 * ((B0 + D_B) @ (A0 + D_A) - B0 @ A0)
         x = torch.randn(5, W.shape[1])
         torch.testing.assert_close(layer(x), x @ W.T, rtol=1e-4, atol=1e-5)
-    with pytest.raises(TypeError, match=f"cannot merge into the quantised weight of a {kind.__name__}"):
+    with pytest.raises(TypeError, match=f"cannot merge into the quantized weight of a {kind.__name__}"):
         wrapped.merge_and_unload()
 
 
@@ -303,7 +303,6 @@ def test_transposed_layers_of_gpt2(batches):
 
 
 def test_bad_models_and_configurations(llama, batches, tmp_path):
-    """Property 23."""
     config = configuration()
     factors = factors_of(llama, batches, config)
     with pytest.raises(UserError, match="other layers or ranks"):
@@ -335,7 +334,6 @@ def test_bad_models_and_configurations(llama, batches, tmp_path):
 
 
 def test_damaged_and_foreign_files_are_named(llama, batches, tmp_path):
-    """Property 23."""
     base, config = copy.deepcopy(llama), configuration(modules_to_save=["lm_head"])
     wrapped = apply_anchor(llama, factors_of(llama, batches, config), config)
     wrapped.save_pretrained(tmp_path)

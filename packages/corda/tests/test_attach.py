@@ -2,20 +2,12 @@ import copy
 
 import pytest
 import torch
-from corda import (
-    AnchoredLinear,
-    CordaInit,
-    apply_corda,
-    build_factors,
-    collect_context,
-    get_corda_model,
-    output_energies,
-    resolve_targets,
-    save_initial,
-    to_lora,
-)
-from corda.attach import lora_layers, residual_state
-from corda.factors import output_energy
+from corda import CordaInit, apply_corda, build_factors, collect_context, get_corda_model, save_initial, to_lora
+from corda.adapters import lora_layers
+from corda.anchor import AnchoredLinear
+from corda.attach import residual_state
+from corda.factors import output_energies, output_energy
+from corda.targets import resolve_targets
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -88,7 +80,7 @@ def test_targets_are_those_that_peft_takes(llama, change):
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 @pytest.mark.parametrize("change", [{}, {"lora_alpha": 2}, {"lora_alpha": 8}, {"use_rslora": True}])
 def test_the_adapted_model_starts_at_the_base_model(llama, batches, mode, change):
-    """Property 2: W' + s B A = W, for scalings 0.5, 1, 2 and rsLoRA, here through whole models in fp64."""
+    """W' + s B A = W, for scalings 0.5, 1, 2 and rsLoRA, here through whole models in fp64."""
     llama = llama.double()
     base = copy.deepcopy(llama)
     wrapped = get_corda_model(llama, configuration(**change), batches, CordaInit(mode=mode))
@@ -100,7 +92,7 @@ def test_the_adapted_model_starts_at_the_base_model(llama, batches, mode, change
 
 
 def test_in_bfloat16_only_one_rounding_separates_start_and_base(llama, batches):
-    """Property 2: |W - W' - s B A| is at most half a unit in the last place of W'."""
+    """|W - W' - s B A| is at most half a unit in the last place of W'."""
     llama = llama.bfloat16()
     base = copy.deepcopy(llama)
     wrapped = get_corda_model(llama, LORA, batches)
@@ -114,7 +106,7 @@ def test_in_bfloat16_only_one_rounding_separates_start_and_base(llama, batches):
 
 
 def test_gradients_at_the_start():
-    """Property 22: d(loss)/dA = s B^T G x^T, and by finite differences."""
+    """D(loss)/dA = s B^T G x^T, and by finite differences."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 6, bias=False)).double()
     x = torch.randn(20, 9, dtype=torch.float64)
@@ -138,7 +130,6 @@ def test_gradients_at_the_start():
     "change", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 3}}]
 )
 def test_a_trained_adapter_loads_by_plain_peft_on_the_untouched_base(llama, batches, tmp_path, change):
-    """Property 15."""
     base = copy.deepcopy(llama)
     config = configuration(**change)
     factors = build_factors(llama, collect_context(llama, batches, list(resolve_targets(llama, config))), config)
@@ -169,7 +160,7 @@ def test_the_initial_adapter_loads_on_the_residual_model_and_trains_on(llama, ba
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_product_equals_that_of_pefts_own_corda(method, shape):
-    """Property 4: peft's preprocess_corda and corda_init on the same layer and samples."""
+    """Peft's preprocess_corda and corda_init on the same layer and samples."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
     with torch.no_grad():
@@ -197,7 +188,7 @@ def test_product_equals_that_of_pefts_own_corda(method, shape):
 
 
 def test_output_energies_add_up_to_the_whole():
-    """Property 8: |u u^T W X|^2 = u^T W C W^T u, and all components sum to tr(W C W^T)."""
+    """|u u^T W X|^2 = u^T W C W^T u, and all components sum to tr(W C W^T)."""
     torch.manual_seed(0)
     W, X = torch.randn(6, 9).double(), torch.randn(9, 30).double()
     U = torch.linalg.svd(W).U
@@ -225,7 +216,7 @@ def test_power_zero_needs_no_data(llama):
 
 
 def test_bad_layers_and_models(llama, batches):
-    """Property 23: rank above a layer's size, applied twice, quantised, tied, other statistics."""
+    """Rank above a layer's size, applied twice, quantized, tied, other statistics."""
     stats = collect_context(llama, batches)
     with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj: rank 17 of a 16 x 32 layer"):
         build_factors(llama, stats, configuration(r=17, target_modules=["k_proj"]))
@@ -246,7 +237,7 @@ def test_bad_layers_and_models(llama, batches):
 
 
 def test_tied_weights_and_other_shapes_are_refused(llama, batches):
-    """Property 23; and no weight has changed, nor is the model wrapped."""
+    """And no weight has changed, nor is the model wrapped."""
     config = configuration()
     factors = build_factors(llama, collect_context(llama, batches), config)
     before = copy.deepcopy(llama.state_dict())

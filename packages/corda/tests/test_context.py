@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 from corda import ContextStats, CordaInit, collect_context
+from corda.algebra import matmul_precision
 from corda.context import TargetNotReachedError
-from corda.solvers import matmul_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -83,7 +83,7 @@ def test_moments_equal_a_literal_loop(llama, padded, scale, skip_first):
 
 
 def test_padding_does_not_count(llama, padded):
-    """Property 13: a padded batch gives the C of its rows without padding; batch 4 equals 4 batches of 1."""
+    """A padded batch gives the C of its rows without padding; batch 4 equals 4 batches of 1."""
     rows = [
         {"input_ids": ids[mask.bool()][None]}
         for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
@@ -107,7 +107,7 @@ def test_scales_divide_by_samples_or_tokens_or_nothing(llama, batches):
 
 
 def test_statistics_add_up(llama, batches):
-    """Property 11: stats(a) + stats(b) = stats(a ++ b), as for two ranks; the order of the windows does not matter."""
+    """Stats(a) + stats(b) = stats(a ++ b), as for two ranks; the order of the windows does not matter."""
     whole = collect_context(llama, batches)
     parts = collect_context(llama, batches[:1]) + collect_context(llama, batches[1:])
     turned = collect_context(llama, batches[::-1])
@@ -118,16 +118,16 @@ def test_statistics_add_up(llama, batches):
 
 
 def test_chunks_equal_one_product(llama, batches, monkeypatch):
-    """Property 10: chunked sums."""
+    """Chunked sums."""
     one = collect_context(llama.double(), batches, init=PLAIN)
-    monkeypatch.setattr("corda.context.CHUNK", 7)
+    monkeypatch.setattr("corda.sums.CHUNK", 7)
     many = collect_context(llama, batches, init=PLAIN)
     for name in one.targets:
         torch.testing.assert_close(one.covariance(name), many.covariance(name), rtol=1e-12, atol=1e-12)
 
 
 def test_siblings_of_one_input_share_one_sum(llama, batches):
-    """Property 12: q, k, v share, gate and up share; the numbers equal the unshared ones bit for bit."""
+    """Q, k, v share, gate and up share; the numbers equal the unshared ones bit for bit."""
     shared = collect_context(llama, batches)
     apart = collect_context(llama, batches, share=False)
     assert len(shared.moments) == 2 * 4
@@ -139,7 +139,7 @@ def test_siblings_of_one_input_share_one_sum(llama, batches):
 
 
 def test_an_input_that_is_written_into_is_not_shared():
-    """Property 12: k sees another input than q after an in-place change, and v shares with k."""
+    """K sees another input than q after an in-place change, and v shares with k."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6)
     assert collect_context(Attention(), [x], init=PLAIN).groups == {"q": "q", "k": "q", "v": "q", "o": "o"}
@@ -182,7 +182,7 @@ class Scripted(nn.Module):
     )
 )
 def test_sharing_changes_no_number_whatever_the_order_of_calls(scripts):
-    """Property 12: layers that share at first part when their inputs do; compared with separate sums and by hand."""
+    """Layers that share at first part when their inputs do; compared with separate sums and by hand."""
     missing = [layer + "x" for layer in LAYERS if not any(layer in step[0] for script in scripts for step in script)]
     scripts = [*scripts[:-1], scripts[-1] + missing]
     batches = [torch.randn(2, 5, 3) for _ in scripts]
@@ -204,7 +204,7 @@ def test_sharing_changes_no_number_whatever_the_order_of_calls(scripts):
 
 
 def test_layers_that_stop_sharing_keep_what_they_shared():
-    """Property 12: k and v get another input than q from the second batch on; the sums still add up over shards."""
+    """K and v get another input than q from the second batch on; the sums still add up over shards."""
     x, y = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
     model = Attention()
 
@@ -249,7 +249,7 @@ def test_a_module_called_twice_counts_both_inputs():
 
 
 def test_nothing_is_left_on_the_model(llama, batches):
-    """Property 18: our hooks go, the user's stay, flags return, no attribute stays, also when the forward raises."""
+    """Our hooks go, the user's stay, flags return, no attribute stays, also when the forward raises."""
     seen = []
     llama.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(1))
     llama.model.layers[1].eval()
@@ -319,7 +319,7 @@ def test_half_precision_inputs_lose_nothing(dtype, accumulate, scale):
 
 @pytest.mark.parametrize("scale", ["peft", "token_mean", "none"])
 def test_cross_moments_equal_products_with_the_covariance(llama, padded, scale, tmp_path):
-    """Property 10: W C and tr C of every layer, tall ones too; kept, added up and saved as covariances are."""
+    """W C and tr C of every layer, tall ones too; kept, added up and saved as covariances are."""
     llama.double()
     cov, cross = (
         collect_context(llama, [padded], init=CordaInit(scale=scale, accumulate=accumulate))
@@ -376,7 +376,7 @@ def test_auto_takes_cross_moments_where_they_are_smaller_and_nobody_else_needs_m
 
 @pytest.mark.parametrize("accumulate", ["cov", "cross"])
 def test_a_share_without_data_adds_nothing(llama, batches, accumulate):
-    """Property 11: as for two ranks, of which one has no data, or none that reaches every layer."""
+    """As for two ranks, of which one has no data, or none that reaches every layer."""
     init = CordaInit(accumulate=accumulate)
     whole = collect_context(llama, batches, init=init)
     nothing = collect_context(llama, [], init=init, complete=False)
@@ -424,11 +424,10 @@ def test_saved_and_loaded(llama, batches, tmp_path):
         assert torch.equal(loaded.moments[group], moment)
     again = tmp_path / "again.safetensors"
     collect_context(llama, batches).save(again)
-    assert again.read_bytes() == (tmp_path / "context.safetensors").read_bytes(), "Property 20: identical files"
+    assert again.read_bytes() == (tmp_path / "context.safetensors").read_bytes(), "files are not identical"
 
 
 def test_bad_data_and_targets(llama, batches):
-    """Property 23."""
     with pytest.raises(UserError, match="holds no batch"):
         collect_context(llama, [])
     nothing = {"input_ids": batches[0]["input_ids"], "attention_mask": torch.zeros(2, 24, dtype=torch.long)}
@@ -441,7 +440,7 @@ def test_bad_data_and_targets(llama, batches):
 
 
 def test_a_target_that_is_never_reached_is_named():
-    """Property 23: as for an expert that no token is routed to."""
+    """As for an expert that no token is routed to."""
 
     class Experts(nn.Module):
         def __init__(self):
@@ -457,7 +456,6 @@ def test_a_target_that_is_never_reached_is_named():
 
 
 def test_nan_in_activations_names_layer_and_batch(llama, batches):
-    """Property 23."""
     with torch.no_grad():
         llama.model.layers[1].post_attention_layernorm.weight[3] = float("nan")
     with pytest.raises(NonFiniteError, match=r"layer model.layers.1.mlp.gate_proj, batch 0: NaN or infinity"):
@@ -465,7 +463,7 @@ def test_nan_in_activations_names_layer_and_batch(llama, batches):
 
 
 def test_statistics_of_another_model_are_refused(llama, batches):
-    """Property 23: the fingerprint is that of the weights."""
+    """The fingerprint is that of the weights."""
     stats = collect_context(llama, batches)
     with torch.no_grad():
         llama.model.layers[0].mlp.up_proj.weight.mul_(2)

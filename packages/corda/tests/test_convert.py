@@ -3,10 +3,19 @@ import json
 
 import pytest
 import torch
-from corda import CordaInit, apply_corda, build_factors, collect_context, resolve_targets
-from corda.anchor import apply_anchor
-from corda.attach import lora_layers
-from corda.convert import InitReport, LayerStart, convert_adapter, to_lora, verify_init
+from corda import (
+    CordaInit,
+    apply_anchor,
+    apply_corda,
+    build_factors,
+    collect_context,
+    convert_adapter,
+    to_lora,
+    verify_init,
+)
+from corda.adapters import lora_layers
+from corda.targets import resolve_targets
+from corda.verify import InitReport, LayerStart
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -74,7 +83,7 @@ def deltas(wrapped):
 @pytest.mark.parametrize("attach", ATTACH)
 @pytest.mark.parametrize("change", CONFIGURATIONS)
 def test_plain_peft_on_the_untouched_base_gives_the_trained_model(llama, batches, tmp_path, attach, change):
-    """Property 15: 1e-5 in fp32; before training, exactly the base; and the base model's weights alone are needed."""
+    """1e-5 in fp32; before training, exactly the base; and the base model's weights alone are needed."""
     base = copy.deepcopy(llama)
     config = configuration(**change)
     factors = factors_of(llama, batches, config)
@@ -97,7 +106,7 @@ def test_plain_peft_on_the_untouched_base_gives_the_trained_model(llama, batches
 @pytest.mark.parametrize("attach", ATTACH)
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_recompression_loses_exactly_the_reported_norm(llama, batches, tmp_path, attach, rank):
-    """Property 15: nothing at rank 2r, the reported norm below; and no matrix of that rank is closer (Eckart-Young)."""
+    """Nothing at rank 2r, the reported norm below; and no matrix of that rank is closer (Eckart-Young)."""
     llama = llama.double()
     base = copy.deepcopy(llama)
     config = configuration()
@@ -142,7 +151,6 @@ def test_a_tolerance_gives_each_layer_the_smallest_rank_that_keeps_it(llama, bat
 
 
 def test_an_untrained_adapter_stays_exactly_zero_when_recompressed(llama, batches, tmp_path):
-    """Property 15."""
     base = copy.deepcopy(llama)
     config = configuration()
     factors = factors_of(llama, batches, config)
@@ -201,7 +209,7 @@ def test_without_recompression_the_stacked_parts_are_written_as_they_are(llama, 
     ],
 )
 def test_what_else_was_trained_is_kept(llama, batches, tmp_path, attach, change):
-    """Property 15, with trained biases, a head and single tokens; recompressed, they are still there."""
+    """Trained biases, a head and single tokens, which are still there after recompression."""
     for block in llama.model.layers:
         for owner, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj"), (block.mlp, "up_proj")):
             plain = getattr(owner, name)
@@ -243,7 +251,6 @@ def test_an_anchored_model_holds_its_start(llama, batches, tmp_path):
 
 
 def test_converting_twice_writes_the_same_files(llama, batches, tmp_path):
-    """Property 20."""
     config = configuration()
     factors = factors_of(llama, batches, config)
     wrapped = train(apply_anchor(llama, factors, config), batches)
@@ -254,7 +261,6 @@ def test_converting_twice_writes_the_same_files(llama, batches, tmp_path):
 
 
 def test_what_cannot_be_converted_is_refused(llama, batches, tmp_path):
-    """Property 23."""
     base = copy.deepcopy(llama)
     config = configuration()
     factors = factors_of(llama, batches, config)
@@ -282,7 +288,7 @@ def test_what_cannot_be_converted_is_refused(llama, batches, tmp_path):
 
 
 def test_an_anchored_start_is_exact_and_a_residual_one_is_close(llama, batches):
-    """Property 14, through ``verify_init``; models keep the mode that they were in."""
+    """Models keep the mode that they were in."""
     base = copy.deepcopy(llama)
     config = configuration()
     factors = factors_of(llama, batches, config)
@@ -310,7 +316,7 @@ def test_an_anchored_start_is_exact_and_a_residual_one_is_close(llama, batches):
     ],
 )
 def test_a_layer_that_starts_elsewhere_is_named(llama, batches, attach, dtype):
-    """Properties 2 and 14, layer by layer: one bit of one weight, a stale factor, or an adapter cast after the attaching."""
+    """Layer by layer: one bit of one weight, a stale factor, or an adapter that was cast after it was attached."""
     llama = llama.to(dtype)
     base = copy.deepcopy(llama)
     config = configuration()

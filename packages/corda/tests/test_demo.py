@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from corda import demo
 from corda.cli import main
+from corda.commands import _small_llama, demo
+from corda.commands._finetune import Trajectory
 from corda.config import DemoSettings
-from corda.finetune import Trajectory
 from transformers import AutoTokenizer
 
 from tenfold import UserError
+from tenfold.cli import Invocation
 from tenfold.runs import Run
 
 SETTINGS = DemoSettings(level="quick", steps=2, facts=16, seeds=[0, 1])
@@ -18,6 +19,12 @@ STARTS = ("lora", "corda-kpm", "corda-ipm", "ipm-balanced")
 ARMS = ["whole", "svd"] + [f"{name}-{kind}" for name in ("asvd", "half", "corda") for kind in ("facts", "text")]
 ARMS += [f"directions-{kind}" for kind in ("facts", "text")]
 ARMS += [f"{rate}-{name}" for rate in ("tuned", "common") for name in STARTS]
+
+
+def summary_of(settings, run):
+    with run:
+        assert demo.run(settings, Invocation(run, quiet=True)) == 0
+    return json.loads((run.path / "summary.json").read_text())
 
 
 def open_run(path, **options):
@@ -31,6 +38,7 @@ def few_measurements():
         patch.setitem(demo.CALIBRATION_WINDOWS, "quick", 16)
         patch.setitem(demo.TASK_STEPS, "quick", 2)
         patch.setattr(demo, "MEASURED_WINDOWS", 4)
+        patch.setattr("corda.commands._small_llama.MEASURED_WINDOWS", 4)
         patch.setattr(demo, "TASK_WINDOWS", 4)
         yield
 
@@ -38,12 +46,11 @@ def few_measurements():
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "first"
-    return folder, demo.run(SETTINGS, open_run(folder), quiet=True)
+    return folder, summary_of(SETTINGS, open_run(folder))
 
 
 def test_quick_level_measures_every_arm_and_decides_nothing(first):
     folder, summary = first
-    assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["level"] == "quick"
     assert summary["seeds"] == [0, 1]
     assert sorted(summary["arms"]) == sorted(ARMS)
@@ -60,7 +67,7 @@ def test_quick_level_measures_every_arm_and_decides_nothing(first):
 def test_another_seed_gives_other_facts_and_other_numbers(first):
     for arm in ("whole", "corda-text", "directions-text", "tuned-corda-kpm"):
         assert any(a != b for a, b in first[1]["arms"][arm].values())
-    assert demo.halves(16, 0) != demo.halves(16, 1)
+    assert _small_llama.halves(16, 0) != _small_llama.halves(16, 1)
 
 
 def test_an_interrupted_demo_resumes_to_the_numbers_of_an_unbroken_one_and_measures_no_seed_twice(
@@ -124,7 +131,7 @@ def test_claims_follow_the_measured_numbers(first, tmp_path, monkeypatch):
     run = Run.open(tmp_path / "full", package="corda", verb="demo", settings=settings)
     for seed in range(5):
         run.write_json(f"results/seed-{seed}.json", results)
-    summary = demo.run(settings, run, quiet=True)
+    summary = summary_of(settings, run)
     assert summary["seeds"] == [0, 1, 2, 3, 4]
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"]}
     true = ("learned", "svd_facts", "svd_text", "asvd_facts", "asvd_text", "gain_kpm", "energy_ipm", "target")
@@ -143,7 +150,7 @@ def test_the_default_level_fine_tunes_with_one_rate_and_decides_the_main_claims(
     settings = DemoSettings()
     run = Run.open(tmp_path / "default", package="corda", verb="demo", settings=settings)
     run.write_json("results/seed-0.json", {**results, "values": values})
-    summary = demo.run(settings, run, quiet=True)
+    summary = summary_of(settings, run)
     claims = {claim["id"]: claim["holds"] for claim in summary["claims"] if claim["id"].startswith(("kept", "steps"))}
     assert claims == {"kept_common": True, "steps_corda_ipm": None, "steps_ipm_balanced": None}
     assert "tuned-lora" not in summary["arms"]
@@ -154,29 +161,29 @@ def test_the_saved_model_goes_on_with_the_command_line(first, tmp_path, capsys):
     text = (folder / "text.txt").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     ids = tokenizer(text[:2000])["input_ids"]
-    assert ids == demo.encode(text[:2000]).tolist()
+    assert ids == _small_llama.encode(text[:2000]).tolist()
     assert tokenizer.decode(ids) == text[:2000]
     calibration = ["--calibration.pack", "128", "--calibration.windows", "4"]
     for source in (f"text:{folder}/text.txt", f"jsonl:{folder}/facts.jsonl"):
         out = tmp_path / source.partition(":")[0]
-        words = ["stats", "--model", f"{folder}/model", "--data", source, "--out", str(out), *calibration]
+        words = ["stats", "--model", f"hf:{folder}/model", "--data", source, "--out", str(out), *calibration]
         assert main(words) == 0
         assert "21 layers" in capsys.readouterr().out
 
 
 def test_calibration_and_measurement_share_neither_facts_nor_paragraphs():
-    parts = demo.halves(192, 3)
+    parts = _small_llama.halves(192, 3)
     assert len(set(parts["calibration"]) | set(parts["measured"])) == 192
     assert len(parts["calibration"]) == len(parts["measured"]) == 96
     for kind in ("text", "code"):
-        paragraphs = [text.split("\n\n") for text in demo.texts(kind).values()]
+        paragraphs = [text.split("\n\n") for text in _small_llama.texts(kind).values()]
         assert not set(paragraphs[0]) & set(paragraphs[1])
         assert len(paragraphs[1]) > 100
 
 
 def test_losses_count_the_names_only(llama):
     facts = ["U+0416 -> CYRILLIC CAPITAL LETTER ZHE", "U+03C0 -> GREEK SMALL LETTER PI"]
-    vocabulary = len(demo.tokenizer())
+    vocabulary = len(_small_llama.tokenizer())
 
     class Oracle(torch.nn.Module):
         """Knows the next character with certainty, but for one of the second name; guesses code points and text."""
@@ -188,7 +195,7 @@ def test_losses_count_the_names_only(llama):
                 scores[1, 15] = 0
             return type("Output", (), {"logits": scores})
 
-    found = demo.losses(Oracle(), facts)
+    found = _small_llama.losses(Oracle(), facts)
     characters = sum(len(fact) - len("U+0416 -> ") + 1 for fact in facts)
     assert found["facts loss"] == pytest.approx(torch.tensor(float(vocabulary)).log().item() / characters, rel=1e-5)
     assert found["facts known"] == 50
@@ -213,16 +220,20 @@ def test_price_is_what_stands_at_the_target_and_on_the_way_there():
 
 
 def test_fact_windows_begin_with_a_whole_fact():
-    facts = demo.halves(16, 0)["measured"]
-    windows = demo.fact_windows(facts, 20, torch.Generator().manual_seed(0))
-    assert windows.shape == (20, demo.LENGTH)
+    facts = _small_llama.halves(16, 0)["measured"]
+    windows = _small_llama.fact_windows(facts, 20, torch.Generator().manual_seed(0))
+    assert windows.shape == (20, _small_llama.LENGTH)
     for row in windows:
-        assert any(demo.tokenizer().decode(row).startswith(f"\n{fact}\n") for fact in facts)
+        assert any(_small_llama.tokenizer().decode(row).startswith(f"\n{fact}\n") for fact in facts)
 
 
 def test_impossible_settings_are_refused():
-    for settings in ({"facts": 3}, {"rank": 0}, {"steps": 0}, {"seeds": []}):
-        with pytest.raises(UserError, match="at least"):
+    for settings, message in (
+        ({"facts": 3}, "facts: expected 4 or more, got 3"),
+        ({"rank": 0}, "rank: expected 1 to 64, got 0"),
+        ({"rank": 65}, "rank: expected 1 to 64, got 65"),
+        ({"steps": 0}, "steps: expected 1 or more, got 0"),
+        ({"seeds": []}, "seeds: expected at least one"),
+    ):
+        with pytest.raises(UserError, match=message):
             DemoSettings(**settings)
-    with pytest.raises(UserError, match="at most 64"):
-        DemoSettings(rank=65)

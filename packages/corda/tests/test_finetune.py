@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from corda import CordaInit, apply_corda, build_factors, collect_context
-from corda.finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
+from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
 from peft import LoraConfig, get_peft_model
 
 from tenfold import NonFiniteError, UserError
@@ -27,7 +27,7 @@ def test_it_is_adamw_at_a_constant_rate_after_a_linear_warm_up(llama, labeled):
     adapted = get_peft_model(llama.eval(), LORA)
     literal = copy.deepcopy(adapted)
     # so small a norm that AdamW's eps counts, since AdamW does not feel the size of a gradient otherwise
-    settings = FinetuneSettings(learning_rate=1e-2, steps=5, eval_every=2, warm_up=2, max_grad_norm=1e-6)
+    settings = FinetuneSettings(learning_rate=1e-2, steps=5, validate_every=2, warm_up=2, max_grad_norm=1e-6)
     trajectory = finetune(adapted, labeled, held_out(labeled[0]), settings)
     expected = [literal(**labeled[0]).loss.item()]
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in literal.parameters() if p.requires_grad}
@@ -50,7 +50,7 @@ def test_it_stops_at_the_target_and_trains_nothing_but_the_adapter(llama, labele
     adapted = attach_arm("pissa", llama, LORA)
     before = {name: p.clone() for name, p in adapted.named_parameters()}
     losses = iter([3.0, 2.0, 1.0, 0.5])
-    settings = FinetuneSettings(learning_rate=1e-3, steps=50, eval_every=1, target_loss=1.0)
+    settings = FinetuneSettings(learning_rate=1e-3, steps=50, validate_every=1, target_loss=1.0)
     trajectory = finetune(adapted, labeled, lambda model: {"loss": next(losses), "kept": 7.0}, settings)
     assert trajectory == Trajectory([0, 1, 2], {"loss": [3.0, 2.0, 1.0], "kept": [7.0] * 3})
     for name, p in adapted.named_parameters():
@@ -61,7 +61,7 @@ def test_dropout_counts_in_training_only(llama, labeled):
     modes = []
     watched = attach_arm("lora", llama, LORA)
     watched.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    finetune(watched, labeled, held_out(labeled[0]), FinetuneSettings(learning_rate=1e-3, steps=2, eval_every=2))
+    finetune(watched, labeled, held_out(labeled[0]), FinetuneSettings(learning_rate=1e-3, steps=2, validate_every=2))
     assert modes == [False, True, True, False]
 
 
@@ -106,7 +106,7 @@ def test_faults_are_named(llama, labeled):
         with pytest.raises(UserError, match=f"arm {name} needs the statistics of what is to be {verb}"):
             attach_arm(name, llama, LORA)
     for settings in ({"learning_rate": 0.0, "steps": 1}, {"learning_rate": 1.0, "steps": 0}):
-        with pytest.raises(UserError, match="must be"):
+        with pytest.raises(UserError, match="expected"):
             FinetuneSettings(**settings)
     adapted = attach_arm("lora", llama, LORA)
     settings = FinetuneSettings(learning_rate=1e30, steps=20, warm_up=0, max_grad_norm=1e30)

@@ -4,10 +4,10 @@ import sys
 import peft.tuners.lora.corda as peft_corda
 import pytest
 import torch
-from corda import CordaInit, build_factors, collect_context
-from corda.attach import lora_layers
+from corda import CordaInit, build_factors, collect_context, preprocess_corda
+from corda.adapters import lora_layers
 from corda.context import TargetNotReachedError
-from corda.interchange import preprocess_corda, stats_from_peft, stats_to_peft
+from corda.interchange import stats_from_peft, stats_to_peft
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from torch import nn
@@ -108,7 +108,7 @@ def assert_same_adapters(ours, theirs):
     ids=["plain", "patterns", "rslora", "all-linear", "default targets"],
 )
 def test_adapters_are_those_of_pefts_own_preprocessing(model, samples, method, change):
-    """Property 4: peft's corda_init after our preprocess_corda and after peft's own."""
+    """Peft's corda_init after our preprocess_corda and after peft's own."""
     ours, theirs = copy.deepcopy(model), model
     preprocess_corda(ours, configuration(method, **change), running(ours, samples))
     ours = get_peft_model(ours, configuration(method, **change))
@@ -121,7 +121,7 @@ def test_adapters_are_those_of_pefts_own_preprocessing(model, samples, method, c
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 def test_adapters_are_our_own_factors(model, samples, method):
-    """Property 4: the eigens lead peft to the A and B of build_factors."""
+    """The eigens lead peft to the A and B of build_factors."""
     stats = collect_context(model, samples, [f"model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in ATTENTION])
     config = configuration(method, **PATTERNS)
     factors = build_factors(model, stats, config, CordaInit(mode=method)).factors
@@ -134,7 +134,7 @@ def test_adapters_are_our_own_factors(model, samples, method):
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 def test_the_adapted_model_starts_at_the_base_model(llama, samples, method):
-    """Property 2, where rank and scaling differ from layer to layer."""
+    """Rank and scaling differ from layer to layer."""
     base = copy.deepcopy(llama).eval()
     config = configuration(method, **PATTERNS)
     preprocess_corda(llama, config, running(llama, samples))
@@ -144,7 +144,7 @@ def test_the_adapted_model_starts_at_the_base_model(llama, samples, method):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_equals_its_samples_one_by_one(model, samples, side):
-    """Property 13, through a function that runs the model."""
+    """Through a function that runs the model."""
     config = configuration("ipm", target_modules="all-linear")
     batch = padded(samples, side)
     if side == "left":  # positions start at the first token, as in generation
@@ -201,7 +201,7 @@ def test_another_model_may_be_hooked(model, samples):
 
 
 def test_nothing_but_eigens_is_left(model, samples):
-    """Property 18: hooks are gone, user hooks survive, training flags are back, one attribute on targets alone."""
+    """Hooks are gone, user hooks survive, training flags are back, one attribute on targets alone."""
     model.model.layers[0].eval()
     model.lm_head.register_forward_hook(lambda *_: None)
     flags, before = [m.training for m in model.modules()], attributes(model)
@@ -232,7 +232,6 @@ def test_nothing_is_left_when_run_model_raises(model, samples, tmp_path):
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("kind", ["cache_file", "covariance_file"])
 def test_our_files_load_in_peft(model, samples, tmp_path, method, kind):
-    """Property 21."""
     ours, theirs = copy.deepcopy(model), model
     config = configuration(method, **{kind: tmp_path / "new" / "file.pt"}, **PATTERNS)
     preprocess_corda(ours, config, running(ours, samples))
@@ -243,7 +242,6 @@ def test_our_files_load_in_peft(model, samples, tmp_path, method, kind):
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("kind", ["cache_file", "covariance_file"])
 def test_files_of_peft_load_in_ours(model, samples, tmp_path, method, kind):
-    """Property 21, in reverse."""
     ours, theirs = copy.deepcopy(model), model
     config = configuration(method, **{kind: tmp_path / "file.pt"}, **PATTERNS)
     peft_corda.preprocess_corda(theirs, config, running(theirs, samples))
@@ -252,7 +250,7 @@ def test_files_of_peft_load_in_ours(model, samples, tmp_path, method, kind):
 
 
 def test_files_have_the_format_of_peft(model, samples, tmp_path):
-    """Property 21: same keys, dtypes and shapes, and values that agree."""
+    """Same keys, dtypes and shapes, and values that agree."""
     for folder, run, used in (("ours", preprocess_corda, model), ("peft", peft_corda.preprocess_corda, None)):
         used = used or copy.deepcopy(model)
         files = {kind: tmp_path / folder / f"{kind}.pt" for kind in ("cache_file", "covariance_file")}
@@ -292,7 +290,7 @@ def test_a_covariance_file_serves_other_ranks(model, samples, tmp_path):
 
 
 def test_statistics_through_a_covariance_file(model, samples, tmp_path):
-    """Property 21: covariances come back in fp32, and layers of one input share theirs again."""
+    """Covariances come back in fp32, and layers of one input share theirs again."""
     config = configuration(target_modules="all-linear")
     stats = collect_context(model, samples)
     stats = type(stats)(**vars(stats) | {"groups": {k: v for k, v in stats.groups.items() if "lm_head" not in k}})
@@ -337,7 +335,6 @@ class Branches(nn.Module):
 
 
 def test_a_target_that_is_never_reached_is_named():
-    """Property 23."""
     model = Branches()
     with pytest.raises(TargetNotReachedError, match="never reached by .*: unused$"):
         preprocess_corda(model, configuration(target_modules=["used", "unused"]), lambda: model(torch.randn(2, 5, 6)))
@@ -346,7 +343,6 @@ def test_a_target_that_is_never_reached_is_named():
 
 
 def test_bad_input_and_bad_configurations(model, samples):
-    """Property 23."""
     run = running(model, samples)
     cases = {
         "run_model is missing": (configuration(), None),
@@ -373,7 +369,6 @@ def test_bad_input_and_bad_configurations(model, samples):
 
 
 def test_a_layer_with_infinite_input_is_named(model, samples):
-    """Property 23."""
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[0] = torch.inf
     with pytest.raises(NonFiniteError, match="layers.1.self_attn.q_proj, batch 0"):
@@ -389,7 +384,7 @@ class Unsafe:
 
 @pytest.mark.parametrize("kind", ["cache_file", "covariance_file"])
 def test_bad_files(model, tmp_path, kind, capsys):
-    """Property 23: what is no such file is refused in one line, and nothing in it is run."""
+    """What is no such file is refused in one line, and nothing in it is run."""
     path = tmp_path / "file.pt"
     config = configuration(**{kind: path})
     whole = {"cache_file": {"layer.eigens.S_WC": torch.ones(3)}, "covariance_file": {"layer": torch.eye(32)}}[kind]
@@ -401,13 +396,12 @@ def test_bad_files(model, tmp_path, kind, capsys):
     torch.save(whole, path, _use_new_zipfile_serialization=False)  # the older format, which still loads
     older = path.read_bytes()
     for content, message in (
-        (b"not a file of torch", f"is no {kind} of peft"),
-        (cut, f"is no {kind} of peft"),
-        (older[:-60], f"is no {kind} of peft"),
-        ({"a": Unsafe()}, f"is no {kind} of peft"),
-        ([torch.eye(3)], f"is no {kind} of peft"),
-        ({"a": 1}, f"is no {kind} of peft"),
-        ({1: torch.eye(3)}, f"is no {kind} of peft"),
+        (b"not a file of torch", f"{kind} .* (is not a whole file of weights|cannot be read)"),
+        (cut, f"{kind} .* (is not a whole file of weights|cannot be read)"),
+        (older[:-60], f"{kind} .* (is not a whole file of weights|cannot be read)"),
+        ({"a": Unsafe()}, f"{kind} .* cannot be read without running what is in it"),
+        ([torch.eye(3)], f"{kind} .*: expected weights by name"),
+        ({"a": 1}, f"{kind} .*: expected weights by name"),
         (whole, f"no entry {q}"),
         (small, f"layer {q} is (4, expected 3|31 x 31, expected 32 x 32)"),
     ):
@@ -421,7 +415,7 @@ def test_bad_files(model, tmp_path, kind, capsys):
 
 
 def test_an_indefinite_covariance_is_refused(model, tmp_path):
-    """Property 23: such as rounding to fp16 may leave behind."""
+    """Such as rounding to fp16 may leave behind."""
     path = tmp_path / "covariance.pt"
     indefinite = torch.diag(torch.linspace(-1, 3, 32))
     torch.save({f"model.layers.{i}.self_attn.{name}": indefinite for i in (0, 1) for name in ATTENTION}, path)

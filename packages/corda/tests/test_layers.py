@@ -1,4 +1,4 @@
-"""Layers that are no ``nn.Linear`` in floating point: transformers' Conv1D, and quantised ones, real and simulated."""
+"""Layers that are no ``nn.Linear`` in floating point: transformers' Conv1D, and quantized ones, real and simulated."""
 
 import copy
 import inspect
@@ -12,17 +12,16 @@ from corda import (
     build_factors,
     collect_context,
     get_corda_model,
-    layer_spectra,
     load_anchor,
-    output_energies,
     preprocess_corda,
-    resolve_targets,
     to_lora,
     truncate_model,
     verify_init,
 )
-from corda.attach import lora_layers
-from corda.targets import UnsupportedLayerError, linear_targets, weight_of
+from corda.adapters import lora_layers
+from corda.factors import output_energies
+from corda.spectra import layer_spectra
+from corda.targets import UnsupportedLayerError, linear_targets, resolve_targets, weight_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
@@ -97,7 +96,7 @@ def test_default_targets_hold_conv1d_and_no_tied_head(gpt, twin, llama):
 
 
 def test_conv1d_equals_the_transposed_linear_layer(gpt, twin, batches):
-    """Property 17: statistics, factors, energies, spectra and the residual model, up to the rounding of the forward."""
+    """Statistics, factors, energies, spectra and the residual model, up to the rounding of the forward."""
     gpt, twin = gpt.double(), twin.double()
     names, init = linear_targets(gpt), CordaInit(mode="ipm")
     stats, other = collect_context(gpt, batches), collect_context(twin, batches)
@@ -125,7 +124,7 @@ def test_conv1d_equals_the_transposed_linear_layer(gpt, twin, batches):
 
 @pytest.mark.parametrize("attach", [apply_corda, apply_anchor])
 def test_conv1d_is_trained_merged_and_converted(gpt, batches, tmp_path, attach):
-    """Properties 14 and 15: square layers included, where a forgotten transposition goes unnoticed by shapes."""
+    """Square layers included, where a forgotten transposition goes unnoticed by shapes."""
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn", "attn.c_proj", "c_fc"], fan_in_fan_out=True)
     base = copy.deepcopy(gpt)
     factors = build_factors(gpt, collect_context(gpt, batches), config)
@@ -151,7 +150,7 @@ def test_conv1d_is_trained_merged_and_converted(gpt, batches, tmp_path, attach):
 
 
 def test_conv1d_is_truncated(gpt, twin, batches):
-    """Property 17, and 19: nothing dropped changes no bit."""
+    """Nothing dropped changes no bit."""
     stats, other = collect_context(gpt, batches), collect_context(twin, batches)
     name = "transformer.h.0.mlp.c_fc"
     before = gpt.get_submodule(name).weight.detach().clone()
@@ -165,7 +164,7 @@ def test_conv1d_is_truncated(gpt, twin, batches):
 
 
 def test_pefts_own_start_takes_the_eigens_of_conv1d(gpt, batches):
-    """Properties 17 and 21; a peft whose ``corda_init`` knows no Conv1D is refused."""
+    """A peft whose ``corda_init`` knows no Conv1D is refused."""
     base = copy.deepcopy(gpt)
     config = copy.deepcopy(CONV1D)
     config.init_lora_weights, config.corda_config = "corda", CordaConfig(corda_method="ipm")
@@ -183,7 +182,7 @@ def test_pefts_own_start_takes_the_eigens_of_conv1d(gpt, batches):
     torch.testing.assert_close(logits(wrapped, batches), logits(base, batches), rtol=0, atol=1e-5)
 
 
-# Quantised layers
+# Quantized layers
 
 
 def int8(weight):
@@ -202,7 +201,7 @@ class Packed(nn.Module):
         self.register_buffer("scale", scale)
 
     def __deepcopy__(self, memo):
-        raise AssertionError("a quantised layer's memory was copied")
+        raise AssertionError("a quantized layer's memory was copied")
 
     def dequantize(self):
         return self.W_q.T * self.scale
@@ -282,42 +281,42 @@ def torchao8(plain):
 
 
 KINDS = [Packed, of_tensor, bitsandbytes4, bitsandbytes8, torchao8]
-QUANTISED = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"])
+QUANTIZED = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_of_a_quantised_model_are_those_of_its_dequantised_weights(llama, batches, kind):
-    quantised = replaced(llama, nn.Linear, kind)
-    names = linear_targets(quantised)
+    quantized = replaced(llama, nn.Linear, kind)
+    names = linear_targets(quantized)
     assert names == linear_targets(llama)
     assert "lm_head" not in names
-    before = logits(quantised, batches)
-    stats = collect_context(quantised, batches)
-    factors = build_factors(quantised, stats, QUANTISED, CordaInit(mode="ipm"))
-    assert torch.equal(logits(quantised, batches), before)
+    before = logits(quantized, batches)
+    stats = collect_context(quantized, batches)
+    factors = build_factors(quantized, stats, QUANTIZED, CordaInit(mode="ipm"))
+    assert torch.equal(logits(quantized, batches), before)
     twin = copy.deepcopy(llama)
     for name in names:
-        W = weight_of(quantised, name)
+        W = weight_of(quantized, name)
         assert 0 < (W - weight_of(llama, name)).norm() < 0.15 * W.norm()
         twin.get_submodule(name).weight = nn.Parameter(W.float().clone())
-    theirs = build_factors(twin, collect_context(twin, batches), QUANTISED, CordaInit(mode="ipm"))
+    theirs = build_factors(twin, collect_context(twin, batches), QUANTIZED, CordaInit(mode="ipm"))
     for name, found in factors.factors.items():  # 8-bit kernels of bitsandbytes round activations too
         expected = theirs.factors[name].B @ theirs.factors[name].A
         assert (found.B @ found.A - expected).norm() <= 0.05 * expected.norm()
-    energies = output_energies(quantised, stats, factors)
+    energies = output_energies(quantized, stats, factors)
     assert energies == pytest.approx(output_energies(twin, stats, factors), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_model_starts_bit_for_bit_and_ends_as_a_plain_lora(llama, batches, tmp_path, kind):
-    """Properties 14 and 15, on the quantised base itself."""
+    """On the quantized base itself."""
 
     def base():
         return replaced(llama, nn.Linear, kind)
 
     start = logits(base(), batches)
-    wrapped = get_corda_model(base(), QUANTISED, batches, CordaInit(mode="ipm"), attach="anchor")
+    wrapped = get_corda_model(base(), QUANTIZED, batches, CordaInit(mode="ipm"), attach="anchor")
     assert torch.equal(logits(wrapped, batches), start)
     assert verify_init(base(), wrapped, batches[0]).wrong == []
     trained = logits(train(wrapped, batches), batches)
@@ -328,44 +327,44 @@ def test_a_quantised_model_starts_bit_for_bit_and_ends_as_a_plain_lora(llama, ba
     if kind is not Packed:  # which plain peft does not know
         plain = PeftModel.from_pretrained(base(), tmp_path / "plain")
         torch.testing.assert_close(logits(plain, batches), trained, rtol=0, atol=1e-5)
-    with pytest.raises(UnsupportedLayerError, match="cannot merge into the quantised weight"):
+    with pytest.raises(UnsupportedLayerError, match="cannot merge into the quantized weight"):
         wrapped.merge_and_unload()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_weight_takes_no_residual(llama, batches, kind):
-    """Property 23: a TypeError that suggests the anchor, and before the calibration, which is the long part."""
+    """A TypeError that suggests the anchor, and before the calibration, which is the long part."""
 
     def data():
         raise AssertionError("calibrated for nothing")
 
-    quantised = replaced(llama, nn.Linear, kind)
+    quantized = replaced(llama, nn.Linear, kind)
     with pytest.raises(
-        TypeError, match=r"layers\.0\.self_attn\.q_proj is a \w+ whose weight is quantised.*apply_anchor"
+        TypeError, match=r"layers\.0\.self_attn\.q_proj is a \w+ whose weight is quantized.*apply_anchor"
     ):
-        get_corda_model(quantised, QUANTISED, data)
-    factors = build_factors(llama, collect_context(llama, batches), QUANTISED)
+        get_corda_model(quantized, QUANTIZED, data)
+    factors = build_factors(llama, collect_context(llama, batches), QUANTIZED)
     with pytest.raises(TypeError, match="apply_anchor"):
-        apply_corda(quantised, factors, QUANTISED)
-    with pytest.raises(TypeError, match="quantised"):
-        truncate_model(quantised, None, 2, method="svd", targets=list(factors.targets))
-    config = copy.deepcopy(QUANTISED)
+        apply_corda(quantized, factors, QUANTIZED)
+    with pytest.raises(TypeError, match="quantized"):
+        truncate_model(quantized, None, 2, method="svd", targets=list(factors.targets))
+    config = copy.deepcopy(QUANTIZED)
     config.init_lora_weights, config.corda_config = "corda", CordaConfig()
-    with pytest.raises(TypeError, match="quantised"):
-        preprocess_corda(quantised, config, run_model=data)
-    assert not any("lora" in name for name, _ in quantised.named_modules())
+    with pytest.raises(TypeError, match="quantized"):
+        preprocess_corda(quantized, config, run_model=data)
+    assert not any("lora" in name for name, _ in quantized.named_modules())
 
 
 def test_a_weight_that_only_its_layer_can_read_takes_factors_of_the_unquantised_model(llama, batches):
-    quantised = replaced(llama, nn.Linear, Scaled)
-    start = logits(quantised, batches)
-    stats = collect_context(quantised, batches)
+    quantized = replaced(llama, nn.Linear, Scaled)
+    start = logits(quantized, batches)
+    stats = collect_context(quantized, batches)
     assert stats.targets == linear_targets(llama)
-    with pytest.raises(TypeError, match="q_proj is a Scaled whose weight cannot be dequantised; build the factors on"):
-        build_factors(quantised, stats, QUANTISED)
-    factors = build_factors(llama, collect_context(llama, batches), QUANTISED)
-    base = copy.deepcopy(quantised)
-    wrapped = apply_anchor(quantised, factors, QUANTISED)
+    with pytest.raises(TypeError, match="q_proj is a Scaled whose weight cannot be dequantized; build the factors on"):
+        build_factors(quantized, stats, QUANTIZED)
+    factors = build_factors(llama, collect_context(llama, batches), QUANTIZED)
+    base = copy.deepcopy(quantized)
+    wrapped = apply_anchor(quantized, factors, QUANTIZED)
     assert torch.equal(logits(wrapped, batches), start)
     assert verify_init(base, wrapped, batches[0]).layers == {}
     with pytest.raises(TypeError, match="cannot merge"):
@@ -373,9 +372,8 @@ def test_a_weight_that_only_its_layer_can_read_takes_factors_of_the_unquantised_
 
 
 def test_what_is_no_linear_layer_is_refused(llama, batches):
-    """Property 23."""
     for name, kind in (("model.embed_tokens", "Embedding"), ("model.layers.0.mlp", "LlamaMLP")):
-        with pytest.raises(TypeError, match=f"layer {name} is a {kind}; expected nn.Linear, Conv1D or a quantised"):
+        with pytest.raises(TypeError, match=f"layer {name} is a {kind}; expected nn.Linear, Conv1D or a quantized"):
             collect_context(llama, batches, [name])
     with pytest.raises(UserError, match=r"no layer model\.layers\.0\.mlp\.up_proj2 in the model"):
         collect_context(llama, batches, ["model.layers.0.mlp.up_proj2"])

@@ -61,7 +61,6 @@ def test_a_fit_in_two_parts_ends_with_the_adapter_of_one_fit(llama, batches, tmp
 
 
 def test_another_base_or_no_model_is_refused(llama, batches, tmp_path):
-    """Property 23."""
     fit(llama, batches, tmp_path, 1)
     other = copy.deepcopy(llama)
     with torch.no_grad():

@@ -3,22 +3,18 @@ import math
 import mpmath
 import pytest
 import torch
-from corda import DampedCovariance, apply_corda, build_factors, collect_context, factorize, resolve_targets
-from corda.attach import lora_layers
-from corda.config import CordaInit
+from corda import CordaInit, DampedCovariance, apply_corda, build_factors, collect_context, factorize
+from corda.adapters import lora_layers
 from corda.plus import (
     allocate_by_energy,
     allocate_ranks,
     allocate_uniform,
-    compactness,
-    component_energies,
-    layer_spectra,
     select_context,
     select_covariances,
-    spectrum,
     uniform_budget,
-    with_ranks,
 )
+from corda.spectra import compactness, component_energies, layer_spectra, spectrum
+from corda.targets import resolve_targets, with_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -83,7 +79,7 @@ SHAPES = st.lists(st.tuples(st.integers(3, 9), st.integers(3, 9)), min_size=1, m
 @settings(max_examples=150, deadline=None)
 @given(shapes=SHAPES, mode=st.sampled_from(MODES), data=st.data())
 def test_one_sort_equals_the_greedy_loop_and_keeps_the_budget(shapes, mode, data):
-    """Property 16: the same ranks as the loop, ties and zeros included; kpm ends just above the budget, ipm just below."""
+    """The same ranks as the loop, ties and zeros included; kpm ends just above the budget, ipm just below."""
     value = st.one_of(st.integers(0, 4).map(float), st.floats(1e-6, 1e3))
     spectra, pis = {}, {}
     for layer, shape in enumerate(shapes):
@@ -107,7 +103,7 @@ def test_one_sort_equals_the_greedy_loop_and_keeps_the_budget(shapes, mode, data
 @settings(max_examples=100, deadline=None)
 @given(shapes=SHAPES, mode=st.sampled_from(MODES), data=st.data())
 def test_allocation_by_energy_equals_the_loop_though_energies_do_not_ascend(shapes, mode, data):
-    """Property 16, for scores that fall and rise within a layer."""
+    """Also for scores that fall and rise within a layer."""
     energies = {}
     for layer, (m, n) in enumerate(shapes):
         drawn = data.draw(st.lists(st.integers(0, 5), min_size=min(m, n), max_size=min(m, n)))
@@ -123,7 +119,7 @@ def test_allocation_by_energy_equals_the_loop_though_energies_do_not_ascend(shap
 
 
 def test_the_sum_of_a_score_leaves_the_component_itself_out():
-    """Section 3.4, Eq. 9: b's 1.5 * 0.6 / 1 is less than a's 1 * 1 / 1; with the component in the sums it would be more."""
+    """B's 1.5 * 0.6 / 1 is less than a's 1 * 1 / 1; with the component in the sums it would be more."""
     spectra = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1.0, 0.6])}
     pis = {"a": math.exp(1.0), "b": math.exp(1.5)}
     assert allocate_ranks(spectra, pis, {"a": (2, 2), "b": (2, 2)}, 8, "kpm") == {"a": 1, "b": 2}
@@ -131,7 +127,7 @@ def test_the_sum_of_a_score_leaves_the_component_itself_out():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_kpm_gives_concentrated_layers_more_and_ipm_less(mode):
-    """Section 3.4: the direction of the allocation."""
+    """The direction of the allocation."""
     spectra = {"flat": torch.linspace(1, 0.9, 32), "steep": 0.8 ** torch.arange(32)}
     shapes = dict.fromkeys(spectra, (32, 32))
     ranks = allocate_ranks(spectra, dict.fromkeys(spectra, 9.0), shapes, uniform_budget(shapes, 8), mode)
@@ -140,7 +136,7 @@ def test_kpm_gives_concentrated_layers_more_and_ipm_less(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_identical_layers_get_equal_ranks(mode):
-    """Property 16: up to one, the earlier layers first."""
+    """Up to one, the earlier layers first."""
     sigma = spectrum(random(12, 16), None, 0)
     shapes = dict.fromkeys("abcde", (12, 16))
     for budget in range(uniform_budget(shapes, 4), uniform_budget(shapes, 5), 17):
@@ -152,7 +148,7 @@ def test_identical_layers_get_equal_ranks(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_scale_of_the_covariances_leaves_ranks_unchanged(mode):
-    """Property 16: C -> 1e6 C; without normalization log pi would turn negative."""
+    """C -> 1e6 C; without normalization log pi would turn negative."""
     weights = {f"l{i}": random(m, n, seed=i) for i, (m, n) in enumerate([(12, 20), (16, 16), (24, 10)])}
     shapes = {name: tuple(W.shape) for name, W in weights.items()}
 
@@ -170,7 +166,7 @@ def test_scale_of_the_covariances_leaves_ranks_unchanged(mode):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 def test_compactness_is_its_formula_on_the_normalized_covariance(scale):
-    """Section 3.4: sigma_max, sigma_min of C_d with a mean diagonal of 1, whatever the scale of C."""
+    """Sigma_max, sigma_min of C_d with a mean diagonal of 1, whatever the scale of C."""
     C = rotated([0, 1, 2, 3, 4.0])
     expected = math.sqrt(7 * 4.02 / 2.02) / (0.02 / 2.02)
     assert compactness(scale * C, 7, 0.01) == pytest.approx(expected, rel=1e-9)
@@ -183,7 +179,7 @@ def test_compactness_is_its_formula_on_the_normalized_covariance(scale):
     out_features=st.integers(1, 9),
 )
 def test_compactness_is_at_least_the_root_of_the_outputs(values, out_features):
-    """Section 3.4, trap b: sigma_max >= 1 >= sigma_min, so log pi never turns negative."""
+    """Sigma_max >= 1 >= sigma_min, so log pi never turns negative."""
     pi = compactness(rotated(values), out_features)
     assert pi >= math.sqrt(out_features)
     assert compactness(3.0 * torch.eye(4), out_features) == pytest.approx(math.sqrt(out_features))
@@ -191,7 +187,7 @@ def test_compactness_is_at_least_the_root_of_the_outputs(values, out_features):
 
 @pytest.mark.parametrize(("m", "n"), [(20, 20), (26, 18), (14, 24)])
 def test_spectrum_is_accurate_at_its_small_end(m, n):
-    """Property 9, for values: C spans 1e6, a reference of 60 digits."""
+    """C spans 1e6, against a reference of 60 digits."""
     W, C = random(m, n), rotated(torch.logspace(0, -6, n))
     context = DampedCovariance(C, 1e-9)
     sigma = spectrum(W, context)
@@ -205,7 +201,7 @@ def test_spectrum_is_accurate_at_its_small_end(m, n):
 
 @pytest.mark.parametrize("power", [1, 0.5, 0])
 def test_spectrum_holds_the_values_of_the_factors(power):
-    """Section 3.4 and identity I4: what ``factorize`` adapts are the ends of this spectrum."""
+    """What ``factorize`` adapts are the ends of this spectrum."""
     W, C = random(24, 30), rotated(0.8 ** torch.arange(30.0))
     sigma = spectrum(W, DampedCovariance(C, 0.01), power)
     for mode, part in (("ipm", sigma[:5]), ("kpm", sigma[-5:])):
@@ -214,7 +210,7 @@ def test_spectrum_holds_the_values_of_the_factors(power):
 
 
 def test_spectrum_of_a_rank_deficient_weight_ends_in_zeros():
-    """Section 7.3: null directions are the smallest components."""
+    """Null directions are the smallest components."""
     sigma = spectrum((random(12, 4) @ random(4, 20)).float(), DampedCovariance(rotated(torch.ones(20)), 0.01))
     assert (sigma[4:] < 1e-6 * sigma[0]).all()
     assert sigma[3] > 0.01 * sigma[0]
@@ -223,7 +219,7 @@ def test_spectrum_of_a_rank_deficient_weight_ends_in_zeros():
 @pytest.mark.parametrize("power", [1, 0.5, 0])
 @pytest.mark.parametrize(("m", "n"), [(12, 20), (16, 16), (24, 10)])
 def test_component_energies_are_output_changes(m, n, power):
-    """Property 8: |u u^T W X|_F^2 one by one, and together tr(W C W^T)."""
+    """|u u^T W X|_F^2 one by one, and together tr(W C W^T)."""
     W, X = random(m, n), random(n, 50, seed=1) * torch.linspace(0.1, 5, n, dtype=torch.float64)[:, None]
     C = X @ X.T
     found = component_energies(W, C, power=power)
@@ -237,14 +233,14 @@ def test_component_energies_are_output_changes(m, n, power):
 @settings(max_examples=25, deadline=None)
 @given(scales=st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=4), m=st.integers(1, 9), seed=st.integers(0, 99))
 def test_multiples_of_the_identity_are_a_tie(scales, m, seed):
-    """Property 16: C_i = c_i I is broken to index 0."""
+    """C_i = c_i I is broken to index 0."""
     W = random(m, 7, seed=seed)
     found = select_covariances({"a": W}, {"a": [c * torch.eye(7, dtype=torch.float64) for c in scales]})
     assert found.indices == {"a": 0}
 
 
 def test_selection_score_is_its_formula():
-    """Section 3.4: log pi times nuclear over spectral norm, of the damped and normalized C."""
+    """Log pi times nuclear over spectral norm, of the damped and normalized C."""
     W, pool = random(9, 12), [rotated(0.6 ** torch.arange(12.0)), rotated(torch.linspace(1, 3, 12), seed=1)]
     found = select_covariances({"a": W}, {"a": pool})
     for C, score, index in zip(pool, found.scores["a"], (0, 1), strict=True):
@@ -262,7 +258,7 @@ def test_selection_score_is_its_formula():
 @pytest.mark.parametrize("m", [8, 16, 40])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_strictly_more_concentrated_candidate_wins(m, seed):
-    """Property 16: where all have directions that no input uses, the fewer directions in use, the better."""
+    """Where all have directions that no input uses, the fewer directions in use, the better."""
     pool = [rotated([1.0] * used + [0.0] * (16 - used), seed=seed) for used in (12, 6, 1, 3)]
     found = select_covariances({"a": random(m, 16, seed=seed)}, {"a": pool})
     assert found.indices == {"a": 2}
@@ -270,7 +266,7 @@ def test_a_strictly_more_concentrated_candidate_wins(m, seed):
 
 
 def test_of_equal_compactness_the_more_concentrated_product_wins():
-    """Property 16: the same eigenvalues, so the same pi; along the strong directions of W they concentrate W C."""
+    """The same eigenvalues, so the same pi; along the strong directions of W they concentrate W C."""
     W = torch.diag(torch.tensor([8.0, 4, 2, 1]))
     along = torch.diag(torch.tensor([8.0, 4, 2, 1]))
     against = torch.diag(torch.tensor([1.0, 2, 4, 8]))
@@ -290,7 +286,7 @@ def test_a_slightly_spread_candidate_loses_against_a_flat_one():
 
 
 def test_choice_by_group_is_the_least_sum_over_its_layers():
-    """Section 3.4, trap c: layers of one input choose alone or together."""
+    """Layers of one input choose alone or together."""
     weights = {name: random(8 * (i + 1), 12, seed=i) for i, name in enumerate("qkv")}
     shared = [rotated(0.55 ** torch.arange(12.0), seed=i) for i in range(3)]
     candidates = {"q": shared, "k": shared, "v": shared, "o": shared[:2]}
@@ -314,7 +310,7 @@ LORA = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 
 @pytest.mark.parametrize("per", ["layer", "group"])
 def test_selected_statistics_serve_as_any_others(llama, batches, per):
-    """Property 16 on a model: candidate 0 is the pooled sum, and each layer is solved with the candidate of its index."""
+    """Candidate 0 is the pooled sum, and each layer is solved with the candidate of its index."""
     config = LoraConfig(**LORA)
     targets = list(resolve_targets(llama, config))
     pool = candidates_of(llama, batches, targets)
@@ -343,7 +339,7 @@ def test_selected_statistics_serve_as_any_others(llama, batches, per):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_from_statistics_to_an_adapter_within_the_budget(llama, batches, mode):
-    """Property 16 end to end: the ranks reach peft, the number of trained parameters is that of the allocation, and the
+    """The ranks reach peft, the number of trained parameters is that of the allocation, and the
     model still computes what it did."""
     config, init = LoraConfig(**LORA), CordaInit(mode=mode)
     stats = collect_context(llama, batches, list(resolve_targets(llama, config)))
@@ -364,7 +360,7 @@ def test_from_statistics_to_an_adapter_within_the_budget(llama, batches, mode):
 
 
 def test_layer_spectra_are_those_of_the_single_functions(llama, batches):
-    """Sections 3.4 and 7.3: sharing the work of a group changes nothing."""
+    """Sharing the work of a group changes nothing."""
     config = LoraConfig(**LORA)
     stats = collect_context(llama, batches, list(resolve_targets(llama, config)))
     found = layer_spectra(llama, stats, config)
@@ -392,7 +388,7 @@ class Nested(nn.Module):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_gives_each_layer_its_rank_at_its_old_scaling(rslora, tmp_path):
-    """Section 11: full names, escaped and anchored, also where a name ends in another one, and after saving."""
+    """Full names, escaped and anchored, also where a name ends in another one, and after saving."""
     targets = ["fc", "block_fc", "blockxfc"]
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, alpha_pattern={"block_fc": 3})
     model = Nested()
@@ -410,7 +406,7 @@ def test_peft_gives_each_layer_its_rank_at_its_old_scaling(rslora, tmp_path):
 
 
 def test_uniform_allocation_spends_what_the_budget_holds():
-    """Section 3.4: the same rank everywhere, the largest that fits."""
+    """The same rank everywhere, the largest that fits."""
     shapes = {"a": (8, 12), "b": (16, 8)}
     assert uniform_budget(shapes, 3) == 3 * (20 + 24)
     for rank in (1, 3, 8):
@@ -425,7 +421,7 @@ def test_uniform_allocation_spends_what_the_budget_holds():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_budgets_that_cannot_be_crossed_are_refused_with_those_that_can(mode):
-    """Property 23: both ends work, one parameter beyond either does not."""
+    """Both ends work, one parameter beyond either does not."""
     shapes = {"a": (8, 12), "b": (16, 8)}
     spectra = {name: spectrum(random(*shape), None, 0) for name, shape in shapes.items()}
     pis = {"a": 5.0, "b": 6.0}
@@ -443,7 +439,6 @@ def test_budgets_that_cannot_be_crossed_are_refused_with_those_that_can(mode):
 
 
 def test_bad_inputs_of_the_allocation_are_named():
-    """Property 23."""
     shapes = {"a": (8, 12), "b": (16, 8)}
     good = {name: spectrum(random(*shape), None, 0) for name, shape in shapes.items()}
     pis = {"a": 5.0, "b": 6.0}
@@ -469,7 +464,6 @@ def test_bad_inputs_of_the_allocation_are_named():
 
 
 def test_bad_inputs_of_the_selection_are_named(llama, batches):
-    """Property 23."""
     W, C = random(6, 5), torch.eye(5)
     for complaint, weights, candidates, options in (
         ("layer b is in the candidates but not in the weights", {"a": W}, {"a": [C], "b": [C]}, {}),
@@ -508,7 +502,6 @@ def test_bad_inputs_of_the_selection_are_named(llama, batches):
 
 
 def test_bad_ranks_are_named():
-    """Property 23."""
     model, config = Nested(), LoraConfig(target_modules=["blockxfc", "block_fc"])
     for complaint, ranks in (
         ("layer block_fc is in the targets but not in the ranks", {"blockxfc": 2}),

@@ -28,7 +28,7 @@ def test_a_recipe_is_taken_back_as_it_is_printed_and_runs_on_a_tiny_llama(name, 
     assert capsys.readouterr().out == printed
     recipe = yaml.safe_load(printed)
     assert (recipe["r"], recipe["alpha"]) == (128, 128)
-    small = {"--model": shared_folder, "--data": data, "--r": 4, "--alpha": 4, "--calibration.windows": 8}
+    small = {"--model": f"hf:{shared_folder}", "--data": data, "--r": 4, "--alpha": 4, "--calibration.windows": 8}
     if recipe["calibration"]["pack"]:
         small["--calibration.pack"] = 32
     if recipe["budget"]:

@@ -1,8 +1,9 @@
 import mpmath
 import pytest
 import torch
-from corda import CordaInit, CrossMoment, DampedCovariance, factorize
+from corda import CordaInit, DampedCovariance, factorize
 from corda.factors import output_energy
+from corda.moments import CrossMoment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ def literal(W, C, r, mode, s=1.0, power=1):
     seed=st.integers(0, 1000),
 )
 def test_product_equals_the_published_recipe(shape, mode, power, s, r, seed):
-    """Property 1: no inverse and no V, the same B A, for wide, square and tall layers."""
+    """No inverse and no V, the same B A, for wide, square and tall layers."""
     W, C, _ = problem(*shape, seed=seed)
     A, B = literal(W, C, r, mode, s, power)
     factors = factorize(W, C, r, CordaInit(mode=mode, power=power), scaling=s)
@@ -58,7 +59,7 @@ def test_product_equals_the_published_recipe(shape, mode, power, s, r, seed):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_residual_is_a_projection(shape, mode):
-    """Property 3 and identity I2: U is orthonormal, U^T W' = 0, B^T W' = 0, the rank falls by r."""
+    """U is orthonormal, U^T W' = 0, B^T W' = 0, the rank falls by r."""
     W, C, _ = problem(*shape)
     factors = factorize(W, C, 3, CordaInit(mode=mode))
     U = factors.left
@@ -71,7 +72,7 @@ def test_residual_is_a_projection(shape, mode):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_power_zero_is_the_plain_svd(shape):
-    """Property 5: PiSSA's leading and MiLoRA's trailing factors up to sign, without any covariance."""
+    """PiSSA's leading and MiLoRA's trailing factors up to sign, without any covariance."""
     W, _, _ = problem(*shape)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     for mode, chosen in (("ipm", slice(None, 3)), ("kpm", slice(len(S) - 3, None))):
@@ -81,7 +82,7 @@ def test_power_zero_is_the_plain_svd(shape):
 
 
 def test_identity_covariance_changes_only_the_split():
-    """Property 5: with C = I, B and A of the plain SVD times and divided by sqrt(1 + delta)."""
+    """With C = I, B and A of the plain SVD times and divided by sqrt(1 + delta)."""
     W, _, _ = problem(16, 16)
     plain = factorize(W, None, 3, CordaInit(mode="ipm", power=0))
     ours = factorize(W, torch.eye(16, dtype=torch.float64), 3, CordaInit(mode="ipm"))
@@ -91,7 +92,7 @@ def test_identity_covariance_changes_only_the_split():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_scale_of_the_covariance_moves_between_A_and_B_only(mode):
-    """Property 6: C -> 100 C leaves B A; |B| x 10 and |A| / 10 with paper, nothing at all with balanced."""
+    """C -> 100 C leaves B A; |B| x 10 and |A| / 10 with paper, nothing at all with balanced."""
     W, C, _ = problem(12, 20)
     for balance, factor in (("paper", 10.0), ("balanced", 1.0)):
         init = CordaInit(mode=mode, balance=balance)
@@ -103,7 +104,7 @@ def test_scale_of_the_covariance_moves_between_A_and_B_only(mode):
 
 
 def test_leading_components_are_the_best_projection():
-    """Property 7: the smallest weighted error among 200 random projections, and the sum of what is dropped."""
+    """The smallest weighted error among 200 random projections, and the sum of what is dropped."""
     W, C, _ = problem(12, 20)
     Cd = damped(C)
     S = torch.linalg.svdvals(W @ Cd)
@@ -137,7 +138,7 @@ def graded(m, n, decades, seed):
 
 @pytest.mark.parametrize("shape", [(24, 24), (32, 24), (24, 40)])
 def test_trailing_subspace_of_a_graded_covariance_is_accurate(shape):
-    """Property 9: eigenvalues of C over six decades; the subspace against 60-digit arithmetic, angle below 1e-6."""
+    """Eigenvalues of C over six decades; the subspace against 60-digit arithmetic, angle below 1e-6."""
     m, n = shape
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     root = graded(n, n, 3, seed=1)
@@ -152,7 +153,7 @@ def test_trailing_subspace_of_a_graded_covariance_is_accurate(shape):
 
 @pytest.mark.parametrize("shape", [(24, 24), (32, 24), (24, 40)])
 def test_trailing_subspace_of_an_ill_conditioned_weight_is_accurate(shape):
-    """Property 9: singular values of W over six decades, of which the Cholesky factor of W^T W keeps few digits."""
+    """Singular values of W over six decades, of which the Cholesky factor of W^T W keeps few digits."""
     W, (_, C, _) = graded(*shape, 6, seed=2), problem(*shape)
     ours = factorize(W, C, 4, CordaInit(mode="kpm"))
     exact = trailing(W, C, 0.01)
@@ -162,7 +163,7 @@ def test_trailing_subspace_of_an_ill_conditioned_weight_is_accurate(shape):
 
 @pytest.mark.parametrize("shape", [(96, 160), (128, 128), (160, 96)])
 def test_solvers_agree(shape):
-    """Property 10: the same energy in both modes, randomised in fp32 and fp64 too."""
+    """The same energy in both modes, randomized in fp32 and fp64 too."""
     W, C, _ = problem(*shape)
     M = W @ damped(C)
 
@@ -187,7 +188,7 @@ def test_auto_takes_the_randomised_solver_for_few_components_and_says_so():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sign_convention_and_determinism(mode):
-    """Property 20: the largest entry of each u is positive; the same seed gives the same bits."""
+    """The largest entry of each u is positive; the same seed gives the same bits."""
     W, C, _ = problem(128, 160)
     one, two = (factorize(W.float(), C, 4, CordaInit(mode=mode)) for _ in range(2))
     assert torch.equal(one.A, two.A)
@@ -234,7 +235,7 @@ def test_null_directions_can_be_taken_as_they_are(shape, balance):
 @pytest.mark.parametrize("shape", [(256, 320), (320, 256)])
 @pytest.mark.parametrize("kind", ["outliers", "power law", "one strong"])
 def test_randomised_components_are_exact_one_by_one(shape, kind):
-    """Property 10, for the small ones too: sigma_i of the leading components span several decades."""
+    """For the small ones too: sigma_i of the leading components span several decades."""
     m, n = shape
     W, _, X = problem(m, n, outliers=1.0)
     strength = {
@@ -266,7 +267,7 @@ def test_autocast_changes_nothing(mode):
 
 
 def test_the_randomised_solver_goes_on_until_the_energy_is_there():
-    """Property 10: a flat spectrum, where every step finds a little more."""
+    """A flat spectrum, where every step finds a little more."""
     W, _, _ = problem(720, 768)
     factors = factorize(W, None, 12, CordaInit(mode="ipm", power=0, solver="randomized"))
     best = torch.linalg.svdvals(W)[:12].square().sum().item()
@@ -276,7 +277,7 @@ def test_the_randomised_solver_goes_on_until_the_energy_is_there():
 
 @pytest.mark.parametrize("shape", [(480, 512), (640, 512), (512, 640)])
 def test_the_randomised_subspace_is_as_exact_as_an_svd_of_its_precision(shape):
-    """Property 10: in fp32, against an SVD in fp64; energies alone would not show it."""
+    """In fp32, against an SVD in fp64; energies alone would not show it."""
     W, C, _ = problem(*shape, outliers=2.0)
     W = W.float()
     M = W.double() @ damped(C)
@@ -298,7 +299,7 @@ def test_the_functions_used_on_a_gpu_give_the_same(monkeypatch, shape, mode, pow
     W, C, _ = problem(*shape)
     init = CordaInit(mode=mode, power=power)
     expected = factorize(W, C, 3, init)
-    monkeypatch.setattr("corda.solvers._on_cpu", lambda matrix: False)
+    monkeypatch.setattr("corda.algebra.on_cpu", lambda matrix: False)
     found = factorize(W, C, 3, init)
     assert_same_as_reference(found.B @ found.A, expected.B @ expected.A, relative=1e-9)
     assert_same_as_reference(found.sigma, expected.sigma, relative=1e-9)
@@ -335,11 +336,11 @@ def cross(W, C):
 )
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_a_cross_moment_gives_what_the_covariance_gives(monkeypatch, shape, init, on_cpu):
-    """Property 10: W C in place of C, wide, square and tall; also by the functions that a GPU takes."""
+    """W C in place of C, wide, square and tall; also by the functions that a GPU takes."""
     W, C, X = problem(*shape)
     before = cross(W, C)
     expected = factorize(W, C, 6, init)
-    monkeypatch.setattr("corda.solvers._on_cpu", lambda matrix: on_cpu)
+    monkeypatch.setattr("corda.algebra.on_cpu", lambda matrix: on_cpu)
     moment = cross(W, C)
     found = factorize(W, moment, 6, init)
     assert (found.solver, found.precision) == (expected.solver, expected.precision)
@@ -364,7 +365,6 @@ def test_null_directions_with_a_cross_moment(shape):
 
 
 def test_bad_cross_moments():
-    """Property 23."""
     W, C, _ = problem(12, 20)
     with pytest.raises(UserError, match="serves power 1 only, got power 0.5; collect with accumulate='cov'"):
         factorize(W, cross(W, C), 3, CordaInit(power=0.5))
@@ -400,22 +400,24 @@ def test_dtypes_of_the_factors():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "kmp"}, "unknown mode 'kmp': did you mean"),
-        ({"scale": "mean"}, "unknown scale 'mean'"),
-        ({"solver": "svd"}, "unknown solver 'svd'"),
-        ({"power": 2}, "power must be 0, 0.5 or 1, got 2"),
-        ({"damping": 0}, "damping must be above 0"),
-        ({"mode": "kpm", "solver": "randomized"}, "leading components only"),
+        ({"mode": "kmp"}, "mode: expected one of kpm, ipm, got 'kmp': did you mean kpm?"),
+        ({"scale": "mean"}, "scale: expected one of peft, token_mean, none, got 'mean'"),
+        ({"solver": "svd"}, "solver: expected one of auto, randomized, exact, lapack_svd, got 'svd'"),
+        ({"power": 2}, "power: expected one of 0, 0.5, 1, got 2"),
+        ({"damping": 0}, "damping: expected more than 0, got 0"),
+        ({"skip_first": -1}, "skip_first: expected 0 or more, got -1"),
+        ({"mode": "kpm", "solver": "randomized"}, "solver: randomized finds leading components only"),
+        ({"power": 0.5, "accumulate": "cross"}, "accumulate: cross serves power 1 only"),
     ],
 )
 def test_settings_outside_of_their_choices(change, message):
-    """Property 23: a ValueError that lists the choices."""
+    """A ValueError that lists the choices."""
     with pytest.raises(ValueError, match=message):
         CordaInit(**change)
 
 
 def test_bad_numbers_and_shapes():
-    """Property 23: rank, shapes, NaN, an input that is all zero."""
+    """Rank, shapes, NaN, an input that is all zero."""
     W, C, _ = problem(12, 20)
     with pytest.raises(ValueError, match="rank 13 of a 12 x 20 layer: expected 1 to 12"):
         factorize(W, C, 13)

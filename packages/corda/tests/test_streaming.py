@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from corda import CordaInit, build_factors, collect_context, output_energies, stream_factors
-from corda.streaming import parse_bytes
+from corda import CordaInit, build_factors, collect_context, stream_factors
+from corda.factors import output_energies
 from peft import LoraConfig
 from torch import nn
 from transformers import (
@@ -57,7 +57,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 def test_streaming_equals_hooks(blocks, data, mode):
-    """Property 18: masks, other lengths, and the report with the energies; by block, and in passes under a budget."""
+    """Masks, other lengths, and the report with the energies; by block, and in passes under a budget."""
     init = CordaInit(mode=mode)
     stats = collect_context(blocks, data, init=init)
     expected = build_factors(blocks, stats, LORA, init)
@@ -77,7 +77,7 @@ def test_streaming_equals_hooks(blocks, data, mode):
 
 
 def test_everything_is_as_before(blocks, data):
-    """Property 18: our hooks go, the user's stay, flags return, no attribute stays, also when the forward raises."""
+    """Our hooks go, the user's stay, flags return, no attribute stays, also when the forward raises."""
     seen = []
     blocks.model.layers[2].mlp.register_forward_hook(lambda *args: seen.append(1))
     blocks.model.layers[1].eval()
@@ -99,7 +99,7 @@ def test_everything_is_as_before(blocks, data):
     with torch.no_grad():
         blocks.model.layers[1].post_attention_layernorm.weight[3] = float("nan")
     with (
-        pytest.warns(UserWarning, match="comes out otherwise"),
+        pytest.warns(UserWarning, match="gives another output"),
         pytest.raises(NonFiniteError, match=r"layers.1.mlp.gate_proj, batch 0"),
     ):
         stream_factors(blocks, data, LORA)
@@ -129,9 +129,9 @@ class Surrounded(nn.Module):
 
 
 @pytest.mark.parametrize("budget", [None, 8 * 2 * 64])
-@pytest.mark.parametrize(("kind", "warning"), [("chain", None), ("skip", "otherwise"), ("twice", "once each")])
+@pytest.mark.parametrize(("kind", "warning"), [("chain", None), ("skip", "another output"), ("twice", "once each")])
 def test_layers_outside_of_the_stack_and_stacks_that_are_no_chain(kind, warning, budget):
-    """Property 18: what cannot be streamed goes through the model as a whole, and a warning says why."""
+    """What cannot be streamed goes through the model as a whole, and a warning says why."""
     model = Surrounded(kind)
     data = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(2)]
     lora = LoraConfig(r=2, target_modules=r"first|last|blocks\.\d\.0")
@@ -145,7 +145,7 @@ def test_layers_outside_of_the_stack_and_stacks_that_are_no_chain(kind, warning,
 
 def test_a_batch_that_leaves_the_stack_early():
     lora = LoraConfig(r=2, target_modules=r"blocks\.\d\.0")
-    with pytest.raises(UserError, match="a batch takes another way through blocks than the first one"):
+    with pytest.raises(UserError, match="a batch takes another path through blocks than the first one"):
         stream_factors(Surrounded("early"), [torch.randn(rows, 5, 6).double() for rows in (3, 2)], lora)
 
 
@@ -204,23 +204,23 @@ def test_without_statistics(blocks):
 
 
 def test_bad_budgets_and_data(blocks, data):
-    """Property 23."""
-    assert [parse_bytes(size) for size in (5000, "7", "6GB", "1.5 MiB", "2kb")] == [5000, 7, 6 * 10**9, 3 << 19, 2000]
-    for size in ("6 G", "GB", "-1GB", "0", "1e9", 0, "0.1", "inf"):
-        with pytest.raises(UserError, match="is no size; expected"):
+    for size in ("6 gigs", "GB", "-1GB", "0", 0, "inf"):
+        with pytest.raises(UserError, match=f"^memory_budget: .*'{size}'"):
             stream_factors(blocks, data, LORA, memory_budget=size)
     with pytest.raises(
         ValueError, match=r"of 5000 bytes: the statistics of layer model.layers.0.mlp.down_proj alone take 5120"
     ):
         stream_factors(blocks, data, LORA, memory_budget=5000)
-    with pytest.raises(UserError, match="used up by one pass; give a list, a DataLoader or a function"):
+    with pytest.raises(
+        UserError, match="one pass uses the calibration data up; give a list, a DataLoader or a function"
+    ):
         stream_factors(blocks, iter(data), LORA)
     with pytest.raises(UserError, match="holds no batch"):
         stream_factors(blocks, [], LORA)
 
 
 def test_two_ranks_give_what_one_gives(tmp_path):
-    """Property 11 with processes: shares of different size and none at all, one owner for each solve, errors on both."""
+    """With processes: shares of different size and none at all, one owner for each solve, errors on both."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["corda.streaming", "peft.tuners.lora"])
     pipes = [forks.Pipe() for _ in range(2)]

@@ -145,7 +145,6 @@ def interrupted(llama, batches, tmp_path):
 
 
 def test_resuming_on_another_base_or_start_is_refused(llama, batches, interrupted):
-    """Property 23."""
     other = copy.deepcopy(llama)
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight += 0.1

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from corda import collect_context, truncate, truncate_model
+from corda import collect_context, truncate_model
+from corda.truncation import truncate
 
 from tenfold import UserError
 
@@ -16,7 +17,7 @@ def problem():
 
 @pytest.mark.parametrize("options", METHODS)
 def test_nothing_dropped_is_the_weight_itself_and_everything_is_zero(problem, options):
-    """Property 19: bit-identical at 0."""
+    """Bit-identical at 0."""
     W, C, _ = problem
     assert truncate(W, C, 0, **options) is W
     assert truncate(W, C, 12, **options).abs().max() == 0
@@ -24,7 +25,7 @@ def test_nothing_dropped_is_the_weight_itself_and_everything_is_zero(problem, op
 
 
 def test_weighted_error_grows_with_what_is_dropped_and_is_the_least(problem):
-    """Property 19, and identity I3: the error is the root of the dropped sigma squared."""
+    """The error is the root of the dropped sigma squared."""
     W, C, _ = problem
     Cd = C + 0.01 * C.diagonal().mean() * torch.eye(20, dtype=torch.float64)
     S = torch.linalg.svdvals(W @ Cd)
@@ -57,7 +58,7 @@ def test_a_model_is_truncated_in_place_by_shares(llama, batches):
 
 
 def test_a_model_is_truncated_in_place_by_numbers_of_components(llama, batches):
-    """As in the paper's Figure 2; zero of them leaves every bit (Property 19)."""
+    """As in the paper's Figure 2; zero of them leaves every bit."""
     stats = collect_context(llama.double(), batches)
     before = {name: value.clone() for name, value in llama.state_dict().items()}
     for nothing in (0, 0.0):

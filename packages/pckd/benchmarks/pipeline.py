@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from pckd import Distiller, MultiView, TeacherCache, Views
 from pckd.config import CacheSettings, TrainSettings
-from pckd.data import Data, Split
 from pckd.models import build
 from pckd.training import Teacher, as_teacher, cache_card, teaching, train_student
 from pckd.views import normalize
@@ -29,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional
 
 from tenfold import bench
-from tenfold.claims import Bound
+from tenfold.images import ImageData, Split
 from tenfold.runs import Run
 
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
@@ -81,11 +80,11 @@ def view_row() -> bench.Comparison:
     )
 
 
-def data() -> Data:
+def data() -> ImageData:
     """Random images of a hundred classes."""
     labels = torch.arange(32)
     train = Split(labels, pixels(32), (), 32)
-    return Data(train, None, train.part(range(8)), tuple(map(str, range(100))), MEAN, STD, "random pixels")
+    return ImageData(train, None, train.part(range(8)), tuple(map(str, range(100))), MEAN, STD, "random pixels")
 
 
 def cached_row() -> bench.Comparison:
@@ -98,14 +97,14 @@ def cached_row() -> bench.Comparison:
         student=STUDENT,
         teacher=TEACHER,
         teacher_weights="none",
-        max_epochs=8,
+        epochs=8,
         batch_size=32,
         checkpoint_every=10**6,
         device="cpu",
     )
 
     def live() -> int:
-        return len(train_student(own, settings, "pckd", teacher=teacher, quiet=True).history)
+        return len(train_student(own, settings, teacher=teacher, quiet=True).history)
 
     def cached() -> int:
         with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +115,7 @@ def cached_row() -> bench.Comparison:
             teach = teaching(teacher, making, own)
             TeacherCache.write(run, card, teach, batches, teacher.plain.fc, (1, 32, 4))
             cache = TeacherCache(run.path)
-            return len(train_student(own, settings, "pckd", cache=cache, quiet=True).history)
+            return len(train_student(own, settings, cache=cache, quiet=True).history)
 
     def equal(a: int, b: int) -> str:
         assert a == b
@@ -147,20 +146,17 @@ def flops_row() -> bench.Comparison:
         with torch.no_grad():
             teacher(images)
     rest = whole.get_total_flops() - models.get_total_flops()
-    share = rest / models.get_total_flops()
-    required = "<= 0.05"
-    return bench.Comparison(
-        id="operations beside student and teacher, share of theirs",
+    total = models.get_total_flops()
+    return bench.counted(
+        "operations beside student and teacher, share of theirs",
+        rest / 1e9,
+        total / 1e9,
         shape="64 images in 4 views, resnet32x4 -> resnet8x4",
-        ours=rest / 1e9,
-        peer=models.get_total_flops() / 1e9,
         unit="GFLOP",
-        statistic="counted by torch.utils.flop_counter (matrix products and convolutions)",
-        ratio=share,
-        ci95=None,
-        required=required,
-        holds=Bound.parse(required).met_by(share),
+        required="<= 0.05",
         equal="ratio is the share here, ours / student and teacher",
+        statistic="counted by torch.utils.flop_counter (matrix products and convolutions)",
+        ratio=rest / total,
     )
 
 

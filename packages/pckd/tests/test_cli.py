@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tenfold.testing import assert_user_error
 
-SMALL = ["--max_epochs", "1", "--batch_size", "8", "--device", "cpu", "--quiet", "--reading.size", "32"]
+SMALL = ["--epochs", "1", "--batch_size", "8", "--device", "cpu", "--quiet", "--reading.size", "32"]
 SMALL += ["--views.number", "2", "--losses.pckd.align_hidden", "32"]
 
 
@@ -91,7 +91,7 @@ def test_evaluate(student, teacher, pictures, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch-export", "onnx"])
 def test_export_gives_the_students_logits(student, tmp_path, kind):
-    """Section 9, property 17; for ONNX as onnxruntime computes them, for another batch size than it was traced with."""
+    """For ONNX as onnxruntime computes them, for another batch size than it was traced with."""
     assert main(["export", "--run", str(student), "--format", kind, "--out", str(tmp_path / "x"), "--quiet"]) == 0
     model = build("cifar:plain4", 3, str(student)).eval()
     images = torch.randn(5, 3, 32, 32)
@@ -112,7 +112,7 @@ def test_export_gives_the_students_logits(student, tmp_path, kind):
 
 def test_compare(pictures, tmp_path, capsys):
     words = ["compare", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
-    words += ["--teacher_epochs", "1", "--methods", "ce,kd,dkd,fitnet,pckd", "--seeds", "0,1,2", *SMALL]
+    words += ["--teacher_epochs", "1", "--arms", "ce,kd,dkd,fitnet,pckd", "--seeds", "0,1,2", *SMALL]
     assert main([*words, "--out", str(tmp_path / "c")]) == 0
     out = capsys.readouterr().out
     assert "top-1 of pckd - top-1 of kd" in out
@@ -124,12 +124,12 @@ def test_compare(pictures, tmp_path, capsys):
         assert (tmp_path / f"c/figures/{name}.png").stat().st_size > 5000
     assert len((tmp_path / "c/previewed.csv").read_text().splitlines()) == 25
     settings = yaml.safe_load((tmp_path / "c/config.yaml").read_text())
-    assert settings["methods"] == ["ce", "kd", "dkd", "fitnet", "pckd"]
+    assert settings["arms"] == ["ce", "kd", "dkd", "fitnet", "pckd"]
 
 
 def test_two_seeds_decide_nothing(pictures, teacher, tmp_path):
     words = ["compare", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
-    words += ["--teacher_weights", str(teacher), "--methods", "ce,kd", "--seeds", "0,1", *SMALL]
+    words += ["--teacher_weights", str(teacher), "--arms", "ce,kd", "--seeds", "0,1", *SMALL]
     assert main([*words, "--out", str(tmp_path / "c")]) == 0
     summary = json.loads((tmp_path / "c/summary.json").read_text())
     assert [claim["holds"] for claim in summary["claims"]] == [None]
@@ -139,8 +139,8 @@ def test_two_seeds_decide_nothing(pictures, teacher, tmp_path):
 @pytest.mark.parametrize("method", ["pckd", "kd", "fitnet", "ce"])
 def test_inspect(pictures, teacher, capsys, method):
     words = ["inspect", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
-    words += ["--teacher_weights", str(teacher), "--method", method, *SMALL]
-    assert main(words) == 0
+    words += ["--teacher_weights", str(teacher), "--method", method, "--batch_size", "8", "--reading.size", "32"]
+    assert main([*words, "--views.number", "2", "--losses.pckd.align_hidden", "32"]) == 0
     out = capsys.readouterr().out
     assert "gradient norm" in out
     assert ("cannot fall below" in out) == (method == "pckd")
@@ -150,14 +150,14 @@ def test_streamed_folders_and_held_out_images(pictures, teacher, tmp_path):
     """Images that do not fit into memory, decoded by two workers; the best epoch by images held out."""
     words = ["train", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
     words += ["--teacher_weights", str(teacher), *SMALL, "--reading.resident_gb", "0", "--reading.val_fraction", "0.3"]
-    assert main([*words, "--max_epochs", "2", "--out", str(tmp_path / "s")]) == 0
+    assert main([*words, "--epochs", "2", "--out", str(tmp_path / "s")]) == 0
     header, *rows = (tmp_path / "s/metrics.csv").read_text().splitlines()
     assert "val_top1" in header
     assert rows
 
 
 def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
-    """Property 24: an unknown method with the list, a teacher without weights, other classes, what is missing."""
+    """An unknown method with the list, a teacher without weights, other classes, what is missing."""
     base = [
         "train",
         "--data",
@@ -174,7 +174,9 @@ def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
     assert_user_error(main, [*base, "--method", "kd"], capsys, "--method kd needs --teacher")
     assert_user_error(main, [*base, "--teacher", "cifar:plain8"], capsys, "--teacher_weights is missing")
     assert_user_error(main, [*taught, "--tap", "features"], capsys, "'features' is no linear layer", "fc")
-    assert_user_error(main, [*taught, "--views.number", "3"], capsys, "1, 2 or 4")
+    assert_user_error(
+        main, [*taught, "--views.number", "3"], capsys, "--views.number: expected one of 1, 2, 4, got '3'"
+    )
     assert_user_error(main, [*taught, "--cache", str(tmp_path)], capsys, "pckd cache")
     assert_user_error(
         main,
@@ -193,5 +195,25 @@ def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
         "3 classes, the data 10",
     )
     assert_user_error(
-        main, ["evaluate", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "n")], capsys, "config.json"
+        main,
+        ["evaluate", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "n")],
+        capsys,
+        "no such folder; expected the folder of a finished `pckd train`",
     )
+
+
+def test_a_file_of_the_run_names_it_as_well(student, tmp_path, capsys):
+    words = ["evaluate", "--run", str(student / "student.safetensors"), "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path / "e")]) == 0
+    assert "top1" in capsys.readouterr().out
+
+
+def test_arms_in_two_processes_equal_those_measured_here(pictures, teacher, tmp_path):
+    words = ["compare", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", "--teacher", "cifar:plain8"]
+    words += ["--teacher_weights", str(teacher), "--arms", "ce,kd", "--seeds", "0,1", *SMALL]
+    for name, more in (("here", []), ("there", ["--executor", "processes:2"])):
+        assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
+    here, there = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("here", "there"))
+    assert here["arms"] == there["arms"]
+    assert here["level"] is None
+    assert (tmp_path / "there/figures/difficulty.png").exists()

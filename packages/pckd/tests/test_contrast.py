@@ -45,7 +45,7 @@ def rows(images, classes, dim, scale=1.0, dtype=torch.float64, seed=0):
 )
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_equals_the_literal_form_with_its_gradient_for_any_chunk(images, classes, chunk, scale, seed, dtype, bound):
-    """Section 9, property 5; 30 gives norms beyond which one exponential for both rows underflows."""
+    """30 gives norms beyond which one exponential for both rows underflows."""
     A, labels = rows(images, classes, 5, scale, dtype, seed)
     weight = torch.rand(2 * images, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     wide = A.detach().double().requires_grad_()
@@ -62,7 +62,7 @@ def test_equals_the_literal_form_with_its_gradient_for_any_chunk(images, classes
 @pytest.mark.parametrize("form", ["relation", "center"])
 @pytest.mark.parametrize("gram", ["never", "always"])
 def test_gradcheck_on_features_centers_and_heads(form, gram):
-    """Property 5: on A through its parts, W_s, E_s and E_t."""
+    """On A through its parts, W_s, E_s and E_t."""
     torch.manual_seed(0)
     loss = CategoryContrastLoss(2, 2, PCKDConfig(contrast=form, gram=gram)).double()
     feature, weight, teacher = (torch.randn(n, 2, dtype=torch.float64) for n in (4, 3, 3))
@@ -79,14 +79,14 @@ def test_gradcheck_on_features_centers_and_heads(form, gram):
 
 
 def test_all_rows_equal():
-    """Property 6: ell_i = (tau / tau0) ln(2N - 1); 249.683 for 80 rows."""
+    """Ell_i = (tau / tau0) ln(2N - 1); 249.683 for 80 rows."""
     ell = category_contrast(torch.ones(80, 7), torch.arange(40).repeat(2) % 5)
     assert ell.allclose(torch.tensor(SCALE * math.log(79)), rtol=1e-6)
     assert float(ell[0]) == pytest.approx(249.683, abs=1e-3)
 
 
 def test_lower_bound_and_its_limit():
-    """Property 7: ell_i >= (tau / tau0) ln |P(i)|, reached as A = s onehot(y) grows."""
+    """Ell_i >= (tau / tau0) ln |P(i)|, reached as A = s onehot(y) grows."""
     A, labels = rows(24, 4, 4)
     positives = torch.bincount(labels)[labels] - 1
     bound = SCALE * positives.double().log()
@@ -96,7 +96,7 @@ def test_lower_bound_and_its_limit():
 
 
 def test_names_of_classes_and_order_of_images_do_not_matter():
-    """Property 7: a permutation of the classes, with the rows of W; a permutation of the images."""
+    """A permutation of the classes, with the rows of W; a permutation of the images."""
     torch.manual_seed(0)
     loss = CategoryContrastLoss(6, 5)
     feature, weight, teacher = torch.randn(12, 6), torch.randn(8, 6), torch.randn(8, 5)
@@ -110,7 +110,7 @@ def test_names_of_classes_and_order_of_images_do_not_matter():
 
 
 def test_gram_path_equals_the_direct_one():
-    """Property 8: more classes than dimensions; also the gradients of W_s."""
+    """More classes than dimensions; also the gradients of W_s."""
     torch.manual_seed(0)
     feature, teacher, labels = torch.randn(24, 6), torch.randn(40, 5), torch.randint(40, (24,))
     found = []
@@ -127,7 +127,7 @@ def test_gram_path_equals_the_direct_one():
 
 
 def test_the_authors_epsilon_is_exact_for_small_norms_and_kills_the_repulsion_of_large_ones():
-    """Property 9: 1e-4 below |A|^2 / tau of 5, another value beyond 60; equal to the literal form in both."""
+    """1e-4 below |A|^2 / tau of 5, another value beyond 60; equal to the literal form in both."""
     for size, exact in ((4.0, True), (90.0, False)):
         A, labels = rows(16, 4, 100, seed=3)
         A = (A.detach() / A.detach().norm(dim=1, keepdim=True) * math.sqrt(4 * size)).requires_grad_()
@@ -153,7 +153,7 @@ def test_what_waits_for_the_backward_pass_changes_nothing(monkeypatch, kept):
 
 
 def test_memory_of_8192_rows():
-    """Property 20: under 64 MiB beyond the inputs, where one tensor of all pairs has 256 MiB."""
+    """Under 64 MiB beyond the inputs, where one tensor of all pairs has 256 MiB."""
     A, labels = rows(4096, 100, 32, dtype=torch.float32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         category_contrast(A, labels).sum().backward()
@@ -166,7 +166,6 @@ def test_memory_of_8192_rows():
 
 
 def test_bad_arguments():
-    """Property 24."""
     A, labels = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     for changes in ({"tau": 0.0}, {"tau0": -1.0}):
         with pytest.raises(ValueError, match="above 0"):

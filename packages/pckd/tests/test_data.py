@@ -5,10 +5,12 @@ import pytest
 import torch
 from pckd import DataError
 from pckd.config import DataSettings
-from pckd.data import Indexed, load
+from pckd.data import load
 from PIL import Image
 
 from tenfold import UserError
+from tenfold.images import Indexed, read_random_crop
+from tenfold.testing import write_cifar
 
 
 def folder(root, classes, images=4, side=20, seed=0):
@@ -42,7 +44,7 @@ def test_images_that_do_not_stay_in_memory_are_decoded_to_the_same(tmp_path):
     assert streamed.train.images is None
     index = torch.tensor([3, 0])
     assert torch.equal(streamed.train.pixels(index), kept.train.pixels(index))
-    crops = Indexed(streamed.train, crops=True)
+    crops = Indexed(streamed.train, read_random_crop)
     torch.manual_seed(0)
     first = crops[0]
     assert first[2].shape == (3, 16, 16)
@@ -91,19 +93,10 @@ def test_tiny_imagenet(tmp_path):
         load(f"tinyimagenet:{tmp_path}", DataSettings(size=12))
 
 
-def test_cifar_folders(tmp_path):
-    import pickle
-
-    root = tmp_path / "cifar-100-python"
-    root.mkdir()
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 200), ("test", 100)):
-        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        record = {"data": pixels, "fine_labels": [i % 100 for i in range(count)], "coarse_labels": [0] * count}
-        (root / name).write_bytes(pickle.dumps(record))
-    (root / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"c{i}" for i in range(100)]}))
+def test_cifar_folders(tmp_path, monkeypatch):
+    write_cifar(tmp_path / "cifar-100-python", monkeypatch, kind="CIFAR-100", classes=100, each=1)
     data = load(f"cifar100:{tmp_path}")
-    assert (len(data.train), len(data.test), len(data.classes)) == (200, 100, 100)
+    assert (len(data.train), len(data.test), len(data.classes)) == (100, 100, 100)
     assert data.mean == (0.5071, 0.4866, 0.4409)
     with pytest.raises(DataError, match="not CIFAR-10"):
         load(f"cifar10:{tmp_path}")
@@ -116,12 +109,12 @@ def test_embedded():
 
 
 def test_bad_folders(tmp_path):
-    """Section 9, property 24: an empty folder, classes that differ, an unknown kind."""
+    """An empty folder, classes that differ, an unknown kind."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="one folder a class"):
+    with pytest.raises(UserError, match="one folder per class"):
         load(f"imagefolder:{tmp_path / 'empty'}")
     folder(tmp_path / "a/train", ["cat", "dog"], 1)
-    with pytest.raises(UserError, match="neither val nor test"):
+    with pytest.raises(UserError, match="none of val, valid, validation, test"):
         load(f"imagefolder:{tmp_path / 'a'}")
     folder(tmp_path / "a/test", ["bird", "cat"], 1)
     with pytest.raises(UserError, match="bird: no such class in"):

@@ -4,11 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from pckd import demo
 from pckd.cli import main
-from pckd.config import DemoSettings
-
-from tenfold.runs import Run
+from pckd.commands import demo
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,11 +27,8 @@ def test_quick_level_measures_its_arms_and_decides_nothing(tmp_path, capsys):
     assert [claim["holds"] for claim in summary["claims"]] == [None] * 5
     assert any("Preview itself changes top-1" in note for note in summary["notes"])
     assert (tmp_path / "d/report.html").read_text().count("data:image/png") == 4
-    again = demo.run(
-        DemoSettings(level="quick", seeds=[0, 1]),
-        Run.open(tmp_path / "e", package="pckd", verb="demo", settings={}),
-        quiet=True,
-    )
+    assert main([*words[:-2], str(tmp_path / "e"), "--quiet"]) == 0
+    again = json.loads((tmp_path / "e/summary.json").read_text())
     assert again["arms"] == summary["arms"]
 
 

@@ -55,7 +55,7 @@ LABELS = torch.tensor([0, 3, 1])
 
 
 def test_without_weights_it_is_plain_cross_entropy_on_the_upright_views_bit_for_bit():
-    """Section 9, property 1: total, gradients and one step; no heads are built."""
+    """Total, gradients and one step; no heads are built."""
     ours, plain = small(), small()
     distiller = Distiller(ours, small(1), "pckd", Losses(pckd=ZERO), example=IMAGES[:2])
     loss = distiller(IMAGES, LABELS, 1)
@@ -72,7 +72,6 @@ def test_without_weights_it_is_plain_cross_entropy_on_the_upright_views_bit_for_
 
 
 def test_kd_equals_torch_and_is_zero_for_shifted_logits():
-    """Property 2."""
     student, teacher = outputs(4), outputs(4, seed=1)
     config = dataclasses.replace(ZERO, delta=1, preview=Preview(tail="none"))
     loss = PCKDLoss(6, 6, config)(student, teacher, torch.tensor([0, 1, 2, 3]), 1)
@@ -85,7 +84,7 @@ def test_kd_equals_torch_and_is_zero_for_shifted_logits():
 
 
 def test_feature_alignment_of_parallel_orthogonal_and_opposite_features():
-    """Property 3: 0, 2 and 4; the mean squared distance of unit rows; scale does not count."""
+    """0, 2 and 4; the mean squared distance of unit rows; scale does not count."""
     a = torch.eye(4)[:2]
     for b, expected in ((3 * a, 0), (torch.eye(4)[2:], 2), (-a, 4)):
         assert float(feature_distance(a, b)) == pytest.approx(expected, abs=1e-6)
@@ -98,7 +97,7 @@ def test_feature_alignment_of_parallel_orthogonal_and_opposite_features():
 
 
 def test_center_alignment():
-    """Property 4: MSE of [W | b], 0 where equal; Gram form unchanged under rotation; one warning where widths differ."""
+    """MSE of [W | b], 0 where equal; Gram form unchanged under rotation; one warning where widths differ."""
     s, t = outputs(2), outputs(2, seed=1)
     loss = CenterAlignLoss()
     expected = F.mse_loss(torch.cat([s.weight, s.bias[:, None]], 1), torch.cat([t.weight, t.bias[:, None]], 1))
@@ -124,7 +123,7 @@ def test_center_alignment():
     scale=st.floats(0.01, 100),
 )
 def test_preview_weights(ce, epoch, scale):
-    """Property 10: in (0, 1] but for underflow, never falling with epochs, blind to a common factor; gamma sums to B."""
+    """In (0, 1] but for underflow, never falling with epochs, blind to a common factor; gamma sums to B."""
     ce = torch.tensor(ce, dtype=torch.float64)
     v = preview_weights(ce, epoch)
     assert bool(((v >= 0) & (v <= 1)).all())
@@ -152,7 +151,7 @@ def test_preview_of_equal_single_and_solved_samples():
 
 
 def test_schedule():
-    """Property 11: 3.3102 in epoch 240; the same at the end of runs of other lengths; plain epochs on request."""
+    """3.3102 in epoch 240; the same at the end of runs of other lengths; plain epochs on request."""
     preview = Preview()
     assert preview.threshold(240) == pytest.approx(3.3102, abs=1e-4)
     for epochs in (10, 30, 240):
@@ -164,7 +163,7 @@ def test_schedule():
 
 
 def test_weights_carry_no_gradient_and_neither_does_the_teacher():
-    """Property 12: the total's gradient is that with constants in the weights' place."""
+    """The total's gradient is that with constants in the weights' place."""
     torch.manual_seed(0)
     labels = torch.tensor([0, 1, 2, 3])
     loss = PCKDLoss(6, 6)
@@ -189,7 +188,7 @@ def test_weights_carry_no_gradient_and_neither_does_the_teacher():
 
 
 def test_a_teacher_stays_as_it_is():
-    """Property 12: no gradients, no new statistics, in evaluation mode after ``train()``, in no state dict."""
+    """No gradients, no new statistics, in evaluation mode after ``train()``, in no state dict."""
     teacher = small(1)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     distiller = Distiller(small(), teacher, "pckd", example=IMAGES[:2]).train()
@@ -204,7 +203,7 @@ def test_a_teacher_stays_as_it_is():
 
 
 def test_arms_are_settings_of_one_loss():
-    """Property 13: no preview is ckd, no logits' term is pckd-nokd; five axes are the same as four."""
+    """No preview is ckd, no logits' term is pckd-nokd; five axes are the same as four."""
 
     def total(method, config=None, images=IMAGES):
         distiller = Distiller(small(), small(1), method, Losses(pckd=config or PCKDConfig()), example=IMAGES[:2])
@@ -224,7 +223,7 @@ def test_arms_are_settings_of_one_loss():
 
 
 def test_rows_are_image_major():
-    """Property 15: with the upright views first instead, and labels to match, the contrast is the same."""
+    """With the upright views first instead, and labels to match, the contrast is the same."""
     torch.manual_seed(0)
     loss = PCKDLoss(6, 6, PCKDConfig(delta=0, f=0, alpha=0)).contrast
     s, t = outputs(12), outputs(12, seed=1)
@@ -235,7 +234,7 @@ def test_rows_are_image_major():
 
 
 def test_bf16_autocast_is_near():
-    """Property 22: finite, within 2 % of fp32."""
+    """Finite, within 2 % of fp32."""
     torch.manual_seed(0)
     distiller = Distiller(small(), small(1), "pckd", example=IMAGES[:2])
     expected = distiller(IMAGES, LABELS, 1).total
@@ -245,7 +244,7 @@ def test_bf16_autocast_is_near():
 
 
 def test_it_learns():
-    """Property 23: thirty steps on 64 images lower the total and each of L_FA, L_CE, L_KD."""
+    """Thirty steps on 64 images lower the total and each of L_FA, L_CE, L_KD."""
     torch.manual_seed(0)
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(5, (64,))
     distiller = Distiller(small(width=16), small(1, width=16), "pckd", example=images[:2])
@@ -294,7 +293,7 @@ def test_baselines_are_weighted_as_published():
 
 
 def test_bad_batches_and_settings():
-    """Property 24, as far as losses see it."""
+    """What the losses themselves refuse."""
     student, teacher = outputs(4), outputs(4, seed=1)
     loss = PCKDLoss(6, 6)
     good = torch.tensor([0, 1, 2, 3])
@@ -317,7 +316,7 @@ def test_bad_batches_and_settings():
     for changes in ({"T": 0}, {"tau": 0}, {"tau0": 0}, {"beta": -1}, {"align_hidden": "wide"}):
         with pytest.raises(UserError):
             PCKDConfig(**changes)
-    with pytest.raises(UserError, match="base must be at least 1"):
+    with pytest.raises(UserError, match="base: expected 1 or more, got 0.9"):
         Preview(base=0.9)
     with pytest.raises(UserError, match="the teacher has 7 classes, the student 5"):
         Distiller(small(), small(1, classes=7), example=IMAGES[:2])

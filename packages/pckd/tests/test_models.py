@@ -6,12 +6,13 @@ import collections
 import pytest
 import torch
 from pckd import ClassifierNotFound, ClassifierTap
-from pckd.models import build, freeze, load_weights, read_weights
+from pckd.models import build, freeze
 from pckd.tap import second_stage
 from pckd.zoo import ZOO
 from torch import nn
 
 from tenfold import UserError
+from tenfold.checkpoints import load_foreign_into
 
 PARAMETERS = {
     "resnet20": 278_324,
@@ -50,7 +51,6 @@ def test_topologies_have_the_published_number_of_parameters(name):
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_the_tap_reproduces_the_logits_of_the_zoo(name):
-    """Section 9, property 16."""
     model = ZOO[name](7).eval()
     tap = ClassifierTap(model)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_the_tap_reproduces_the_logits_of_the_zoo(name):
 
 @pytest.mark.parametrize("spec", [s for s in OTHERS if "squeezenet" not in s])
 def test_the_tap_reproduces_the_logits_of_timm_and_torchvision(spec):
-    """Property 16: also a classifier of several layers, of which the last counts."""
+    """Also a classifier of several layers, of which the last counts."""
     side = 224 if "vit" in spec or "vgg" in spec else 64
     tap = ClassifierTap(build(spec, 7).eval())
     out = tap.check(torch.randn(2, 3, side, side))
@@ -118,56 +118,35 @@ def test_a_folded_teacher_gives_the_same_logits(spec):
 @pytest.mark.parametrize("key", ["model", "state_dict", None])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoints_of_other_programs_load(tmp_path, key, prefix):
-    """Property 17: RepDistiller's and mdistiller's {"model"}, SSKD's {"state_dict"}, with options beside, of DataParallel."""
+    """RepDistiller's and mdistiller's {"model"}, SSKD's {"state_dict"}, with options beside, of DataParallel."""
     model = ZOO["resnet8"](5)
     state = {prefix + name: value for name, value in model.state_dict().items()}
     holds = state if key is None else {key: state, "epoch": 240, "opt": argparse.Namespace(lr=0.05)}
     torch.save(holds, tmp_path / "last.pth")
     other = ZOO["resnet8"](5)
-    load_weights(other, tmp_path / "last.pth")
+    load_foreign_into(other, tmp_path / "last.pth")
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
-class Foreign:
-    """What a file must not bring to life."""
-
-    def __init__(self):
-        self.weights = torch.zeros(1)
-
-
-def test_files_that_do_not_fit_or_would_run_code(tmp_path):
-    torch.save({"model": Foreign()}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match="without running what is in it"):
-        read_weights(tmp_path / "foreign.pth")
-    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match="broken.pth"):
-        read_weights(tmp_path / "broken.pth")
-    (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="not a whole safetensors"):
-        read_weights(tmp_path / "broken.safetensors")
-    with pytest.raises(UserError, match="no such file"):
-        read_weights(tmp_path / "none.pth")
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(UserError, match="expected weights by name"):
-        read_weights(tmp_path / "empty.pth")
+def test_a_file_that_does_not_fit_is_named_with_its_option(tmp_path):
     torch.save(ZOO["resnet8"](7).state_dict(), tmp_path / "seven.pth")
-    with pytest.raises(UserError, match="has 7 classes, the data 5"):
-        load_weights(ZOO["resnet8"](5), tmp_path / "seven.pth")
+    with pytest.raises(UserError, match=r"--teacher_weights .*seven\.pth has 7 classes, the data 5"):
+        build("cifar:resnet8", 5, str(tmp_path / "seven.pth"), option="--teacher")
     torch.save(ZOO["resnet14"](5).state_dict(), tmp_path / "deeper.pth")
-    with pytest.raises(UserError, match="unknown layer1.1"):
-        load_weights(ZOO["resnet8"](5), tmp_path / "deeper.pth")
+    with pytest.raises(UserError, match=r"unknown layer1\.1"):
+        build("cifar:resnet8", 5, str(tmp_path / "deeper.pth"))
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet8", "expected cifar:NAME"),
+        ("resnet8", "--student resnet8: expected one of cifar:NAME, .*did you mean cifar:resnet8"),
         ("cifar:resnet8x", "did you mean resnet8x4"),
         ("timm:resnet_18", "timm"),
         ("tv:resnet19", "did you mean resnet1"),
-        ("tm:resnet18", "unknown kind 'tm'; did you mean timm"),
-        ("pckd.zoo:none", "none"),
+        ("tm:resnet18", "unknown kind 'tm': did you mean timm"),
+        ("py:pckd.zoo:none", "none"),
     ],
 )
 def test_unknown_models(spec, message):
@@ -176,4 +155,4 @@ def test_unknown_models(spec, message):
 
 
 def test_models_of_ones_own():
-    assert sum(p.numel() for p in build("pckd.zoo:ResNet50", 100).parameters()) == PARAMETERS["ResNet50"]
+    assert sum(p.numel() for p in build("py:pckd.zoo:ResNet50", 100).parameters()) == PARAMETERS["ResNet50"]

@@ -21,7 +21,7 @@ from pckd.training import as_teacher, train_student
 from safetensors.torch import load_file
 from torch import nn
 
-OPTIONS = ["--student", "cifar:plain4", "--teacher", "cifar:plain8", "--max_epochs", "2", "--batch_size", "16"]
+OPTIONS = ["--student", "cifar:plain4", "--teacher", "cifar:plain8", "--epochs", "2", "--batch_size", "16"]
 OPTIONS += ["--views.kind", "crop", "--views.number", "2", "--views.padding", "1", "--losses.pckd.align_hidden", "32"]
 OPTIONS += ["--reading.limit", "96", "--log_every", "1", "--device", "cpu", "--quiet"]
 
@@ -68,7 +68,7 @@ cli.main(sys.argv[1:])
 
 
 def test_a_killed_run_resumes_to_the_same_student_bit_for_bit(teacher_file, whole, tmp_path):
-    """Section 9, property 18: killed within the second epoch, and resumed from a checkpoint within the first."""
+    """Killed within the second epoch, and resumed from a checkpoint within the first."""
     out = tmp_path / "run"
     line = words(teacher_file, out, "--checkpoint_every", "4")
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -80,7 +80,6 @@ def test_a_killed_run_resumes_to_the_same_student_bit_for_bit(teacher_file, whol
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(teacher_file, whole, tmp_path):
-    """Property 18."""
     assert main(words(teacher_file, tmp_path / "again")) == 0
     same(tmp_path / "again", whole)
     assert main(words(teacher_file, tmp_path / "other", "--seed", "1")) == 0
@@ -88,7 +87,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(teacher_file, 
 
 
 def test_the_student_alone_is_exported(whole):
-    """Property 17: no heads, no teacher; the same logits from the file, with plain torch."""
+    """No heads, no teacher; the same logits from the file, with plain torch."""
     state = load_file(whole / "student.safetensors")
     card = json.loads((whole / "config.json").read_text())
     plain = build(card["model"], len(card["classes"]))
@@ -105,7 +104,7 @@ def test_the_student_alone_is_exported(whole):
 
 
 def test_a_cache_stands_for_its_teacher(teacher_file, tmp_path, capsys):
-    """Property 21: the second round of an epoch is the first one's; nearly the same student; another teacher is refused."""
+    """The second round of an epoch is the first one's; nearly the same student; another teacher is refused."""
     made = ["cache", "--data", "digits", "--teacher", "cifar:plain8", "--teacher_weights", str(teacher_file)]
     made += ["--epochs", "1", "--quiet", "--reading.limit", "96", "--device", "cpu"]
     made += ["--views.kind", "crop", "--views.number", "2", "--views.padding", "1"]
@@ -119,7 +118,7 @@ def test_a_cache_stands_for_its_teacher(teacher_file, tmp_path, capsys):
         student="cifar:plain4",
         teacher="cifar:plain8",
         teacher_weights=str(teacher_file),
-        max_epochs=1,
+        epochs=1,
         batch_size=16,
         views=Views(kind="crop", number=2, padding=1),
         losses=Losses(pckd=PCKDConfig(align_hidden="32")),
@@ -127,8 +126,8 @@ def test_a_cache_stands_for_its_teacher(teacher_file, tmp_path, capsys):
     )
     data = load("digits", dataclasses.replace(settings.reading, limit=96))
     model = build("cifar:plain8", 10, str(teacher_file))
-    live = train_student(data, settings, "pckd", teacher=as_teacher(model, data), quiet=True)
-    cached = train_student(data, settings, "pckd", cache=cache, quiet=True)
+    live = train_student(data, settings, teacher=as_teacher(model, data), quiet=True)
+    cached = train_student(data, settings, cache=cache, quiet=True)
     for a, b in zip(live.model.parameters(), cached.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=0.1)
     with pytest.raises(CacheMismatchError, match="teacher is .*, here 'x'"):
@@ -182,7 +181,7 @@ def batch():
 
 
 def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path):
-    """Property 19: loss and gradients to 1e-6, with the global mean in gamma; a student without batch norm."""
+    """Loss and gradients to 1e-6, with the global mean in gamma; a student without batch norm."""
     import socket
 
     (tmp_path / "two_ranks.py").write_text(MODEL)
@@ -245,13 +244,13 @@ def test_mislabeled_images_gather_at_the_top(tmp_path):
     settings = TrainSettings(
         data="digits",
         student="cifar:plain8",
-        max_epochs=12,
+        epochs=12,
         batch_size=16,
         views=Views(kind="none"),
         optimizer=Optimizer(lr=0.05, schedule="cosine"),
         device="cpu",
     )
-    trained = train_student(data, settings, "ce", quiet=True)
+    trained = train_student(data, settings, quiet=True)
     order = most_previewed([trained.preview])[0]
     found = len(set(order[: 2 * len(wrong)].tolist()) & set(wrong.tolist()))
     assert found >= 0.75 * len(wrong), found

@@ -31,7 +31,6 @@ def pil_views(image, views, mirrored, corners):
 @pytest.mark.parametrize("number", [1, 2, 4])
 @pytest.mark.parametrize("side", [7, 16])
 def test_views_equal_those_of_pil_bit_for_bit(kind, number, side):
-    """Section 9, property 14."""
     images = torch.randint(256, (9, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     index = torch.arange(40, 49)
     views = Views(kind=kind, number=number, padding=3)
@@ -46,7 +45,7 @@ def test_views_equal_those_of_pil_bit_for_bit(kind, number, side):
 
 
 def test_four_turns_are_none():
-    """Property 14: without padding, view k turned back k times is the first view."""
+    """Without padding, view k turned back k times is the first view."""
     images = torch.randint(256, (3, 3, 6, 6), dtype=torch.uint8)
     found = MultiView(Views(padding=0))(images, torch.arange(3), 0).view(3, 4, 3, 6, 6)
     for k in range(4):
@@ -77,7 +76,7 @@ def test_normalizing_and_views_of_none():
 
 
 def test_bad_images():
-    """Property 14: quarter turns of what is not square name the shape."""
+    """Quarter turns of what is not square name the shape."""
     oblong = torch.zeros(2, 3, 5, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="5 x 4"):
         MultiView(Views())(oblong, torch.arange(2), 0)

@@ -307,12 +307,15 @@ def _load_weights_only(path: Path, shown: str, stand_ins: Sequence[StandIn]) -> 
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         kind = re.search(r"GLOBAL (\S+)", str(error))
+        if kind is None:  # torch's own words are of a setting that nobody should change
+            raise UserError(f"{shown} is not a whole file of weights") from error
         raise UserError(
-            f"{shown} cannot be read without running what is in it ({kind[1] if kind else _line(error)}): where you trust it,"
-            " save its weights alone by torch.save(model.state_dict(), FILE) and give that, or allow the name by"
+            f"{shown} cannot be read without running what is in it ({kind[1]}): where you trust it, save its weights alone by"
+            " torch.save(model.state_dict(), FILE) and give that, or allow the name by"
             " torch.serialization.add_safe_globals in your own script"
         ) from error
     except (
+        AssertionError,
         RuntimeError,
         EOFError,
         OSError,

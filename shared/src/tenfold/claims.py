@@ -10,9 +10,9 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,9 @@ class Measured:
     arrays: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
 
 
+Arm = TypeVar("Arm", bound=str)
+Show = Callable[[Any], Iterable[str]]
+"""Passes names of measurements through; ``iter`` shows nothing."""
 Values = Mapping[str, float] | Measured
 """What one arm's measurement returns."""
 
@@ -115,20 +118,25 @@ class Study:
         self,
         measure: Callable[[int], Mapping[str, Mapping[str, float]]],
         executor: concurrent.futures.Executor | None = None,
+        show: Show = iter,
     ) -> None:
         """Measure all arms together, seed by seed: ``measure(seed)`` returns ``{arm: {metric: value}}``.
 
         Args:
             measure: the measurement; with an executor of other processes, one that can be pickled.
             executor: where it runs, one call per seed; None is here, one after another.
+            show: passes the measurements through and shows how far they are, such as ``terminal.track`` with a description.
         """
-        self._measure({f"seed-{seed}": (measure, seed, "") for seed in self.seeds}, executor)
+        self._measure({f"seed-{seed}": (measure, seed, "") for seed in self.seeds}, executor, show)
         for seed in self.seeds:
             for arm, metrics in self._saved(f"seed-{seed}").items():
                 self._add(arm, seed, metrics)
 
     def over_arms(
-        self, arms: Mapping[str, Callable[[int], Values]], executor: concurrent.futures.Executor | None = None
+        self,
+        arms: Mapping[Arm, Callable[[int], Values]],
+        executor: concurrent.futures.Executor | None = None,
+        show: Show = iter,
     ) -> None:
         """Measure each arm on each seed: ``arms[name](seed)`` returns ``{metric: value}`` or a ``Measured``.
 
@@ -138,9 +146,10 @@ class Study:
             arms: name -> measurement; with an executor of other processes, one that can be pickled (a module's function,
                 ``functools.partial`` of one).
             executor: where they run, one call per arm and seed; None is here, one after another.
+            show: passes the measurements through and shows how far they are, such as ``terminal.track`` with a description.
         """
         tasks = {f"{arm}-seed-{seed}": (measure, seed, arm) for seed in self.seeds for arm, measure in arms.items()}
-        self._measure(tasks, executor)
+        self._measure(tasks, executor, show)
         for seed in self.seeds:
             for arm in arms:
                 self._add(arm, seed, self._saved(f"{arm}-seed-{seed}")[arm])
@@ -161,17 +170,18 @@ class Study:
         self,
         tasks: Mapping[str, tuple[Callable[[int], Any], int, str]],
         executor: concurrent.futures.Executor | None,
+        show: Show,
     ) -> None:
         """Make and save every measurement that is not there yet; a fault of one ends the study, the others are kept."""
         waiting = {name: task for name, task in tasks.items() if not self._path(name).exists()}
         if executor is None:
-            for name, (measure, seed, arm) in waiting.items():
-                self._save(name, _timed(measure, seed, arm))
+            for name in show(list(waiting)):
+                self._save(name, _timed(*waiting[name]))
             return
         futures = {executor.submit(_timed, *task): name for name, task in waiting.items()}
         try:
-            for future in futures:  # in their order: an executor of a cluster has no other way of waiting in common
-                self._save(futures[future], future.result())
+            for name in show(_Done(futures)):
+                self._save(name, next(future for future, other in futures.items() if other == name).result())
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -229,14 +239,14 @@ class Study:
 
     def against(
         self,
-        reference: str,
-        arms: Iterable[str],
+        reference: Arm,
+        arms: Iterable[Arm],
         metric: str,
         *,
         text: str = "{metric} of {arm} - {metric} of {reference}",
         required: str = ">= 0",
         main: bool = True,
-        names: Mapping[str, str] | None = None,
+        names: Mapping[Arm, str] | None = None,
     ) -> None:
         """Claim one paired ``difference`` to a reference for each other arm, as ``ARM_over_REFERENCE``.
 
@@ -345,6 +355,21 @@ class Study:
         return summary
 
 
+class _Done:
+    """Names of measurements as they end; of an executor whose futures are its own, in their order."""
+
+    def __init__(self, futures: Mapping[Any, str]) -> None:
+        self.futures = futures
+
+    def __len__(self) -> int:
+        return len(self.futures)
+
+    def __iter__(self) -> Iterator[str]:
+        standard = all(isinstance(future, concurrent.futures.Future) for future in self.futures)
+        for future in concurrent.futures.as_completed(self.futures) if standard else self.futures:
+            yield self.futures[future]
+
+
 def _timed(
     measure: Callable[[int], Any], seed: int, arm: str
 ) -> tuple[float, Mapping[str, Mapping[str, float]], Mapping[str, NDArray[Any]]]:
@@ -385,7 +410,7 @@ def _number(value: float) -> str:
 
 
 def arm_rows(
-    study: Study, arms: Iterable[str], metrics: Sequence[str], names: Mapping[str, str] | None = None
+    study: Study, arms: Iterable[Arm], metrics: Sequence[str], names: Mapping[Arm, str] | None = None
 ) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of a table of arms: the mean of each metric over the seeds with its interval; - where there is none.
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -41,6 +41,7 @@ _CROWDED = 25
 """Points of a curve beyond which markers hide the line."""
 
 Scale = Literal["linear", "log"]
+Arm = TypeVar("Arm", bound=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,9 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
 
 
 def arm_chart(
-    path: str | os.PathLike[str], values: Mapping[str, Sequence[float]], *, xlabel: str, title: str = ""
+    path: str | os.PathLike[str], values: Mapping[Arm, Sequence[float]], *, xlabel: str, title: str = ""
 ) -> None:
-    """One row an arm: its mean with Student's 95 % interval (from three seeds on), and below a faint dot for each of several.
+    """Draw one row per arm: its mean with Student's 95 % interval (from three seeds on), below it a faint dot for each seed.
 
     Args:
         path: the PNG.
@@ -139,8 +140,8 @@ def image_grid(
     Args:
         path: the PNG.
         images: rows of uint8 arrays, (H, W) gray or (H, W, 3) RGB; rows may differ in length, images in size.
-        row_titles: one a row, or none.
-        column_titles: one a column, or none.
+        row_titles: one per row, or none.
+        column_titles: one per column, or none.
         cell: side of a square in inches, at 130 pixels an inch.
 
     Raises:

@@ -122,6 +122,7 @@ class Run:
         self._made: list[Path] = []  # folders that opening has made, innermost last
         self._begun = False
         self._old: list[str] = []  # files of the run that is started anew over
+        self._prepared: set[str] = set()  # files that are no results
 
     @property
     def finished(self) -> bool:
@@ -225,7 +226,8 @@ class Run:
             folder.rmdir()
 
     def _has_results(self) -> bool:
-        return any((self.path / name).exists() for name in self._manifest["files"] if name not in _ABOUT)
+        results = set(self._manifest["files"]) - {*_ABOUT, *self._prepared}
+        return any((self.path / name).exists() for name in results)
 
     def _withdraw(self) -> None:
         """Delete what says that a run was begun."""
@@ -266,8 +268,12 @@ class Run:
         with replacing(self.path / MANIFEST) as temporary:
             temporary.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
 
-    def own(self, name: str) -> Path:
+    def own(self, name: str, *, result: bool = True) -> Path:
         """Remember ``name`` as a file of this run (so that starting anew may delete it) and return its path.
+
+        Args:
+            name: path below the run's folder.
+            result: False for a file that is prepared for the work and goes again if the command is refused after all.
 
         Raises:
             UserError: the name leads outside of the folder.
@@ -276,6 +282,8 @@ class Run:
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise UserError(f"{name} leads outside of the run folder {self.path}")
         self._begin()
+        if not result:
+            self._prepared.add(name)
         if self.writes and name not in self._manifest["files"]:
             self._manifest["files"].append(name)
             self._save_manifest()

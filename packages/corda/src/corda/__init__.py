@@ -1,90 +1,41 @@
-"""Context-oriented LoRA initialisation: start an adapter from the weights and a few calibration samples."""
+"""Context-oriented LoRA initialization: start an adapter from the weights and a few calibration samples.
 
-from typing import TYPE_CHECKING, Any
+Read in this order: ``solvers`` (the mathematics: weights and a covariance in, A and B out) on ``moments`` (what of the inputs
+it takes) and ``algebra`` (in fp64 by SciPy); ``context`` (statistics of a model's layers), ``collecting`` and ``sums`` (how
+they are gathered); ``targets`` and ``factors`` (all layers of a model); ``attach`` (the paper's way: a residual under the
+adapter) and ``anchor`` (ours: beside an untouched base) on ``adapters`` (what peft keeps); ``convert`` (a plain LoRA from
+what was trained) and ``verify`` (does it start at the base?); ``streaming`` and ``blocks`` (the same in little memory);
+``one_call`` (all of it), ``start`` (inside a trainer: ``training`` and ``lightning_callback``). Beside these: ``interchange``
+(peft's own CorDA), ``truncation`` (compression), ``plus`` and ``spectra`` (CorDA++, experimental:
+``from corda.plus import select_context``), ``data``, ``records`` and ``texts`` (what calibrates).
+"""
+
+from typing import TYPE_CHECKING
+
+from tenfold.lazy import attach
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AnchoredLinear": "anchor",
-    "ContextStats": "context",
-    "ConversionReport": "convert",
-    "CordaCallback": "lightning_callback",
-    "CordaInit": "config",
-    "CordaTrainerCallback": "training",
-    "CrossMoment": "solvers",
-    "DampedCovariance": "solvers",
-    "FactorSet": "factors",
-    "Factors": "solvers",
-    "InitReport": "convert",
-    "allocate_by_energy": "plus",
-    "allocate_ranks": "plus",
-    "allocate_uniform": "plus",
-    "apply_anchor": "anchor",
-    "apply_corda": "attach",
-    "build_factors": "factors",
-    "collect_context": "context",
-    "compactness": "plus",
-    "component_energies": "plus",
-    "convert_adapter": "convert",
-    "factorize": "solvers",
-    "get_corda_model": "attach",
-    "layer_spectra": "plus",
-    "load_anchor": "anchor",
-    "output_energies": "factors",
-    "preprocess_corda": "interchange",
-    "resolve_targets": "targets",
-    "save_initial": "attach",
-    "select_context": "plus",
-    "select_covariances": "plus",
-    "spectrum": "plus",
-    "stats_from_peft": "interchange",
-    "stats_to_peft": "interchange",
-    "stream_factors": "streaming",
-    "to_lora": "convert",
-    "truncate": "truncation",
-    "truncate_model": "truncation",
-    "uniform_budget": "plus",
-    "verify_init": "convert",
-    "with_ranks": "plus",
-}
-__all__ = [*sorted(_HOMES), "__version__"]
-
 if TYPE_CHECKING:
-    from corda.anchor import AnchoredLinear, apply_anchor, load_anchor
-    from corda.attach import apply_corda, get_corda_model, save_initial
-    from corda.config import CordaInit
-    from corda.context import ContextStats, collect_context
-    from corda.convert import ConversionReport, InitReport, convert_adapter, to_lora, verify_init
-    from corda.factors import FactorSet, build_factors, output_energies
-    from corda.interchange import preprocess_corda, stats_from_peft, stats_to_peft
-    from corda.lightning_callback import CordaCallback
-    from corda.plus import (
-        allocate_by_energy,
-        allocate_ranks,
-        allocate_uniform,
-        compactness,
-        component_energies,
-        layer_spectra,
-        select_context,
-        select_covariances,
-        spectrum,
-        uniform_budget,
-        with_ranks,
-    )
-    from corda.solvers import CrossMoment, DampedCovariance, Factors, factorize
-    from corda.streaming import stream_factors
-    from corda.targets import resolve_targets
-    from corda.training import CordaTrainerCallback
-    from corda.truncation import truncate, truncate_model
+    from corda.anchor import apply_anchor as apply_anchor
+    from corda.anchor import load_anchor as load_anchor
+    from corda.attach import apply_corda as apply_corda
+    from corda.attach import save_initial as save_initial
+    from corda.collecting import collect_context as collect_context
+    from corda.config import CordaInit as CordaInit
+    from corda.context import ContextStats as ContextStats
+    from corda.convert import convert_adapter as convert_adapter
+    from corda.convert import to_lora as to_lora
+    from corda.factors import FactorSet as FactorSet
+    from corda.factors import build_factors as build_factors
+    from corda.interchange import preprocess_corda as preprocess_corda
+    from corda.lightning_callback import CordaCallback as CordaCallback
+    from corda.moments import DampedCovariance as DampedCovariance
+    from corda.one_call import get_corda_model as get_corda_model
+    from corda.solvers import factorize as factorize
+    from corda.streaming import stream_factors as stream_factors
+    from corda.training import CordaTrainerCallback as CordaTrainerCallback
+    from corda.truncation import truncate_model as truncate_model
+    from corda.verify import verify_init as verify_init
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"corda.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'corda' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = attach(__name__, needs={"lightning_callback": "lightning"})

@@ -1,13 +1,13 @@
 """Attach factors beside a base model that is never touched, not even by a rounding.
 
-Instead of W - s B0 A0 + s B A, with the first two put into one weight, an anchored layer computes the same function as
+Instead of (W - s B0 A0) + s B A, where the first two are one weight, an anchored layer computes the same function as
 
     y = W x + s [ B0 (D_A x) + D_B ((A0 + D_A) x) ],    A = A0 + D_A,  B = B0 + D_B
 
-with A0 and B0 frozen and D_A = D_B = 0 at the start. So it starts at the base model bit for bit, W may be quantised, and
-other adapters of the same base stay usable. ("+ s B A - s B0 A0" would not do: (a + t) - t is not a in floating point.)
-The gradients of D_A and D_B are those of A and B; weight decay, however, now pulls towards A0 and B0 instead of zero.
-peft's ``add_weighted_adapter`` mixes A and B themselves, so it is refused: convert by ``to_lora`` first.
+with A0 and B0 frozen and D_A = D_B = 0 at the start. So it starts at the base model bit for bit, W may be quantized, and
+other adapters of the same base stay usable. ("+ s B A - s B0 A0" would not work: (a + t) - t is not a in floating point.)
+The gradients of D_A and D_B are those of A and B; weight decay, however, now pulls toward A0 and B0 instead of zero.
+peft's ``add_weighted_adapter`` mixes A and B themselves, so it is refused: convert with ``to_lora`` first.
 
 Shapes: m outputs, n inputs, rank r; W (m, n), A0 and D_A (r, n), B0 and D_B (m, r).
 """
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from corda.attach import ADAPTER, PREFIX, lora_layers
+from corda.adapters import ADAPTER, PREFIX, lora_layers, read_folder
 from corda.factors import FactorSet
-from corda.targets import FLOATS, UnsupportedLayerError, is_quantised, resolve_targets, shape_of
+from corda.targets import FLOATS, UnsupportedLayerError, is_quantized, resolve_targets, shape_of
 from tenfold import UserError
 
 if TYPE_CHECKING:
@@ -39,19 +39,24 @@ MARK = "anchored_corda"
 def apply_anchor(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig") -> "PeftModel":
     """Wrap the model by peft with anchored layers: y = W x + s [ B0 (D_A x) + D_B ((A0 + D_A) x) ].
 
-    W is read by nobody but the layer itself, so it may be quantised, be it before or after the factors were built. The
-    adapter is trained, saved and resumed by peft like any other; ``load_anchor`` reads what ``save_pretrained`` wrote, and
-    ``to_lora`` makes it a plain LoRA.
+    Only the layer itself reads W, so it may be quantized, before or after the factors were built. The adapter is trained,
+    saved and resumed by peft like any other; ``load_anchor`` reads what ``save_pretrained`` wrote, and ``to_lora`` makes
+    it a plain LoRA.
 
     Args:
-        model: the base model; targets as in ``linear_targets``, so quantised layers of any kind.
-        factors: of this model, or of its unquantised form.
+        model: the base model; targets as in ``linear_targets``, including quantized layers of any kind.
+        factors: factors of this model, or of its unquantized form.
         lora_config: as for ``build_factors``.
 
+    Returns:
+        The ``PeftModel``; train it as any LoRA.
+
     Raises:
-        UserError: the model has an adapter already, is not the one that the factors were made for, is targeted
-            otherwise, or the configuration asks for ``use_dora`` or ``lora_bias``.
-        UnsupportedLayerError: a target is no linear layer.
+        UserError: the model already has an adapter, is not the one that the factors were made for, or the configuration
+            has other targets or asks for ``use_dora`` or ``lora_bias``.
+        UnsupportedLayerError: a target is not a linear layer.
+
+    Source: the form is ours.
     """
     from peft import get_peft_model
 
@@ -70,15 +75,15 @@ def apply_anchor(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig"
 
 
 def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> "PeftModel":
-    """The anchored model again, from the untouched base and a folder of ``save_pretrained``.
+    """Load an anchored model from the untouched base and a folder of ``save_pretrained``.
 
     Args:
         model: the base model that ``apply_anchor`` was given.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        is_trainable: whether D_A and D_B are to be trained on.
+        is_trainable: whether D_A and D_B are to be trained further.
 
     Raises:
-        UserError: the folder holds no anchored adapter, a damaged one, or one of another model.
+        UserError: the folder holds no anchored adapter, a damaged one, or one for another model.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
@@ -112,18 +117,7 @@ def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainabl
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    from peft import LoraConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    settings, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (settings, file):
-        if not path.is_file():
-            raise UserError(f"no {path.name} in {folder}; expected a folder that save_pretrained wrote")
-    try:
-        config: Any = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{settings} is no configuration of peft: {error}") from error
+    config, tensors = read_folder(folder)
     found = getattr(config, "init_lora_weights", None)
     if found == "corda":
         raise UserError(
@@ -132,10 +126,6 @@ def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         )
     if found != MARK:
         raise UserError(f"{folder} holds no anchored adapter; load it by PeftModel.from_pretrained")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
     return config, tensors
 
 
@@ -179,9 +169,9 @@ class AnchoredLinear(lora.Linear):
 
         y = W x + s [ B0 (D_A x) + D_B ((A0 + D_A) x) ],    merged:  W + s [ B0 D_A + D_B (A0 + D_A) ]
 
-    Until ``anchor`` is called for an adapter, that adapter is a plain LoRA, so others may join. D_A and D_B are
-    ``lora_A[adapter].weight`` and ``lora_B[adapter].weight``, where peft and optimisers look for parameters; A0 and B0
-    are buffers beside them and go into the same files.
+    Until ``anchor`` is called for an adapter, that adapter is a plain LoRA, so others may be added. D_A and D_B are
+    ``lora_A[adapter].weight`` and ``lora_B[adapter].weight``, where peft and optimizers look for parameters; A0 and B0
+    are buffers beside them and are saved in the same files.
 
     Shapes: x (..., n) -> y (..., m).
     Source: ours; peft makes it through ``LoraConfig._register_custom_module``.
@@ -197,10 +187,10 @@ class AnchoredLinear(lora.Linear):
         return {(): None}
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
-        """As peft does it; but the settings of an anchored adapter make no other one.
+        """Initialize an adapter as peft does, unless it would be anchored, which only ``apply_anchor`` makes.
 
         Raises:
-            UserError: peft is at mixing an anchored adapter (``add_weighted_adapter``), or at loading a second one.
+            UserError: peft is mixing an anchored adapter (``add_weighted_adapter``), or loading a second one.
         """
         if init_lora_weights == MARK:
             raise UserError("an anchored adapter cannot be mixed or loaded beside others; convert it by to_lora first")
@@ -234,11 +224,11 @@ class AnchoredLinear(lora.Linear):
         """W <- W + s (B A - B0 A0).
 
         Raises:
-            UnsupportedLayerError: W is quantised.
+            UnsupportedLayerError: W is quantized.
         """
-        if is_quantised(self.get_base_layer()):
+        if is_quantized(self.get_base_layer()):
             kind = type(self.get_base_layer()).__name__
             raise UnsupportedLayerError(
-                f"cannot merge into the quantised weight of a {kind}; save it by to_lora instead"
+                f"cannot merge into the quantized weight of a {kind}; save it by to_lora instead"
             )
         super().merge(safe_merge, adapter_names)

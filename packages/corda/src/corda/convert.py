@@ -1,4 +1,4 @@
-"""From a trained adapter to a plain LoRA of the untouched base model, and the check of a start.
+"""From a trained adapter to a plain LoRA of the untouched base model.
 
 Shapes: m outputs, n inputs, rank r; A (r, n), B (m, r), with A0 and B0 what they started from; A' (q, n), B' (m, q).
 """
@@ -9,21 +9,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from corda.adapters import ADAPTER, PREFIX, adapter_state, lora_layers, read_folder, save_adapter
 from corda.anchor import MARK, AnchoredLinear
-from corda.attach import ADAPTER, PREFIX, Attach, _save, adapter_state, lora_layers
-from corda.context import Batch
 from corda.factors import FactorSet
-from corda.targets import UnsupportedLayerError, layer_weight, weight_of
-from tenfold import NonFiniteError, UserError
+from tenfold import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,8 +30,8 @@ class ConvertedLayer:
 
     Attributes:
         rank: q of the saved A' and B'.
-        norm: |s (B A - B0 A0)|_F, what training changed.
-        discarded: Frobenius norm of the part of it that the saved adapter lacks; 0 without recompression.
+        norm: |s (B A - B0 A0)|_F, the size of what training changed.
+        discarded: Frobenius norm of the part that the saved adapter lacks; 0 without recompression.
     """
 
     rank: int
@@ -52,12 +47,12 @@ class ConversionReport:
 
     @property
     def norm(self) -> float:
-        """Of the change in all layers together."""
+        """Frobenius norm of the change in all layers together."""
         return math.hypot(*(layer.norm for layer in self.layers.values()))
 
     @property
     def discarded(self) -> float:
-        """Of the parts left out in all layers together."""
+        """Frobenius norm of the discarded parts of all layers together."""
         return math.hypot(*(layer.discarded for layer in self.layers.values()))
 
 
@@ -72,18 +67,21 @@ def to_lora(
 
         A' = [A - A0; A],  B' = [B0, B - B0],  so that  B' A' = B A - B0 A0
 
-    Nothing cancels: an untrained adapter gives exactly zero. ``rank`` or ``tol`` recompress the 2r rows of A':
+    Nothing cancels: an untrained adapter gives exactly zero. ``rank`` or ``tol`` recompresses the 2r rows of A':
     with A'^T = Q_A R_A, B' = Q_B R_B and R_B R_A^T = U S V^T (2r x 2r), the best B' A' of rank q is
-    (Q_B U_q S_q^1/2) (S_q^1/2 V_q^T Q_A^T), and |(S_q+1, ...)| is what it lacks. O((m + n) r^2), in fp64.
+    (Q_B U_q S_q^1/2) (S_q^1/2 V_q^T Q_A^T), and it lacks |(S_q+1, ...)|. Cost O((m + n) r^2), in fp64.
 
     Args:
         wrapped: the trained model of ``apply_corda`` or ``apply_anchor`` with these factors.
         factors: what it started from; None for an anchored model, which holds its start.
         folder: gets ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all, for
-            ``PeftModel.from_pretrained(untouched, folder)``. What else peft saves of an adapter (trained biases,
-            ``modules_to_save``, ``trainable_token_indices``) goes into it as it is.
-        rank: q, or as many as a layer has where that is less.
-        tol: the smallest q of each layer (at least 1) whose discarded norm is at most ``tol`` times that of the change.
+            ``PeftModel.from_pretrained(untouched, folder)``. Whatever else peft saves with an adapter (trained biases,
+            ``modules_to_save``, ``trainable_token_indices``) is copied as it is.
+        rank: q, or all components of a layer that has fewer.
+        tol: for each layer, the smallest q (at least 1) whose discarded norm is at most ``tol`` times that of the change.
+
+    Returns:
+        What was kept of each layer.
 
     Raises:
         UserError: both ``rank`` and ``tol``, a value out of range, factors that the model was not started from, or a
@@ -102,7 +100,7 @@ def to_lora(
         if ADAPTER in layer.lora_variant:
             variant = type(layer.lora_variant[ADAPTER]).__name__
             raise UserError(f"cannot convert layer {name}, a {variant}: a plain LoRA cannot hold what it has learned")
-    changes = ((name, *_change(name, layer, factors), layer.scaling[ADAPTER]) for name, layer in layers.items())
+    changes = ((name, *change_of(name, layer, factors), layer.scaling[ADAPTER]) for name, layer in layers.items())
     written = {f"{PREFIX}{name}.lora_{x}.{part}" for name in layers for x in "AB" for part in ("weight", "anchor")}
     others = {key: tensor for key, tensor in adapter_state(wrapped).items() if key not in written}
     return _save_changes(changes, config, folder, rank, tol, others)
@@ -116,16 +114,19 @@ def convert_adapter(
     tol: float | None = None,
     base: str | None = None,
 ) -> ConversionReport:
-    """``to_lora`` from folders: no model is loaded, the adapters alone suffice.
+    """``to_lora`` from folders: no model is loaded, the adapters are enough.
 
     Args:
         trained: folder of the trained adapter, as ``save_pretrained`` writes it.
         initial: folder of the adapter that it started from (``save_initial``), or the factors; may be None for an
             anchored adapter, which holds its start.
         folder: as for ``to_lora``.
-        rank: likewise.
-        tol: likewise.
-        base: the untouched base model, for the written configuration; default: as the trained adapter has it.
+        rank: as for ``to_lora``.
+        tol: as for ``to_lora``.
+        base: name of the untouched base model, for the written configuration; default: as in the trained adapter.
+
+    Returns:
+        What was kept of each layer.
 
     Raises:
         UserError: a folder without an adapter, adapters of other layers, shapes or scalings, or as for ``to_lora``.
@@ -168,25 +169,14 @@ def convert_adapter(
 def read_adapter(
     folder: str | os.PathLike[str],
 ) -> tuple[Any, dict[str, dict[str, Tensor]], dict[str, float], dict[str, Tensor]]:
-    """A LoRA folder as it is: peft's configuration, layer -> A and B (and anchors) by their names, layer -> scaling, the rest.
+    """Read a LoRA folder: peft's configuration, layer -> A and B (and anchors), layer -> scaling, other tensors.
 
     Raises:
-        UserError: no adapter there, or one that is no LoRA of linear layers.
+        UserError: no adapter there, or one that is not a LoRA of linear layers.
     """
-    from peft import LoraConfig
     from peft.utils.other import get_pattern_key
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    folder = Path(folder)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise UserError(f"no {file} in {folder}; expected a LoRA adapter that save_pretrained wrote")
-    try:
-        config: Any = LoraConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a LoRA adapter ({error})") from error
+    config, tensors = read_folder(folder)
     layers: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key in sorted(tensors, key=lambda key: [int(part) if part.isdigit() else -1 for part in key.split(".")]):
@@ -209,7 +199,7 @@ def read_adapter(
 
 
 def _start_of(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A0 and B0 of a layer as it was saved at the start, or anchored at any time."""
+    """A0 and B0 of a layer that was saved at its start, or of an anchored one saved at any time."""
     A, B = (parts.get(f"lora_{x}.anchor", parts[f"lora_{x}.weight"]) for x in "AB")
     return A, B
 
@@ -231,7 +221,7 @@ def _save_changes(
     tol: float | None,
     others: Mapping[str, Tensor],
 ) -> ConversionReport:
-    """Save A' and B' of each layer, (name, A', B', scaling), recompressed where that is asked for, and other tensors."""
+    """Save A' and B' of each layer, given as (name, A', B', scaling) and recompressed on request, and other tensors."""
     tensors, report, scalings = dict(others), {}, {}
     for name, A, B, scaling in changes:
         left, singular, right = _thin_svd(A, B)
@@ -248,12 +238,21 @@ def _save_changes(
         report[name] = ConvertedLayer(kept, norm, discarded)
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
     _set_ranks(config, {name: layer.rank for name, layer in report.items()}, scalings)
-    _save(config, tensors, folder)
+    save_adapter(config, tensors, folder)
     return ConversionReport(report)
 
 
-def _change(name: str, layer: Any, factors: FactorSet | None) -> tuple[Tensor, Tensor]:
-    """A' (2r, n) and B' (m, 2r) of one layer, whatever way it is attached."""
+def change_of(name: str, layer: Any, factors: FactorSet | None) -> tuple[Tensor, Tensor]:
+    """A' (2r, n) and B' (m, 2r) of one layer, whatever way it is attached.
+
+    Args:
+        name: of the layer, for messages.
+        layer: the LoRA layer of the wrapped model.
+        factors: what it started from; None for an anchored layer, which holds its start.
+
+    Raises:
+        UserError: the layer has another shape than its factors, or is anchored at others.
+    """
     down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     if factors is None:
         A0, B0 = down.anchor, up.anchor
@@ -271,7 +270,7 @@ def _change(name: str, layer: Any, factors: FactorSet | None) -> tuple[Tensor, T
 
 
 def _thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """B A = left @ diag(singular) @ right in fp64, through the small core; k = min(m, n, rows of A) components."""
+    """B A = left @ diag(singular) @ right in fp64, through the small core, with k = min(m, n, rows of A) components."""
     Q_A, R_A = torch.linalg.qr(A.double().T)
     Q_B, R_B = torch.linalg.qr(B.double())
     U, singular, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -285,9 +284,9 @@ def _smallest_rank(singular: Tensor, tol: float) -> int:
 
 
 def _set_ranks(config: Any, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> None:
-    """Ranks as given and each layer's scaling as it was: alpha = s q, or s sqrt(q) with rsLoRA.
+    """Set the given ranks and keep each layer's scaling: alpha = s q, or s sqrt(q) with rsLoRA.
 
-    Patterns name a layer in full: peft takes the first that matches the end of a name, hence the anchor.
+    Patterns name a layer in full and are anchored by ``^``, since peft takes the first that matches the end of a name.
     """
     alphas = {name: _whole(scalings[name] * (math.sqrt(q) if config.use_rslora else q)) for name, q in ranks.items()}
     config.r = Counter(ranks.values()).most_common(1)[0][0]
@@ -298,115 +297,3 @@ def _set_ranks(config: Any, ranks: Mapping[str, int], scalings: Mapping[str, flo
 
 def _whole(alpha: float) -> float:
     return int(alpha) if alpha == int(alpha) else alpha  # JSON then says 16, as people do
-
-
-@dataclass(frozen=True)
-class LayerStart:
-    """How far one layer's effective weight starts from W of the base, which costs no forward pass to tell.
-
-    Attributes:
-        attach: residual (effective is W' + s B A) or anchor (W + s (B A - B0 A0)).
-        units: the largest entry of |W - effective|, in units of the last place of W and W' (the larger one). The one
-            rounding of W' to its dtype makes half a unit; fp64, where the check itself is rounded, up to 2.
-    """
-
-    attach: Attach
-    units: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the layer starts at the base's: exactly if anchored, else up to that rounding."""
-        return self.units <= (0 if self.attach == "anchor" else 2)
-
-
-@dataclass(frozen=True)
-class InitReport:
-    """How far a model starts from its base, over all tokens that are not padding.
-
-    Attributes:
-        max_difference: largest absolute difference of logits.
-        mean_difference: mean absolute difference of logits.
-        kl: mean over tokens of KL(base || wrapped) of the softmax over the last dimension, in nats.
-        layers: of each adapted layer, how far its weight is; not of a quantised one that cannot be dequantised.
-    """
-
-    max_difference: float
-    mean_difference: float
-    kl: float
-    layers: dict[str, LayerStart] = field(default_factory=dict)
-
-    @property
-    def wrong(self) -> list[str]:
-        """Names of the layers that do not start at the base's weights."""
-        return [name for name, layer in self.layers.items() if not layer.holds]
-
-
-def verify_init(base: nn.Module, wrapped: nn.Module, batch: Batch) -> InitReport:
-    """Compare an untouched base model and the model that was just initialised: their logits, and each layer's weight.
-
-    Both are run in evaluation mode and left in the mode that they were in.
-
-    Args:
-        base: the base model as it was (a copy from before ``apply_corda``, which changes the weights).
-        wrapped: the initialised model.
-        batch: keyword arguments of the models, or one tensor; tokens with ``attention_mask`` 0 do not count.
-
-    Shapes: logits (..., classes), in ``output.logits`` or the output itself.
-
-    Raises:
-        UserError: ``base`` is the model inside ``wrapped``, or logits or layers differ in shape.
-        NonFiniteError: NaN or infinity in the logits.
-    """
-    if any(module is base for module in wrapped.modules()):
-        raise UserError("the base model is a part of the initialised one; give an untouched copy")
-    before, after = _logits(base, batch), _logits(wrapped, batch)
-    if before.shape != after.shape:
-        raise UserError(
-            f"the base model's logits are {tuple(before.shape)}, the initialised one's {tuple(after.shape)}"
-        )
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None:
-        before, after = before[mask.bool()], after[mask.bool()]
-    for whose, logits in (("base", before), ("initialised", after)):
-        if not torch.isfinite(logits).all():
-            raise NonFiniteError(f"the {whose} model's logits hold NaN or infinity")
-    difference = (after - before).abs()
-    divergence = F.kl_div(F.log_softmax(after, -1), F.log_softmax(before, -1), reduction="none", log_target=True)
-    layers = {}
-    for name, layer in lora_layers(wrapped).items():
-        with suppress(UnsupportedLayerError):  # for lack of a weight to compare
-            layers[name] = _layer_start(base, name, layer)
-    return InitReport(difference.max().item(), difference.mean().item(), divergence.sum(-1).mean().item(), layers)
-
-
-@torch.no_grad()
-def _layer_start(base: nn.Module, name: str, layer: Any) -> LayerStart:
-    W, frozen = weight_of(base, name), layer_weight(layer.get_base_layer(), name)
-    if W.shape != frozen.shape:
-        raise UserError(f"layer {name} is {tuple(W.shape)} in the base model, {tuple(frozen.shape)} in the other one")
-    anchored = hasattr(layer.lora_A[ADAPTER], "anchor")
-    A, B = _change(name, layer, None) if anchored else (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-    change = layer.scaling[ADAPTER] * (B.double() @ A.double())
-    gap = (W.double() - frozen.double() - change).abs()
-    kind = torch.finfo(W.dtype)
-    top = torch.maximum(W.abs(), frozen.abs()).double().clamp_min(kind.tiny)
-    unit = kind.eps * 2.0 ** (torch.frexp(top).exponent - 1)
-    return LayerStart("anchor" if anchored else "residual", (gap / unit).max().item())
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    with _evaluating(model), torch.no_grad():
-        output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    logits: Tensor = getattr(output, "logits", output)
-    return logits.double()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -1,4 +1,4 @@
-"""The factors of all layers of a model, out of its weights and the calibration statistics."""
+"""The factors of all layers of a model, from its weights and the calibration statistics."""
 
 import dataclasses
 import itertools
@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from corda.algebra import STRIP
 from corda.config import CordaInit
 from corda.context import ContextStats, agreed
-from corda.solvers import STRIP, CrossMoment, DampedCovariance, Factors, factorize
+from corda.moments import CrossMoment, DampedCovariance
+from corda.solvers import Factors, factorize
 from corda.targets import Target, resolve_targets, shape_of, weight_of
 from tenfold import NonFiniteError, UserError, checkpoints
 from tenfold.distributed import rank, world_size
@@ -37,13 +39,13 @@ class LayerReport:
         rank: r.
         scaling: LoRA's factor in front of B A.
         sigma_first: the largest adapted singular value of W C_d^p.
-        sigma_last: the smallest.
-        null: directions left out because the weight is rank-deficient.
+        sigma_last: the smallest adapted singular value.
+        null: number of directions left out because the weight is rank-deficient.
         solver: how the singular vectors were found.
-        precision: of that solve.
-        iterations: of the randomised solver.
-        seconds: of that solve.
-        output_energy: the share of the layer's output energy in the adapted directions; None where it was left out.
+        precision: precision of the solve.
+        iterations: iterations of the randomized solver.
+        seconds: duration of the solve.
+        output_energy: share of the layer's output energy in the adapted directions; None where it was not computed.
     """
 
     shape: tuple[int, int]
@@ -65,11 +67,11 @@ class FactorSet:
     """Factors of every target of a model.
 
     Attributes:
-        factors: layer -> ``Factors``.
+        factors: layer -> its factors.
         targets: layer -> rank and scaling.
         layers: layer -> what was done.
         init: the settings.
-        fingerprint: of the model that the factors were made for; None for factors without statistics.
+        fingerprint: fingerprint of the model that the factors were made for; None for factors without statistics.
     """
 
     factors: dict[str, Factors]
@@ -79,10 +81,10 @@ class FactorSet:
     fingerprint: str | None
 
     def report(self, energies: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Settings and layers as plain values that JSON holds.
+        """Settings and layers as plain values for JSON.
 
         Args:
-            energies: of ``output_energies``, to be reported beside them.
+            energies: layer -> output energy, as ``output_energies`` finds it.
         """
         energies = energies or {}
         layers = {name: dataclasses.asdict(self.layers[name]) for name in self.layers}
@@ -91,16 +93,18 @@ class FactorSet:
         return {"init": dataclasses.asdict(self.init), "fingerprint": self.fingerprint, "layers": layers}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with everything in it, whole or not at all."""
-        from corda import __version__
-
+        """Write everything to one safetensors file, whole or not at all."""
         tensors = {f"{name}.{part}": getattr(f, part) for name, f in self.factors.items() for part in TENSORS}
         config = {"targets": self.targets, "layers": self.layers, "init": self.init, "fingerprint": self.fingerprint}
-        checkpoints.save(path, tensors, method=METHOD, version=__version__, config=config)
+        checkpoints.save(path, tensors, method=METHOD, config=config)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FactorSet":
-        """Read what ``save`` wrote; a ``UserError`` names a file that is something else."""
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: no such file, or a file that is something else.
+        """
         checkpoint = checkpoints.load(path, method=METHOD)
         config = checkpoint.config
         targets = {name: Target(**target) for name, target in config["targets"].items()}
@@ -121,7 +125,7 @@ class FactorSet:
 
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
-"""Gives back the names that it is given, one when the work on it begins, as progress bars do."""
+"""Yields the names that it is given, each when the work on it begins, like a progress bar."""
 
 
 def build_factors(
@@ -134,20 +138,20 @@ def build_factors(
 ) -> FactorSet:
     """Solve every layer that ``lora_config`` targets; layers of one input share its damped covariance.
 
-    In a process group of several ranks, all of them must call it, with the same statistics (``ContextStats.reduce``). Each
-    input's layers are then solved by one rank, and all get its outcome, so that replicas start identical.
+    In a process group of several ranks, all of them must call it, with the same statistics (``ContextStats.reduce``). The
+    layers of one input are then solved by one rank, and all ranks receive its factors, so that replicas start identical.
 
     Args:
         model: the plain base model; stays untouched.
         stats: of this model; None with ``power=0``.
         lora_config: targets, ranks, alpha and their patterns, as peft resolves them.
         init: default ``CordaInit()``.
-        progress: is given the names of what this rank solves (one for all layers of an input), such as ``tqdm``.
+        progress: wraps the names of what this rank solves (one for all layers of an input), such as ``tqdm``.
 
     Raises:
         UserError: a rank above its layer's size, a layer without statistics, statistics of another model, a layer
-            that is no linear one with floating-point weights of its own, or ranks with different statistics; if on one
-            rank, on all of them.
+            that is not a linear one with floating-point weights of its own, or processes with different statistics; an
+            error on one rank is raised on all of them.
         NonFiniteError: NaN or infinity in a weight, with the layer's name.
     """
     init = init or CordaInit()
@@ -183,15 +187,15 @@ def solve_layers(
     energies: bool = False,
     progress: Progress = iter,
 ) -> Solved:
-    """``build_factors`` for some layers of a model, whose statistics may cover more.
+    """``build_factors`` for some layers of a model; the statistics may cover more.
 
     Args:
         model: the plain base model.
         targets: the layers.
-        stats: of them; None with ``power=0``.
+        stats: statistics of these layers; None with ``power=0``.
         init: the settings.
-        spend: give the statistics' memory back layer by layer: they are empty afterwards.
-        energies: also report output energies.
+        spend: True frees the statistics' memory layer by layer: they are empty afterwards.
+        energies: True also reports output energies.
         progress: as for ``build_factors``.
     """
     groups = agreed(lambda: {name: stats.group(name) if stats else name for name in targets})
@@ -221,7 +225,7 @@ def solve_layers(
 def _solve_group(
     model: nn.Module, targets: Mapping[str, Target], stats: ContextStats | None, init: CordaInit, *, energies: bool
 ) -> Solved:
-    """The layers of one input."""
+    """Solve the layers of one input."""
     solved = {}
     shared: Tensor | DampedCovariance | CrossMoment | None = None
     for name, target in targets.items():
@@ -257,7 +261,7 @@ def _solve_group(
 
 
 def _check_equal(stats: ContextStats | None, targets: dict[str, Target], init: CordaInit) -> None:
-    """Raise on every rank unless all hold the same statistics."""
+    """Raise ``UserError`` on every rank unless all hold the same statistics."""
     held: list[Any] = [targets, init]
     if stats:
         held += [stats.fingerprint, stats.groups, stats.tokens, stats.samples, stats.traces]
@@ -271,7 +275,7 @@ def _check_equal(stats: ContextStats | None, targets: dict[str, Target], init: C
 
 
 def _owners(model: nn.Module, groups: Mapping[str, str]) -> dict[str, int]:
-    """Group -> the rank that solves it: the most expensive ones first, each to the rank that has least to do."""
+    """Group -> the rank that solves it: the most expensive groups first, each to the rank with the least work so far."""
     if world_size() == 1:
         return dict.fromkeys(groups.values(), 0)
     costs: Counter[str] = Counter()
@@ -287,7 +291,7 @@ def _owners(model: nn.Module, groups: Mapping[str, str]) -> dict[str, int]:
 
 
 def _exchanged(model: nn.Module, solved: Solved, owners: Mapping[str, int]) -> Solved:
-    """What all ranks have solved, on each of them."""
+    """What all ranks have solved, sent to each of them."""
     parts = {
         name: (dataclasses.replace(found, **dict.fromkeys(TENSORS, None)), found.A.dtype, layer)  # type: ignore[arg-type]
         for name, (found, layer) in solved.items()
@@ -310,11 +314,20 @@ def _exchanged(model: nn.Module, solved: Solved, owners: Mapping[str, int]) -> S
 
 
 def output_energies(model: nn.Module, stats: ContextStats, factors: FactorSet) -> dict[str, float]:
-    """For each layer of the plain base model, the share of its output energy that lies in the adapted directions.
+    """Share of each layer's output energy that lies in the adapted directions.
 
         |U^T W X|^2 / |W X|^2    on the calibration text
 
-    It takes a product W C a layer, which costs more than the randomised solver; so ``build_factors`` leaves it out.
+    It takes a product W C per layer, which costs more than the randomized solver, so ``build_factors`` does not compute it.
+
+    Args:
+        model: the plain base model.
+        stats: statistics of this model.
+        factors: factors of this model.
+
+    Raises:
+        UserError: a layer without statistics.
+        NonFiniteError: NaN or infinity in a weight or a covariance.
     """
     return {
         name: output_energy(weight_of(model, name), stats.moment(name), found.left)
@@ -325,7 +338,13 @@ def output_energies(model: nn.Module, stats: ContextStats, factors: FactorSet) -
 def output_energy(weight: Tensor, covariance: Tensor | CrossMoment, left: Tensor) -> float:
     """|U^T W X|^2 / |W X|^2 = tr(U^T W C W^T U) / tr(W C W^T): the share of the output energy along U.
 
-    ``covariance`` is C, or the cross moment W C.
+    Args:
+        weight: W (m, n).
+        covariance: C (n, n), undamped, or the cross moment W C.
+        left: U (m, r), orthonormal.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the weight or the covariance.
     """
     U = left.double()
     UWC = UW = torch.zeros((), dtype=torch.float64, device=U.device)

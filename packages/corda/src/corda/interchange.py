@@ -1,8 +1,8 @@
 """CorDA as peft spells it: ``preprocess_corda`` in place of peft's own, and the two files that it reads and writes.
 
-peft initialises in two steps: ``preprocess_corda`` leaves singular vectors on each target, from which ``get_peft_model``
+peft initializes in two steps: ``preprocess_corda`` leaves singular vectors on each target, from which ``get_peft_model``
 with ``init_lora_weights="corda"`` makes A, B and the residual. Here the first step is ours, with our statistics and our
-solvers; the second one stays peft's. A training script keeps all its lines but the import.
+solvers; the second one remains peft's. A training script changes only its import.
 """
 
 import dataclasses
@@ -17,25 +17,26 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from corda.collecting import collect_context
 from corda.config import MODES, CordaInit
-from corda.context import ContextStats, collect_context, fingerprint
+from corda.context import ContextStats, fingerprint
 from corda.factors import FactorSet, build_factors
 from corda.targets import Target, resolve_targets, weight_of, writable_weight
-from tenfold import UserError
+from tenfold import UserError, checkpoints
 from tenfold.errors import MissingExtraError, did_you_mean
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 KNOWS_CONV1D = (0, 19)
-"""The peft whose ``corda_init`` does; those before leave a wrong residual where the layer is square."""
+"""First version of peft whose ``corda_init`` knows Conv1D; earlier ones leave a wrong residual where the layer is square."""
 
 FilePath = str | os.PathLike[str]
 
 
 class _Eigens(NamedTuple):
-    """What peft's ``corda_init`` asks of a layer: Sigma_S (r,), U_S (m, r) and W^T U_S Sigma_S^-1 (n, r)."""
+    """What peft's ``corda_init`` expects on a layer: Sigma_S (r,), U_S (m, r) and W^T U_S Sigma_S^-1 (n, r)."""
 
     S_WC: Tensor
     U_WC: Tensor
@@ -48,31 +49,32 @@ def preprocess_corda(
     run_model: Callable[[], object] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Make a model ready for ``get_peft_model`` with ``init_lora_weights="corda"``; stands in for peft's function.
+    """Prepare a model for ``get_peft_model`` with ``init_lora_weights="corda"``; replaces peft's function of this name.
 
         S_WC = Sigma_S,  U_WC = U_S,  V_WC = W^T U_S Sigma_S^-1        as ``eigens`` of each targeted layer
         peft then takes  B = U_WC sqrt(S_WC / s),  A = sqrt(S_WC / s) V_WC^T,  so that s B A = U_S U_S^T W
 
     Samples may come in batches and padded: each row is a sample of its own, and tokens that the forward pass's
-    ``attention_mask`` leaves out do not count. Training flags and hooks are afterwards as they were, and no attribute but
-    ``eigens`` is left, also when ``run_model`` raises.
+    ``attention_mask`` leaves out do not count. Training flags and hooks are restored, and no attribute but ``eigens`` is
+    left, also when ``run_model`` raises.
 
-    Of ``lora_config.corda_config``, ``corda_method``, ``cache_file`` (the eigens) and ``covariance_file`` count: each file
-    is read if it is there and not empty, the cache first, and otherwise written, whole or not at all. ``verbose``,
+    Of ``lora_config.corda_config``, ``corda_method``, ``cache_file`` (the eigens) and ``covariance_file`` are used: each
+    file is read if it exists and is not empty, the cache first, and otherwise written, whole or not at all. ``verbose``,
     ``use_float16_for_covariance`` (the sums are fp64, the file fp32) and ``prune_temporary_fields`` (there are none)
     have no effect.
 
     Args:
         model: the plain base model.
-        lora_config: the very configuration that ``get_peft_model`` gets next; targets, ranks and patterns as there,
-            ``"all-linear"`` and the model's default targets included.
-        run_model: runs the calibration samples through the model; not called where a file makes it unnecessary.
+        lora_config: the configuration that ``get_peft_model`` gets next; targets, ranks and patterns as there, including
+            ``"all-linear"`` and the model's default targets.
+        run_model: function that runs the calibration samples through the model; not called where a file makes it
+            unnecessary.
         hooked_model: the model that ``run_model`` runs, if it is another one with layers of the same names.
 
     Raises:
         UserError: no ``corda_config``, no ``run_model`` where it is needed, a file that is not peft's or of other layers
-            or ranks, a rank above its layer's size, or a layer that is no linear one with a weight of its own.
-        UnsupportedLayerError: a quantised layer: what peft does next replaces its weight.
+            or ranks, a rank above its layer's size, or a layer that is not a linear one with a weight of its own.
+        UnsupportedLayerError: a quantized layer: what peft does next replaces its weight.
         TargetNotReachedError: a target that ``run_model`` never ran through; the message names it.
         NonFiniteError: NaN or infinity in a layer's input or weight, with the layer's name.
         MissingExtraError: peft's module for CorDA needs attrs, which peft itself does not install.
@@ -123,14 +125,19 @@ def stats_from_peft(path: FilePath, model: nn.Module, lora_config: "LoraConfig")
     """Read a ``covariance_file``, peft's or ours, as statistics of the layers that ``lora_config`` targets.
 
     Such a file holds means of an unknown number of samples: the counts are 0 and the scale is ``none``, so the outcome
-    cannot be added to statistics that are means of known numbers. Neither does it say of which model it is: only shapes
-    are checked. Layers of one parent with equal covariances count as having one input.
+    cannot be added to statistics that are means of known numbers. It does not say which model it belongs to either: only
+    shapes are checked. Layers of one parent with equal covariances are taken to share an input.
+
+    Args:
+        path: the file.
+        model: the plain base model.
+        lora_config: its targets are read.
 
     Raises:
-        UserError: not such a file, a target is missing in it, or a covariance does not fit its layer.
+        UserError: not such a file, a target that is missing in it, or a covariance that does not fit its layer.
     """
-    found = _read(path, "covariance_file")
     targets = resolve_targets(model, lora_config)
+    found = checkpoints.read_foreign(path, option="covariance_file", names=targets.keys()).tensors
     moments: dict[str, Tensor] = {}
     groups: dict[str, str] = {}
     for name in targets:
@@ -150,13 +157,17 @@ def stats_from_peft(path: FilePath, model: nn.Module, lora_config: "LoraConfig")
 
 
 def stats_to_peft(stats: ContextStats, path: FilePath) -> None:
-    """Write the covariance of each layer, fp32, as a ``covariance_file``; layers of one input share it there too."""
+    """Write the covariance of each layer in fp32 as a ``covariance_file``, where layers of one input share it too.
+
+    Raises:
+        UserError: cross moments, which hold no covariance.
+    """
     shared = {group: stats.covariance(group).float().cpu() for group in stats.moments}
     _write({name: shared[group] for name, group in stats.groups.items()}, path)
 
 
 def _type_of_peft() -> Any:
-    """``CordaEigens``, imported late: its module imports attrs, which not everybody has who has peft."""
+    """``CordaEigens``, imported late: its module imports attrs, which peft does not install."""
     try:
         from peft.tuners.lora.corda import CordaEigens
     except ModuleNotFoundError as error:
@@ -182,7 +193,8 @@ def _write_cache(eigens: Mapping[str, _Eigens], path: FilePath) -> None:
 
 
 def _read_cache(path: FilePath, model: nn.Module, targets: Mapping[str, Target]) -> dict[str, _Eigens]:
-    cache = _read(path, "cache_file")
+    names = [f"{name}.eigens.{key}" for name in targets for key in _Eigens._fields]
+    cache = checkpoints.read_foreign(path, option="cache_file", names=names).tensors
     eigens = {}
     for name, target in targets.items():
         weight = weight_of(model, name)
@@ -197,27 +209,13 @@ def _read_cache(path: FilePath, model: nn.Module, targets: Mapping[str, Target])
 
 
 def _filled(path: FilePath | None) -> TypeGuard[FilePath]:
-    """Whether there is a file to be read; an empty one, as ``mktemp`` makes it, is there to be written."""
+    """Whether there is a file to be read; an empty one, as ``mktemp`` makes it, is to be written."""
     return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0
 
 
 def _write(tensors: Mapping[str, Tensor], path: FilePath) -> None:
     with replacing(path) as temporary:
         torch.save(dict(tensors), temporary)
-
-
-def _read(path: FilePath, kind: str) -> dict[str, Tensor]:
-    """The tensors of one of peft's files, on the CPU; nothing but tensors is unpickled."""
-    wrong = f"{path} is no {kind} of peft: expected a dictionary of tensors that torch.save wrote"
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged file makes torch raise nearly anything, bare assertions included
-        raise UserError(wrong) from error
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        raise UserError(wrong)
-    return found
 
 
 def _entry(found: Mapping[str, Tensor], key: str, path: FilePath) -> Tensor:

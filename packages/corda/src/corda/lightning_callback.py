@@ -1,19 +1,17 @@
-"""The same start for Lightning: a callback for modules that hold a model wrapped by peft."""
+"""The callback for Lightning, for modules that hold a model wrapped by peft."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda.attach import Attach
-from corda.config import CordaInit
-from corda.context import Data
+from corda.collecting import Data
+from corda.config import Attach, CordaInit
 from corda.start import Start
 from tenfold import UserError
-from tenfold.errors import MissingExtraError
+from tenfold.errors import needs
 
-try:
-    import lightning as L
-except ModuleNotFoundError as error:
-    raise MissingExtraError('lightning is not installed; pip install "corda[lightning]"') from error
+needs("lightning", "lightning", "corda")
+
+import lightning as L  # noqa: E402
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,14 +20,17 @@ if TYPE_CHECKING:
 class CordaCallback(L.Callback):
     """For ``lightning.Trainer``: CorDA on the adapter of a model that the LightningModule holds.
 
-    It starts the adapter before the optimisers are made and keeps the factors as ``corda_start.safetensors`` in the
-    folder; a run resumed by ``ckpt_path`` takes them from there, and is refused on another base model. At the end of the
+    It starts the adapter before the optimizers are made and saves the factors as ``corda_start.safetensors`` in the
+    folder; a run resumed by ``ckpt_path`` reads them from there, and is refused on another base model. At the end of the
     fit it writes ``lora/`` into the folder: a plain LoRA for the untouched base model.
 
     Args:
-        data, init, attach, memory_budget: as for ``CordaTrainerCallback``.
+        data: as for ``CordaTrainerCallback``.
+        init: as for ``CordaTrainerCallback``.
+        attach: as for ``CordaTrainerCallback``.
+        memory_budget: as for ``CordaTrainerCallback``.
         model: name of the LightningModule's attribute that is the ``PeftModel``.
-        folder: default: the trainer's ``default_root_dir``.
+        folder: where factors and outcome are saved; default: the trainer's ``default_root_dir``.
 
     Raises:
         UserError: (in fit) as ``CordaTrainerCallback``, or there is no such attribute.
@@ -50,7 +51,7 @@ class CordaCallback(L.Callback):
         self._path = folder
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start the adapter; a checkpoint is loaded over it afterwards."""
+        """Start the adapter; Lightning then loads a checkpoint over it."""
         if stage != "fit" or self._start.factors is not None:
             return
         wrapped, folder = self._wrapped(pl_module), self._folder(trainer)
@@ -61,7 +62,7 @@ class CordaCallback(L.Callback):
             self._start.restore(wrapped, folder, recorded=None, trained=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Goes into every checkpoint."""
+        """What is recorded in every checkpoint: fingerprint, attach, and a digest of the factors."""
         return dict(self._start.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

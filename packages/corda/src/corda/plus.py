@@ -4,18 +4,16 @@ Experimental because its equations are second-hand: of the paper (Yang et al., "
 Task-aware Low-rank Adaptation with Less Forgetting and Faster Convergence", arXiv 2506.13187) only the abstract and
 summaries were read; Eq. 7 to 10 follow an independent transcription, and neither its pool size nor its tables are known.
 
-The paper's: compactness pi, the selection score, the allocation score, the greedy loop and its two stopping rules. Ours:
-the damping and normalization of C before pi, the pooled sum as candidate 0, the choice by group, ties, at least one rank
-for every layer, the loop as one sort, and the allocations by energy and uniform.
+From the paper: compactness pi, the selection score, the allocation score, the greedy loop and its two stopping rules. Ours:
+the damping and normalization of C before pi, the pooled sum as candidate 0, the choice by group, ties, at least rank 1 for
+every layer, the loop as one sort, and the allocations by energy and uniform.
 
 Symbols as in ``corda.solvers``: W (m, n), C (n, n), C_d = C + lambda I, M = W C_d^p, k = min(m, n), sigma_1 >= ... >= sigma_k
 the singular values of M.
 """
 
-import copy
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
@@ -26,8 +24,9 @@ from torch import Tensor, nn
 
 from corda.config import MODES, CordaInit
 from corda.context import ContextStats
-from corda.solvers import DampedCovariance
-from corda.targets import linear, resolve_targets, shape_of, weight_of
+from corda.moments import DampedCovariance
+from corda.spectra import as_damped, extreme_eigenvalues, pi_of, spectrum
+from corda.targets import check_same_layers, resolve_targets, weight_of
 from tenfold import NonFiniteError, UserError
 from tenfold.errors import did_you_mean
 
@@ -41,122 +40,13 @@ TIE = 1e-9
 """Selection scores that differ by no more than this, or this share, are a tie: eigenvalues of c I carry c's rounding."""
 
 
-def compactness(covariance: Tensor | DampedCovariance, out_features: int, damping: float = CordaInit.damping) -> float:
-    """pi(C) of a layer's input; lower is more compact. Experimental.
-
-        pi(C) = sqrt(d_out sigma_max) / sigma_min      of C_d / mean(diag C_d)
-
-    The paper's: the formula, from the bound |dY|_1 <= pi(C) sigma on how far outputs move when the component of singular
-    value sigma is dropped. Ours: C_d instead of C, since pi of a rank-deficient C is infinite, and its normalization to a
-    mean diagonal of 1. Unnormalized, pi(c C) = pi(C) / sqrt(c): with enough tokens log pi would turn negative, which
-    reverses every score that it multiplies. Normalized, sigma_max >= 1 >= sigma_min, so pi >= sqrt(d_out) >= 1 always.
-
-    Args:
-        covariance: C (n, n) undamped, or a ``DampedCovariance``, which brings its own damping.
-        out_features: d_out, rows of the weight.
-        damping: delta, relative to the mean of the diagonal; of a plain C.
-
-    Raises:
-        UserError: C is not square or has no positive diagonal.
-        NonFiniteError: NaN or infinity in C.
-
-    Source: arXiv 2506.13187, second-hand.
-    """
-    return _compactness(_extremes(_damped(covariance, damping)), out_features)
-
-
-def _damped(covariance: Tensor | DampedCovariance, damping: float) -> DampedCovariance:
-    return covariance if isinstance(covariance, DampedCovariance) else DampedCovariance(covariance, damping)
-
-
-def _extremes(context: DampedCovariance) -> tuple[float, float]:
-    """sigma_max and sigma_min of C_d / mean(diag C_d); what bounds them in exact arithmetic bounds them here."""
-    C_d = context.times(torch.eye(context.size, dtype=torch.float64))
-    mean = C_d.diagonal().mean().item()
-    values = torch.linalg.eigvalsh(C_d)
-    return max(values[-1].item() / mean, 1.0), min(max(values[0].item(), context.damping) / mean, 1.0)
-
-
-def _compactness(extremes: tuple[float, float], out_features: int) -> float:
-    largest, smallest = extremes
-    pi = math.sqrt(out_features * largest) / smallest
-    assert pi >= 1, "log pi < 0, in spite of the normalization"
-    return pi
-
-
-def spectrum(weight: Tensor, context: DampedCovariance | None, power: float = 1.0) -> Tensor:
-    """All singular values of M = W C_d^p, (k,) fp64, descending. Experimental.
-
-    By LAPACK's SVD of M without vectors. Measured against 60 digits (``mpmath``), with cond(C) from 1e3 to 1e12: the
-    relative error of the worst value, the smallest, stays below 0.1 eps cond(M), 2e-13 at cond(M) = 1e4 and 1e-10 at 8e6;
-    eigenvalues of the Gram matrix of M were off by 9e-10 and 3e-4. Eigenvalues of M's Gram matrix for the upper half and of
-    the inverse's for the lower half agree with the SVD to 2e-11 at cond(M) = 8e6, took 0.8 to 1.4 times its time (1536 x
-    512, 512 x 2048, 768 x 768; one thread), lose in the middle what the SVD loses at the end, and fail for a rank-deficient
-    weight: not worth a second way.
-
-    Args:
-        weight: W (m, n), any float dtype.
-        context: C_d of the layer's input; None with ``power=0``.
-        power: p: 1, 0.5 or 0.
-
-    Raises:
-        UserError: the covariance is missing or does not fit the weight, or another power.
-        NonFiniteError: NaN or infinity in the weight or the covariance.
-    """
-    M = _operator(weight, context, power)
-    return torch.linalg.svdvals(M if M.shape[0] >= M.shape[1] else M.T.contiguous())
-
-
-def _operator(weight: Tensor, context: DampedCovariance | None, power: float) -> Tensor:
-    """W C_d^p in fp64; for p = 1/2, W times the Cholesky factor, which has the same singular values and left vectors."""
-    CordaInit(power=power)
-    if weight.ndim != 2:
-        raise UserError(f"a weight is a matrix, got shape {tuple(weight.shape)}")
-    W = weight.detach().double()
-    if not torch.isfinite(W.sum()):
-        raise NonFiniteError("the weight holds NaN or infinity")
-    if power == 0:
-        return W
-    if context is None:
-        raise UserError(f"power {power} needs a covariance")
-    if context.size != W.shape[1]:
-        raise UserError(f"a covariance of {context.size} inputs does not fit a weight of {W.shape[1]} inputs")
-    return context.after(W) if power == 1 else W @ context.cholesky.to(W)
-
-
-def component_energies(
-    weight: Tensor, covariance: Tensor, *, power: float = 1.0, damping: float = CordaInit.damping
-) -> Tensor:
-    """What each component adds to the layer's output energy, exactly: (k,) fp64, in the order of ``spectrum``.
-
-        e_i = |u_i u_i^T W X|_F^2 = u_i^T W C W^T u_i,      sum_i e_i = tr(W C W^T)
-
-    u_i is the i-th left singular vector of M; C is undamped. Ours, not of the paper, which orders components by a bound on
-    these. The order is that of sigma_i, so the energies need not descend.
-
-    Args:
-        weight: W (m, n).
-        covariance: C (n, n), undamped.
-        power: p in M.
-        damping: delta of C_d in M.
-
-    Raises:
-        UserError: shapes do not fit, another power, or C has no positive diagonal.
-        NonFiniteError: NaN or infinity in the weight or the covariance.
-    """
-    context = DampedCovariance(covariance, damping)
-    left = torch.linalg.svd(_operator(weight, context, power), full_matrices=False).U
-    parts_kn = left.T @ weight.detach().double()
-    return ((parts_kn @ covariance.to(parts_kn)) * parts_kn).sum(dim=1).clamp_min(0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """Which candidate each layer takes. Experimental.
 
     Attributes:
         indices: layer -> index of its candidate.
-        scores: layer -> score of every candidate; the least one is taken (by group: of the sum over its layers).
+        scores: layer -> score of every candidate; the lowest one wins (by group: the lowest sum over its layers).
         compactness: layer -> pi of the candidate that it takes.
     """
 
@@ -174,30 +64,30 @@ def select_covariances(
     power: float = 1.0,
     damping: float = CordaInit.damping,
 ) -> Selection:
-    """Dynamic covariance selection: each layer takes the candidate of the least score. Experimental.
+    """Dynamic covariance selection: each layer takes the candidate with the lowest score. Experimental.
 
         score(C_i) = log pi(C_i) * sum_j sigma_j / sigma_1,      sigma of W C_i^p                                 (Eq. 7, 8)
 
     The two factors pull against each other. The second one, nuclear over spectral norm, is between 1 and k and falls as W C
-    concentrates on few directions; log pi rises as the eigenvalues of C part, but only as a logarithm. So of two candidates
-    with the same pi the one that concentrates W C more wins, and of two that both leave directions unused (where damping
-    sets sigma_min) the one that uses fewer. But the score is not monotone: for W = I and n = 16, eigenvalues from 0.5 to 1.5
+    concentrates on few directions; log pi rises as the eigenvalues of C spread, but only as a logarithm. So of two candidates
+    with the same pi, the one that concentrates W C more wins, and of two that both leave directions unused (where damping
+    sets sigma_min), the one that uses fewer. But the score is not monotone: for W = I and n = 16, eigenvalues from 0.5 to 1.5
     score 24 and lose against equal ones, which score 22; powers of 0.3 score 10.
 
-    The paper's: the score, the least one, each layer by itself. Ours: damped and normalized C (see ``compactness``), ties
-    (within ``TIE``) to the lower index, and ``per="group"``, the least sum of scores over the layers of one input.
+    From the paper: the score, its minimum, each layer by itself. Ours: damped and normalized C (see ``compactness``), ties
+    (within ``TIE``) to the lower index, and ``per="group"``, the lowest sum of scores over the layers of one input.
 
     Args:
         weights: layer -> W (m, n).
         candidates: layer -> its covariances (n, n); layers of one input may share the objects, which saves time.
         groups: layer -> group; needed by ``per="group"``.
-        per: layer or group.
+        per: "layer" chooses for each layer, "group" for all layers of a group together.
         power: p; the paper's is 1.
-        damping: delta of plain covariances.
+        damping: delta for plain covariances.
 
     Raises:
-        UserError: layers differ between the arguments, no candidate, numbers of candidates that differ in one group, or a
-            weight that is zero (with the layer's name).
+        UserError: layers differ between the arguments, a layer has no candidate, layers of one group differ in the number of
+            candidates, or a weight is zero (with the layer's name).
         NonFiniteError: NaN or infinity, with the layer's name.
 
     Source: arXiv 2506.13187, second-hand.
@@ -207,8 +97,8 @@ def select_covariances(
     if per == "group":
         if groups is None:
             raise UserError("choosing per group needs the groups")
-        _check_layers("weights", weights, "groups", groups)
-    _check_layers("weights", weights, "candidates", candidates)
+        check_same_layers("weights", weights, "groups", groups)
+    check_same_layers("weights", weights, "candidates", candidates)
     known: dict[int, tuple[DampedCovariance, tuple[float, float]]] = {}
     pis: dict[str, list[float]] = {}
     scores: dict[str, list[float]] = {}
@@ -219,15 +109,15 @@ def select_covariances(
         for candidate in candidates[name]:
             try:
                 if id(candidate) not in known:
-                    context = _damped(candidate, damping)
-                    known[id(candidate)] = context, _extremes(context)
+                    context = as_damped(candidate, damping)
+                    known[id(candidate)] = context, extreme_eigenvalues(context)
                 context, extremes = known[id(candidate)]
                 sigma = spectrum(weight, context, power)
                 if not sigma[0] > 0:
                     raise UserError("its weight is zero")
             except UserError as error:
                 raise type(error)(f"layer {name}: {error}") from error
-            pis[name].append(_compactness(extremes, weight.shape[0]))
+            pis[name].append(pi_of(extremes, weight.shape[0]))
             scores[name].append(math.log(pis[name][-1]) * (sigma.sum() / sigma[0]).item())
     indices = {}
     for name in weights:
@@ -243,7 +133,7 @@ def select_covariances(
 
 
 def _least(scores: Sequence[float]) -> int:
-    """Index of the least score, which is not negative; of a tie, the lowest."""
+    """Index of the lowest score; the first one of a tie."""
     best = min(scores)
     return next(i for i, score in enumerate(scores) if math.isclose(score, best, rel_tol=TIE, abs_tol=TIE))
 
@@ -253,7 +143,7 @@ class ContextSelection:
     """Statistics in which each layer's covariance is that of its candidate. Experimental.
 
     Attributes:
-        stats: to be used as any other: ``build_factors(model, selection.stats, ...)``.
+        stats: statistics like any other: ``build_factors(model, selection.stats, ...)``.
         selection: indices and scores; index 0 is the pooled sum, i the i-th candidate counted from 1.
     """
 
@@ -273,16 +163,16 @@ def select_context(
 
     Args:
         model: the plain base model; stays untouched.
-        lora_config: its targets count, not its ranks.
+        lora_config: its targets are used, not its ranks.
         candidates: at least two, from ``collect_context`` on separate parts of the data. Their sum is candidate 0 (ours),
             so that a layer for which no part is better than the whole keeps the whole. The paper's number is unknown; ours
             is 4, for 256 windows in all.
         init: ``power`` and ``damping`` are used; default ``CordaInit()``.
-        per: layer, or group: layers of one input then keep one covariance, and share the work on it later on.
+        per: "layer", or "group": layers of one input then keep one covariance, and later share the work on it.
 
     Raises:
-        UserError: fewer than two candidates, of another model or of different layers or scales; ``power=0``, which has no
-            covariance; or as for ``select_covariances``.
+        UserError: fewer than two candidates, candidates of another model or of different layers or scales, ``power=0``,
+            which has no covariance, or as for ``select_covariances``.
     """
     init = init or CordaInit()
     if init.power == 0:
@@ -316,7 +206,7 @@ def select_context(
 
 
 def _merged(pool: Sequence[ContextStats], groups: Mapping[str, str], indices: Mapping[str, int]) -> ContextStats:
-    """Statistics that hold, for each layer, the sums of its candidate; layers of one input and candidate share them."""
+    """Statistics that hold the sums of each layer's candidate; layers of one input and one candidate share them."""
     leaders: dict[tuple[str, int], str] = {}
     for name, index in indices.items():
         leaders.setdefault((groups[name], index), name)
@@ -330,54 +220,6 @@ def _merged(pool: Sequence[ContextStats], groups: Mapping[str, str], indices: Ma
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerSpectra:
-    """What ``allocate_ranks`` decides by, layer -> value. Experimental.
-
-    Attributes:
-        spectra: sigma (k,), descending.
-        compactness: pi.
-        shapes: (m, n).
-    """
-
-    spectra: dict[str, Tensor]
-    compactness: dict[str, float]
-    shapes: dict[str, tuple[int, int]]
-
-
-def layer_spectra(
-    model: nn.Module, stats: ContextStats, lora_config: "LoraConfig", init: CordaInit | None = None
-) -> LayerSpectra:
-    """Spectra, compactness and shapes of all layers that ``lora_config`` targets. Experimental.
-
-    Args:
-        model: the plain base model; stays untouched.
-        stats: of this model, as collected or as selected.
-        lora_config: its targets count, not its ranks.
-        init: ``power`` and ``damping`` are used; default ``CordaInit()``.
-
-    Raises:
-        UserError: statistics of another model, or a layer without statistics.
-        NonFiniteError: NaN or infinity, with the layer's name.
-    """
-    init = init or CordaInit()
-    stats.check_model(model)
-    targets = list(resolve_targets(model, lora_config))
-    spectra, pis, shapes = {}, {}, {}
-    for leader in dict.fromkeys([stats.group(name) for name in targets]):
-        context = DampedCovariance(stats.covariance(leader), init.damping)
-        extremes = _extremes(context)
-        for name in (name for name in targets if stats.groups[name] == leader):
-            weight = weight_of(model, name)
-            try:
-                spectra[name] = spectrum(weight, context, init.power)
-            except UserError as error:
-                raise type(error)(f"layer {name}: {error}") from error
-            pis[name] = _compactness(extremes, weight.shape[0])
-            shapes[name] = (weight.shape[0], weight.shape[1])
-    return LayerSpectra(_ordered(spectra, targets), _ordered(pis, targets), _ordered(shapes, targets))
-
-
 def _ordered(by_layer: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
     return {name: by_layer[name] for name in names}
 
@@ -386,7 +228,7 @@ def uniform_budget(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
     """Parameters of adapters that all have rank R: sum (m + n) R.
 
     Raises:
-        UserError: no layer, or a rank that some layer cannot have.
+        UserError: no layer, or a rank that a layer cannot have.
     """
     _check_rank(shapes, rank)
     return rank * _per_rank(shapes)
@@ -405,10 +247,10 @@ def _check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
 
 
 def allocate_uniform(shapes: Mapping[str, tuple[int, int]], budget: int) -> dict[str, int]:
-    """The same rank for every layer, the largest that the budget pays for: floor(budget / sum (m + n)).
+    """The same rank for every layer, the largest that the budget allows: floor(budget / sum (m + n)).
 
     Raises:
-        UserError: the budget pays for less than rank 1, or for more than the smallest layer can have.
+        UserError: the budget is too small for rank 1, or gives a rank that the smallest layer cannot have.
     """
     rank = budget // max(1, _per_rank(shapes))
     try:
@@ -428,18 +270,18 @@ def allocate_ranks(
     """Dynamic rank allocation: ranks by layer under one budget of parameters for all. Experimental.
 
         rho_l = 1 at first;  score_l = log pi_l * sigma_(k - rho_l + 1) / sum_(j = 1 .. k - rho_l) sigma_j        (Eq. 9, 10)
-        again and again: rho_l += 1 for the layer of the least score
+        repeatedly:  rho_l += 1 for the layer with the lowest score
         kpm:  rank rho_l,      until sum (m + n) rho_l > budget         (above it by at most one step)
         ipm:  rank k - rho_l,  until sum (m + n) (k - rho_l) < budget   (below it by at most one step)
 
-    So kpm gives larger adapters to layers whose spectrum is concentrated, and ipm smaller ones. pi >= 1 makes the scores of
+    So kpm gives larger adapters to layers whose spectrum is concentrated, and ipm smaller ones. Since pi >= 1, the scores of
     a layer ascend with rho, and the loop is one stable sort of the scores of all layers. Where the budget is met exactly,
-    the loop takes one step more, as the stopping rules say.
+    the loop takes one more step, as the stopping rules say.
 
-    The paper's: scores, loop and stopping rules. Ours: of equal scores, the layer that comes first; in ipm, every layer
-    keeps rank 1 at least, since peft has no rank 0 (kpm starts there anyway). Null directions of a rank-deficient weight count
-    as its smallest components, as in the paper; ``factorize`` leaves them out by default, and says so where then too few are
-    left for the rank.
+    From the paper: scores, loop and stopping rules. Ours: of equal scores, the earlier layer; in ipm, every layer keeps at
+    least rank 1, since peft has no rank 0 (kpm starts there anyway). Null directions of a rank-deficient weight count as its
+    smallest components, as in the paper; ``factorize`` leaves them out by default, and raises an error where too few
+    directions are left for the rank.
 
     Args:
         spectra: layer -> sigma (k,), descending, k = min(m, n). Their order settles ties.
@@ -452,12 +294,12 @@ def allocate_ranks(
         Layer -> rank, in the order of ``spectra``.
 
     Raises:
-        UserError: the budget cannot be crossed, layers or sizes do not match, or a value is out of range (which one).
+        UserError: a budget that no ranks cross, layers or sizes that do not match, or a value out of its range.
         NonFiniteError: NaN or infinity in a spectrum or a compactness.
 
     Source: arXiv 2506.13187, second-hand.
     """
-    _check_layers("spectra", spectra, "pis", pis)
+    check_same_layers("spectra", spectra, "pis", pis)
     values = _checked_components(spectra, shapes, "singular values")
     scores = []
     for (name, sigma), pi in zip(values.items(), (pis[name] for name in values), strict=True):
@@ -478,14 +320,17 @@ def allocate_by_energy(
 
         score_l = e_(k - rho_l + 1) / sum_(j = 1 .. k) e_j
 
-    Ours: the bound of the paper exceeds the true change by orders of magnitude. Components leave a layer in the order of
-    their singular values, the ones that ``factorize`` adapts, even where their energies do not ascend.
+    Ours, since the paper's bound exceeds the true change by orders of magnitude. Components leave a layer in the order of
+    their singular values, the order in which ``factorize`` adapts them, even where their energies do not ascend.
 
     Args:
-        energies: layer -> (k,) of ``component_energies``.
+        energies: layer -> its ``component_energies`` (k,).
         shapes: as for ``allocate_ranks``.
-        budget: likewise.
-        mode: likewise.
+        budget: as for ``allocate_ranks``.
+        mode: as for ``allocate_ranks``.
+
+    Returns:
+        Layer -> rank, in the order of ``energies``.
 
     Raises:
         UserError: as for ``allocate_ranks``.
@@ -499,10 +344,10 @@ def allocate_by_energy(
 def _checked_components(
     components: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], what: str
 ) -> dict[str, Tensor]:
-    """Values of the components of all layers, fp64 on the CPU."""
+    """Values of the components of all layers, checked, in fp64 on the CPU."""
     if not components:
         raise UserError("no layer to give ranks to")
-    _check_layers(what, components, "shapes", shapes)
+    check_same_layers(what, components, "shapes", shapes)
     checked = {name: part.detach().to("cpu", torch.float64) for name, part in components.items()}
     for name, part in checked.items():
         if part.shape != (min(shapes[name]),):
@@ -520,10 +365,10 @@ def _checked_components(
 def _allocate(
     scores: Sequence[Tensor], shapes: Mapping[str, tuple[int, int]], names: Sequence[str], budget: int, mode: Mode
 ) -> dict[str, int]:
-    """Ranks after the greedy loop, out of the scores (k - 1,) of every layer's steps rho -> rho + 1.
+    """Ranks after the greedy loop, from the scores (k - 1,) of every layer's steps rho -> rho + 1.
 
-    Taking the least head of several queues again and again is a stable sort by each queue's running maximum: what stands
-    behind a larger score leaves right after it. For ascending scores that is the scores themselves.
+    Repeatedly taking the lowest head of several queues is a stable sort by each queue's running maximum: what stands
+    behind a larger score leaves right after it. For ascending scores the running maximum is the scores themselves.
     """
     if mode not in MODES:
         raise UserError(f"unknown mode '{mode}': {did_you_mean(str(mode), MODES)}")
@@ -550,41 +395,3 @@ def _allocate(
     filtered = 1 + layers[:taken].bincount(minlength=len(names))
     ranks = filtered if mode == "kpm" else sizes - filtered
     return dict(zip(names, ranks.tolist(), strict=True))
-
-
-def _check_layers(first: str, expected: Iterable[str], second: str, given: Iterable[str]) -> None:
-    """Raise ``UserError`` unless both hold the same layers."""
-    for here, names, there, others in ((first, expected, second, given), (second, given, first, expected)):
-        known = set(others)
-        lost = next((name for name in names if name not in known), None)
-        if lost is not None:
-            raise UserError(f"layer {lost} is in the {here} but not in the {there}: {did_you_mean(lost, known)}")
-
-
-def with_ranks(model: nn.Module, lora_config: "LoraConfig", ranks: Mapping[str, int]) -> "LoraConfig":
-    """A copy of ``lora_config`` that gives each layer its rank, at the scaling that it had.
-
-    ``rank_pattern`` and ``alpha_pattern`` are replaced. peft matches their keys as regular expressions against the end of a
-    layer's name; so each key is the full name, escaped, and held to its start by ``^`` (else ``fc`` would be found in
-    ``block.fc`` too).
-
-    Args:
-        model: the plain base model; stays untouched.
-        lora_config: targets, and by r, alpha and rsLoRA the scaling of each layer.
-        ranks: layer -> rank, for exactly the layers that it targets.
-
-    Raises:
-        UserError: other layers than the configuration targets, or a rank that a layer cannot have.
-    """
-    targets = resolve_targets(model, lora_config)
-    _check_layers("targets", targets, "ranks", ranks)
-    config = copy.deepcopy(lora_config)
-    config.rank_pattern, config.alpha_pattern = {}, {}
-    for name, target in targets.items():
-        rank, size = ranks[name], min(shape_of(linear(model, name), name))
-        if not 1 <= rank <= size:
-            raise UserError(f"layer {name}: rank {rank}, expected 1 to {size}")
-        key = f"^{re.escape(name)}"
-        config.rank_pattern[key] = rank
-        config.alpha_pattern[key] = target.scaling * (math.sqrt(rank) if config.use_rslora else rank)
-    return config

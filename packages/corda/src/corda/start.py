@@ -1,12 +1,11 @@
-"""Start an adapter inside a trainer: on a model that peft has wrapped already, with the optimiser's parameters kept.
+"""Start an adapter inside a trainer: on a model that peft has wrapped already, with the optimizer's parameters kept.
 
-Trainers that wrap the model themselves (TRL with ``peft_config``) leave no moment between peft and the optimiser. So the
-callbacks take the freshly wrapped model at the start of the training, compute the factors on the base inside, and write
-them into the parameters that are there. What they started from is kept beside the checkpoints, so that a run resumes on a
-fresh base and ends as a plain LoRA for it.
+Trainers that wrap the model themselves (TRL with ``peft_config``) leave no moment between peft and the optimizer. So the
+callbacks take the freshly wrapped model at the start of the training, compute the factors on the base inside it, and write
+them into the existing parameters. The start is kept beside the checkpoints, so that a run resumes on a fresh base and ends
+as a plain LoRA for it.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,12 +13,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from corda.attach import ADAPTER, Attach, apply_corda, calibrated_factors, lora_layers
-from corda.config import CordaInit
-from corda.context import Data, fingerprint
+from corda.adapters import ADAPTER, lora_layers
+from corda.anchor import MARK, apply_anchor
+from corda.attach import apply_corda
+from corda.collecting import Data
+from corda.config import Attach, CordaInit
+from corda.context import fingerprint
 from corda.convert import to_lora
 from corda.factors import FactorSet
-from tenfold import UserError
+from corda.one_call import calibrated_factors
+from tenfold import UserError, checkpoints
 from tenfold.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 START = "corda_start.safetensors"
 """The factors that a run started from, beside its checkpoints."""
 PLAIN = "lora"
-"""Folder of the outcome as a plain LoRA of the untouched base."""
+"""Folder of the outcome, a plain LoRA of the untouched base."""
 RESIDUAL_MARK = "residual_corda"
 """``init_lora_weights`` in checkpoints that need the residual model: plain peft refuses them instead of misreading them."""
 
@@ -36,20 +39,21 @@ Solve = Callable[[nn.Module, "LoraConfig"], FactorSet]
 
 
 def start_in_place(wrapped: "PeftModel", solve: Solve, attach: Attach, *, fresh: bool) -> FactorSet:
-    """Attach factors to a model that peft has wrapped already; optimisers that hold its parameters stay valid.
+    """Attach factors to a model that peft has wrapped already; optimizers that hold its parameters stay valid.
 
     Args:
-        wrapped: with one plain LoRA, named "default".
-        solve: the factors of the bare base model under a LoRA configuration.
+        wrapped: a model with one plain LoRA, named "default".
+        solve: function that finds the factors of the bare base model under a LoRA configuration.
         attach: "residual" (base weights become W - s B A) or "anchor" (base untouched).
-        fresh: the adapter has to start, and B is zero as peft makes it; False keeps what was trained, with the base
-            under it as it was then.
+        fresh: True starts an adapter whose B is still zero, as peft makes it; False keeps what was trained, and puts the
+            base under it as it was then.
+
+    Returns:
+        The factors that were attached.
 
     Raises:
-        UserError: not a LoRA of peft, one that has been started otherwise, or weights that are sharded over ranks.
+        UserError: not a LoRA of peft, one that was already started or trained, or weights that are sharded over ranks.
     """
-    from corda.anchor import MARK, apply_anchor
-
     _check(wrapped, fresh)
     config: Any = wrapped.peft_config[ADAPTER]
     kept = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
@@ -63,7 +67,7 @@ def start_in_place(wrapped: "PeftModel", solve: Solve, attach: Attach, *, fresh:
             if fresh:
                 parameter.copy_(getattr(owner, leaf))
             setattr(owner, leaf, parameter)
-    wrapped.base_model = attached.base_model  # the same modules, and the book-keeping that belongs to them
+    wrapped.base_model = attached.base_model  # the same modules, and the bookkeeping that belongs to them
     started: Any = wrapped.peft_config[ADAPTER]
     started.init_lora_weights = MARK if attach == "anchor" else RESIDUAL_MARK
     return factors
@@ -89,7 +93,13 @@ class Start:
     """What both callbacks do: start or restore, remember the base, convert at the end.
 
     Args:
-        data, init, attach, memory_budget: as for ``get_corda_model``.
+        data: as for ``get_corda_model``.
+        init: as for ``get_corda_model``.
+        attach: as for ``get_corda_model``.
+        memory_budget: as for ``get_corda_model``.
+
+    Raises:
+        UserError: ``attach`` is none of the choices.
     """
 
     def __init__(
@@ -105,19 +115,25 @@ class Start:
         self.state: dict[str, str] = {}
 
     def begin(self, wrapped: "PeftModel", folder: Path, *, write: bool) -> None:
-        """Calibrate, solve, attach, and keep the factors in the folder."""
+        """Calibrate, solve, attach, and with ``write`` keep the factors in the folder."""
 
         def solve(base: nn.Module, config: "LoraConfig") -> FactorSet:
             self.state = {"fingerprint": fingerprint(base)}
             return calibrated_factors(base, config, self.data, self.init, memory_budget=self.memory_budget)
 
         self.factors = start_in_place(wrapped, solve, self.attach, fresh=True)
-        self.state |= {"attach": self.attach, "factors": _digest(self.factors)}
+        self.state |= {"attach": self.attach, "factors": _digest_of(self.factors)}
         if write:
             self.factors.save(folder / START)
 
     def restore(self, wrapped: "PeftModel", folder: Path, *, recorded: dict[str, str] | None, trained: bool) -> None:
         """Attach the factors of the folder under an adapter that was, or is about to be, loaded from a checkpoint.
+
+        Args:
+            wrapped: as for ``start_in_place``.
+            folder: holds the factors.
+            recorded: state of the checkpoint, to be checked; None where it is checked later.
+            trained: whether the checkpoint has been loaded already.
 
         Raises:
             UserError: the folder's factors, or the base model, are not those of the checkpoint.
@@ -125,7 +141,7 @@ class Start:
         factors = FactorSet.load(folder / START)
 
         def solve(base: nn.Module, config: "LoraConfig") -> FactorSet:
-            self.state = {"fingerprint": fingerprint(base), "attach": self.attach, "factors": _digest(factors)}
+            self.state = {"fingerprint": fingerprint(base), "attach": self.attach, "factors": _digest_of(factors)}
             if recorded is not None:
                 self.check(recorded)
             return factors
@@ -150,10 +166,6 @@ class Start:
         to_lora(wrapped, self.factors, folder / PLAIN)
 
 
-def _digest(factors: FactorSet) -> str:
-    digest = hashlib.sha256()
-    for name, found in factors.factors.items():
-        digest.update(name.encode())
-        for tensor in (found.A, found.B):
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _digest_of(factors: FactorSet) -> str:
+    parts = {f"{name}.{part}": getattr(found, part) for name, found in factors.factors.items() for part in "AB"}
+    return checkpoints.digest(parts)

@@ -1,56 +1,40 @@
 """Factors in little memory: one block of a decoder stack at a time, or several passes, each for a few layers.
 
-The adapted model computes the same function as the base, so what a block gets does not depend on whether earlier ones are
-solved already, and the original weights serve throughout. The hidden states of all batches wait on the CPU between two
-blocks; the statistics of one block are alive at a time.
+The adapted model computes the same function as the base, so a block's input does not depend on whether earlier blocks have
+been solved, and the original weights serve throughout. The hidden states of all batches wait on the CPU between two
+blocks; only the statistics of one block are in memory at a time.
 
-That the stack is a mere chain of blocks is not taken for granted: the first batch goes through it both ways.
+That a stack is a mere chain of blocks is checked: the first batch goes through the model and through the chain.
 """
 
 import contextlib
 import functools
-import inspect
 import math
 import operator
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from corda.blocks import Pass, Recorder, Stack, hidden_of, stacks_of
+from corda.collecting import Batch, Collector, Data, Stop, collect_context, forward
 from corda.config import CordaInit
-from corda.context import (
-    Batch,
-    Collector,
-    ContextStats,
-    Data,
-    Stop,
-    agreed,
-    collect_context,
-    fingerprint,
-    forward,
-    mask_of,
-    quiet_model,
-)
+from corda.context import ContextStats, agreed, fingerprint
 from corda.factors import FactorSet, Progress, Solved, build_factors, solve_layers
 from corda.targets import Target, linear, resolve_targets, shape_of
 from tenfold import UserError
+from tenfold.config import parse_bytes
 from tenfold.distributed import world_size
+from tenfold.modules import evaluating
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-UNITS = {
-    "": 1,
-    **{f"{unit}{i}b": (1024 if i else 1000) ** k for k, unit in enumerate(("", *"kmgt")) for i in ("", "i")},
-}
-"""What follows the number of a memory budget, in small letters -> bytes."""
 ROUNDING = 2
-"""By how many times the precision of its dtype a stack's streamed output may differ from the model's own (in norm)."""
+"""Largest difference (in norm) of a stack's streamed output from the model's own, in units of its dtype's precision."""
 
 
 def stream_factors(
@@ -65,41 +49,42 @@ def stream_factors(
 ) -> FactorSet:
     """Calibrate and solve without ever holding the statistics of the whole model.
 
-    Blocks of a ``ModuleList`` go one after another: all batches through one block, its statistics solved and freed, then
-    the next block; the hidden states of all batches wait on the CPU in the model's dtype, with the masks and position
-    embeddings that the blocks get, equal ones once. Layers elsewhere, and stacks whose blocks turn out to be no chain (a
-    warning says why), are calibrated by passes through the whole model. The outcome is that of ``collect_context`` and
-    ``build_factors``; the statistics are not kept.
+    The blocks of a ``ModuleList`` are handled one after another: all batches go through one block, its layers are solved
+    and its statistics freed, then comes the next block. In between, the hidden states of all batches wait on the CPU in the
+    model's dtype, with the blocks' masks and position embeddings, of which equal ones are kept once. Layers elsewhere, and
+    stacks whose blocks turn out not to be a chain (a warning says why), are calibrated by passes through the whole model.
+    The outcome is that of ``collect_context`` and ``build_factors``; the statistics are not kept.
 
     In a process group of several ranks, all of them must call it, each with its own share of the data, which may be empty.
 
     Args:
         model: the plain base model; as untouched afterwards as by ``collect_context``.
-        data: as for ``collect_context``, but gone through more than once: a list or a ``DataLoader``, not a generator. A
-            function that runs the model itself cannot be streamed by block, and is called once for each pass.
+        data: as for ``collect_context``, but iterated over more than once: a list or a ``DataLoader``, not a generator. A
+            function that runs the model itself cannot be streamed by block, and is called once per pass.
         lora_config: as for ``build_factors``.
         init: default ``CordaInit()``.
         memory_budget: the most that statistics may take at once, in bytes or as ``"6GB"``, ``"512MiB"``; layers are then
             calibrated in several passes, through a block or through the model. Default: as many as one pass needs.
-        energies: also find each layer's share of output energy (``output_energies``), for the report; a product W C a layer.
-        progress: is given the names of the blocks, such as ``tqdm``.
+        energies: True also finds each layer's share of output energy (``output_energies``), for the report; a product W C
+            per layer.
+        progress: wraps the names of the blocks, such as ``tqdm``.
 
     Returns:
-        ``FactorSet``.
+        The factors of all targeted layers.
 
     Raises:
-        UserError: a budget that is no size, or below the statistics of one layer (the message names the least one); data
-            that are used up by one pass; or as for ``collect_context`` and ``build_factors``.
+        UserError: a budget that is not a size, or too small for the statistics of one layer (the message says how much it
+            needs); data that one pass uses up; or as for ``collect_context`` and ``build_factors``.
     """
     init = init or CordaInit()
-    budget = parse_bytes(memory_budget) if memory_budget is not None else None
+    budget = parse_bytes(str(memory_budget), "memory_budget") if memory_budget is not None else None
     if init.power == 0:
         return build_factors(model, None, lora_config, init, progress=progress)
     if isinstance(data, Iterator):
-        raise UserError("the calibration data are used up by one pass; give a list, a DataLoader or a function instead")
+        raise UserError("one pass uses the calibration data up; give a list, a DataLoader or a function instead")
     targets = agreed(lambda: resolve_targets(model, lora_config))
     job = _Job(model, data, targets, init, budget, energies, progress)
-    with quiet_model(model):
+    with evaluating(model):
         solved = job.run()
     return FactorSet(
         {name: solved[name][0] for name in targets},
@@ -108,198 +93,6 @@ def stream_factors(
         init,
         job.fingerprint,
     )
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes of a size such as 6000000000, ``"6GB"`` or ``"512 MiB"``.
-
-    Raises:
-        UserError: no such size, or nothing.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(size).lower())
-    if not found or found[2] not in UNITS or int(float(found[1]) * UNITS[found[2]]) < 1:
-        raise UserError(
-            f"memory_budget '{size}' is no size; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
-        )
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-@dataclass
-class _Stack:
-    """The blocks of one ``ModuleList``, and what an ordinary pass of the first batch has shown of them."""
-
-    name: str
-    blocks: list[nn.Module]
-    called: list[int] = field(default_factory=list)
-    lengths: dict[int, int] = field(default_factory=dict)
-    """Block -> length of the tuple that it returns; 0 for a tensor."""
-    last: object = None
-    """What the last block returned."""
-
-    def holds(self, target: str) -> bool:
-        return target.startswith(f"{self.name}.")
-
-    def of_block(self, index: int, names: Iterable[str]) -> list[str]:
-        prefix = f"{self.name}.{index}"
-        return [name for name in names if name == prefix or name.startswith(f"{prefix}.")]
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within, what the blocks return is noted."""
-
-        def after(index: int) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(block: nn.Module, given: Any, returned: Any) -> None:
-                self.called.append(index)
-                self.lengths[index] = len(returned) if isinstance(returned, tuple | list) else 0
-                self.last = returned
-
-            return hook
-
-        hooks = [block.register_forward_hook(after(index)) for index, block in enumerate(self.blocks)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _stacks(model: nn.Module, targets: Iterable[str]) -> list[_Stack]:
-    """The outermost module lists of at least two blocks that hold targets."""
-    found: list[_Stack] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(stack.holds(name) for stack in found):
-            stack = _Stack(name, list(module))
-            if any(stack.holds(target) for target in targets):
-                found.append(stack)
-    return found
-
-
-@dataclass
-class _Pass:
-    """One batch on its way through a stack: its hidden states, and what else each block gets."""
-
-    hidden: Tensor
-    mask: Tensor | None
-    calls: list["_Arguments"]
-
-    def through(self, index: int, block: nn.Module) -> Tensor:
-        """The hidden states after a block; those before it stay as they are."""
-        device = next((p.device for p in block.parameters()), self.hidden.device)
-        if device.type == "meta":  # offloaded: whoever brings the weights brings the inputs too
-            device = self.hidden.device
-        args, keywords = self.calls[index].around(self.hidden.to(device, copy=True), device)
-        return _hidden_of(block(*args, **keywords))
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """What a block was called with but for the hidden states, whose place is ``place``."""
-
-    args: tuple[Any, ...]
-    keywords: dict[str, Any]
-    place: str | None
-    """A keyword; None: the first argument."""
-
-    def around(self, hidden: Tensor, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args = _mapped(self.args, lambda tensor: tensor.to(device))
-        keywords = _mapped(self.keywords, lambda tensor: tensor.to(device))
-        return (args, {self.place: hidden, **keywords}) if self.place is not None else ((hidden, *args), keywords)
-
-
-def _hidden_of(returned: Any) -> Tensor:
-    first = returned[0] if isinstance(returned, tuple | list) else returned
-    if not isinstance(first, Tensor):
-        raise TypeError(f"a block returns {type(returned).__name__}, not hidden states")
-    return first
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with its tensors changed, inside of tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        parts = [_mapped(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, dict):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    return value
-
-
-class _Recorder:
-    """Takes down what each block of a stack is called with, without running any.
-
-    For that, each block is the identity for a moment. Tensors go to the CPU, and those that are equal in two batches one
-    after another are kept once (as are position embeddings and masks of windows of one length).
-    """
-
-    def __init__(self, model: nn.Module, stack: _Stack) -> None:
-        self.model = model
-        self.stack = stack
-        self._latest: dict[int, list[Tensor]] = {}  # block -> its tensors in the previous batch
-
-    def record(self, batch: Batch) -> _Pass:
-        hidden: list[Tensor] = []
-        calls: list[_Arguments] = []
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def identity(index: int) -> Callable[..., Any]:
-            def called(*args: Any, **keywords: Any) -> Any:
-                place = None if args else _place(self.stack.blocks[index], keywords)
-                given = args[0] if place is None else keywords[place]
-                rest = args[1:], {key: value for key, value in keywords.items() if key != place}
-                before, latest = iter(self._latest.get(index, [])), []
-
-                def keep(tensor: Tensor) -> Tensor:
-                    previous = next(before, None)
-                    if id(tensor) not in seen:
-                        seen[id(tensor)] = tensor, _kept(tensor, previous)
-                    latest.append(seen[id(tensor)][1])
-                    return latest[-1]
-
-                others, named = _mapped(rest, keep)
-                calls.append(_Arguments(others, named, place))
-                self._latest[index] = latest
-                if index == 0:
-                    hidden.append(given.detach().to("cpu", copy=True))
-                if index == len(self.stack.blocks) - 1:
-                    raise Stop
-                length = self.stack.lengths.get(index, 0)
-                return (given, *[None] * (length - 1)) if length else given
-
-            return called
-
-        with _replaced_forwards(self.stack.blocks, identity):
-            forward(self.model, batch)
-        if len(calls) != len(self.stack.blocks):
-            raise UserError(f"a batch takes another way through {self.stack.name} than the first one")
-        return _Pass(hidden[0], mask_of(batch), calls)
-
-
-def _place(block: nn.Module, keywords: Mapping[str, Any]) -> str:
-    """The keyword that holds the hidden states: the first parameter of the block's ``forward``."""
-    return next(name for name in inspect.signature(type(block).forward).parameters if name in keywords)
-
-
-def _kept(tensor: Tensor, previous: Tensor | None) -> Tensor:
-    moved = tensor.detach().to("cpu")
-    if previous is not None and previous.dtype == moved.dtype and torch.equal(previous, moved):
-        return previous
-    return moved.clone() if tensor.device.type == "cpu" else moved
-
-
-@contextlib.contextmanager
-def _replaced_forwards(blocks: Sequence[Any], replacement: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    own = [vars(block).get("forward") for block in blocks]  # accelerate puts one on the object
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = replacement(index)
-        yield
-    finally:
-        for block, found in zip(blocks, own, strict=True):
-            if found is None:
-                del block.forward
-            else:
-                block.forward = found
 
 
 class _Job:
@@ -327,7 +120,7 @@ class _Job:
         self.dry = Collector(self.layers, init, reusable=False, dry=True)
 
     def run(self) -> Solved:
-        stacks = _stacks(self.model, self.targets) if isinstance(self.data, Iterable) else []
+        stacks = stacks_of(self.model, self.targets) if isinstance(self.data, Iterable) else []
         reasons, groups = _common(agreed(lambda: self._first_pass(stacks)), self.dry.groups)
         sizes = self._sizes(groups)
         solved: Solved = {}
@@ -341,8 +134,8 @@ class _Job:
             solved |= self._solve(share, lambda share=share: self._collected(share))  # type: ignore[misc]
         return solved
 
-    def _first_pass(self, stacks: Sequence[_Stack]) -> dict[str, str]:
-        """See which layers share an input; the stacks that cannot be streamed, and why."""
+    def _first_pass(self, stacks: Sequence[Stack]) -> dict[str, str]:
+        """Find out which layers share an input; returns the stacks that cannot be streamed, and why."""
         if not isinstance(self.data, Iterable):
             if self.budget is not None:
                 self._first_call(self.data)
@@ -371,16 +164,17 @@ class _Job:
         finally:
             hook.remove()
 
-    def _why_not(self, stack: _Stack, batch: Batch) -> str:
-        """Why a stack cannot be streamed; empty if the first batch comes out as from the model."""
+    def _why_not(self, stack: Stack, batch: Batch) -> str:
+        """Why a stack cannot be streamed; empty if the first batch gives the model's own output."""
         if stack.called != list(range(len(stack.blocks))):
             return "its blocks are not called one after another, once each"
         try:
-            expected = _hidden_of(stack.last)
-            found = _Recorder(self.model, stack).record(batch)
+            expected = hidden_of(stack.last)
+            found = Recorder(self.model, stack).record(batch)
             for index, block in enumerate(stack.blocks):
                 found.hidden = found.through(index, block)
-        except Exception as error:  # the model itself has just run without one
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
+            # the model itself has just run without one
             return f"block by block it fails ({type(error).__name__}: {error})"
         finally:
             stack.last = None
@@ -389,11 +183,11 @@ class _Job:
             found.hidden.shape != expected.shape
             or not (found.hidden.to(expected) - expected).double().norm() <= allowed
         ):
-            return "block by block, the first batch comes out otherwise than from the model"
+            return "block by block, the first batch gives another output than the model does"
         return ""
 
     def _sizes(self, groups: Mapping[str, str]) -> dict[str, tuple[str, int]]:
-        """Layer -> its group, as far as known, and the bytes of that group's statistics."""
+        """Layer -> its group, as far as it is known, and the bytes of the group's statistics."""
         sizes = {}
         for name in self.targets:
             group = groups.get(name, name)
@@ -405,7 +199,7 @@ class _Job:
         return sizes
 
     def _shares(self, names: Sequence[str], sizes: Mapping[str, tuple[str, int]]) -> list[list[str]]:
-        """The layers, in parts whose statistics fit into the budget; those of one input stay together."""
+        """The layers in parts whose statistics fit into the budget; layers of one input stay together."""
         shares: list[list[str]] = []
         room = 0.0
         for group, size in dict.fromkeys(sizes[name] for name in names):
@@ -416,8 +210,8 @@ class _Job:
             room -= size
         return shares
 
-    def _stream(self, stack: _Stack, sizes: Mapping[str, tuple[str, int]]) -> Solved:
-        """All batches through one block after another, as far as the last one that holds a target."""
+    def _stream(self, stack: Stack, sizes: Mapping[str, tuple[str, int]]) -> Solved:
+        """Send all batches through one block after another, up to the last one that holds a target."""
         passes = agreed(lambda: self._recorded(stack))
         names = [stack.of_block(index, self.targets) for index in range(len(stack.blocks))]
         end = max(index for index, found in enumerate(names) if found)
@@ -430,15 +224,15 @@ class _Job:
                 solved |= self._solve(share, through)
         return solved
 
-    def _recorded(self, stack: _Stack) -> list[_Pass]:
+    def _recorded(self, stack: Stack) -> list[Pass]:
         assert isinstance(self.data, Iterable)
-        recorder = _Recorder(self.model, stack)
+        recorder = Recorder(self.model, stack)
         return [recorder.record(batch) for batch in self.data]
 
     def _through(
-        self, passes: Sequence[_Pass], index: int, block: nn.Module, names: Sequence[str], *, onward: bool
+        self, passes: Sequence[Pass], index: int, block: nn.Module, names: Sequence[str], *, onward: bool
     ) -> ContextStats:
-        """The statistics of some layers of a block; ``onward``, the batches are behind it afterwards."""
+        """The statistics of some layers of a block; with ``onward``, the batches then hold the block's output."""
         collector = Collector({name: self.layers[name] for name in names}, self.init, reusable=False, stops=not onward)
         with collector.attached():
             for batch in passes:
@@ -463,7 +257,7 @@ class _Job:
 
 
 def _common(reasons: dict[str, str], groups: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The same on all ranks: every reason, and the groups of the first rank that has seen any data."""
+    """What all ranks go by: every reason, and the groups of the first rank that has seen any data."""
     if world_size() == 1:
         return reasons, groups
     found: list[Any] = [None] * world_size()

@@ -1,13 +1,16 @@
-"""Which layers of a model an adapter covers, with which rank and scaling (peft itself is asked), and their weights.
+"""Which layers of a model an adapter covers, with which rank and scaling (as peft itself resolves them), and their weights.
 
-Shapes: m outputs, n inputs. Whatever the layer, its weight is given as W (m, n) in floating point, as ``nn.Linear`` has
-it: transposed for transformers' ``Conv1D``, dequantised for a quantised layer.
+Shapes: m outputs, n inputs. The weight of any layer is given as W (m, n) in floating point, as in ``nn.Linear``:
+transposed for transformers' ``Conv1D``, dequantized for a quantized layer.
 """
 
 import copy
 import dataclasses
+import math
+import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +24,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes that hold a weight itself; a float of one byte is worth nothing without its scale."""
+"""Dtypes that hold a weight itself; a float of one byte means nothing without its scale."""
 
 
 class UnsupportedLayerError(UserError, TypeError):
-    """A target that is no linear layer, or whose weight cannot be read or changed as it should be."""
+    """A target that is not a linear layer, or whose weight cannot be read or changed as needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Target:
 
 
 def linear_targets(model: nn.Module) -> list[str]:
-    """Full names of all linear layers but the output head and those that share their weight, in the model's order.
+    """Full names of all linear layers except the output head and those that share their weight, in the model's order.
 
-    Linear are ``nn.Linear``, transformers' ``Conv1D`` and, as quantised layers are, any other module without children
+    Linear are ``nn.Linear``, transformers' ``Conv1D`` and, as quantized layers are, any other module without children
     that has ``in_features`` and ``out_features``.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -73,7 +76,7 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
         UnsupportedLayerError: not a linear layer.
     """
     if not _is_linear(layer):
-        kinds = "nn.Linear, Conv1D or a quantised linear layer"
+        kinds = "nn.Linear, Conv1D or a quantized linear layer"
         raise UnsupportedLayerError(f"layer {name} is a {type(layer).__name__}; expected {kinds}")
     if isinstance(layer, Conv1D):
         return (layer.weight.shape[1], layer.weight.shape[0])
@@ -82,28 +85,33 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """W (m, n) of the linear layer of this name; see ``linear`` and ``layer_weight``, also for the errors."""
+    """W (m, n) of the linear layer of this name.
+
+    Raises:
+        UserError: as for ``linear``.
+        UnsupportedLayerError: as for ``layer_weight``.
+    """
     return layer_weight(linear(model, name), name)
 
 
 def layer_weight(layer: nn.Module, name: str) -> Tensor:
-    """W (m, n) of a linear layer: its own memory where it is kept in floating point, else dequantised.
+    """W (m, n) of a linear layer: the layer's own memory if it is kept in floating point, else dequantized.
 
-    bitsandbytes' layers are dequantised by peft; any other class (HQQ, torchao, quanto ...) through ``dequantize()``, of
+    bitsandbytes' layers are dequantized by peft; any other class (HQQ, torchao, quanto ...) through ``dequantize()``, of
     the layer or of its weight tensor.
 
     Raises:
-        UnsupportedLayerError: not a linear layer, or one that cannot be dequantised.
+        UnsupportedLayerError: not a linear layer, or one that cannot be dequantized.
     """
     shape = shape_of(layer, name)
     kept = _kept(layer)
     if kept is not None:
         return kept.detach().T if isinstance(layer, Conv1D) else kept.detach()
-    W = _dequantised(layer)
+    W = _dequantized(layer)
     if not isinstance(W, Tensor) or W.dtype not in FLOATS or W.shape != shape:
         raise UnsupportedLayerError(
-            f"layer {name} is a {type(layer).__name__} whose weight cannot be dequantised; "
-            "build the factors on the unquantised model and attach them by apply_anchor"
+            f"layer {name} is a {type(layer).__name__} whose weight cannot be dequantized; "
+            "build the factors on the unquantized model and attach them by apply_anchor"
         )
     return W.detach()
 
@@ -113,25 +121,25 @@ def writable_weight(model: nn.Module, name: str) -> Tensor:
 
     Raises:
         UserError: as for ``linear``.
-        UnsupportedLayerError: not a linear layer, or a quantised one.
+        UnsupportedLayerError: not a linear layer, or a quantized one.
     """
     layer = linear(model, name)
-    if is_quantised(layer):
+    if is_quantized(layer):
         raise UnsupportedLayerError(
-            f"layer {name} is a {type(layer).__name__} whose weight is quantised, or no parameter of its own, and "
+            f"layer {name} is a {type(layer).__name__} whose weight is quantized, or no parameter of its own, and "
             "cannot be replaced; apply_anchor (attach='anchor') leaves it as it is"
         )
     return layer_weight(layer, name)
 
 
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether a linear layer keeps its weight otherwise than as a floating-point parameter of that shape."""
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as anything but a floating-point parameter of that shape."""
     kept = _kept(layer)
     return kept is None or layer._parameters.get("weight") is not kept
 
 
-def dequantises(tensor: Tensor) -> bool:
-    """Whether a tensor is of a class that holds quantised values behind a floating-point dtype (torchao, quanto)."""
+def dequantizes(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that holds quantized values behind a floating-point dtype (torchao, quanto)."""
     return type(tensor).dequantize is not Tensor.dequantize
 
 
@@ -139,8 +147,8 @@ def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Ta
     """The layers, ranks and scalings that ``peft.get_peft_model(model, lora_config)`` would give, by full name.
 
     A copy of the model without storage is wrapped, so every option of the configuration counts (``"all-linear"``,
-    patterns, layers to transform, rsLoRA) and the model itself stays untouched. Quantised layers are there as plain
-    ones, so none of their packages need take part.
+    patterns, layers to transform, rsLoRA) and the model itself stays untouched. Plain layers stand in for quantized
+    ones, so none of their packages is needed.
 
     Raises:
         UserError: no layer is targeted, or the model is wrapped by peft already.
@@ -156,7 +164,7 @@ def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Ta
     tensors = [*model.parameters(), *model.buffers()]
     empty: dict[int, Any] = {id(tensor): _without_storage(tensor) for tensor in tensors}
     for name, module in model.named_modules():
-        if _is_linear(module) and is_quantised(module):
+        if _is_linear(module) and is_quantized(module):
             m, n = shape_of(module, name)
             kind = nn.Linear if isinstance(module, nn.Linear) else _StandIn  # "all-linear" takes the former only
             empty[id(module)] = kind(n, m, device="meta")
@@ -176,8 +184,53 @@ def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Ta
     return found
 
 
+def with_ranks(model: nn.Module, lora_config: "LoraConfig", ranks: Mapping[str, int]) -> "LoraConfig":
+    """A copy of ``lora_config`` that gives each layer its rank and keeps its scaling.
+
+    ``rank_pattern`` and ``alpha_pattern`` are replaced. peft matches their keys as regular expressions against the end of a
+    layer's name, so each key is the full name, escaped, and anchored by ``^`` (else ``fc`` would also match
+    ``block.fc``).
+
+    Args:
+        model: the plain base model; stays untouched.
+        lora_config: targets, and the scaling of each layer by r, alpha and rsLoRA.
+        ranks: layer -> rank, for exactly the layers that the configuration targets.
+
+    Raises:
+        UserError: ``ranks`` names other layers than the configuration targets, or a rank that a layer cannot have.
+    """
+    targets = resolve_targets(model, lora_config)
+    check_same_layers("targets", targets, "ranks", ranks)
+    config = copy.deepcopy(lora_config)
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, target in targets.items():
+        rank, size = ranks[name], min(shape_of(linear(model, name), name))
+        if not 1 <= rank <= size:
+            raise UserError(f"layer {name}: rank {rank}, expected 1 to {size}")
+        key = f"^{re.escape(name)}"
+        config.rank_pattern[key] = rank
+        config.alpha_pattern[key] = target.scaling * (math.sqrt(rank) if config.use_rslora else rank)
+    return config
+
+
+def check_same_layers(first: str, expected: Iterable[str], second: str, given: Iterable[str]) -> None:
+    """Raise ``UserError`` unless both hold the same layers.
+
+    Args:
+        first: name of ``expected`` in the message.
+        expected: layers.
+        second: name of ``given``.
+        given: layers.
+    """
+    for here, names, there, others in ((first, expected, second, given), (second, given, first, expected)):
+        known = set(others)
+        lost = next((name for name in names if name not in known), None)
+        if lost is not None:
+            raise UserError(f"layer {lost} is in the {here} but not in the {there}: {did_you_mean(lost, known)}")
+
+
 class _StandIn(nn.Module):
-    """A linear layer that is no ``nn.Linear``, as GPTQ's and HQQ's are not."""
+    """A linear layer that is not an ``nn.Linear``, like those of GPTQ and HQQ."""
 
     def __init__(self, in_features: int, out_features: int, device: str) -> None:
         super().__init__()
@@ -206,16 +259,16 @@ def _is_shared(layer: nn.Module, uses: Counter[int]) -> bool:
 
 
 def _kept(layer: nn.Module) -> Tensor | None:
-    """The weight of a layer that keeps it in floating point, in the layer's own layout."""
+    """The weight of a layer in its own layout; None if it is not kept in floating point."""
     weight = None if hasattr(layer, "dequantize") else getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or dequantises(weight):
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or dequantizes(weight):
         return None
     m, n = shape_of(layer, "")
     fits = weight.shape == ((n, m) if isinstance(layer, Conv1D) else (m, n))  # packed into floats, it does not
     return weight if fits else None
 
 
-def _dequantised(layer: Any) -> Any:
+def _dequantized(layer: Any) -> Any:
     from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
     weight: Any = getattr(layer, "weight", None)
@@ -224,4 +277,4 @@ def _dequantised(layer: Any) -> Any:
         return dequantize_bnb_weight(weight, state=getattr(layer, "state", None))
     if hasattr(layer, "dequantize"):
         return layer.dequantize()
-    return weight.dequantize() if isinstance(weight, Tensor) and dequantises(weight) else None
+    return weight.dequantize() if isinstance(weight, Tensor) and dequantizes(weight) else None

@@ -1,4 +1,4 @@
-"""The callback for ``transformers.Trainer``: ``start`` at the beginning and at the end of a training."""
+"""The callback for ``transformers.Trainer``: it starts the adapter when training begins, and converts it at the end."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from corda.attach import Attach
-from corda.config import CordaInit
-from corda.context import Data
+from corda.collecting import Data
+from corda.config import Attach, CordaInit
 from corda.start import Start
 from tenfold import UserError
 
@@ -16,23 +15,23 @@ from tenfold import UserError
 class CordaTrainerCallback(TrainerCallback):
     """For ``transformers.Trainer`` and what derives from it (TRL): CorDA on the adapter that the model comes with.
 
-    At the start of the training it calibrates on the base model, starts the adapter "default" in place and keeps the
-    factors as ``corda_start.safetensors`` in the output folder. A resumed run takes them from there, and refuses another
-    base model than the one that the checkpoint was trained on. At the end it writes ``lora/`` into the output folder: a
-    plain LoRA for the untouched base model. (The checkpoints themselves hold A and B relative to the start, and say so
-    in ``init_lora_weights``, which plain peft refuses.)
+    When training begins, it calibrates on the base model, starts the adapter "default" in place and saves the factors as
+    ``corda_start.safetensors`` in the output folder. A resumed run reads them from there, and refuses another base model
+    than the one that the checkpoint was trained on. At the end it writes ``lora/`` into the output folder: a plain LoRA for
+    the untouched base model. (The checkpoints themselves hold A and B relative to the start, and say so in
+    ``init_lora_weights``, which plain peft refuses.)
 
     Args:
-        data: calibration batches, as for ``collect_context``; None with ``power=0``. Not the training loader itself:
-            running through it would move its order on.
+        data: calibration batches, as for ``collect_context``; None with ``power=0``. Not the training loader itself, since
+            iterating over it would advance its order.
         init: default ``CordaInit()``.
-        attach: "anchor" leaves the base untouched: bit-exact start, quantised bases, and trainers that switch the adapter
-            off to get the reference model (DPO) find the base model under it. "residual" is the paper's way: W - s B A
-            under the adapter, 2 r (m + n) fewer multiplications a token and layer.
+        attach: "anchor" leaves the base untouched: the start is exact to the bit, the base may be quantized, and trainers
+            that switch the adapter off to get the reference model (DPO) find the base model under it. "residual" is the
+            paper's way: W - s B A under the adapter, 2 r (m + n) fewer multiplications per token and layer.
         memory_budget: as for ``get_corda_model``.
 
     Raises:
-        UserError: (in training) the model is no fresh LoRA of peft, weights are sharded (ZeRO-3, FSDP), or the
+        UserError: (in training) the model is not a fresh LoRA of peft, weights are sharded (ZeRO-3, FSDP), or the
             checkpoint to resume belongs to another base model or another start.
     """
 
@@ -49,7 +48,7 @@ class CordaTrainerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the adapter, or put the base under it as it was."""
+        """Start the adapter, or restore the base under it."""
         records: Any = (
             state.stateful_callbacks
         )  # by name; what is in it goes into trainer_state.json of every checkpoint

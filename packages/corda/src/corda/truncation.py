@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from corda.config import CordaInit
 from corda.context import ContextStats
-from corda.solvers import DampedCovariance
+from corda.moments import DampedCovariance
 from corda.targets import writable_weight
 from tenfold import UserError
 from tenfold.errors import did_you_mean
@@ -39,9 +39,9 @@ def truncate(
         drop: q in [0, min(m, n)]; 0 returns W itself, bit for bit.
         method: see above.
         power: p, for ``cosvd``.
-        alpha: of ``asvd`` (0.5 in its paper). Its paper scales by the mean of |x| of a channel; here it is the root
-            mean square, which the second moment holds.
-        damping: of C.
+        alpha: exponent of ``asvd`` (0.5 in its paper). The paper scales by the mean of |x| of a channel; here it is the
+            root mean square, which the second moment holds.
+        damping: damping of C.
 
     Raises:
         UserError: ``drop`` is out of range, a covariance is missing, or the method or power is none of the choices.
@@ -110,15 +110,15 @@ def truncate_model(
             their share, in [0, 1], rounded down to a number. 1 is one component, 1.0 all of them.
         targets: layer names; default: those of the statistics.
         method: as for ``truncate``.
-        power: likewise.
-        alpha: likewise.
-        damping: likewise.
+        power: as for ``truncate``.
+        alpha: as for ``truncate``.
+        damping: as for ``truncate``.
 
     Returns:
         Layer -> number of components that it has lost.
 
     Raises:
-        UserError: as for ``truncate``, or the statistics are of another model; then no weight has changed.
+        UserError: as for ``truncate``, or statistics of another model; then no weight has changed.
     """
     if isinstance(drop, float) and not 0 <= drop <= 1:
         raise UserError(f"drop is a share of the components, from 0 to 1, or their number as an int; got {drop}")

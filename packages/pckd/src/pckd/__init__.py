@@ -1,67 +1,40 @@
-"""Distill any image classifier into a smaller one: category contrast with preview weights (PCKD), and its baselines."""
+"""Distill any image classifier into a smaller one: category contrast with preview weights (PCKD), and its baselines.
 
-from typing import TYPE_CHECKING, Any
+Read in this order: ``contrast`` (the category contrast), ``losses`` (the terms and their sum), ``tap`` (features of a model
+that is not edited), ``distiller`` (student, teacher and loss as one module), ``views`` (augmented views), ``cache`` (a
+teacher's outputs on disk), ``training`` (the glue to Lightning).
+"""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "CacheMismatchError": "cache",
-    "CategoryContrastLoss": "losses",
-    "CenterAlignLoss": "losses",
-    "ClassifierNotFound": "tap",
-    "ClassifierTap": "tap",
-    "DataError": "data",
-    "Distiller": "distiller",
-    "FeatureAlignLoss": "losses",
-    "LossOutput": "losses",
-    "Losses": "config",
-    "MultiView": "views",
-    "Optimizer": "config",
-    "Outputs": "losses",
-    "PCKDConfig": "config",
-    "PCKDLightning": "training",
-    "PCKDLoss": "losses",
-    "PCKDTask": "distiller",
-    "Preview": "config",
-    "PreviewMonitor": "training",
-    "TeacherCache": "cache",
-    "Views": "config",
-    "category_contrast": "contrast",
-    "dkd_per_sample": "losses",
-    "kd_per_sample": "losses",
-    "preview_weights": "losses",
-}
-__all__ = [*sorted(_HOMES), "__version__"]
+from tenfold.lazy import attach
 
 if TYPE_CHECKING:
-    from pckd.cache import CacheMismatchError, TeacherCache
-    from pckd.config import Losses, Optimizer, PCKDConfig, Preview, Views
-    from pckd.contrast import category_contrast
-    from pckd.data import DataError
-    from pckd.distiller import Distiller, PCKDTask
-    from pckd.losses import (
-        CategoryContrastLoss,
-        CenterAlignLoss,
-        FeatureAlignLoss,
-        LossOutput,
-        Outputs,
-        PCKDLoss,
-        dkd_per_sample,
-        kd_per_sample,
-        preview_weights,
-    )
-    from pckd.tap import ClassifierNotFound, ClassifierTap
-    from pckd.training import PCKDLightning, PreviewMonitor
-    from pckd.views import MultiView
+    from pckd.cache import CacheMismatchError as CacheMismatchError
+    from pckd.cache import TeacherCache as TeacherCache
+    from pckd.config import Losses as Losses
+    from pckd.config import Optimizer as Optimizer
+    from pckd.config import PCKDConfig as PCKDConfig
+    from pckd.config import Preview as Preview
+    from pckd.config import Views as Views
+    from pckd.contrast import category_contrast as category_contrast
+    from pckd.data import DataError as DataError
+    from pckd.distiller import Distiller as Distiller
+    from pckd.distiller import PCKDTask as PCKDTask
+    from pckd.losses import CategoryContrastLoss as CategoryContrastLoss
+    from pckd.losses import CenterAlignLoss as CenterAlignLoss
+    from pckd.losses import FeatureAlignLoss as FeatureAlignLoss
+    from pckd.losses import LossOutput as LossOutput
+    from pckd.losses import Outputs as Outputs
+    from pckd.losses import PCKDLoss as PCKDLoss
+    from pckd.losses import dkd_per_sample as dkd_per_sample
+    from pckd.losses import kd_per_sample as kd_per_sample
+    from pckd.losses import preview_weights as preview_weights
+    from pckd.tap import ClassifierNotFound as ClassifierNotFound
+    from pckd.tap import ClassifierTap as ClassifierTap
+    from pckd.training import PCKDLightning as PCKDLightning
+    from pckd.training import PreviewMonitor as PreviewMonitor
+    from pckd.views import MultiView as MultiView
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"pckd.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'pckd' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__version__ = "0.1.0"
+__all__, __getattr__, __dir__ = attach(__name__)

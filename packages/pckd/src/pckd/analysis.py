@@ -1,7 +1,5 @@
-"""What a training did to features, centers and samples: numbers out of arrays, and their pictures in a run folder."""
+"""What a training did to features, centers and samples, as numbers."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +9,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pckd.config import PCKDConfig, Preview
-from tenfold.claims import Study, mean_ci95
-from tenfold.cli import table
-from tenfold.figures import Curve, Panel, arm_chart, image_grid, line_chart
-from tenfold.runs import Run
-
-SHOWN = 24
-"""Images in the picture of the most previewed ones."""
+from pckd.config import PCKDConfig
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -59,100 +50,6 @@ def most_previewed(
     weight = np.nanmean(np.concatenate([p["weights"] for p in preview]).astype(np.float64), axis=0)
     gamma = np.nanmean(np.concatenate([p["gamma"] for p in preview]).astype(np.float64), axis=0)
     return np.lexsort((-gamma, weight)), weight, gamma
-
-
-def write_previewed(
-    run: Run,
-    preview: Sequence[Mapping[str, NDArray[Any]]],
-    names: Sequence[str],
-    labels: Tensor,
-    classes: Sequence[str],
-    pixels: Any,
-) -> None:
-    """``previewed.csv`` with every training image, the most held back first, and a picture of the first ones.
-
-    Images that stay hard to the end are often mislabeled.
-    """
-    order, weight, gamma = most_previewed(preview)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "image", "label", "mean_weight", "mean_difficulty"])
-    for rank, i in enumerate(order.tolist(), 1):
-        writer.writerow([rank, names[i], classes[int(labels[i])], f"{weight[i]:.4f}", f"{gamma[i]:.3f}"])
-    run.write_text("previewed.csv", text.getvalue())
-    first = order[:SHOWN].tolist()
-    images = pixels(torch.tensor(first)).permute(0, 2, 3, 1).numpy()
-    columns = min(8, len(first))
-    with run.replacing("figures/previewed.png") as path:
-        image_grid(
-            path,
-            [images[i : i + columns] for i in range(0, len(first), columns)],
-            row_titles=[
-                "\n".join(
-                    textline(classes[int(labels[j])] for j in first[i : i + columns][k : k + 4])
-                    for k in range(0, len(first[i : i + columns]), 4)
-                )
-                for i in range(0, len(first), columns)
-            ],
-        )
-
-
-def textline(words: Any) -> str:
-    """Names in one line."""
-    return ", ".join(words)
-
-
-def draw_difficulty(run: Run, preview: Mapping[str, NDArray[Any]], config: Preview, *, weighted: bool) -> None:
-    """Difficulty of the samples by epoch, with the threshold, and the share that is held back, with the mean weight."""
-    gamma, weights = preview["gamma"].astype(np.float64), preview["weights"].astype(np.float64)
-    epochs = len(gamma)
-    x = list(range(1, epochs + 1))
-    levels = {f"{q} % of the samples lie below": np.nanquantile(gamma, q / 100, axis=1).tolist() for q in (50, 90, 99)}
-    curves = {name: Curve(x, values) for name, values in levels.items()}
-    threshold = [config.threshold(e, epochs) for e in x]
-    curves["threshold"] = Curve(x, threshold)
-    panels = [Panel("difficulty of the training images", "epoch", "cross-entropy / mean of the batch", curves)]
-    if weighted:
-        late = {
-            "mean weight": Curve(x, np.nanmean(weights, axis=1).tolist()),
-            "share below the threshold": Curve(x, np.nanmean(gamma <= np.asarray(threshold)[:, None], axis=1).tolist()),
-        }
-        panels.append(Panel("preview", "epoch", "share of the training images", late))
-    line_chart(run.own("figures/difficulty.png"), panels)
-
-
-def draw_accuracy(run: Run, histories: Mapping[str, Sequence[Sequence[float]]], title: str = "accuracy") -> None:
-    """Test accuracy by epoch, mean over seeds with its interval."""
-    curves = {}
-    for arm, rows in histories.items():
-        points = [mean_ci95(values) for values in zip(*rows, strict=True)]
-        low, high = ([(ci or (mean, mean))[i] for mean, ci in points] for i in (0, 1))
-        curves[arm] = Curve(list(range(1, len(points) + 1)), [mean for mean, _ in points], low, high)
-    line_chart(run.own("figures/accuracy.png"), [Panel(title, "epoch", "top-1 on test images (%)", curves)])
-
-
-def decide_comparison(study: Study, methods: Sequence[str]) -> None:
-    """Differences to the first method and to kd, paired by seed; ``holds`` says whether the whole interval is above 0."""
-    for reference in dict.fromkeys([methods[0], *(m for m in methods if m == "kd")]):
-        for method in methods:
-            if method != reference and not (reference == "kd" and method == methods[0]):
-                text = f"top-1 of {method} - top-1 of {reference} (percentage points)"
-                id = f"{method}_over_{reference}".replace("-", "_")
-                study.difference(id, text, (method, "top1"), (reference, "top1"), required=">= 0", main=True)
-
-
-def draw_arms(run: Run, study: Study, methods: Sequence[str]) -> None:
-    """Accuracy of each method with its interval."""
-    values = {method: study.values((method, "top1")).tolist() for method in methods}
-    arm_chart(run.own("figures/methods.png"), values, xlabel="top-1 on test images (%)")
-
-
-def arms_table(study: Study, methods: Sequence[str], metrics: Sequence[str]) -> str:
-    """Means with intervals of the methods."""
-    from tenfold.claims import interval
-
-    rows = [[m, *(interval(*mean_ci95(study.values((m, metric)).tolist())) for metric in metrics)] for m in methods]
-    return table(["method", *metrics], rows)
 
 
 def floor(config: PCKDConfig, labels: Tensor, views: int) -> float:

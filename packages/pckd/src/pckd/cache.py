@@ -1,6 +1,5 @@
 """The teacher's outputs on disk, for augmentation that comes again every k epochs."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,16 +18,6 @@ CARD = "cache.json"
 
 class CacheMismatchError(UserError):
     """A cache of another teacher, other data or other augmentation; the message says what differs."""
-
-
-def fingerprint(tensors: Mapping[str, Tensor] | Iterable[Tensor]) -> str:
-    """Hash of names, shapes and values."""
-    digest = hashlib.sha256()
-    items = tensors.items() if isinstance(tensors, Mapping) else enumerate(tensors)
-    for name, tensor in items:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class TeacherCache:

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pckd.cache import TeacherCache, fingerprint
-from pckd.config import CacheSettings, CompareSettings, Optimizer, TrainSettings, Views
-from pckd.data import Data, Indexed, Split
+from pckd.cache import TeacherCache
+from pckd.config import CacheSettings, Optimizer, TrainSettings, Views
 from pckd.distiller import Distiller
 from pckd.losses import LossOutput, Outputs
-from pckd.models import build, freeze, normalization
+from pckd.models import build, freeze
 from pckd.tap import ClassifierTap
 from pckd.views import MultiView, normalize
+from tenfold.checkpoints import digest
+from tenfold.devices import seed_everything
+from tenfold.images import ImageData, Indexed, Split, read_random_crop
+from tenfold.loading import KeyedLoader
+from tenfold.models import expected_statistics
 from tenfold.runs import Run, plain
-from tenfold.training import KeyedLoader, fit, seed_everything
+from tenfold.training import fit
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -32,15 +36,15 @@ class PCKDLightning(pl.LightningModule):
     made on the device. Validation batches are the same; the upright image alone is used.
 
     Args:
-        distiller: student, teacher, loss.
-        optimizer: settings.
-        epochs: of the whole training.
-        views: of a training image.
-        seed: of the views.
-        resident: (N, 3, H, W) uint8, of the training images, or None.
+        distiller: student, teacher and loss.
+        optimizer: settings of the optimizer.
+        epochs: epochs of the whole training.
+        views: views of a training image.
+        seed: seed of the views.
+        resident: training images (N, 3, H, W) uint8, or None.
         statistics: mean and std of the student's images.
-        teacher_statistics: of the teacher's, where they differ.
-        cache: takes the teacher's place.
+        teacher_statistics: mean and std of the teacher's images, where they differ.
+        cache: outputs of the teacher that take its place.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class PCKDLightning(pl.LightningModule):
         return {"loss": loss.total, "index": index, "gamma": loss.gamma, "weights": loss.weights}
 
     def on_validation_epoch_start(self) -> None:
-        """Count anew."""
+        """Set the counts back."""
         self._right = {}
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -127,8 +131,8 @@ class PreviewMonitor(pl.Callback):
     """Keeps every image's difficulty and preview weight, by epoch; its state is in the checkpoint.
 
     Args:
-        images: in the training set.
-        epochs: of the training.
+        images: number of training images.
+        epochs: epochs of the training.
 
     Attributes:
         gamma: (epochs, images) float16, NaN where an image was not seen.
@@ -142,17 +146,17 @@ class PreviewMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note them."""
+        """Keep difficulty and weight of the batch's images."""
         index = outputs["index"].cpu()
         self.gamma[trainer.current_epoch, index] = outputs["gamma"].cpu().clamp(max=60000).half()
         self.weights[trainer.current_epoch, index] = outputs["weights"].cpu().half()
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """State for the checkpoint."""
         return {"gamma": self.gamma, "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Take the state of a checkpoint."""
         self.gamma, self.weights = state_dict["gamma"], state_dict["weights"]
 
     def arrays(self) -> dict[str, Any]:
@@ -169,7 +173,7 @@ class History(pl.Callback):
         self.best: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note them."""
+        """Keep accuracy, and the weights where they are the best so far."""
         assert isinstance(pl_module, PCKDLightning)
         self.test.append(float(trainer.callback_metrics["test_top1"]))
         if "val_top1" in trainer.callback_metrics:
@@ -178,11 +182,11 @@ class History(pl.Callback):
                 self.best = {k: v.detach().cpu().clone() for k, v in _weights(pl_module.distiller).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """State for the checkpoint."""
         return {"test": self.test, "val": self.val, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Take the state of a checkpoint."""
         self.test, self.val, self.best = list(state_dict["test"]), list(state_dict["val"]), dict(state_dict["best"])
 
     @property
@@ -204,9 +208,9 @@ class Trained:
         model: the student alone, at the reported epoch, in evaluation mode.
         tap: path of its last linear layer.
         top1: accuracy on the test images at that epoch, in percent.
-        last: of the last epoch.
-        best: of the epoch that is best on the test images, which flatters.
-        epoch: that is reported, 1-based.
+        last: accuracy of the last epoch.
+        best: accuracy of the epoch that is best on the test images, which flatters.
+        epoch: the reported epoch, 1-based.
         history: accuracy by epoch.
         preview: gamma and weights (epochs, images).
     """
@@ -226,10 +230,10 @@ class Teacher:
     """A frozen teacher, ready to be run.
 
     Attributes:
-        model: folded where that is possible.
+        model: the model, folded where that is possible.
         plain: the model as it was built, for intermediate maps.
         statistics: mean and std that it expects.
-        hash: of its weights.
+        hash: digest of its weights.
     """
 
     model: nn.Module
@@ -238,28 +242,28 @@ class Teacher:
     hash: str
 
 
-def example_images(data: Data, statistics: Statistics) -> Tensor:
+def example_images(data: ImageData, statistics: Statistics) -> Tensor:
     """Two test images as a model takes them."""
     return normalize(data.test.pixels(torch.arange(min(2, len(data.test)))), *statistics)
 
 
-def load_teacher(spec: str, weights: str | None, data: Data) -> Teacher:
+def load_teacher(spec: str, weights: str | None, data: ImageData) -> Teacher:
     """A teacher from its name and file."""
-    return as_teacher(build(spec, len(data.classes), weights), data, own=weights == "pretrained")
+    return as_teacher(build(spec, len(data.classes), weights, option="--teacher"), data, own=weights == "pretrained")
 
 
-def as_teacher(model: nn.Module, data: Data, *, own: bool = False) -> Teacher:
+def as_teacher(model: nn.Module, data: ImageData, *, own: bool = False) -> Teacher:
     """Freeze a model; ``own`` takes the pixel statistics that a pretrained model came with."""
-    statistics = normalization(model, (data.mean, data.std)) if own else (data.mean, data.std)
+    statistics = (expected_statistics(model) if own else None) or (data.mean, data.std)
     model.eval().requires_grad_(False)
     folded = freeze(model, example_images(data, statistics))
-    return Teacher(folded, model, statistics, fingerprint(model.state_dict()))
+    return Teacher(folded, model, statistics, digest(model.state_dict()))
 
 
-def cache_card(data: Data, views: Views, seed: int, teacher: str) -> dict[str, Any]:
+def cache_card(data: ImageData, views: Views, seed: int, teacher: str) -> dict[str, Any]:
     """What a cache has to be made of to be used."""
     assert data.train.images is not None
-    pixels = fingerprint([data.train.images[:: max(1, len(data.train) // 512)]])
+    pixels = digest([data.train.images[:: max(1, len(data.train) // 512)]])
     return {"teacher": teacher, "data": f"{len(data.train)} images, {pixels}", "views": plain(views), "seed": seed}
 
 
@@ -293,9 +297,8 @@ def loader(split: Split, batch_size: int = 256, workers: int = 0) -> DataLoader[
 
 
 def train_student(
-    data: Data,
-    settings: TrainSettings | CompareSettings,
-    method: str,
+    data: ImageData,
+    settings: TrainSettings,
     *,
     run: Run | None = None,
     stage: str = "",
@@ -303,8 +306,22 @@ def train_student(
     cache: TeacherCache | None = None,
     quiet: bool = False,
 ) -> Trained:
-    """One training from its settings; resumed where the run was interrupted. Seed and length are those of ``settings``."""
-    assert settings.max_epochs is not None
+    """One training from its settings; resumed where the run was interrupted.
+
+    Args:
+        data: the images.
+        settings: settings of the training, its method and its seed.
+        run: the run folder; None writes nothing.
+        stage: name of this training where a run has several.
+        teacher: the frozen teacher; not for method ce.
+        cache: what takes its place.
+        quiet: no progress on stderr.
+
+    Raises:
+        NonFiniteError: the loss or a gradient is NaN or infinite.
+        UserError: the models do not fit the data or each other.
+    """
+    method = settings.chosen_method
     seed_everything(settings.seed)
     statistics = (data.mean, data.std)
     student = build(settings.student, len(data.classes), settings.student_weights).to(memory_format=torch.channels_last)
@@ -327,7 +344,7 @@ def train_student(
     module = PCKDLightning(
         distiller,
         settings.optimizer,
-        epochs=settings.max_epochs,
+        epochs=settings.epochs,
         views=views,
         seed=settings.seed,
         resident=data.train.images,
@@ -336,15 +353,26 @@ def train_student(
         cache=cache if method != "ce" else None,
     )
     train = KeyedLoader(
-        Indexed(data.train, crops=True),
+        Indexed(data.train, read_random_crop),
         seed=settings.seed,
         order=_Order(len(data.train), settings.batch_size),
-        num_workers=0 if resident else settings.reading.workers,
+        num_workers=0 if resident else settings.workers,
     )
-    monitor, history = PreviewMonitor(len(data.train), settings.max_epochs), History()
+    monitor, history = PreviewMonitor(len(data.train), settings.epochs), History()
     splits = [data.test] if data.val is None else [data.test, data.val]
-    validate = [loader(split, workers=settings.reading.workers) for split in splits]
-    fit(module, train, settings, run, validate=validate, callbacks=[monitor, history], stage=stage, quiet=quiet)
+    validate = [loader(split, workers=settings.workers) for split in splits]
+    callbacks = [monitor, history]
+    fit(
+        module,
+        train,
+        settings,
+        run,
+        seed=settings.seed,
+        validate=validate,
+        callbacks=callbacks,
+        stage=stage,
+        quiet=quiet,
+    )
     if history.best:
         student.load_state_dict(history.best)
     path = distiller.student.path
@@ -359,21 +387,6 @@ def train_student(
         history=history.test,
         preview=monitor.arrays(),
     )
-
-
-def train_teacher(data: Data, settings: CompareSettings, run: Run | None, *, quiet: bool = False) -> Trained:
-    """A teacher on the labels alone, one view an image, with the optimizer of the students."""
-    assert settings.teacher is not None
-    own = dataclasses.replace(
-        settings,
-        student=settings.teacher,
-        student_weights=None,
-        tap=settings.teacher_tap,
-        max_epochs=settings.teacher_epochs,
-        views=dataclasses.replace(settings.views, number=1),
-        seed=min(settings.seeds),
-    )
-    return train_student(data, own, "ce", run=run, stage="teacher", quiet=quiet)
 
 
 @torch.no_grad()
@@ -393,7 +406,7 @@ def predict(
     return Outputs(logits, features, parts[0].weight.detach().cpu(), None if bias is None else bias.detach().cpu())
 
 
-def teaching(teacher: Teacher, settings: CacheSettings, data: Data) -> Any:
+def teaching(teacher: Teacher, settings: CacheSettings, data: ImageData) -> Any:
     """(index, epoch) -> the frozen teacher's outputs on the views of that epoch."""
     assert data.train.images is not None
     tap = ClassifierTap(teacher.model, settings.teacher_tap)

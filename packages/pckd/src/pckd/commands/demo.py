@@ -1,4 +1,4 @@
-"""The demonstration: look-alike letters in faces that nobody trained on; what does a small student gain, from which term?
+"""`pckd demo`: look-alike letters in faces that nobody trained on; what does a small student gain, from which term?
 
 For each seed a teacher learns noisy letters of nine typefaces from their labels. Then students of the same feature width and
 a fraction of its size are trained by each method: the same images, views, order, steps and first weights. The test images
@@ -6,6 +6,7 @@ are other letters of three other faces.
 """
 
 import dataclasses
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -13,23 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pckd import analysis
-from pckd.config import (
-    CompareSettings,
-    DataSettings,
-    DemoSettings,
-    KDConfig,
-    Losses,
-    Optimizer,
-    PCKDConfig,
-    Views,
-)
-from pckd.data import Data, from_images
-from pckd.training import as_teacher, predict, train_student, train_teacher
+from pckd.commands import _pictures
+from pckd.config import CompareSettings, DemoSettings, KDConfig, Losses, Method, Optimizer, PCKDConfig, Views
+from pckd.data import from_images
+from pckd.training import as_teacher, predict, train_student
 from tenfold import datasets
 from tenfold.claims import Study, interval, mean_ci95
+from tenfold.cli import Invocation
 from tenfold.figures import image_grid
+from tenfold.images import ImageData
+from tenfold.readers import Images
 from tenfold.report import write_report
 from tenfold.runs import Run
+from tenfold.terminal import show_claims
 
 DATA = "rendered: look-alike letters and digits in the DejaVu faces that matplotlib ships; three faces are for testing only"
 LETTERS = "OQDGCUVYS58BZ2hnrbEFPRgq91lijt"
@@ -46,7 +43,7 @@ TEACHER_EPOCHS = {"quick": 1, "default": 16, "full": 20}
 EPOCHS = {"quick": 1, "default": 6, "full": 6}
 _PCKD = PCKDConfig(align_hidden="4x")
 KD_FA = dataclasses.replace(_PCKD, alpha=0.0, beta=0.0)
-ARMS: dict[str, tuple[str, Losses]] = {
+ARMS: dict[str, tuple[Method, Losses]] = {
     "ce": ("ce", Losses()),
     "kd": ("kd", Losses(kd=KDConfig(ce=1.0, kd=1.0))),
     "dkd": ("dkd", Losses()),
@@ -63,7 +60,7 @@ SHOWN = {"quick": ("ce", "kd", "ckd", "pckd"), "default": ("ce", "kd", "ckd", "p
 
 
 @lru_cache(maxsize=2)
-def letters(seed: int) -> Data:
+def letters(seed: int) -> ImageData:
     """Training and test images of a seed: noisy, some blended with another letter."""
     characters = datasets.glyph_characters()[:62]
     kept = np.asarray([characters.index(c) for c in LETTERS])
@@ -76,7 +73,7 @@ def letters(seed: int) -> Data:
         rng = np.random.default_rng((seed, test))
         images = degrade(drawn.images[here], rng)
         names = tuple(characters[i] for i in np.sort(kept))
-        parts.append(datasets.Images(images, labels.astype(np.int64), names, DATA))
+        parts.append(Images(images, labels.astype(np.int64), names, DATA))
     return from_images(*parts)
 
 
@@ -90,35 +87,31 @@ def degrade(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     return np.clip(np.round(x), 0, 255).astype(np.uint8)
 
 
-def settings_of(
-    arm: str, seed: int, level: str, max_epochs: int | None = None, lr: float | None = None
-) -> CompareSettings:
-    """The settings of one training."""
+def settings_of(arm: str, seed: int, level: str, epochs: int | None = None, lr: float | None = None) -> CompareSettings:
+    """The settings of one arm."""
     return CompareSettings(
         data="glyphs",
         student=STUDENT,
         teacher=TEACHER,
         seeds=[seed],
-        seed=seed,
-        max_epochs=max_epochs or EPOCHS[level],
+        epochs=epochs or EPOCHS[level],
         teacher_epochs=TEACHER_EPOCHS[level],
         clip_norm=5.0,
         log_every=50,
         views=Views(kind="crop", number=2, padding=2, mirror=False),
         optimizer=Optimizer(lr=lr or RATES[arm], schedule="cosine"),
         losses=ARMS[arm][1],
-        reading=DataSettings(),
         device="cpu",
     )
 
 
 def measure(
-    run: Run | None, level: str, seed: int, max_epochs: int | None = None, *, quiet: bool = False
+    run: Run | None, level: str, seed: int, epochs: int | None = None, *, quiet: bool = False
 ) -> dict[str, Any]:
     """Train a teacher and a student of each arm; accuracy and geometry of each on the test images."""
     data = letters(seed)
-    base = settings_of("ce", seed, level, max_epochs)
-    teacher = as_teacher(train_teacher(data, base, None, quiet=quiet).model, data)
+    base = settings_of("ce", seed, level, epochs).of_teacher()
+    teacher = as_teacher(train_student(data, base, quiet=quiet).model, data)
     taught = predict(teacher.plain, data.test, teacher.statistics)
     labels = data.test.labels
     found: dict[str, dict[str, float]] = {
@@ -128,8 +121,9 @@ def measure(
         }
     }
     for arm in SHOWN[level]:
-        own = settings_of(arm, seed, level, max_epochs)
-        done = train_student(data, own, ARMS[arm][0], teacher=teacher, quiet=quiet)
+        own = settings_of(arm, seed, level, epochs)
+        training = own.of_arm(ARMS[arm][0], seed, "of this seed's own teacher")
+        done = train_student(data, training, teacher=teacher, quiet=quiet)
         out = predict(done.model, data.test, (data.mean, data.std), tap=done.tap)
         mean_v = np.nanmean(done.preview["weights"].astype(np.float64), axis=1)
         found[arm] = {
@@ -141,37 +135,36 @@ def measure(
             "last mean weight": float(mean_v[-1]),
         }
         if arm == "pckd" and run is not None and not (run.path / "figures/difficulty.png").exists():
-            analysis.draw_difficulty(run, done.preview, own.losses.pckd.preview, weighted=True)
-            names = [str(i) for i in range(len(data.train))]
-            analysis.write_previewed(run, [done.preview], names, data.train.labels, data.classes, data.train.pixels)
+            _pictures.draw_difficulty(run, done.preview, own.losses.pckd.preview, weighted=True)
+            _pictures.write_previewed(run, [done.preview], data)
     return found
 
 
-def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
-    """Train, measure, decide; writes results, figures, ``report.html`` and the returned summary.
+def run(settings: DemoSettings, invocation: Invocation) -> int:
+    """Train, measure, decide; write results, figures and ``report.html``.
 
     Seeds that the run folder holds results of are not measured again.
     """
-    from pckd import __version__
-
-    level = settings.level
-    seeds = settings.seeds or {"quick": [0], "default": [0, 1], "full": [0, 1, 2, 3, 4]}[level]
-    study = Study(run, package="pckd", version=__version__, command="demo", level=level, data=DATA, seeds=seeds)
-    study.over_seeds(lambda seed: measure(run, level, seed, settings.max_epochs, quiet=quiet))
+    sys.stdout.write(f"data: {DATA}\n")
+    sys.stdout.flush()
+    folder, level = invocation.folder, settings.level
+    seeds = settings.seeds_of({"quick": 1, "default": 2, "full": 5})
+    study = Study(folder, level=level, data=DATA, seeds=seeds)
+    study.over_seeds(lambda seed: measure(folder, level, seed, settings.epochs, quiet=invocation.quiet))
     _decide(study)
-    _note(study)
-    draw(study, run, seeds[0])
+    _note(study, level)
+    draw(study, level, seeds[0])
     summary = study.finish()
     captions = {
-        "letters": "Training images above, test images (faces that were held out) below.",
         "methods": "Accuracy on faces that were held out, mean over seeds with its 95 % interval; a faint dot for each seed.",
+        "letters": "Training images above, test images (faces that were held out) below.",
         "difficulty": "pckd, first seed. Left: difficulty that half, 90 % and 99 % of the samples stay below, and the"
         " threshold. Right: what preview does.",
         "previewed": "pckd, first seed: the training images that were held back most; beside each row, their letters in"
         " order.",
     }
-    write_report(run, "pckd: what a small student gains from a teacher", captions)
-    return summary
+    write_report(folder, "pckd: what a small student gains from a teacher", captions)
+    return show_claims(summary, strict=invocation.strict)
 
 
 def _decide(study: Study) -> None:
@@ -191,14 +184,14 @@ def _decide(study: Study) -> None:
     study.count("weights_rise", text, int(((last > first) & (last >= 0.9)).sum()), seeds, required=f">= {seeds}")
 
 
-def _note(study: Study) -> None:
+def _note(study: Study, level: str) -> None:
     study.note(f"The teacher has {interval(*mean_ci95(study.values(('teacher', 'top1')).tolist()))} % right.")
     effect = study.values(("pckd", "top1")) - study.values(("ckd", "top1"))
     study.note(
         f"Preview itself changes top-1 by {interval(*mean_ci95(effect.tolist()))} points (pckd - ckd) in these short runs;"
         " reported, not required. The paper claims its gain for runs of 240 epochs."
     )
-    arms = SHOWN[study.level]
+    arms = SHOWN[level]
     told = [f"{arm} {interval(*mean_ci95(study.values((arm, 'top1')).tolist()))}" for arm in arms]
     study.note(f"Top-1: {'; '.join(told)}.")
     told = [
@@ -212,8 +205,8 @@ def _note(study: Study) -> None:
     )
 
 
-def draw(study: Study, run: Run, seed: int) -> None:
-    """The letters, and the accuracy of each arm."""
+def draw(study: Study, level: str, seed: int) -> None:
+    """Draw the letters, and the accuracy of each arm."""
     data = letters(seed)
     rng = np.random.default_rng(0)
     rows: list[Any] = []
@@ -222,6 +215,5 @@ def draw(study: Study, run: Run, seed: int) -> None:
         chosen = rng.permutation(len(split))[:24]
         pixels = split.images[chosen].permute(0, 2, 3, 1).numpy()
         rows += [pixels[:12], pixels[12:]]
-    with run.replacing("figures/letters.png") as path:
-        image_grid(path, rows, row_titles=["train", "train", "test", "test"], cell=0.7)
-    analysis.draw_arms(run, study, SHOWN[study.level])
+    image_grid(study.run.figure("letters"), rows, row_titles=["train", "train", "test", "test"], cell=0.7)
+    _pictures.draw_arms(study.run, study, SHOWN[level])

@@ -1,61 +1,71 @@
-"""The demonstration: a small Llama learns facts and English on the spot; then, what does the decomposition keep?
+"""`corda demo`: a small Llama learns facts and English on the spot; then, what does the decomposition keep?
 
 Truncation. A share of the components of every linear layer is dropped by plain SVD, by ASVD (which scales each input
 channel by its strength) and by the context-oriented decomposition, the latter two calibrated on facts or on English. The
 text that is measured was never trained on. The facts that are measured were trained on, since a fact cannot be guessed,
-but they are others than those that calibrate: what is shown is that a context stands for what is like it.
+but they are not the ones that calibrate: this shows that a context stands for what resembles it.
 
-Directions, on text that did not calibrate: how strongly an adapter's input side answers to it (KPM against a random LoRA
+Directions, on text that did not calibrate: how strongly an adapter's input side responds to it (KPM against a random LoRA
 A), and how much of a layer's output energy lies along the adapted directions (IPM against PiSSA, KPM against MiLoRA).
 
 Fine-tuning. Adapters of each start learn Python code until the loss of other code has come down to the same target: how
-many of the facts are still known there, and how many steps did it take?
+many of the facts are still known then, and how many steps did it take?
 """
 
 import copy
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from corda.collecting import collect_context
+from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
+from corda.commands._small_llama import (
+    DATA,
+    MEASURED_WINDOWS,
+    fact_windows,
+    halves,
+    held_out_loss,
+    losses,
+    text_windows,
+    texts,
+    tokenizer,
+    train,
+)
 from corda.config import CordaInit, DemoSettings
-from corda.context import ContextStats, collect_context
+from corda.context import ContextStats
 from corda.factors import output_energy
-from corda.finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
 from corda.solvers import factorize
 from corda.targets import linear_targets, weight_of
 from corda.truncation import truncate_model
-from tenfold import NonFiniteError, datasets
 from tenfold.claims import Study, interval, mean_ci95
-from tenfold.cli import track
+from tenfold.cli import Invocation
+from tenfold.config import Level
 from tenfold.figures import Curve, Panel, line_chart
 from tenfold.report import write_report
 from tenfold.runs import Run
+from tenfold.terminal import show_claims, track
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
-DATA = f"real: {datasets.topics()}; {datasets.standard_library_code()}; facts from {datasets.unicode_names().source}"
-LENGTH = 128
-"""Characters (tokens) of a window."""
-ROWS = {"facts": 5, "text": 3}
-"""Windows of a training batch."""
 CALIBRATION_WINDOWS = {"quick": 64, "default": 128, "full": 256}
-"""256 as in the paper."""
-MEASURED_WINDOWS = 48
+"""Windows that calibrate; 256 as in the paper."""
 DROPS = {"quick": (50,), "default": (25, 50, 75), "full": (10, 25, 50, 75)}
-"""Percent of the components of each layer."""
+"""Percentages of the components of each layer."""
+SEEDS = {"quick": 1, "default": 1, "full": 5}
+"""Number of seeds."""
 STEPS = {"quick": 20, "default": 800, "full": 1200}
 TASK_STEPS = {"quick": 4, "default": 300, "full": 300}
-"""Fine-tuning ends here where the target is not reached; on tuning seeds, all starts needed fewer than 90."""
+"""Steps after which fine-tuning ends if the target is not reached; on tuning seeds, all starts needed fewer than 90."""
 TASK_ROWS = 4
 """Windows of code in a batch of the fine-tuning."""
 TASK_WINDOWS = 32
@@ -63,9 +73,9 @@ TASK_WINDOWS = 32
 EVAL_EVERY = {"quick": 10, "default": 20, "full": 10}
 """Steps between measurements."""
 TARGET = {"quick": 1.9, "default": 1.9, "full": 1.8}
-"""Loss of held-out code (nats a character) that all starts are trained to; higher where the model is trained less."""
+"""Loss of held-out code (nats per character) that all starts are trained to; higher where the model is trained less."""
 TASK_INIT = CordaInit(scale="token_mean")
-"""Every token the same, chosen on tuning seeds: with peft's scale IPM learned far slower and KPM kept less."""
+"""Every token counts the same; on tuning seeds, IPM learned far more slowly with peft's scale, and KPM kept less."""
 STARTS = {name: (arm.label, name, TASK_INIT) for name, arm in ARMS.items()} | {
     "ipm-balanced": ("CorDA-IPM, balanced", "corda-ipm", dataclasses.replace(TASK_INIT, balance="balanced"))
 }
@@ -81,7 +91,7 @@ RATES = {
 """Of 1e-3, 3e-3 and 1e-2 (and 3e-2 where 1e-2 was best), the one with the fewest steps to the full level's target:
 geometric mean over seeds 100 to 102."""
 COMMON_RATE = 3e-3
-"""The same over all starts together."""
+"""The best rate over all starts together."""
 RATE_NAMES = {"tuned": "each with its best learning rate", "common": f"both with the best common rate, {COMMON_RATE:g}"}
 RATE_KINDS = {"quick": ("tuned", "common"), "default": ("common",), "full": ("tuned", "common")}
 METHODS: dict[str, dict[str, Any]] = {"asvd": {"method": "asvd"}, "half": {"power": 0.5}, "corda": {"power": 1.0}}
@@ -99,145 +109,6 @@ COMPARISONS = {
 """Ratio -> whether the method promises it below 1 (else above), in words."""
 
 
-@cache
-def tokenizer() -> "PreTrainedTokenizerFast":
-    """One token a character: printable ASCII and the newline, <unk> for all else."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = ["<unk>", "\n", *map(chr, range(32, 127))]
-    characters = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))  # noqa: S106
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="<unk>", clean_up_tokenization_spaces=False)  # type: ignore[no-untyped-call]  # noqa: S106
-
-
-def encode(text: str) -> Tensor:
-    """Token ids (T,) of a text."""
-    return torch.tensor(tokenizer()(text)["input_ids"])
-
-
-@cache
-def texts(kind: str) -> dict[str, str]:
-    """Paragraphs of the documentation ("text") or of Python source ("code"), none twice, in two parts.
-
-    Nine tenths train and calibrate, the last tenth is measured.
-    """
-    source = {"text": datasets.topics, "code": datasets.standard_library_code}[kind]()
-    paragraphs = list(dict.fromkeys(source.text.split("\n\n")))
-    cut = len(paragraphs) * 9 // 10
-    return {"calibration": "\n\n".join(paragraphs[:cut]), "measured": "\n\n".join(paragraphs[cut:])}
-
-
-@cache
-def token_ids(kind: str) -> dict[str, Tensor]:
-    """The tokens (T,) of ``texts``."""
-    return {part: encode(text) for part, text in texts(kind).items()}
-
-
-def halves(facts: int, seed: int) -> dict[str, list[str]]:
-    """So many facts in two halves that the seed draws: "calibration" and "measured"; both are trained on."""
-    lines = datasets.unicode_names(count=facts).text.splitlines()
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = {"calibration": order[: len(lines) // 2], "measured": order[len(lines) // 2 :]}
-    return {part: [lines[i] for i in sorted(chosen)] for part, chosen in parts.items()}
-
-
-def fact_windows(facts: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
-    """Windows (count, LENGTH) of facts, one a line, in random order; each begins with a newline and a fact."""
-    windows = [""]
-    while len(windows) <= count:
-        for i in torch.randperm(len(facts), generator=generator).tolist():
-            windows[-1] += "\n" + facts[i]
-            if len(windows[-1]) >= LENGTH:
-                windows.append("")
-    return encode("".join(window[:LENGTH] for window in windows[:count])).view(count, LENGTH)
-
-
-def text_windows(kind: str, part: str, count: int, generator: torch.Generator) -> Tensor:
-    """Windows (count, LENGTH) of running text or code at random places."""
-    text = token_ids(kind)[part]
-    starts = torch.randint(len(text) - LENGTH, (count,), generator=generator)
-    return text[starts[:, None] + torch.arange(LENGTH)]
-
-
-def train(facts: dict[str, list[str]], seed: int, steps: int, *, quiet: bool = False) -> "LlamaForCausalLM":
-    """A Llama of 0.6 million parameters, trained from scratch on facts and text.
-
-    Raises:
-        NonFiniteError: the loss is NaN or infinite; the message gives the step.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-        initializer_range=0.08,  # about 1 / sqrt(128); the usual 0.02 is meant for wider models and learns later
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).train()
-    generator = torch.Generator().manual_seed(seed)
-    known = fact_windows(facts["calibration"] + facts["measured"], steps * ROWS["facts"], generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
-    )
-    batches = known.view(steps, ROWS["facts"], LENGTH)
-    for step, rows in enumerate(track(batches, f"seed {seed}: training a small Llama", steps, quiet=quiet)):
-        ids = torch.cat([rows, text_windows("text", "calibration", ROWS["text"], generator)])
-        loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"training the small Llama: the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy (nats a character) of the next token; targets (B, L) of -100 do not count."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-
-
-@torch.no_grad()
-def losses(model: nn.Module, facts: Sequence[str], windows: int | None = None) -> dict[str, float]:
-    """Loss (nats a character) of the facts' names, percentage of facts known, and loss of the held-out text.
-
-    A fact is known when each character of its name, and the newline after it, is the likeliest given those before.
-    """
-    targets = nn.utils.rnn.pad_sequence([encode(f"\n{line}\n") for line in facts], True, -100)
-    ids = targets.clamp_min(0)
-    for row, line in zip(targets, facts, strict=True):
-        row[: 1 + line.index("-> ") + 3] = -100  # the code point is given
-    logits = model(input_ids=ids, use_cache=False).logits
-    right = (logits[:, :-1].argmax(dim=2) == targets[:, 1:]) | (targets[:, 1:] == -100)
-    return {
-        "facts loss": token_loss(logits, targets).item(),
-        "facts known": 100 * right.all(dim=1).double().mean().item(),
-        "text loss": held_out_loss(model, "text", windows or MEASURED_WINDOWS),
-    }
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, kind: str, count: int) -> float:
-    """Loss (nats a character) of evenly spaced windows of the text or code that is neither trained on nor calibrated on."""
-    text = token_ids(kind)["measured"]
-    windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
-    windows = windows[:: len(windows) // count][:count]
-    return token_loss(model(input_ids=windows, use_cache=False).logits, windows).item()
-
-
 def contexts(
     model: nn.Module,
     facts: dict[str, list[str]],
@@ -247,7 +118,7 @@ def contexts(
     seed: int,
     other: Literal["text", "code"] = "text",
 ) -> dict[str, ContextStats]:
-    """Statistics of that part of the facts and of the text or code."""
+    """Statistics of one part of the facts and of the text or code."""
     generator = torch.Generator().manual_seed(seed)
     read = {"facts": fact_windows(facts[part], windows, generator)}
     read[other] = text_windows(other, part, windows, generator)
@@ -266,7 +137,7 @@ def truncation(
     *,
     quiet: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Losses of the whole model, and for each arm what dropping shares of the components adds to them."""
+    """Losses of the whole model, and what dropping shares of the components adds to them in each arm."""
     whole = losses(model, facts)
     arms: dict[str, dict[str, float]] = {"whole": whole}
     calibrated = [(f"{name}-{kind}", stats[kind], method) for name, method in METHODS.items() for kind in stats]
@@ -351,7 +222,7 @@ def fine_tuning(
         torch.manual_seed(seed)
         adapted = attach_arm(arm, copy.deepcopy(model), lora, keep=stats["facts"], learn=stats["code"], init=init)
         how = FinetuneSettings(
-            learning_rate=rate, steps=TASK_STEPS[level], eval_every=EVAL_EVERY[level], target_loss=TARGET[level]
+            learning_rate=rate, steps=TASK_STEPS[level], validate_every=EVAL_EVERY[level], target_loss=TARGET[level]
         )
         found[name, rate] = price(finetune(adapted, batches, evaluate, how), TARGET[level])
     return {arm: found[case] for arm, case in fine_tuned(level).items()}
@@ -388,45 +259,41 @@ def price(trajectory: Trajectory, target: float) -> dict[str, float]:
     return found
 
 
-def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
-    """Train, measure, decide; writes results, a figure, ``report.html``, the first model and the returned summary.
-
-    Seeds that the run folder holds results of are not measured again.
-    """
-    from corda import __version__
-
-    seeds = settings.seeds or (list(range(5)) if settings.level == "full" else [0])
-    steps = settings.steps or STEPS[settings.level]
-    head: dict[str, Any] = {"package": "corda", "version": __version__, "command": "demo", "data": DATA}
-    study = Study(run, level=settings.level, seeds=seeds, **head)
-
-    def measure(seed: int) -> dict[str, dict[str, float]]:
-        facts = halves(settings.facts, seed)
-        model = train(facts, seed, steps, quiet=quiet)
-        if seed == seeds[0]:
-            _save_model(model, facts["calibration"], run)
-        windows = CALIBRATION_WINDOWS[settings.level]
-        stats = contexts(model, facts, "calibration", windows, CordaInit(), seed)
-        drops = DROPS[settings.level]
-        arms = truncation(model, facts["measured"], stats, drops, settings.asvd_alpha, quiet=quiet)
-        unscaled = CordaInit(scale="none")
-        for kind, unseen in contexts(model, facts, "measured", MEASURED_WINDOWS, unscaled, seed).items():
-            arms[f"directions-{kind}"] = directions(model, stats[kind], unseen, settings.rank, seed)
-        stats = contexts(model, facts, "calibration", windows, TASK_INIT, seed, "code")
-        return arms | fine_tuning(model, facts["measured"], stats, settings, seed, quiet=quiet)
-
-    study.over_seeds(measure)
-    _decide(study)
-    _note(study)
-    _draw(study, run)
-    _draw_fine_tuning(study, run)
+def run(settings: DemoSettings, invocation: Invocation) -> int:
+    """Train, measure, decide, draw; 1 with ``--strict`` if a claim fails."""
+    sys.stdout.write(f"data: {DATA}\n")
+    sys.stdout.flush()
+    out, level = invocation.folder, settings.level
+    study = Study(out, data=DATA, seeds=settings.seeds_of(SEEDS), level=level)
+    study.over_seeds(partial(measure, settings, out, invocation.quiet))
+    _decide(study, level)
+    _note(study, level)
+    _draw(study, level)
+    _draw_fine_tuning(study, level)
     summary = study.finish()
     captions = {"truncation": CAPTION, "fine-tuning": TASK_CAPTION}
-    write_report(run, "corda: what the decomposition keeps, and what its adapters do", captions)
-    return summary
+    write_report(out, "corda: what the decomposition keeps, and what its adapters do", captions)
+    return show_claims(summary, strict=invocation.strict)
 
 
-def _decide(study: Study) -> None:
+def measure(settings: DemoSettings, out: Run, quiet: bool, seed: int) -> dict[str, dict[str, float]]:
+    """Train the small Llama of a seed and measure all arms on it; the first seed's model is saved."""
+    level = settings.level
+    facts = halves(settings.facts, seed)
+    model = train(facts, seed, settings.steps or STEPS[level], quiet=quiet)
+    if seed == settings.seeds_of(SEEDS)[0]:
+        _save_model(model, facts["calibration"], out)
+    windows = CALIBRATION_WINDOWS[level]
+    stats = contexts(model, facts, "calibration", windows, CordaInit(), seed)
+    arms = truncation(model, facts["measured"], stats, DROPS[level], settings.asvd_alpha, quiet=quiet)
+    unscaled = CordaInit(scale="none")
+    for kind, unseen in contexts(model, facts, "measured", MEASURED_WINDOWS, unscaled, seed).items():
+        arms[f"directions-{kind}"] = directions(model, stats[kind], unseen, settings.rank, seed)
+    stats = contexts(model, facts, "calibration", windows, TASK_INIT, seed, "code")
+    return arms | fine_tuning(model, facts["measured"], stats, settings, seed, quiet=quiet)
+
+
+def _decide(study: Study, level: Level) -> None:
     known = study.values(("whole", "facts known"))
     text = "seeds whose model knows at least 90 % of the measured facts before anything is dropped"
     study.count("learned", text, int((known >= 90).sum()), len(known), required=f">= {len(known)}")
@@ -445,16 +312,16 @@ def _decide(study: Study) -> None:
     for id, (name, (_, text)) in zip(("gain_kpm", "energy_ipm", "energy_kpm"), COMPARISONS.items(), strict=True):
         count = sum(int(study.values((arm, f"layers, {name}")).sum()) for arm in found)
         study.count(id, f"layers (both contexts, all seeds) where {text}", count, total, required=f">= {total}")
-    _decide_fine_tuning(study)
+    _decide_fine_tuning(study, level)
 
 
-def _decide_fine_tuning(study: Study) -> None:
-    target, seeds = TARGET[study.level], len(study.seeds)
-    runs = {case: arm for arm, case in fine_tuned(study.level).items()}.values()
+def _decide_fine_tuning(study: Study, level: Level) -> None:
+    target, seeds = TARGET[level], len(study.seeds)
+    runs = {case: arm for arm, case in fine_tuned(level).items()}.values()
     reached, total = sum(int(study.values((arm, "reached")).sum()) for arm in runs), len(runs) * seeds
-    text = f"fine-tunings on code (all starts, rates and seeds) that reach a loss of {target} nats a character"
+    text = f"fine-tunings on code (all starts, rates and seeds) that reach a loss of {target} nats per character"
     study.count("target", text, reached, total, required=f">= {total}")
-    for kind in RATE_KINDS[study.level]:
+    for kind in RATE_KINDS[level]:
         lora, kpm = (study.values((f"{kind}-{name}", "facts lost")) for name in ("lora", "corda-kpm"))
         lost = "0.8 times the facts (%) that LoRA loses until then, minus those that CorDA-KPM loses"
         estimate, ci95 = mean_ci95((0.8 * lora - kpm).tolist())
@@ -475,11 +342,11 @@ def _decide_fine_tuning(study: Study) -> None:
         study.ratio(id, text, (f"common-{name}", "steps"), ("common-lora", "steps"), required="<= 0.8")
 
 
-def _note(study: Study) -> None:
+def _note(study: Study, level: Level) -> None:
     known, facts, text = (study.values(("whole", name)).mean() for name in ("facts known", "facts loss", "text loss"))
     study.note(
-        f"Nothing dropped: {known:.0f} % of the measured facts are known (loss {facts:.3f} nats a character); held-out text "
-        f"has {text:.2f} nats a character (perplexity {math.exp(text):.2f}). Means over seeds."
+        f"Nothing dropped: {known:.0f} % of the measured facts are known (loss {facts:.3f} nats per character); held-out text "
+        f"has {text:.2f} nats per character (perplexity {math.exp(text):.2f}). Means over seeds."
     )
     arms = _arms("facts")
     kept = (f"{label} {study.values((arm, 'facts known 50')).mean():.0f} %" for label, arm in arms.items())
@@ -490,17 +357,17 @@ def _note(study: Study) -> None:
         estimate = interval(*mean_ci95((half - corda).tolist()))
         study.note(
             "At half of the components dropped, power 1/2 (which minimizes the error of the outputs) minus power 1: "
-            f"{estimate} nats a character on {kind}, calibrated on {kind}; reported, not required."
+            f"{estimate} nats per character on {kind}, calibrated on {kind}; reported, not required."
         )
     rates = {"tuned": "their best learning rates", "common": f"a learning rate of {COMMON_RATE:g}"}
-    for kind in RATE_KINDS[study.level]:
+    for kind in RATE_KINDS[level]:
         told = []
         for name, (label, _, _) in STARTS.items():
             arm = f"{kind}-{name}"
             lost, took, text = (study.values((arm, metric)).mean() for metric in ("facts lost", "steps", "text loss"))
             told.append(f"{label} {lost:.0f} ({took:.0f} steps, text {text:.2f})")
         study.note(
-            f"Percentage points of facts lost until code has a loss of {TARGET[study.level]}, all starts with {rates[kind]}: "
+            f"Percentage points of facts lost until code has a loss of {TARGET[level]}, all starts with {rates[kind]}: "
             f"{'; '.join(told)}. Means over seeds."
         )
 
@@ -510,28 +377,28 @@ def _arms(kind: str) -> dict[str, str]:
     return {label: name if name == "svd" else f"{name}-{kind}" for name, label in LABELS.items()}
 
 
-def _draw(study: Study, run: Run) -> None:
-    drops, panels = DROPS[study.level], []
+def _draw(study: Study, level: Level) -> None:
+    drops, panels = DROPS[level], []
     for kind in ("facts", "text"):
         arms = _arms(kind)
         added = {label: [study.values((arm, f"{kind} +loss {drop}")) for drop in drops] for label, arm in arms.items()}
         log = all((values > 0).all() for rows in added.values() for values in rows)
         curves = {label: _curve(drops, rows, log) for label, rows in added.items()}
-        labels = ("components dropped in every layer (%)", "loss increase (nats a character)")
+        labels = ("components dropped in every layer (%)", "loss increase (nats per character)")
         panels.append(Panel(f"{kind}, calibrated on other {kind}", *labels, curves, yscale="log" if log else "linear"))
-    line_chart(run.own("figures/truncation.png"), panels)
+    line_chart(study.run.figure("truncation"), panels)
 
 
-def _draw_fine_tuning(study: Study, run: Run) -> None:
-    losses, kind, panels = levels(TARGET[study.level]), RATE_KINDS[study.level][0], []
+def _draw_fine_tuning(study: Study, level: Level) -> None:
+    losses, kind, panels = levels(TARGET[level]), RATE_KINDS[level][0], []
     for title, metric, unit in (("what is kept", "facts known at", "%"), ("how soon", "steps to", "training steps")):
         curves = {}
         for name, (label, _, _) in STARTS.items():
             rows = [study.values((f"{kind}-{name}", f"{metric} {loss:.2f}")).mean() for loss in losses]
             curves[label] = Curve(losses, rows)
         ylabel = "facts still known (%)" if unit == "%" else unit
-        panels.append(Panel(title, "loss of other code (nats a character)", ylabel, curves))
-    line_chart(run.own("figures/fine-tuning.png"), panels)
+        panels.append(Panel(title, "loss of other code (nats per character)", ylabel, curves))
+    line_chart(study.run.figure("fine-tuning"), panels)
 
 
 def _curve(drops: Sequence[float], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:

@@ -22,6 +22,7 @@ from corda.config import CordaInit
 from corda.context import ContextStats
 from corda.factors import build_factors
 from tenfold import NonFiniteError, UserError
+from tenfold.config import Count, Natural, NonNegative, Positive, Settings
 from tenfold.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A start of an adapter.
+    """One way to start an adapter.
 
     Attributes:
-        label: for tables and figures.
-        mode: of ``CordaInit``; None is peft's plain LoRA.
-        power: of ``CordaInit``.
-        context: whose statistics it takes: of what is to be kept, of what is to be learned, or none.
+        label: name in tables and figures.
+        mode: mode of ``CordaInit``; None is peft's plain LoRA.
+        power: power of ``CordaInit``.
+        context: statistics that it takes: of what is to be kept, of what is to be learned, or none.
     """
 
     label: str
@@ -55,34 +56,28 @@ ARMS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneSettings:
+class FinetuneSettings(Settings):
     """How an adapter is trained: AdamW, a learning rate that is constant after a linear warm-up.
 
-    A schedule that ended at a given step would favor whoever reaches the target near its end.
+    A schedule that ended at a given step would favor an arm that reaches the target near its end.
 
     Args:
-        learning_rate: after the warm-up.
-        steps: that are made at most.
-        eval_every: steps between evaluations; there is one before the first step and one after the last.
-        target_loss: training ends at the first evaluation whose "loss" is no larger; None trains all steps.
-        warm_up: steps until the learning rate is reached.
-        weight_decay: of A and B (0 in the authors' code).
-        max_grad_norm: gradients are scaled down to it (1 in Hugging Face's Trainer).
+        learning_rate: learning rate after the warm-up.
+        steps: maximum number of steps.
+        validate_every: steps between evaluations; there is one before the first step and one after the last.
+        target_loss: loss that ends the training, at the first evaluation whose "loss" is no larger; None trains all steps.
+        warm_up: number of steps until the learning rate is reached.
+        weight_decay: weight decay of A and B (0 in the authors' code).
+        max_grad_norm: norm to which gradients are scaled down (1 in Hugging Face's Trainer).
     """
 
-    learning_rate: float
-    steps: int
-    eval_every: int = 10
+    learning_rate: Positive
+    steps: Count
+    validate_every: Count = 10
     target_loss: float | None = None
-    warm_up: int = 10
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.steps < 1 or self.eval_every < 1:
-            raise UserError(f"steps and eval_every must be at least 1, got {self.steps} and {self.eval_every}")
+    warm_up: Natural = 10
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +85,17 @@ class Trajectory:
     """What was measured along a training.
 
     Attributes:
-        steps: after which it was measured, ascending from 0.
-        metrics: name -> value at each of them; "loss" is the one that a target stands for.
+        steps: numbers of steps after which it was measured, ascending from 0.
+        metrics: name -> its values there; "loss" is the one that targets are about.
     """
 
     steps: list[int]
     metrics: dict[str, list[float]]
 
     def at(self, loss: float) -> dict[str, float] | None:
-        """All metrics and "step" where the loss first comes down to ``loss``; None if it never does.
+        """All metrics and "step" at the point where the loss first comes down to ``loss``; None if it never does.
 
-        Linear between the two evaluations on either side, so that runs are compared at the very same loss.
+        Values are interpolated between the two evaluations on either side, so that runs are compared at the same loss.
         """
         losses = self.metrics["loss"]
         end = next((i for i, value in enumerate(losses) if value <= loss), None)
@@ -121,7 +116,7 @@ def attach_arm(
     learn: ContextStats | None = None,
     init: CordaInit | None = None,
 ) -> "PeftModel":
-    """The model with the adapter of an arm, ready to be trained.
+    """Attach the adapter of an arm to the model, ready to be trained.
 
     Args:
         name: one of ``ARMS``.
@@ -129,7 +124,7 @@ def attach_arm(
         lora_config: targets, rank and alpha, the same for all arms. Plain LoRA draws A from torch's global generator.
         keep: statistics of what is to be kept; for ``corda-kpm``.
         learn: statistics of what is to be learned; for ``corda-ipm``.
-        init: what is not the arm's own (balance, damping, solver ...); default ``CordaInit()``.
+        init: settings whose mode and power are replaced by the arm's; default ``CordaInit()``.
 
     Raises:
         UserError: an unknown arm, or one without its statistics.
@@ -163,7 +158,7 @@ def finetune(
     Args:
         model: called as ``model(**batch).loss``, which a transformers model has when the batch holds ``labels``.
         batches: on the model's device.
-        evaluate: the metrics of a model in evaluation mode, "loss" (of held-out text of the task) among them.
+        evaluate: function that measures a model in evaluation mode; among its metrics is "loss" (of held-out task text).
         settings: learning rate, steps, target.
 
     Raises:
@@ -201,6 +196,6 @@ def finetune(
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         done = step + 1
-        if done % settings.eval_every == 0 or done == settings.steps:
+        if done % settings.validate_every == 0 or done == settings.steps:
             reached = measure(done)
     return Trajectory(steps, metrics)

@@ -1,88 +1,17 @@
-"""What the files of the command line hold, as text for a terminal, layer by layer."""
+"""What commands found, as text for a terminal, layer by layer."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from corda.anchor import MARK
 from corda.context import ContextStats
 from corda.convert import read_adapter
-from tenfold import UserError
-from tenfold.cli import claims_table, table
-
-STATS = "context.safetensors"
-CANDIDATES = "context-*.safetensors"
-INITIAL = "corda_init"
-RESIDUAL = "residual"
-REPORT = "corda_report.json"
-RANKS = "ranks.json"
-VERIFICATION = "verification.json"
-CONVERSION = "conversion.json"
-TRUNCATION = "truncation.json"
-SUMMARY = "summary.json"
-ADAPTER = "adapter_config.json"
-
-
-def describe(path: Path) -> str:
-    """Any folder or file of ours, or a LoRA adapter's folder.
-
-    Raises:
-        UserError: nothing there that is ours.
-    """
-    if path.is_dir():
-        known = (*TEXTS, STATS, ADAPTER)
-        found = next((path / name for name in known if (path / name).is_file()), None)
-        if found is None and list(path.glob(CANDIDATES)):
-            return "\n".join(f"{file.name}\n{stats_text(ContextStats.load(file))}" for file in stats_files(path))
-        if found is None:
-            raise UserError(f"{path}: none of {', '.join(known)} in it")
-        path = found
-    if path.name == ADAPTER or path.name == "adapter_model.safetensors":
-        return adapter_text(path.parent)
-    if path.suffix == ".json":
-        report = read_json(path)
-        for text, fields in TEXTS.values():
-            if fields <= set(report):
-                return text(report)
-        raise UserError(f"{path}: not a file of ours; its fields are {', '.join(report)}")
-    return stats_text(ContextStats.load(path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: no such file, or something else in it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object with named fields, found {type(content).__name__}")
-    return content
-
-
-def stats_files(path: Path) -> list[Path]:
-    """The files of statistics that a path means: itself, or those in the folder of a command.
-
-    Raises:
-        UserError: a folder without any.
-    """
-    if not path.is_dir():
-        return [path]
-    found = sorted(path.glob(CANDIDATES), key=lambda file: (len(file.name), file.name))
-    found = [path / STATS] if (path / STATS).is_file() else found
-    if not found:
-        raise UserError(f"{path}: no {STATS} in it; expected a folder of `corda stats`")
-    return found
+from tenfold.terminal import table
 
 
 def stats_text(stats: ContextStats) -> str:
-    """Groups of layers that share an input."""
+    """Statistics, by groups of layers that share an input."""
     rows = []
     for group in dict.fromkeys(stats.groups.values()):
         moment = stats.moments[group]
@@ -161,7 +90,7 @@ def verification_text(report: dict[str, Any]) -> str:
     return (
         table(["layer", "weight differs by (units in the last place)", "holds"], rows)
         + f"\nlogits of {report['tokens']} tokens differ by at most {report['max_difference']:.3g},"
-        f" {report['mean_difference']:.3g} in the mean; KL {report['kl']:.3g} nats\n" + f"{verdict}, {limit}\n"
+        f" {report['mean_difference']:.3g} on average; KL {report['kl']:.3g} nats\n" + f"{verdict}, {limit}\n"
     )
 
 
@@ -197,7 +126,7 @@ def truncation_text(report: dict[str, Any]) -> str:
 
 
 def adapter_text(folder: Path) -> str:
-    """A LoRA adapter, whoever wrote it."""
+    """Any LoRA adapter, ours or another's."""
     config, layers, scalings, _ = read_adapter(folder)
     anchored = config.init_lora_weights == MARK
     rows = []
@@ -219,14 +148,3 @@ def adapter_text(folder: Path) -> str:
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-TEXTS: dict[str, tuple[Callable[[dict[str, Any]], str], set[str]]] = {
-    REPORT: (init_text, {"init", "layers", "attach"}),
-    VERIFICATION: (verification_text, {"holds", "max_difference"}),
-    RANKS: (ranks_text, {"ranks", "shapes", "budget"}),
-    CONVERSION: (conversion_text, {"discarded", "layers"}),
-    TRUNCATION: (truncation_text, {"method", "layers"}),
-    SUMMARY: (claims_table, {"arms", "claims"}),
-}
-"""File of a command -> how it is shown, and the fields that tell it from the others."""

@@ -1,0 +1,45 @@
+"""From settings to the LoRA configuration that they describe, and to statistics of a model's layers."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+
+from corda.collecting import collect_context
+from corda.config import AdapterSettings, CordaInit
+from corda.context import ContextStats
+from corda.data import Batches, on_model
+from corda.targets import resolve_targets, with_ranks
+from tenfold.terminal import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def lora_config_of(settings: AdapterSettings) -> LoraConfig:
+    """The configuration of peft that the options describe."""
+    targets: Any = settings.targets[0] if settings.targets == ["all-linear"] else settings.targets
+    alpha: Any = settings.alpha or settings.r
+    return LoraConfig(
+        r=settings.r, lora_alpha=alpha, use_rslora=settings.rslora, target_modules=targets, task_type="CAUSAL_LM"
+    )
+
+
+def check_ranks(model: "PreTrainedModel", lora_config: LoraConfig) -> None:
+    """Raise ``UserError`` unless every targeted layer is large enough for its rank."""
+    with_ranks(model, lora_config, {name: target.rank for name, target in resolve_targets(model, lora_config).items()})
+
+
+def collect(
+    model: "PreTrainedModel",
+    parts: Sequence[Batches],
+    number: int,
+    lora_config: LoraConfig,
+    init: CordaInit,
+    *,
+    quiet: bool,
+) -> ContextStats:
+    """Statistics of one of several parts of the text, with progress."""
+    what = f"calibrating, part {number + 1} of {len(parts)}" if len(parts) > 1 else "calibrating"
+    tracked = track(on_model(parts[number], model), what, len(parts[number]), quiet=quiet)
+    return collect_context(model, tracked, list(resolve_targets(model, lora_config)), init)
