@@ -15,9 +15,9 @@ import mmcv
 import mmdet
 import torch
 import torchvision
-from head_kd import rendered, small, training
+from head_kd import rendered, small, stack
 from head_kd.cache import write_cache
-from head_kd.checkpoints import resolve_config
+from head_kd.configs import resolve_config
 from head_kd.detector import HEADDetector
 from head_kd.inspection import training_flops
 from head_kd.proposals import Provenance, dense_proposals, gather_at
@@ -27,7 +27,6 @@ from mmcv.ops import RoIAlign, nms
 from mmdet.models.dense_heads import RPNHead
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor
@@ -278,8 +277,7 @@ def exported() -> bench.Comparison:
 
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    training.quiet_stack()
-    register_all_modules(init_default_scope=True)
+    stack.start()
     return [proposals(8, 128, 6), proposals(4, 512, 80), gathering(), *operators(), *flops(), exported()]
 
 

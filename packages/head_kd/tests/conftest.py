@@ -1,7 +1,6 @@
 """Fixtures; what tests build themselves is in ``tiny_detectors``."""
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -9,19 +8,14 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode does not
 
-import head_kd.ops_fallback  # noqa: F401, I001
-from mmdet.utils import register_all_modules
+from head_kd import rendered, stack
 from mmengine.config import Config
 from tiny_detectors import build, teacher_config
-
-from head_kd import rendered, training
 
 
 @pytest.fixture(scope="session", autouse=True)
 def registered():
-    warnings.filterwarnings("ignore", module=r"mm(engine|det|cv)")
-    training.quiet_stack()
-    register_all_modules(init_default_scope=True)
+    stack.start()
     torch.set_num_threads(1)
 
 

@@ -14,7 +14,7 @@ def view(teacher):
     return TeacherView.load(teacher["config"], teacher["checkpoint"])
 
 
-def write(path, view, precision="fp32", count=4, boxes=16):
+def write(path, view, storage="fp32", count=4, boxes=16):
     preprocess = build(STUDENTS["retinanet"])
     batches = (batch_for(preprocess, 2, i) for i in range(0, count, 2))
 
@@ -25,14 +25,14 @@ def write(path, view, precision="fp32", count=4, boxes=16):
             yield images, samples
 
     return write_cache(
-        path, view, numbered(), count, names=["fc1", "fc2"], data="d", boxes_per_image=boxes, precision=precision
+        path, view, numbered(), count, names=["fc1", "fc2"], data="d", boxes_per_image=boxes, storage=storage
     )
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 1e-2)])
-def test_a_cache_is_the_live_teacher_at_the_same_boxes(view, precision, tolerance, tmp_path):
+@pytest.mark.parametrize(("storage", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 1e-2)])
+def test_a_cache_is_the_live_teacher_at_the_same_boxes(view, storage, tolerance, tmp_path):
     """Property 17: bitwise in fp32, within 1e-3 in fp16."""
-    cache = write(tmp_path, view, precision)
+    cache = write(tmp_path, view, storage)
     images, samples = batch_for(build(STUDENTS["retinanet"]))
     boxes, targets = cache.regions(samples, torch.device("cpu"))
     rois = torch.cat([torch.cat([torch.full((16, 1), float(i)), p.boxes], dim=1) for i, p in enumerate(boxes)])

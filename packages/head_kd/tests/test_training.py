@@ -43,7 +43,7 @@ def train_words(project, out, *more):
         str(project / "student.py"),
         "--teacher",
         str(project / "teacher.py"),
-        "--teacher_checkpoint",
+        "--teacher_weights",
         str(project / "teacher.pth"),
         "--out",
         str(out),
@@ -170,7 +170,7 @@ def test_export_checks_what_it_writes(project, trained, capsys):
 
 def test_mmdets_own_runner_takes_the_composed_config(trained, tmp_path):
     """What ``tools/train.py`` does with ``config.py``: train, save, resume, with mmengine's loop and checkpoints."""
-    from head_kd.training import _said_nothing
+    from head_kd.stack import said_nothing
     from mmengine.runner import Runner
 
     cfg = Config.fromfile(trained / "config.py")
@@ -180,7 +180,7 @@ def test_mmdets_own_runner_takes_the_composed_config(trained, tmp_path):
     cfg.visualizer = {"type": "Visualizer", "vis_backends": [], "name": "stock"}
     cfg.param_scheduler = None
     cfg.custom_hooks = [{"type": "PlainCheckpointHook"}]
-    with _said_nothing():
+    with said_nothing():
         Runner.from_cfg(cfg).train()
         assert (tmp_path / "iter_2.pth").exists()
         cfg.train_cfg.max_iters, cfg.resume = 3, True
@@ -199,12 +199,12 @@ def test_a_cache_trains_without_the_teacher(project, capsys):
         str(project / "student.py"),
         "--teacher",
         str(project / "teacher.py"),
-        "--teacher_checkpoint",
+        "--teacher_weights",
         str(project / "teacher.pth"),
     ]
     assert main(["cache", *pair, "--boxes", "16", "--out", str(cache), "--quiet"]) == 0
     assert "8 images, 16 boxes each, fc1, fc2" in capsys.readouterr().out
-    assert main([*train_words(project, out), "--cache", str(cache / "cache"), "--max_steps", "2"]) == 0
+    assert main([*train_words(project, out), "--cache", str(cache / "cache"), "--steps", "2"]) == 0
     assert float(list(csv.DictReader((out / "metrics.csv").open()))[-1]["akd0.loss_fc1"]) > 0
 
 
@@ -213,7 +213,7 @@ def test_inspect_shows_signals_cost_gradients_and_gap(project, capsys):
     words = [
         "inspect",
         *pair,
-        "--teacher_checkpoint",
+        "--teacher_weights",
         str(project / "teacher.pth"),
         "--images",
         "4",
@@ -232,11 +232,11 @@ def test_inspect_shows_signals_cost_gradients_and_gap(project, capsys):
     ):
         assert part in out, part
     assert main(["inspect", *pair, "--images", "0", "--size", "128,128"]) == 0
-    assert "no --teacher_checkpoint" in capsys.readouterr().out
+    assert "no --teacher_weights" in capsys.readouterr().out
 
 
 def test_arms_are_compared_with_statistics(project, capsys):
-    words = train_words(project, project / "compared", "--max_steps", "1", "--arms", "plain,assist", "--seeds", "0,1")
+    words = train_words(project, project / "compared", "--steps", "1", "--arms", "plain,assist", "--seeds", "0,1")
     assert main(["compare", *words[1:]]) == 0
     assert "assistant on labels has a higher AP" in capsys.readouterr().out
     summary = json.loads((project / "compared/summary.json").read_text())
@@ -249,7 +249,7 @@ def test_the_data_can_be_given_by_folder(project, capsys):
         project / "other",
         "--data",
         f"coco:{project / 'data'}",
-        "--max_steps",
+        "--steps",
         "1",
         "--distill.preset",
         "plain",
@@ -263,7 +263,7 @@ def test_bad_input_is_one_line(project, tmp_path, capsys, teacher_file):
         words = base or train_words(project, tmp_path / "out", "--overwrite")
         return assert_user_error(main, [*words, *more], capsys, *expect)
 
-    refused("--teacher_checkpoint", "none.pth", expect=["none.pth: no such checkpoint file"])
+    refused("--teacher_weights", "none.pth", expect=["none.pth: no such checkpoint file"])
     refused("--teacher", str(project / "student.py"), expect=["fills", "of the configured RetinaNet", "no bbox_head"])
     refused(
         "--student",
@@ -280,7 +280,7 @@ def test_bad_input_is_one_line(project, tmp_path, capsys, teacher_file):
     state["meta"]["dataset_meta"]["classes"] = ("square", *rendered.CLASSES[:1], *rendered.CLASSES[2:])
     torch.save(state, tmp_path / "swapped.pth")
     refused(
-        "--teacher_checkpoint",
+        "--teacher_weights",
         str(tmp_path / "swapped.pth"),
         "--guard",
         "0",
@@ -289,7 +289,7 @@ def test_bad_input_is_one_line(project, tmp_path, capsys, teacher_file):
     state["meta"]["dataset_meta"]["classes"] = ("cat",)
     torch.save(state, tmp_path / "cat.pth")
     refused(
-        "--teacher_checkpoint",
+        "--teacher_weights",
         str(tmp_path / "cat.pth"),
         "--guard",
         "0",
@@ -301,7 +301,7 @@ def test_bad_input_is_one_line(project, tmp_path, capsys, teacher_file):
 
 def test_without_a_teacher_the_message_names_the_way_out(project, capsys, tmp_path):
     words = ["train", "--student", str(project / "student.py"), "--out", str(tmp_path / "o")]
-    assert_user_error(main, words, capsys, "needs --teacher CONFIG and --teacher_checkpoint FILE", "tf_head")
+    assert_user_error(main, words, capsys, "needs --teacher CONFIG and --teacher_weights FILE", "tf_head")
 
 
 def test_a_pickle_is_not_run(tmp_path, capsys, project):
@@ -312,7 +312,7 @@ def test_a_pickle_is_not_run(tmp_path, capsys, project):
             return (os.system, (f"touch {tmp_path / 'ran'}",))
 
     torch.save({"state_dict": {"a": torch.zeros(1)}, "meta": Evil()}, tmp_path / "evil.pth", pickle_module=pickle)
-    words = train_words(project, tmp_path / "o", "--teacher_checkpoint", str(tmp_path / "evil.pth"))
+    words = train_words(project, tmp_path / "o", "--teacher_weights", str(tmp_path / "evil.pth"))
     assert_user_error(main, words, capsys, "is not read; if you trust the file")
     assert not (tmp_path / "ran").exists()
 
@@ -364,7 +364,7 @@ def test_two_ranks_agree_and_do_not_wait(project, tmp_path):
 
 def test_items_are_kept_whole(project):
     """``MemoryDataset`` gives each time what its data set gave first, and reads no file again."""
-    from head_kd.loop import MemoryDataset
+    from head_kd.training.loop import MemoryDataset
     from mmdet.registry import DATASETS
 
     config = Config.fromfile(project / "student.py").train_dataloader.dataset

@@ -6,32 +6,28 @@ memory, so that training holds no more of them than it reads.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from head_kd.config import Storage
 from head_kd.proposals import Proposals, Provenance
 from head_kd.teacher import TeacherView
-from tenfold import UserError
+from tenfold import UserError, randomness
+from tenfold.checkpoints import digest
 
-Precision = Literal["fp32", "fp16", "int8"]
 _DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the teacher's RoI head, by which a cache knows its teacher."""
-    digest = hashlib.sha256()
-    for name in sorted(k for k in state_dict if k.startswith("roi_head.")):
-        tensor = state_dict[name].detach().cpu().contiguous()
-        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """Digest of a teacher's RoI head, by which a cache knows its teacher."""
+    return digest({name: state_dict[name] for name in sorted(state_dict) if name.startswith("roi_head.")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +63,12 @@ class TargetCache:
         return cls(path, header, np.load(path / "boxes.npy", mmap_mode="r"), np.load(path / "count.npy"), targets, row)
 
     def check_teacher(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Raise ``UserError`` when the cache was made with another teacher."""
+        """Raise ``UserError`` where the cache was made with another teacher."""
         found = weights_digest(state_dict)
         if found != self.header["teacher"]:
             raise UserError(
                 f"{self.path} was made with another teacher (RoI head {self.header['teacher'][:12]}, this one {found[:12]}):"
-                " make it anew with 'head-kd cache'"
+                " make a new one with 'head-kd cache'"
             )
 
     def check_data(self, digest: str) -> None:
@@ -183,7 +179,7 @@ def write_cache(
     names: Sequence[str],
     data: str,
     boxes_per_image: int = 64,
-    precision: Precision = "fp16",
+    storage: Storage = "fp16",
     seed: int = 0,
 ) -> TargetCache:
     """Run the teacher once over the images and write what training asks of it.
@@ -196,7 +192,7 @@ def write_cache(
         names: signals of its first box head.
         data: digest of the annotation file.
         boxes_per_image: K; with fewer than 64, gains shrink.
-        precision: fp32, fp16, or int8 with one scale for each box.
+        storage: number format, fp32, fp16, or int8 with one scale for each box.
         seed: of the random boxes.
     """
     path = Path(path)
@@ -213,12 +209,12 @@ def write_cache(
         found = teacher.detector.rpn_head.predict(maps, list(samples), rescale=False)
         chosen = []
         for sample, proposed in zip(samples, found, strict=True):
-            generator = torch.Generator().manual_seed(hash((seed, len(ids))) % 2**63)
+            draws = randomness.generator(seed, len(ids))
             ids.append(sample.metainfo["img_id"])
             size = sample.metainfo["img_shape"][:2]
             chosen.append(
                 choose_boxes(
-                    proposed.bboxes.cpu(), sample.gt_instances.bboxes.cpu().float(), size, boxes_per_image, generator
+                    proposed.bboxes.cpu(), sample.gt_instances.bboxes.cpu().float(), size, boxes_per_image, draws
                 )
             )
         rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(chosen)]).to(
@@ -230,8 +226,8 @@ def write_cache(
             block = value.view(len(chosen), boxes_per_image, -1).cpu().numpy()
             if name not in arrays:
                 shape = (images, boxes_per_image, block.shape[2])
-                arrays[name] = np.lib.format.open_memmap(path / f"{name}.npy", "w+", _DTYPES[precision], shape)
-            if precision == "int8":
+                arrays[name] = np.lib.format.open_memmap(path / f"{name}.npy", "w+", _DTYPES[storage], shape)
+            if storage == "int8":
                 scale = np.maximum(np.abs(block).max(axis=2), 1e-12) / 127
                 scales[name][first : first + len(chosen)] = scale
                 block = np.round(block / scale[:, :, None])
@@ -242,7 +238,7 @@ def write_cache(
     for array in (boxes, *arrays.values()):
         array.flush()
     np.save(path / "count.npy", count)
-    if precision == "int8":
+    if storage == "int8":
         for name, scale in scales.items():
             np.save(path / f"{name}.scale.npy", scale)
     header = {
@@ -250,7 +246,7 @@ def write_cache(
         "data": data,
         "signals": list(arrays),
         "boxes": boxes_per_image,
-        "precision": precision,
+        "storage": storage,
         "images": ids,
     }
     (path / "cache.json").write_text(json.dumps(header) + "\n", encoding="utf-8")

@@ -1,49 +1,56 @@
 """Two mmdet configs become one: the student's, with ``HEADDetector`` around its model."""
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import copy
-import importlib
-import itertools
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from head_kd.checkpoints import resolve_config
-from head_kd.config import Distillation
+from mmengine.utils import import_modules_from_strings
+
+from head_kd.config import READ_AT_REGIONS, WITH_TEACHER, Distillation, Method, Terms
+from head_kd.configs import innermost, resolve_config
+from head_kd.heads import fcos_head, rcnn_head, rcnn_train_cfg, retina_head, retina_train_cfg
 from tenfold import UserError
 
-IMPORTS = ("head_kd.ops_fallback", "head_kd.detector", "head_kd.loop")
-_PAPER_CKD = {"FCOSHead": 1.0}
-"""The authors' weight for FCOS students; 2.0 for others."""
+IMPORTS = ("head_kd.ops_fallback", "head_kd.detector", "head_kd.training.loop")
+_OWN_AKD, _OWN_CKD = 0.5, 0.25
+"""Weights of losses that are divided by the target's variance (ours)."""
 
 
 def pair(
     student: Any,
     teacher: Any = None,
-    checkpoint: str | Path | None = None,
-    distillation: Distillation | None = None,
+    weights: str | Path | None = None,
+    method: Method = "own",
+    distill: Terms | None = None,
     *,
     cache: str | Path | None = None,
     reuse_features: bool = False,
     classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Any:
-    """An mmengine config that distils; ``tools/train.py`` takes its ``dump`` as well as ``head-kd train`` does.
+    """An mmengine config that distills; ``tools/train.py`` takes its ``dump`` as well as ``head-kd train`` does.
 
     Args:
         student: config (path, ``mmdet::...``, dict or ``Config``) of the student's project; data, schedule and hooks are
             taken from it.
         teacher: config of the teacher.
-        checkpoint: of the teacher.
-        distillation: preset and weights.
+        weights: file of the teacher's weights.
+        method: what is distilled (see ``TrainSettings``).
+        distill: weights that differ from the method's, and with a ``Distillation`` the schedule.
         cache: folder of ``head-kd cache``.
         reuse_features: see ``TeacherView``.
-        classes: of the data; sets ``num_classes`` of the student.
-        seed: of the assistants.
+        classes: classes of the data, whose number the student's head takes over; default: as its config says.
+        seed: seed of the assistants.
 
     Raises:
-        UserError: a part that the preset needs is missing, or the pair has no signals in common.
+        UserError: a part that the method needs is missing, or the pair has no signals in common.
     """
-    how = distillation or Distillation()
+    how = Distillation(**dataclasses.asdict(distill or Distillation()))
     cfg = copy.deepcopy(resolve_config(student))
     model = cfg.model
     if model.get("type") == "HEADDetector":
@@ -54,24 +61,34 @@ def pair(
     imports["imports"] = [*IMPORTS, *(i for i in imports.get("imports", []) if i not in IMPORTS)]
     imports["allow_failed_imports"] = False
     cfg.custom_imports = imports
-    parts: dict[str, Any] = {"type": "HEADDetector", "student": model, "seed": seed}
     theirs = None if teacher is None else resolve_config(teacher)
-    if how.preset != "plain":
-        parts |= _parts(model, theirs, how, cfg)
-    if how.needs_teacher:
-        if teacher is None or checkpoint is None:
-            raise UserError(f"preset {how.preset} needs a teacher: give its config and its checkpoint")
-        source = str(teacher) if isinstance(teacher, str | Path) else theirs.to_dict()  # type: ignore[union-attr]
-        parts["teacher"] = {"config": source, "checkpoint": str(checkpoint)}
-        if cache is not None:
-            parts["teacher"]["cache"] = str(cache)
+    parts: dict[str, Any] = {"type": "HEADDetector", "student": model, "seed": seed}
+    if method != "plain":
+        parts |= {"schedule": {"warmup": how.warmup, "stop": how.stop}}
+        parts |= {"balance": {"ratio": how.balance}} if how.balance else {}
+    if method in ("pkd", "fitnet"):
+        parts["neck_mimic"] = _neck_mimic(method, how)
+    elif method == "tf_head":
+        parts["assistants"] = teacher_free(model, how)
+        if how.stop is None:
+            parts["schedule"]["stop"] = first_drop(cfg)
+    elif method != "plain":
+        if theirs is None:
+            raise UserError(f"the method {method} copies the teacher's head: give the teacher's config")
+        parts |= {"assistants": [_assistant(method, how, model, theirs.model)], "rois": how.rois}
+    if method in WITH_TEACHER:
+        if theirs is None or weights is None:
+            raise UserError(f"the method {method} needs a teacher: give its config and its weights")
+        source = str(teacher) if isinstance(teacher, str | Path) else theirs.to_dict()
+        parts["teacher"] = {"config": source, "checkpoint": str(weights)}
         if reuse_features:
             parts["teacher"]["reuse_features"] = True
-    elif cache is not None:
-        raise UserError(f"preset {how.preset} runs no teacher, so a cache has no part in it")
+    if cache is not None:
+        if method not in READ_AT_REGIONS:
+            raise UserError(f"the method {method} reads no teacher at regions, so a cache has no part in it")
+        parts["teacher"]["cache"] = str(cache)
     cfg.model = parts
-    for name in IMPORTS:  # register HEADDetector here too, as custom_imports does when the config is read from a file
-        importlib.import_module(name)
+    import_modules_from_strings(list(IMPORTS))  # as mmengine does when it reads a config from a file
     return cfg
 
 
@@ -82,30 +99,23 @@ def set_num_classes(model: Any, count: int) -> None:
         head["num_classes"] = count
 
 
-def _parts(model: Any, teacher: Any, how: Distillation, cfg: Any) -> dict[str, Any]:
-    schedule: dict[str, Any] = {"warmup": how.warmup, "stop": how.stop}
-    if how.preset in ("pkd", "fitnet"):
-        weight = how.neck_weight if how.neck_weight is not None else {"pkd": 6.0, "fitnet": 0.5}[how.preset]
-        mimic = {"kind": how.preset, "weight": weight, "normalize": how.preset == "fitnet"}
-        return {"neck_mimic": mimic, "schedule": schedule} | _balance(how)
-    if how.preset == "tf_head":
-        stop = how.stop if how.stop is not None else first_drop(cfg)
-        schedule["stop"] = stop
-        return {"assistants": teacher_free(model, how), "schedule": schedule} | _balance(how)
-    if teacher is None:
-        raise UserError(f"preset {how.preset} copies the teacher's head: give --teacher CONFIG")
-    theirs = teacher.model
+def _neck_mimic(method: Method, how: Distillation) -> dict[str, Any]:
+    """Settings of PKD or of FitNet on the neck."""
+    usual = 6.0 if method == "pkd" else 0.5
+    weight = usual if how.neck_weight is None else how.neck_weight
+    return {"kind": method, "weight": weight, "normalize": method == "fitnet"}
+
+
+def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> dict[str, Any]:
+    """Settings of an assistant that is a copy of the teacher's head."""
     kind = "roi" if "roi_head" in theirs else "dense"
     two_stage = "roi_head" in model
-    cascade = kind == "roi" and isinstance(theirs.roi_head.bbox_head, list | tuple)
-    student_head = "" if two_stage else str(model.bbox_head.type)
-    assistant: dict[str, Any] = {"kind": kind}
-    paper = how.preset == "paper"
-    akd = 1.0 if paper and (cascade or kind == "dense") else 2.0 if paper else 0.5
-    ckd = _PAPER_CKD.get(student_head, 1.0 if kind == "dense" else 2.0) if paper else 0.25
+    paper = method == "paper"
+    assistant: dict[str, Any] = {"kind": kind, "normalize": not paper}
+    akd, ckd = _paper_weights(model, theirs) if paper else (_OWN_AKD, _OWN_CKD)
     if kind == "dense" and two_stage:
         ckd = 0.0  # the student's head has no map that a dense head's would match
-    if how.preset == "assist":
+    if method == "assist":
         akd = ckd = 0.0
         roi = kind == "roi"
         assistant |= {
@@ -113,23 +123,24 @@ def _parts(model: Any, teacher: Any, how: Distillation, cfg: Any) -> dict[str, A
             "train_cfg": theirs.train_cfg.rcnn if roi else theirs.train_cfg,
             "transfer": False,
         }
-    elif how.preset == "direct":
+    elif method == "direct":
         akd, ckd = 0.0, 0.5
-        assistant |= {"detection_weight": 0.0}
-    assistant |= {
-        "akd_weight": akd if how.akd_weight is None else how.akd_weight,
-        "ckd_weight": ckd if how.ckd_weight is None else how.ckd_weight,
-        "normalize": not paper,
-    }
+        assistant["detection_weight"] = 0.0
+    assistant["akd_weight"] = akd if how.akd_weight is None else how.akd_weight
+    assistant["ckd_weight"] = ckd if how.ckd_weight is None else how.ckd_weight
     if kind == "roi":
         assistant["ckd_on"] = how.ckd_on or ("all" if paper else "positive")
         assistant["rois_per_image"] = how.rois_per_image
         assistant["align_strides"] = how.align_strides
-    return {"assistants": [assistant], "schedule": schedule, "rois": how.rois} | _balance(how)
+    return assistant
 
 
-def _balance(how: Distillation) -> dict[str, Any]:
-    return {"balance": {"ratio": how.balance}} if how.balance else {}
+def _paper_weights(model: Any, theirs: Any) -> tuple[float, float]:
+    """The authors' weights of AKD and CKD: 2.0 each; 1.0 for cascades and dense heads, and for FCOS's CKD."""
+    dense = "roi_head" not in theirs
+    cascade = not dense and isinstance(theirs.roi_head.bbox_head, list | tuple)
+    fcos = "roi_head" not in model and model.bbox_head.type == "FCOSHead"
+    return (1.0 if cascade or dense else 2.0), (1.0 if fcos or dense else 2.0)
 
 
 def teacher_free(model: Any, how: Distillation) -> list[dict[str, Any]]:
@@ -178,116 +189,6 @@ def config_strides(model: Any) -> list[int]:
     return [int(s[0]) if isinstance(s, list | tuple) else int(s) for s in stated]
 
 
-def rcnn_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
-    """mmdet's config of a Faster R-CNN head."""
-    return {
-        "type": "StandardRoIHead",
-        "bbox_roi_extractor": {
-            "type": "SingleRoIExtractor",
-            "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0},
-            "out_channels": channels,
-            "featmap_strides": list(strides),
-        },
-        "bbox_head": {
-            "type": "Shared2FCBBoxHead",
-            "in_channels": channels,
-            "fc_out_channels": 4 * channels,  # 1024 for the usual 256
-            "roi_feat_size": 7,
-            "num_classes": classes,
-            "bbox_coder": {
-                "type": "DeltaXYWHBBoxCoder",
-                "target_means": [0.0] * 4,
-                "target_stds": [0.1, 0.1, 0.2, 0.2],
-            },
-            "reg_class_agnostic": False,
-            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
-            "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
-        },
-    }
-
-
-def rcnn_train_cfg(regions: int = 512) -> dict[str, Any]:
-    """Assigner and sampler of a Faster R-CNN head."""
-    return {
-        "assigner": {
-            "type": "MaxIoUAssigner",
-            "pos_iou_thr": 0.5,
-            "neg_iou_thr": 0.5,
-            "min_pos_iou": 0.5,
-            "match_low_quality": False,
-            "ignore_iof_thr": -1,
-        },
-        "sampler": {
-            "type": "RandomSampler",
-            "num": regions,
-            "pos_fraction": 0.25,
-            "neg_pos_ub": -1,
-            "add_gt_as_proposals": True,
-        },
-        "pos_weight": -1,
-        "debug": False,
-    }
-
-
-def fcos_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
-    """An FCOS head with the tricks that the authors use beside an R-CNN assistant."""
-    bounds = [-1, *(8 * stride for stride in strides[:-1]), 1e8]
-    return {
-        "type": "FCOSHead",
-        "num_classes": classes,
-        "in_channels": channels,
-        "feat_channels": channels,
-        "stacked_convs": 4,
-        "strides": list(strides),
-        "regress_ranges": tuple(itertools.pairwise(bounds)),
-        "norm_on_bbox": True,
-        "centerness_on_reg": True,
-        "center_sampling": True,
-        "norm_cfg": {"type": "GN", "num_groups": min(32, channels // 4), "requires_grad": True},
-        "loss_cls": {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 1.0},
-        "loss_bbox": {"type": "GIoULoss", "loss_weight": 1.0},
-        "loss_centerness": {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 1.0},
-    }
-
-
-def retina_head(classes: int, channels: int, strides: Sequence[int]) -> dict[str, Any]:
-    """mmdet's config of a RetinaNet head."""
-    return {
-        "type": "RetinaHead",
-        "num_classes": classes,
-        "in_channels": channels,
-        "feat_channels": channels,
-        "stacked_convs": 4,
-        "anchor_generator": {
-            "type": "AnchorGenerator",
-            "octave_base_scale": 4,
-            "scales_per_octave": 3,
-            "ratios": [0.5, 1.0, 2.0],
-            "strides": list(strides),
-        },
-        "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [1.0] * 4},
-        "loss_cls": {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 1.0},
-        "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
-    }
-
-
-def retina_train_cfg() -> dict[str, Any]:
-    """Assigner of a RetinaNet head."""
-    return {
-        "assigner": {
-            "type": "MaxIoUAssigner",
-            "pos_iou_thr": 0.5,
-            "neg_iou_thr": 0.4,
-            "min_pos_iou": 0,
-            "ignore_iof_thr": -1,
-        },
-        "sampler": {"type": "PseudoSampler"},
-        "allowed_border": -1,
-        "pos_weight": -1,
-        "debug": False,
-    }
-
-
 def first_drop(cfg: Any, iterations_per_epoch: int | None = None) -> int | None:
     """Iteration of the first milestone of a config's step schedule; None where it has none.
 
@@ -305,14 +206,21 @@ def first_drop(cfg: Any, iterations_per_epoch: int | None = None) -> int | None:
 
 
 def use_data(cfg: Any, train: Any, val: Any) -> None:
-    """Point a config's data loaders and evaluators at COCO splits (``head_kd.data.Split``), keeping its pipelines."""
+    """Point a config's data loaders and evaluators at COCO splits, and its model at their classes; pipelines stay.
+
+    Args:
+        cfg: the student's config; it is changed.
+        train: split that is trained on (``head_kd.data.Split``).
+        val: split that is measured.
+
+    Raises:
+        UserError: a data set that is made of several, or has no pipeline.
+    """
     for name, split in (("train", train), ("val", val), ("test", val)):
         loader = cfg.get(f"{name}_dataloader")
         if loader is None:
             continue
-        dataset = loader.dataset
-        while "dataset" in dataset:
-            dataset = dataset.dataset
+        dataset = innermost(loader.dataset)
         if "datasets" in dataset or "pipeline" not in dataset:
             raise UserError(
                 f"--data: the {name} data of the student's config is a {dataset.get('type')}, which is not replaced"
@@ -336,3 +244,4 @@ def use_data(cfg: Any, train: Any, val: Any) -> None:
                 "metric": "bbox",
                 "format_only": False,
             }
+    set_num_classes(cfg.model, len(train.classes))

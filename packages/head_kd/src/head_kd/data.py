@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from head_kd import rendered
+from head_kd.configs import innermost
 from tenfold import UserError
 from tenfold.errors import did_you_mean
-from tenfold.runs import replacing
+from tenfold.files import replacing
+from tenfold.readers import parse_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +32,6 @@ class Split:
     images: Path
     classes: tuple[str, ...]
     count: int
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the annotation file."""
-        return hashlib.sha256(self.annotations.read_bytes()).hexdigest()
 
 
 def check_coco(annotations: str | Path, images: str | Path, *, classes: Sequence[str] | None = None) -> Split:
@@ -99,6 +96,52 @@ def check_coco(annotations: str | Path, images: str | Path, *, classes: Sequence
             raise UserError(f"{where}: bbox {box} leaves its image of {width} x {height}")
     order = tuple(name for _, name in sorted(categories.items()))
     return Split(path, folder, tuple(classes) if classes is not None else order, len(content["images"]))
+
+
+def read_splits(source: str, folder: str | Path, *, names: tuple[str, str] = ("train", "val")) -> tuple[Split, Split]:
+    """The splits of a ``--data`` source, checked.
+
+    Args:
+        source: ``coco:DIR`` or ``voc:DIR``.
+        folder: where the COCO files of a VOC folder are written, as ``SPLIT.json``.
+        names: the splits that are trained on and measured.
+
+    Raises:
+        UserError: a fault of the data, or splits with different classes.
+    """
+    kind, path = parse_source(source, kinds=("coco", "voc"))
+    assert path is not None
+    if kind == "coco":
+        train, val = (coco_folder(path, name) for name in names)
+    else:
+        train, val = (voc_folder(path, name, Path(folder) / f"{name}.json") for name in names)
+    if train.classes != val.classes:
+        differ = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5]) or "their order"
+        raise UserError(f"--data {source}: classes of {names[0]} and {names[1]} differ: {differ}")
+    return train, val
+
+
+def annotation_file(dataset: Any) -> Path:
+    """The file that a data set's config reads its annotations from."""
+    return Path(dataset.get("data_root") or "") / dataset["ann_file"]
+
+
+def annotation_digest(cfg: Any) -> str:
+    """SHA-256 of an mmdet config's training annotations."""
+    return hashlib.sha256(annotation_file(innermost(cfg.train_dataloader.dataset)).read_bytes()).hexdigest()
+
+
+def check_config_data(cfg: Any) -> None:
+    """Check the COCO files that an mmdet config trains and tests on.
+
+    Raises:
+        UserError: what ``check_coco`` finds.
+    """
+    for name in ("train", "test"):
+        dataset = innermost((cfg.get(f"{name}_dataloader") or {}).get("dataset"))
+        if dataset is not None and dataset.get("type") == "CocoDataset":
+            images = Path(dataset.get("data_root") or "") / (dataset.get("data_prefix") or {}).get("img", "")
+            check_coco(annotation_file(dataset), images, classes=(dataset.get("metainfo") or {}).get("classes"))
 
 
 _LAYOUTS = (

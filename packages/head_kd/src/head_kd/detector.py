@@ -1,51 +1,34 @@
 """``HEADDetector``: a detector that trains with assistants and a teacher, and is a plain student in all else."""
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import copy
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from mmengine.dist import all_reduce, get_rank
 from torch import Tensor, nn
 
-from head_kd.assistants import (
-    Assistant,
-    DenseAssistant,
-    Regions,
-    RoIAssistant,
-    adapter,
-    dense_losses,
-    sample_regions,
-    width_of,
-)
+from head_kd.assistants import Assistant, Observer, Step, Terms, touch
+from head_kd.balance import gradient_norms, shared_factors
 from head_kd.cache import TargetCache
-from head_kd.checkpoints import read_weights, resolve_config
+from head_kd.checkpoints import read_weights
 from head_kd.config import AssistantSettings, Balance, NeckMimic, ProposalSettings, Schedule, from_mapping
-from head_kd.losses import PerAnchorLinear, mimic_loss, pkd_loss, ramp
-from head_kd.proposals import Proposals, Provenance, center_locations, dense_proposals, gather_at
-from head_kd.signals import (
-    DenseDecoder,
-    box_heads,
-    capturing,
-    dense_decoder,
-    detector_strides,
-    head_signals,
-    is_two_stage,
-    resolve,
-)
-from head_kd.teacher import Renormalize, TeacherView, load_all
+from head_kd.configs import resolve_config
+from head_kd.dense_assistant import DenseAssistant
+from head_kd.losses import ramp
+from head_kd.neck import NeckImitation
+from head_kd.proposals import Proposals
+from head_kd.roi_assistant import RoIAssistant
+from head_kd.signals import DenseDecoder, dense_decoder, detector_strides, is_two_stage
+from head_kd.student import StudentPass, one_stage, two_stage, unlocated
+from head_kd.teacher import Renormalize, TeacherView, head_config, load_roi_head
 from tenfold import NonFiniteError, UserError
-
-Observer = Callable[[str, Tensor, Tensor], None]
-"""Called with the name of a pair of signals, what imitates and what is imitated: (M, D) rows, both before the adapter."""
-
-
-def touch(*modules: nn.Module | None) -> Tensor:
-    """0 that depends on every parameter, so that one that a batch does not use still has a (zero) gradient."""
-    parameters = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
-    return sum((p.sum() * 0 for p in parameters), torch.zeros(()))
 
 
 class Extras(nn.Module):
@@ -55,10 +38,11 @@ class Extras(nn.Module):
     norms: Tensor
     factors: Tensor
 
-    def __init__(self, assistants: Sequence[Assistant], neck: nn.ModuleList, terms: int) -> None:
+    def __init__(self, assistants: Sequence[Assistant], neck: NeckImitation | None) -> None:
         super().__init__()
         self.assistants = nn.ModuleList(assistants)
         self.neck = neck
+        terms = sum(len(a.akd) + (a.ckd is not None) for a in assistants) + (neck is not None)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("norms", torch.zeros(terms + 1, dtype=torch.float64))
         self.register_buffer("factors", torch.ones(terms, dtype=torch.float64))
@@ -80,20 +64,22 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
 
     Args:
         student: config of the student's model.
-        assistants: a dict of ``AssistantSettings`` each; without ``head`` the teacher's head is taken.
+        assistants: ``AssistantSettings``, or a dict of them each; without ``head`` the teacher's head is taken.
         teacher: ``dict(config=..., checkpoint=...)``, optionally ``reuse_features`` and ``cache`` (a folder of
             ``TargetCache``: the teacher's head is copied from the checkpoint, but no teacher is built or run); or a
             ``TeacherView``.
         neck_mimic: ``NeckMimic`` settings.
         schedule: ``Schedule`` settings.
-        proposals: ``ProposalSettings``, of a one-stage student.
+        proposals: ``ProposalSettings`` of a one-stage student.
         balance: ``Balance`` settings; None keeps the weights as given.
         rois: student or teacher, whose proposals are the regions.
-        seed: of the assistants' initialization and sampling, which draw from streams of their own.
+        seed: seed of the assistants' initialization and sampling, which draw from streams of their own.
         data_preprocessor: default: the student's.
 
     Raises:
         UserError: a signal or setting that this pair does not have.
+
+    Source: Wang et al., ECCV 2022, and the authors' released code.
     """
 
     student: Any
@@ -114,8 +100,6 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         seed: int = 0,
         data_preprocessor: Any = None,
     ) -> None:
-        from mmengine.config import ConfigDict
-
         config = ConfigDict(copy.deepcopy(dict(student)))
         if data_preprocessor is not None and "data_preprocessor" not in config:
             config["data_preprocessor"] = data_preprocessor
@@ -148,16 +132,15 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         self.rois = rois
         self.strides = detector_strides(plain)
         settings = [from_mapping(AssistantSettings, a, "assistant") for a in assistants]
-        mimic = None if neck_mimic is None else from_mapping(NeckMimic, neck_mimic, "neck_mimic")
         with torch.random.fork_rng(devices=[]):  # so that the student starts as it would alone
             torch.manual_seed(self.seed)
             built = [self._build_assistant(s) for s in settings]
-            neck = self._build_neck(mimic)
-        self.neck_mimic = mimic
+            neck = None if neck_mimic is None else self._build_neck(from_mapping(NeckMimic, neck_mimic, "neck_mimic"))
+        self._takes_regions = any(isinstance(a, RoIAssistant) for a in built)
         self._decoder: DenseDecoder | None = None
-        if not is_two_stage(plain) and any(isinstance(a, RoIAssistant) for a in built):
+        if self._takes_regions and not is_two_stage(plain):
             self._decoder = dense_decoder(plain.bbox_head)
-        self.head_kd = Extras(built, neck, self._count_terms(built, mimic))
+        self.head_kd = Extras(built, neck)
 
     # ------------------------------------------------------------------ building
 
@@ -172,33 +155,18 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
                 raise UserError(f"teacher: unknown setting '{min(unknown)}', known: {', '.join(sorted(known))}")
             if teacher.get("config") is None or teacher.get("checkpoint") is None:
                 raise UserError("teacher: config and checkpoint are both needed")
-            self._teacher_config = resolve_config(teacher["config"])
+            self._teacher_config, checkpoint = resolve_config(teacher["config"]), teacher["checkpoint"]
             if teacher.get("cache") is not None:
                 self.cache = TargetCache.open(teacher["cache"])
-                self.__dict__["_cached_head"] = self._head_alone(teacher["checkpoint"])
+                weights = read_weights(checkpoint)
+                self.cache.check_teacher(weights.state_dict)
+                self.__dict__["_cached_head"] = load_roi_head(self._teacher_config, weights, checkpoint)
             else:
                 self.__dict__["teacher"] = TeacherView.load(
-                    self._teacher_config, teacher["checkpoint"], reuse_features=bool(teacher.get("reuse_features"))
+                    self._teacher_config, checkpoint, reuse_features=bool(teacher.get("reuse_features"))
                 )
         if self.teacher is not None:
             self.teacher.renormalize = Renormalize(self.data_preprocessor, self.teacher.detector.data_preprocessor)
-
-    def _head_alone(self, checkpoint: Any) -> nn.Module:
-        """The teacher's RoI head with its weights, without the rest of the teacher."""
-        model = copy.deepcopy(self._teacher_config.model)
-        if "roi_head" not in model:
-            raise UserError("teacher: a cache holds the activations of a RoI head, which this teacher does not have")
-        weights = read_weights(checkpoint)
-        self.cache.check_teacher(weights.state_dict)  # type: ignore[union-attr]
-        with torch.random.fork_rng(devices=[]):
-            head: nn.Module = MODELS.build(
-                {**copy.deepcopy(model.roi_head), "test_cfg": model.test_cfg.rcnn, "train_cfg": None}
-            )
-        prefix = "roi_head."
-        load_all(
-            head, {k.removeprefix(prefix): v for k, v in weights.state_dict.items() if k.startswith(prefix)}, checkpoint
-        )
-        return head.requires_grad_(False)
 
     @property
     def _teacher_head(self) -> nn.Module | None:
@@ -207,105 +175,33 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         detector = self.teacher.detector
         return detector.roi_head if is_two_stage(detector) else detector.bbox_head
 
-    def _teacher_parts(self) -> tuple[Any, Any, Any, str]:
-        """Head config, train_cfg, test_cfg and kind of the teacher's head."""
-        if self._teacher_config is None:
-            raise UserError(
-                "an assistant without `head` needs teacher=dict(config=..., checkpoint=...) to copy it from"
-            )
-        model = self._teacher_config.model
-        if "roi_head" in model:
-            return model.roi_head, (model.get("train_cfg") or {}).get("rcnn"), model.test_cfg.rcnn, "roi"
-        return model.bbox_head, model.get("train_cfg"), model.get("test_cfg"), "dense"
-
     def _build_assistant(self, settings: AssistantSettings) -> Assistant:
         head, train_cfg, test_cfg = settings.head, settings.train_cfg, None
         if head is None:
-            head, own_train, test_cfg, kind = self._teacher_parts()
-            if kind != settings.kind:
-                raise UserError(f"the teacher's head is of kind {kind}, the assistant's settings say {settings.kind}")
-            train_cfg = settings.train_cfg or own_train
+            if self._teacher_config is None:
+                raise UserError(
+                    "an assistant without `head` needs teacher=dict(config=..., checkpoint=...) to copy it from"
+                )
+            theirs = head_config(self._teacher_config)
+            if theirs.kind != settings.kind:
+                raise UserError(
+                    f"the teacher's head is of kind {theirs.kind}, the assistant's settings say {settings.kind}"
+                )
+            head, train_cfg, test_cfg = theirs.head, settings.train_cfg or theirs.train_cfg, theirs.test_cfg
         if train_cfg is None and settings.kind == "roi":
             raise UserError(
                 "the assistant's head has no train_cfg (assigner and sampler): give it, or a teacher config that trains"
             )
-        student = self.student
         with_teacher = self.teacher is not None or self.cache is not None
         if settings.akd_weight and not with_teacher:
             raise UserError("akd_weight needs a teacher: set it to 0 for assistants on labels only and for TF-HEAD")
-        channels = self._neck_channels()
-        common: dict[str, Any] = {
-            "channels": channels,
-            "strides": self.strides,
-            "num_classes": self.num_classes,
-            "with_teacher": with_teacher,
-        }
-        two_stage = is_two_stage(student)
-        if settings.kind == "dense":
-            signals = {} if two_stage else self._student_signals()
-            return DenseAssistant(settings, head, train_cfg, test_cfg, student_signals=signals, **common)
-        signal, shared = None, False
-        if two_stage:
-            from mmdet.models.roi_heads import StandardRoIHead
+        kind = DenseAssistant if settings.kind == "dense" else RoIAssistant
+        return kind(settings, head, train_cfg, test_cfg, student=self.student, with_teacher=with_teacher)
 
-            shared = isinstance(student.roi_head, StandardRoIHead)
-            if settings.ckd_weight and not shared:
-                raise UserError(
-                    f"ckd_weight needs the student's regions, and its {type(student.roi_head).__name__} does not give them:"
-                    " set it to 0"
-                )
-        if settings.ckd_weight:
-            box_head = box_heads(student.roi_head)[0] if two_stage else student.bbox_head
-            name = settings.ckd_student or (list(head_signals(box_head)) or [""])[-1 if two_stage else 0]
-            settings = dataclasses.replace(settings, ckd_student=name)
-            signal = width_of(resolve(box_head, [name], "the student's head")[name], name)
-        anchors = 1 if two_stage else int(student.bbox_head.num_base_priors)
-        return RoIAssistant(
-            settings,
-            head,
-            train_cfg,
-            test_cfg,
-            student_signal=signal,
-            num_anchors=anchors,
-            shared_sample=shared,
-            **common,
-        )
-
-    def _build_neck(self, mimic: NeckMimic | None) -> nn.ModuleList:
-        """One 1x1 convolution for each pair of levels with equal strides."""
-        self._neck_pairs: list[tuple[int, int]] = []
-        if mimic is None:
-            return nn.ModuleList()
+    def _build_neck(self, mimic: NeckMimic) -> NeckImitation:
         if self.teacher is None:
             raise UserError("neck_mimic needs a teacher that runs")
-        theirs = detector_strides(self.teacher.detector)
-        self._neck_pairs = [(self.strides.index(s), theirs.index(s)) for s in self.strides if s in theirs]
-        if not self._neck_pairs:
-            raise UserError(
-                f"neck_mimic: student strides {self.strides} and teacher strides {theirs} have none in common"
-            )
-        own, wanted = self._neck_channels(), _neck_channels(self.teacher.detector)
-        if mimic.kind == "pkd" and own == wanted:
-            return nn.ModuleList()  # correlations need no adapter
-        return nn.ModuleList(adapter((own, True), (wanted, True)) for _ in self._neck_pairs)
-
-    def _neck_channels(self) -> int:
-        return _neck_channels(self.student)
-
-    def _student_signals(self) -> dict[str, tuple[int, bool]]:
-        head = self.student.bbox_head
-        names = list(head_signals(head))
-        return {name: width_of(m, name) for name, m in resolve(head, names, "the student's head").items()}
-
-    @staticmethod
-    def _count_terms(assistants: Sequence[Assistant], mimic: NeckMimic | None) -> int:
-        return sum(len(a.akd) + (a.ckd is not None) for a in assistants) + (mimic is not None)
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the student's head."""
-        head: Any = box_heads(self.student.roi_head)[0] if is_two_stage(self.student) else self.student.bbox_head
-        return int(head.num_classes)
+        return NeckImitation(mimic, self.student, self.teacher.detector)
 
     # ------------------------------------------------------------------ life of the module
 
@@ -387,9 +283,9 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
 
     def _loss(self, batch: Tensor, samples: list[Any]) -> dict[str, Tensor]:
         features = list(self.student.extract_feat(batch))
-        losses, terms = self._losses(batch, features, samples)
-        if self.balance is not None and self.training and terms:
-            self._measure(losses, terms, features)
+        losses, terms = self.unweighted(batch, features, samples)
+        if self.balance is not None and self.training and terms and self.step < self.balance.iterations:
+            self._measure(self.balance, losses, terms, features)
         w = self.weight()
         for number, (name, value) in enumerate(terms.items()):
             factor = self.head_kd.factors[number].to(value.dtype) if self.balance is not None else 1.0
@@ -412,355 +308,83 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         name = next(name for name, value in parts.items() if not bool(torch.isfinite(value)))
         raise NonFiniteError(f"{name} is not finite at step {self.step}: lower the learning rate or its weight")
 
-    def _losses(
-        self, batch: Tensor, features: list[Tensor], samples: list[Any]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Detection losses of student and assistants, and the distillation terms without schedule and balance."""
-        losses: dict[str, Any] = {}
-        terms: dict[str, Tensor] = {}
-        active = self.weight() > 0 or not self._stopped
-        wanted = sorted({a.ckd_names[0] for a in self.assistants if a.ckd is not None and active})
-        needs_rois = any(isinstance(a, RoIAssistant) for a in self.assistants)
-        seen: dict[str, list[Tensor]] = {}
-        proposals: list[Proposals] = []
-        shared: Regions | None = None
-        if is_two_stage(self.student):
-            losses, proposals, shared, seen = self._two_stage(features, samples, wanted)
-        else:
-            head = self.student.bbox_head
-            with capturing(resolve(head, wanted, "the student's head")) as seen:
-                outputs = head(tuple(features))
-            losses = dense_losses(head, outputs, samples)
-            if needs_rois and self.cache is None and self.rois == "student":
-                proposals = self._propose(outputs, samples)
-        if not self.assistants and not self._neck_pairs:
+    # ------------------------------------------------------------------ the terms
+
+    def unweighted(self, batch: Tensor, features: list[Tensor], samples: list[Any]) -> Terms:
+        """Detection losses of student and assistants, and the distillation terms without schedule and balance.
+
+        Args:
+            batch: (N, 3, H, W), normalized for the student.
+            features: the student's maps of it.
+            samples: mmdet's data sample of each image.
+        """
+        assistants, neck = self.assistants, self.head_kd.neck
+        active = self.schedule.stop is None or self.step < self.schedule.stop
+        student = self._student_pass(features, samples, active)
+        losses, terms = student.losses, {}  # type: dict[str, Any], dict[str, Tensor]
+        if not assistants and neck is None:
             return losses, terms
-        maps = self._teacher_maps(batch, samples) if active or self.rois == "teacher" else None
-        if self.rois == "teacher" and needs_rois:
+        maps = None
+        if self.teacher is not None and (active or self.rois == "teacher") and self._asks_teacher:
+            maps = self.teacher.features(batch, samples)
+        proposals, targets = student.proposals, None
+        if self._takes_regions and self.cache is not None:
+            proposals, targets = self.cache.regions(samples, features[0].device)
+        elif self._takes_regions and self.rois == "teacher":
             proposals = self._teacher_proposals(maps, samples)
-        for number, assistant in enumerate(self.assistants):
-            if isinstance(assistant, RoIAssistant):
-                found, more = self._roi_assistant(
-                    number, assistant, features, samples, proposals, shared, seen, maps, active
-                )
-            else:
-                assert isinstance(assistant, DenseAssistant)
-                found, more = self._dense_assistant(number, assistant, features, samples, seen, maps, active)
+        step = Step(
+            features=features,
+            samples=samples,
+            signals=student.signals,
+            proposals=proposals,
+            located=self.cache is None and self.rois == "student",
+            regions=student.regions,
+            targets=targets,
+            teacher=self.teacher,
+            maps=maps,
+            strides=self.strides,
+            ramp=self.weight(),
+            active=active,
+            key=(self.seed, self.step, get_rank()),
+            observe=self._observe,
+        )
+        for number, assistant in enumerate(assistants):
+            found, more = assistant.terms(step, number)
             losses |= found
             terms |= more
-        if self.neck_mimic is not None:
-            terms["neck.loss_mimic"] = self._neck_loss(features, maps) if maps is not None else touch(self.head_kd.neck)
+        if neck is not None:
+            terms["neck.loss_mimic"] = neck(features, maps, self._observe) if maps is not None else touch(neck)
         return losses, terms
 
+    def _student_pass(self, features: list[Tensor], samples: list[Any], active: bool) -> StudentPass:
+        wanted = sorted({a.ckd_names[0] for a in self.assistants if a.ckd is not None and active})
+        if is_two_stage(self.student):
+            return two_stage(self.student, features, samples, wanted)
+        own = self.cache is None and self.rois == "student"
+        return one_stage(
+            self.student, features, samples, wanted, self._decoder if own else None, self.proposal_settings
+        )
+
     @property
-    def _stopped(self) -> bool:
-        return self.schedule.stop is not None and self.step >= self.schedule.stop
-
-    def _teacher_maps(self, batch: Tensor, samples: Sequence[Any]) -> list[Tensor] | None:
-        uses = (
-            self.rois == "teacher"
-            or bool(self._neck_pairs)
-            or any(len(a.akd) or a.ckd is not None for a in self.assistants)
-        )
-        return self.teacher.features(batch, samples) if self.teacher is not None and uses else None
-
-    # ------------------------------------------------------------------ the student's part
-
-    def _two_stage(
-        self, features: list[Tensor], samples: list[Any], wanted: Sequence[str]
-    ) -> tuple[dict[str, Any], list[Proposals], Regions | None, dict[str, list[Tensor]]]:
-        """RPN and RoI head of the student, step by step as in mmdet, so that regions and activations are seen."""
-        from mmdet.models.roi_heads import StandardRoIHead
-
-        student = self.student
-        if getattr(student.roi_head, "with_mask", False):
-            raise UserError("instance masks are not supported: take a student without mask head")
-        settings = student.train_cfg.get("rpn_proposal", student.test_cfg.rpn)
-        rpn_samples = copy.deepcopy(samples)
-        for sample in rpn_samples:
-            sample.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)
-        rpn_losses, results = student.rpn_head.loss_and_predict(tuple(features), rpn_samples, proposal_cfg=settings)
-        losses = {(f"rpn_{k}" if "loss" in k and "rpn" not in k else k): v for k, v in rpn_losses.items()}
-        proposals = [
-            Proposals(r.bboxes.detach(), r.scores.detach(), Provenance.none(len(r.bboxes), r.bboxes.device))
-            for r in results
-        ]
-        if not isinstance(student.roi_head, StandardRoIHead):
-            return losses | student.roi_head.loss(tuple(features), results, samples), proposals, None, {}
-        head = student.roi_head
-        regions = sample_regions(head.bbox_assigner, head.bbox_sampler, proposals, samples, features)
-        with capturing(resolve(head.bbox_head, wanted, "the student's box head")) as seen:
-            losses |= head.bbox_loss(tuple(features), regions.sampling)["loss_bbox"]
-        return losses, proposals, regions, seen
-
-    def _propose(self, outputs: Any, samples: Sequence[Any]) -> list[Proposals]:
-        decoder = self._decoder
-        assert decoder is not None
-        logits, predictions = [t.detach() for t in outputs[0]], [t.detach() for t in outputs[1]]
-        sizes = [tuple(t.shape[2:]) for t in logits]
-        return dense_proposals(
-            logits,
-            predictions,
-            decoder.priors(sizes, logits[0].device),
-            decoder.decode,
-            [s.metainfo["img_shape"][:2] for s in samples],
-            **dataclasses.asdict(self.proposal_settings),
-        )
+    def _asks_teacher(self) -> bool:
+        """Whether anything looks at the teacher's maps."""
+        return self.rois == "teacher" or self.head_kd.neck is not None or any(a.imitates for a in self.assistants)
 
     @torch.no_grad()
     def _teacher_proposals(self, maps: list[Tensor] | None, samples: list[Any]) -> list[Proposals]:
         assert self.teacher is not None
         found = self.teacher.detector.rpn_head.predict(maps, samples, rescale=False)
-        return [Proposals(r.bboxes, r.scores, Provenance.none(len(r.bboxes), r.bboxes.device)) for r in found]
-
-    # ------------------------------------------------------------------ assistants
-
-    def _roi_assistant(
-        self,
-        number: int,
-        assistant: RoIAssistant,
-        features: list[Tensor],
-        samples: list[Any],
-        proposals: list[Proposals],
-        shared: Regions | None,
-        seen: Mapping[str, list[Tensor]],
-        maps: list[Tensor] | None,
-        active: bool,
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        settings = assistant.settings
-        cached: list[dict[str, Tensor]] | None = None
-        if self.cache is not None:
-            proposals, cached = self.cache.regions(samples, features[0].device)
-        if shared is not None and cached is None:
-            regions = shared
-        else:
-            with torch.random.fork_rng(devices=[]):  # the samplers draw from the CPU's stream
-                torch.manual_seed(self._stream(number))
-                regions = assistant.sample(proposals, samples, features, cached=cached is not None)
-        runs = (
-            settings.detection_weight > 0
-            or len(assistant.akd) > 0
-            or (assistant.ckd is not None and maps is None and cached is None)
-        )
-        losses: dict[str, Any] = {}
-        terms: dict[str, Tensor] = {}
-        rois, signals = [regions.rois], [{}]  # type: list[Tensor], list[dict[str, Tensor]]
-        if runs:
-            found, rois, signals = assistant(features, regions, samples)
-            factor = settings.detection_weight * (self.weight() if settings.ramp_detection else 1.0)
-            losses = {f"assist{number}.{k}": v * factor if "loss" in k else v for k, v in found.items()}
-            losses[f"assist{number}.loss_unused"] = touch(assistant.head, assistant.bridge)
-        targets = self._targets(assistant, regions, rois, maps, cached) if active else []
-        for stage in range(assistant.num_stages if len(assistant.akd) else 0):
-            for name in assistant.akd_names:
-                phi = assistant.adapter_of(stage, name)
-                key = f"akd{number}.loss_s{stage}_{name}" if assistant.num_stages > 1 else f"akd{number}.loss_{name}"
-                value = touch(phi)
-                if stage < len(targets) and stage < len(signals):
-                    own, target = signals[stage][name], targets[stage][name]
-                    self._observe(f"akd{number}.{name}" + (f".s{stage}" if stage else ""), own, target)
-                    value = value + mimic_loss(phi(own), target, normalize=settings.normalize)
-                terms[key] = settings.akd_weight * value
-        if assistant.ckd is not None:
-            value = touch(assistant.ckd)
-            goal: Tensor | None = None
-            if targets:
-                goal = targets[0][assistant.ckd_names[1]]
-            elif active and signals[0] and self.teacher is None and self.cache is None:
-                goal = signals[0][assistant.ckd_names[1]].detach()
-            if goal is not None:
-                value = value + self._ckd(assistant, regions, seen, features, goal, number)
-            terms[f"ckd{number}.loss"] = settings.ckd_weight * value
-        return losses, terms
-
-    def _targets(
-        self,
-        assistant: RoIAssistant,
-        regions: Regions,
-        rois: Sequence[Tensor],
-        maps: list[Tensor] | None,
-        cached: list[dict[str, Tensor]] | None,
-    ) -> list[dict[str, Tensor]]:
-        """The teacher's activations at the regions of each stage."""
-        if not len(assistant.akd) and assistant.ckd is None:
-            return []
-        names = sorted({*(assistant.akd_names if len(assistant.akd) else ()), assistant.ckd_names[1]} - {""})
-        if cached is not None:
-            image = regions.image
-            return [
-                {
-                    name: torch.cat([c[name][regions.index[image == i]] for i, c in enumerate(cached)]).float()
-                    for name in names
-                }
-            ]
-        if maps is None or self.teacher is None:
-            return []
-        stages = min(len(rois), len(box_heads(self.teacher.detector.roi_head)))
-        return [self.teacher.at_rois(maps, rois[stage], names, stage) for stage in range(stages)]
-
-    def _ckd(
-        self,
-        assistant: RoIAssistant,
-        regions: Regions,
-        seen: Mapping[str, list[Tensor]],
-        features: Sequence[Tensor],
-        target: Tensor,
-        number: int,
-    ) -> Tensor:
-        settings, psi = assistant.settings, assistant.ckd
-        assert psi is not None
-        signal = seen[settings.ckd_student or ""]
-        keep = regions.positive if settings.ckd_on == "positive" else torch.ones_like(regions.positive)
-        if is_two_stage(self.student):
-            rows = keep.nonzero().squeeze(1)
-            own = signal[0].flatten(1)[rows]
-            self._observe(f"ckd{number}", own, target[rows])
-            return mimic_loss(psi(own), target[rows], normalize=settings.normalize)
-        where = regions.provenance
-        if settings.match == "center" or self.cache is not None or self.rois == "teacher":
-            where = center_locations(regions.rois[:, 1:], self.strides, [tuple(m.shape[2:]) for m in features])  # type: ignore[misc]
-        rows = (keep & (where.level >= 0)).nonzero().squeeze(1)
-        where = where[rows]
-        own = gather_at(signal, regions.image[rows], where)
-        self._observe(f"ckd{number}", own, target[rows])
-        predicted = psi(own, where.anchor) if isinstance(psi, PerAnchorLinear) else psi(own)
-        return mimic_loss(predicted, target[rows], normalize=settings.normalize)
-
-    def _dense_assistant(
-        self,
-        number: int,
-        assistant: DenseAssistant,
-        features: list[Tensor],
-        samples: list[Any],
-        seen: Mapping[str, list[Tensor]],
-        maps: list[Tensor] | None,
-        active: bool,
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        settings = assistant.settings
-        losses: dict[str, Any] = {}
-        terms: dict[str, Tensor] = {}
-        found, signals = assistant(features, samples)
-        factor = settings.detection_weight * (self.weight() if settings.ramp_detection else 1.0)
-        for key, value in found.items():
-            many = isinstance(value, list | tuple)
-            losses[f"assist{number}.{key}"] = [v * factor for v in value] if many else value * factor
-        losses[f"assist{number}.loss_unused"] = touch(assistant.head, assistant.bridge)
-        targets: dict[str, list[Tensor]] | None = None
-        if active and maps is not None and self.teacher is not None:
-            names = sorted({*(assistant.akd_names if len(assistant.akd) else ()), assistant.ckd_names[1]} - {""})
-            targets = self.teacher.at_maps(maps, names) if names else None
-        for name in assistant.akd_names if len(assistant.akd) else ():
-            phi = assistant.adapter_of(name)
-            value = touch(phi)
-            if targets is not None:
-                for own, target in zip(signals[name], targets[name], strict=True):
-                    value = value + mimic_loss(phi(own), _fit(target, own), normalize=settings.normalize)
-                self._observe(
-                    f"akd{number}.{name}", _rows(signals[name][0]), _rows(_fit(targets[name][0], signals[name][0]))
-                )
-            terms[f"akd{number}.loss_{name}"] = settings.akd_weight * value
-        if assistant.ckd is not None:
-            value = touch(assistant.ckd)
-            goal = targets[assistant.ckd_names[1]] if targets is not None else None
-            if goal is None and active and self.teacher is None:
-                goal = [t.detach() for t in signals[assistant.ckd_names[1]]]
-            if goal is not None:
-                student = seen[assistant.ckd_names[0]]
-                for level, target in zip(assistant.levels, goal, strict=True):
-                    if level is not None:
-                        own = student[level]
-                        value = value + mimic_loss(assistant.ckd(own), _fit(target, own), normalize=settings.normalize)
-                first = assistant.levels[0]
-                assert first is not None
-                self._observe(f"ckd{number}", _rows(student[first]), _rows(_fit(goal[0], student[first])))
-            terms[f"ckd{number}.loss"] = settings.ckd_weight * value
-        return losses, terms
-
-    def _neck_loss(self, features: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
-        mimic = self.neck_mimic
-        assert mimic is not None
-        total = touch(self.head_kd.neck)
-        for pair, (own, theirs) in enumerate(self._neck_pairs):
-            value = features[own].float()
-            if len(self.head_kd.neck):
-                value = self.head_kd.neck[pair](value)
-            target = _fit(maps[theirs], value)
-            total = total + (
-                pkd_loss(value, target) if mimic.kind == "pkd" else mimic_loss(value, target, normalize=mimic.normalize)
-            )
-            self._observe(f"neck.{own}", _rows(features[own]), _rows(target))
-        return mimic.weight * total
+        return [unlocated(r.bboxes, r.scores) for r in found]
 
     def _observe(self, name: str, own: Tensor, target: Tensor) -> None:
         if self.observer is not None:
             self.observer(name, own.detach(), target.detach())
 
-    def _stream(self, number: int) -> int:
-        """Seed of an assistant's sampler: its own for each step and process."""
-        from mmengine.dist import get_rank
-
-        return hash((self.seed, self.step, get_rank(), number)) % 2**63
-
-    # ------------------------------------------------------------------ balance
-
-    def gradient_norms(
-        self, losses: Mapping[str, Any], terms: Mapping[str, Tensor], features: Sequence[Tensor]
-    ) -> Tensor:
-        """Norm of the gradient at the student's maps: of the student's detection loss first, then of each term."""
-        detection = sum(
-            torch.as_tensor(v).mean() if isinstance(v, Tensor) else sum(x.mean() for x in v)
-            for k, v in losses.items()
-            if "loss" in k and not k.startswith(("assist", "akd", "ckd", "neck"))
-        )
-        norms = []
-        for value in (detection, *terms.values()):
-            if not isinstance(value, Tensor) or not value.requires_grad:
-                norms.append(torch.zeros((), dtype=torch.float64))
-                continue
-            grads = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
-            norms.append(
-                torch.stack([g.double().square().sum().cpu() for g in grads if g is not None] or [torch.zeros(())])
-                .sum()
-                .sqrt()
-            )
-        return torch.stack(norms)
-
-    def _measure(self, losses: Mapping[str, Any], terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> None:
+    def _measure(
+        self, balance: Balance, losses: Mapping[str, Any], terms: Mapping[str, Tensor], features: Sequence[Tensor]
+    ) -> None:
         """Average the norms over the first iterations, then freeze factors that give each term its share."""
-        balance = self.balance
-        assert balance is not None
-        if self.step >= balance.iterations:
-            return
-        self.head_kd.norms += self.gradient_norms(losses, terms, features).to(self.head_kd.norms.device)
-        norms = self.head_kd.norms
-        from mmengine.dist import all_reduce
-
-        total = norms.clone()
+        self.head_kd.norms += gradient_norms(losses, terms, features).to(self.head_kd.norms.device)
+        total = self.head_kd.norms.clone()
         all_reduce(total)
-        share = balance.ratio / max(1, len(terms))
-        known = total[1:] > 0
-        self.head_kd.factors.copy_(
-            torch.where(known, share * total[0] / total[1:].clamp_min(1e-30), torch.ones_like(total[1:]))
-        )
-
-
-def _fit(target: Tensor, own: Tensor) -> Tensor:
-    """A map resized where the teacher's has another size (odd image sizes, other paddings)."""
-    if target.shape[2:] == own.shape[2:]:
-        return target
-    return nn.functional.interpolate(target, own.shape[2:], mode="bilinear")
-
-
-def _rows(feature_map: Tensor) -> Tensor:
-    return feature_map.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _neck_channels(detector: Any) -> int:
-    neck = getattr(detector, "neck", None)
-    channels = getattr(neck, "out_channels", None)
-    if channels is None:
-        head = getattr(detector, "bbox_head", None) or detector.rpn_head
-        channels = getattr(head, "in_channels", None)
-    if not isinstance(channels, int):
-        raise UserError(f"{type(detector).__name__}: its neck does not say how many channels it gives")
-    return channels
+        self.head_kd.factors.copy_(shared_factors(total, balance.ratio))

@@ -1,118 +1,24 @@
-"""What a pair of detectors has to say to each other: signals, shapes, transfer, cost, gradients, the semantic gap."""
+"""What a pair of detectors has to say to each other, as numbers: gradients, the semantic gap, cost."""
 
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from head_kd.assistants import DenseAssistant, RoIAssistant
+from head_kd.balance import gradient_norms
+from head_kd.dense_assistant import DenseAssistant
 from head_kd.detector import HEADDetector
 from head_kd.losses import gap_r2
+from head_kd.roi_assistant import RoIAssistant
 from head_kd.signals import is_two_stage
 from head_kd.teacher import TeacherView
-from tenfold import UserError
 
 _GAP_ROWS = 4096
-
-
-def check_classes(student: Sequence[str] | None, teacher: Sequence[str] | None, *, other_classes: bool) -> str:
-    """A line about the classes of both; unknown ones are said to be so.
-
-    Raises:
-        UserError: they differ, in names or in order, and ``other_classes`` does not allow it.
-    """
-    if student is None or teacher is None:
-        return "classes: not stated by " + " and ".join(
-            who for who, names in (("the data", student), ("the teacher", teacher)) if names is None
-        )
-    if tuple(student) == tuple(teacher):
-        return f"classes: {len(student)}, the same in the same order"
-    if sorted(student) == sorted(teacher):
-        first = next(i for i, (a, b) in enumerate(zip(student, teacher, strict=True)) if a != b)
-        what = (
-            f"in another order: class {first} is '{student[first]}' in the data and '{teacher[first]}' for the teacher"
-        )
-    else:
-        extra = [name for name in teacher if name not in student]
-        lacking = [name for name in student if name not in teacher]
-        what = f"{len(lacking)} of the data are unknown to the teacher ({', '.join(lacking[:3])})" + (
-            f", which knows {len(extra)} others ({', '.join(extra[:3])})" if extra else ""
-        )
-    if not other_classes:
-        raise UserError(
-            f"classes of data and teacher differ, {what}; --distill.other_classes true distils features all the same"
-        )
-    return f"classes: differ, {what}; only inner features are distilled"
-
-
-def normalization_line(model: HEADDetector) -> str:
-    """Whether the teacher's input is converted."""
-    if model.teacher is None or model.teacher.renormalize is None:
-        return "normalization: no teacher runs"
-    convert = model.teacher.renormalize
-    if convert.identity:
-        return "normalization: teacher and student take the same input"
-    swap = ", channels swapped" if convert.swap else ""
-    return f"normalization: converted for the teacher (scale {convert.scale.flatten()[0]:.3g}, padding cleared{swap})"
-
-
-def signal_rows(model: HEADDetector) -> list[list[str]]:
-    """Rows (term, from, to, adapter) of all distillation terms."""
-    rows = []
-    for number, assistant in enumerate(model.assistants):
-        name = type(assistant.head).__name__
-        for key, phi in assistant.akd.items():
-            rows.append(
-                [f"akd{number}.{key}", f"assistant {name} {_ends(phi)[0]}", f"teacher {_ends(phi)[1]}", _kind(phi)]
-            )
-        if assistant.ckd is not None:
-            student, target = assistant.ckd_names
-            whose = "teacher" if model.teacher is not None or model.cache is not None else "assistant"
-            own, wanted = _ends(assistant.ckd)
-            rows.append(
-                [f"ckd{number}", f"student {student} {own}", f"{whose} {target} {wanted}", _kind(assistant.ckd)]
-            )
-    for level, (own, theirs) in enumerate(model._neck_pairs):
-        kind = _kind(model.head_kd.neck[level]) if len(model.head_kd.neck) else "none"
-        rows.append([f"neck{level}", f"student map {own} (stride {model.strides[own]})", f"teacher map {theirs}", kind])
-    return rows
-
-
-def _ends(phi: nn.Module) -> tuple[int, int]:
-    first = next(m for m in phi.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-    if isinstance(first, nn.Linear):
-        return first.in_features, first.out_features
-    return first.in_channels, first.out_channels
-
-
-def _kind(phi: nn.Module) -> str:
-    return {"Linear": "linear", "Conv2d": "1x1 convolution", "PerAnchorLinear": "linear for each anchor"}[
-        type(phi).__name__
-    ]
-
-
-def transfer_lines(model: HEADDetector) -> list[str]:
-    """What of the teacher's head fits into the assistants."""
-    lines = []
-    for number, assistant in enumerate(model.assistants):
-        total = len(assistant.head.state_dict())
-        bridge = (
-            f", over a bridge {_ends(assistant.bridge)[0]} -> {_ends(assistant.bridge)[1]}"
-            if assistant.bridge is not None
-            else ""
-        )
-        if f"assistant{number}" in model.untransferred:
-            left = model.untransferred[f"assistant{number}"]
-            fits = f"{total - len(left)} of {total} tensors come from the teacher's head"
-            lines.append(f"assistant {number}: {fits}{bridge}" + (f"; not: {', '.join(left[:4])}" if left else ""))
-        else:
-            lines.append(f"assistant {number}: {total} tensors, initialized anew{bridge}")
-    return lines
 
 
 @contextlib.contextmanager
@@ -152,9 +58,9 @@ def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) ->
         try:
             for batch, samples in batches:
                 features = list(model.student.extract_feat(batch))
-                losses, terms = model._losses(batch, features, samples)
+                losses, terms = model.unweighted(batch, features, samples)
                 names = list(terms)
-                norms.append(model.gradient_norms(losses, terms, features))
+                norms.append(gradient_norms(losses, terms, features))
         finally:
             model.observer = None
             model.zero_grad(set_to_none=True)

@@ -4,12 +4,19 @@ An activation is captured as the *input of the module that consumes it*. Behind 
 itself would see the value before or after the ReLU, depending on a flag; the consumer sees what the head really uses.
 """
 
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from mmdet.models.dense_heads import AnchorHead, FCOSHead, GFLHead
+from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+from mmdet.models.utils import unpack_gt_instances
 from torch import Tensor, nn
 
 from tenfold import UserError
@@ -109,9 +116,6 @@ def dense_decoder(head: Any) -> DenseDecoder:
     Raises:
         UserError: of this head we do not know how its outputs become boxes.
     """
-    from mmdet.models.dense_heads import AnchorHead, FCOSHead, GFLHead
-    from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
-
     kind = type(head).__name__
     if not getattr(head, "use_sigmoid_cls", False):
         raise UserError(f"the student's {kind} has no sigmoid class scores, which proposals are taken from")
@@ -152,9 +156,35 @@ def detector_strides(detector: Any) -> list[int]:
     return [int(stride[0]) if isinstance(stride, tuple | list) else int(stride) for stride in generator.strides]
 
 
+def neck_channels(detector: Any) -> int:
+    """Channels of the maps that a detector's neck gives.
+
+    Raises:
+        UserError: neither the neck nor the head on it says how many.
+    """
+    channels = getattr(getattr(detector, "neck", None), "out_channels", None)
+    if channels is None:
+        head = getattr(detector, "bbox_head", None) or detector.rpn_head
+        channels = getattr(head, "in_channels", None)
+    if not isinstance(channels, int):
+        raise UserError(f"{type(detector).__name__}: its neck does not say how many channels it gives")
+    return channels
+
+
+def num_classes(detector: Any) -> int:
+    """Number of classes of a detector's final head."""
+    head: Any = box_heads(detector.roi_head)[0] if is_two_stage(detector) else detector.bbox_head
+    return int(head.num_classes)
+
+
 def is_two_stage(detector: Any) -> bool:
     """Whether a detector has a RoI head."""
     return getattr(detector, "roi_head", None) is not None
+
+
+def gives_regions(detector: Any) -> bool:
+    """Whether a two-stage detector samples its regions once, so that they can be shared (a cascade does not)."""
+    return isinstance(detector.roi_head, StandardRoIHead)
 
 
 def box_heads(roi_head: Any) -> list[nn.Module]:
@@ -168,3 +198,9 @@ def forward_stage(roi_head: Any, stage: int, features: Sequence[Tensor], rois: T
     if isinstance(roi_head.bbox_head, nn.ModuleList):
         return roi_head._bbox_forward(stage, features, rois)
     return roi_head._bbox_forward(features, rois)
+
+
+def dense_losses(head: Any, outputs: Any, samples: Sequence[Any]) -> dict[str, Tensor]:
+    """A dense head's losses out of outputs that are there already."""
+    truth, ignored, metas = unpack_gt_instances(list(samples))
+    return dict(head.loss_by_feat(*outputs, truth, metas, ignored))

@@ -1,17 +1,23 @@
 """The teacher: a frozen detector beside the model, with its own input normalization, read at the student's regions."""
 
-import hashlib
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from head_kd.checkpoints import read_weights, resolve_config
+from head_kd.checkpoints import Weights, read_weights
+from head_kd.configs import config_classes, resolve_config
 from head_kd.signals import box_heads, capturing, forward_stage, is_two_stage, resolve
 from tenfold import UserError
-from tenfold.checkpoints import check_shapes
+from tenfold.checkpoints import check_shapes, digest
 
 LOADED_AT_LEAST = 0.9
 """Share of a teacher's tensors that its checkpoint has to fill."""
@@ -88,8 +94,6 @@ class TeacherView:
         Raises:
             UserError: no such file, or a checkpoint of another config; the message names the first keys that differ.
         """
-        from mmdet.registry import MODELS
-
         cfg = resolve_config(config)
         weights = read_weights(checkpoint)
         with torch.random.fork_rng(devices=[]):
@@ -158,17 +162,50 @@ class TeacherView:
         return {name: [value.float() for value in values] for name, values in seen.items()}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all its parameters and buffers."""
-        return fingerprint(self.detector)
+        """Digest of all its parameters and buffers."""
+        return digest(self.detector.state_dict())
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """The head of a detector's config, with the settings that it trains and measures by.
+
+    Attributes:
+        kind: roi or dense.
+        head: config of the head.
+        train_cfg: assigner and sampler; None where the config does not train.
+        test_cfg: of the head.
+    """
+
+    kind: str
+    head: Any
+    train_cfg: Any
+    test_cfg: Any
+
+
+def head_config(cfg: Any) -> HeadConfig:
+    """The head of an mmdet config that an assistant is a copy of."""
+    model = cfg.model
+    if "roi_head" in model:
+        return HeadConfig("roi", model.roi_head, (model.get("train_cfg") or {}).get("rcnn"), model.test_cfg.rcnn)
+    return HeadConfig("dense", model.bbox_head, model.get("train_cfg"), model.get("test_cfg"))
+
+
+def load_roi_head(cfg: Any, weights: Weights, checkpoint: str | Path) -> nn.Module:
+    """A teacher's RoI head with its weights, frozen, without the rest of the teacher.
+
+    Raises:
+        UserError: the config has no RoI head, or the checkpoint is of another one.
+    """
+    found = head_config(cfg)
+    if found.kind != "roi":
+        raise UserError("teacher: a cache holds the activations of a RoI head, which this teacher does not have")
+    with torch.random.fork_rng(devices=[]):
+        head: nn.Module = MODELS.build({**copy.deepcopy(found.head), "test_cfg": found.test_cfg, "train_cfg": None})
+    prefix = "roi_head."
+    state_dict = {k.removeprefix(prefix): v for k, v in weights.state_dict.items() if k.startswith(prefix)}
+    load_all(head, state_dict, checkpoint)
+    return head.requires_grad_(False)
 
 
 def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: str | Path) -> None:
@@ -188,17 +225,3 @@ def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: st
         except UserError as error:
             raise UserError(f"{share}; {str(error).partition(': ')[2]}") from None
     module.load_state_dict(fitting, strict=False)
-
-
-def config_classes(cfg: Any) -> tuple[str, ...] | None:
-    """The classes that a config states for its training data, directly or through the data set's own list."""
-    from mmdet.registry import DATASETS
-
-    dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
-    while "dataset" in dataset:
-        dataset = dataset["dataset"]
-    stated = (dataset.get("metainfo") or {}).get("classes") or (cfg.get("metainfo") or {}).get("classes")
-    if stated is None and dataset.get("type") is not None:
-        kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
-        stated = getattr(kind, "METAINFO", {}).get("classes")
-    return tuple(stated) if stated else None

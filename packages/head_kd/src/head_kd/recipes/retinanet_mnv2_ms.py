@@ -1,29 +1,8 @@
-"""retinanet with mnv2: the paper's student, multi-scale training, 12 epochs of COCO."""
+"""RetinaNet with MobileNetV2: the paper's student, multi-scale training, 12 epochs of COCO."""
 
-_base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
+_base_ = ["./retinanet_r18_ms.py", "./mobilenet_v2.py"]
 
-model = {
-    "backbone": {
-        "_delete_": True,
-        "type": "MobileNetV2",
-        "out_indices": (1, 2, 4, 7),
-        "act_cfg": {"type": "LeakyReLU", "negative_slope": 0.1},
-        "norm_cfg": {"type": "BN", "requires_grad": True},
-        "norm_eval": True,
-        "init_cfg": {"type": "Pretrained", "checkpoint": "open-mmlab://mmdet/mobilenet_v2"},
-    },
-    "neck": {"in_channels": [24, 32, 96, 1280]},
-}
-
-train_pipeline = [
-    {"type": "LoadImageFromFile"},
-    {"type": "LoadAnnotations", "with_bbox": True},
-    {"type": "RandomResize", "scale": [(1333, 640), (1333, 800)], "keep_ratio": True},
-    {"type": "RandomFlip", "prob": 0.5},
-    {"type": "PackDetInputs"},
-]
-train_dataloader = {"dataset": {"pipeline": train_pipeline}}
-optim_wrapper = {
-    "optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0001},
-    "clip_grad": {"max_norm": 20, "norm_type": 2},
+model = {  # mmengine merges the bases into `_base_`
+    "backbone": {**_base_.mobilenet_v2, "_delete_": True},  # type: ignore[attr-defined]
+    "neck": {"in_channels": _base_.mobilenet_v2_channels},  # type: ignore[attr-defined]
 }

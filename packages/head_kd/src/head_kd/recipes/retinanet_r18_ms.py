@@ -1,4 +1,4 @@
-"""retinanet with r18: the paper's student, multi-scale training, 12 epochs of COCO."""
+"""RetinaNet with ResNet-18: the paper's student, multi-scale training, 12 epochs of COCO; the other students' base."""
 
 _base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
 

@@ -5,8 +5,9 @@ every random draw is keyed: data order by (seed, epoch), augmentation by (seed, 
 (seed, iteration, rank). So nothing has to be restored but where the loop stands.
 """
 
-import contextlib
-import random
+import head_kd.ops_fallback  # noqa: F401  # before mmdet
+
+# isort: split
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,28 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import Sampler
 
-
-def _seed_all(*key: int) -> None:
-    value = hash(key) % 2**63
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    if torch.cuda.is_available():
-        torch.manual_seed(value)
-    else:  # the same stream; torch.manual_seed notes a traceback for CUDA each time, a tenth of a small model's step
-        torch.default_generator.manual_seed(value)
-
-
-@contextlib.contextmanager
-def keyed(*key: int) -> Iterator[None]:
-    """Draws inside depend on ``key`` alone, and leave no trace outside."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    _seed_all(*key)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
+from tenfold.randomness import generator, keyed
 
 
 @DATASETS.register_module()
@@ -139,8 +119,9 @@ class KeyedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         count = len(self.dataset)
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
-        order = torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
+        order = list(range(count))
+        if self.shuffle:
+            order = torch.randperm(count, generator=generator(self.seed, self.epoch)).tolist()
         order += order[: len(self) * self.world - count]
         return iter([self.epoch * count + index for index in order[self.rank :: self.world]])
 
@@ -216,7 +197,8 @@ class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
         """Train from where the loop stands to its end."""
         runner = self.runner
         runner.call_hook("before_train")
-        length = len(self.dataloader)
+        length, rank = len(self.dataloader), get_dist_info()[0]
+        device = next(runner.model.parameters()).device
         while self._iter < self._max_iters and not self.stop_training:
             done = self._iter - self._epoch * length
             sampler = self.dataloader.batch_sampler
@@ -227,8 +209,8 @@ class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
             runner.model.train()
             if done < length:
                 for index, batch in enumerate(self.dataloader, done):
-                    _seed_all(self.seed, self._iter, get_dist_info()[0])
-                    self.run_iter(index, batch)
+                    with keyed(self.seed, self._iter, rank, device=device):
+                        self.run_iter(index, batch)
                     if not self.val_by_epoch and self._iter < self._max_iters and self._iter % self.val_interval == 0:
                         self._validate(self._iter)
                     if self._iter >= self._max_iters or index + 1 >= length:
