@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from radiogat.graph import Adjacency, shifted
+from tenfold.errors import needs
 
 Backend = Literal["csr", "stencil", "dense", "pyg"]
 BACKENDS = ("csr", "stencil", "dense", "pyg")
@@ -69,9 +70,7 @@ class GraphAttention(nn.Module):
         return (gathered @ self.weight if narrow else gathered) + self.bias
 
     def _pyg(self, x: Tensor, adjacency: Adjacency) -> Tensor:
-        from tenfold.datasets import needs
-
-        needs("torch_geometric", "pyg")
+        needs("torch_geometric", "pyg", "radiogat")
         from torch_geometric.nn import GATConv
 
         conv = GATConv(*self.weight.shape, heads=1, negative_slope=self.slope, add_self_loops=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from radiogat.config import GraphConfig
 from radiogat.depth import Bools, Floats, distance_depth, mast_distance, power_depth
 from tenfold import UserError
+from tenfold.errors import needs
 
 Window = tuple[slice, slice]
 
@@ -159,9 +160,7 @@ class RadioGraph:
         Raises:
             MissingExtraError: torch-geometric is not installed.
         """
-        from tenfold.datasets import needs
-
-        needs("torch_geometric", "pyg")
+        needs("torch_geometric", "pyg", "radiogat")
         from torch_geometric.data import Data
 
         pos = torch.from_numpy(np.argwhere(self.street)).float()

@@ -13,23 +13,14 @@ from radiogat.pictures import map_picture
 from radiogat.samples import Grid, RadioSamples
 from radiogat.suggest import suggest_places
 from tenfold import UserError
-from tenfold.datasets import needs
-from tenfold.errors import MissingExtraError
-from tenfold.runs import replacing
+from tenfold.errors import needs
+from tenfold.files import replacing
 
 if TYPE_CHECKING:
     import xarray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-
-def needs_geo(module: str, what: str) -> None:
-    """Refuse in one line when a library of the extra ``geo`` is missing."""
-    try:
-        needs(module, "geo")
-    except MissingExtraError as error:
-        raise MissingExtraError(f'{what} needs {module}; pip install "radiogat[geo]"') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +109,7 @@ class RadioMap:
 
     def to_xarray(self) -> "xarray.Dataset":
         """A dataset over (freq, y, x) with units."""
-        needs_geo("xarray", "to_xarray")
+        needs("xarray", "geo", "radiogat", why="to_xarray")
         import xarray
 
         variables = {
@@ -187,7 +178,7 @@ def grid_of(path: Path, file: Any, need_crs: bool = True) -> tuple[Grid, str | N
 
 def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
     """Write a map into a GeoTIFF as its tiles come; bands are named ``1750 MHz rss_dbm`` and so on."""
-    needs_geo("rasterio", "GeoTIFF")
+    needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio
     from rasterio.transform import from_origin
     from rasterio.windows import Window
@@ -230,7 +221,7 @@ def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
     Raises:
         UserError: as of ``read_raster``, or a band does not say its frequency.
     """
-    needs_geo("rasterio", "GeoTIFF")
+    needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio
     from rasterio.errors import RasterioIOError
 
@@ -257,7 +248,7 @@ def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
 
 def write_netcdf(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
     """Write a map into netCDF as its tiles come."""
-    needs_geo("netCDF4", "netCDF")
+    needs("netCDF4", "geo", "radiogat", why="netCDF")
     import netCDF4
 
     with replacing(path) as temporary, netCDF4.Dataset(temporary, "w") as file:
@@ -283,7 +274,7 @@ def read_netcdf(path: str | Path) -> RadioMap:
     Raises:
         UserError: not such a file, or its grid is not regular and north-up.
     """
-    needs_geo("netCDF4", "netCDF")
+    needs("netCDF4", "geo", "radiogat", why="netCDF")
     import netCDF4
 
     if not Path(path).is_file():

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from radiogat.samples import Grid, RadioSamples
 from tenfold.figures import COLORS, STYLE
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
