@@ -12,7 +12,7 @@ Legend: N nodes, E edges, K offsets, C channels; s (N) logit of the target, t (N
 
 import warnings
 from functools import cache
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from radiogat.config import Backend
 from radiogat.graph import Adjacency, shifted
 from tenfold.errors import needs
 
-Backend = Literal["csr", "stencil", "dense", "pyg"]
-BACKENDS = ("csr", "stencil", "dense", "pyg")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 class GraphAttention(nn.Module):

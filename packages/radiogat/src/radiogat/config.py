@@ -29,6 +29,7 @@ ProtocolArm = Literal[Method, "radiogatx-nodepth", "radiogat-2025"]
 """What the authors' protocol compares: also RadioGATx without buildings, and RadioGAT as released."""
 Task = Literal["S", "M", "U", "D"]
 Format = Literal["auto", "geotiff", "netcdf", "csv"]
+Backend = Literal["csr", "stencil", "dense", "pyg"]
 Megahertz = Annotated[float, Interval(ge=10, le=1e6)]
 Bands = Annotated[tuple[Megahertz, ...], Length(1), Distinct()]
 Rate = Annotated[float, Interval(gt=0, le=1)]
@@ -83,7 +84,7 @@ class GATSettings(Settings):
     widths: tuple[Count, Count] = (80, 320)
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.5
     slope: NonNegative = 0.01
-    backend: Literal["csr", "stencil", "dense", "pyg"] = "csr"
+    backend: Backend = "csr"
     spectral: bool = False
 
 
