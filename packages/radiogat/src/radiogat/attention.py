@@ -31,9 +31,9 @@ class GraphAttention(nn.Module):
     """One graph attention layer with a single head (GATv1), the layer of RadioGAT.
 
     Args:
-        in_channels: of the nodes.
-        out_channels: of the result.
-        slope: of LeakyReLU; 0.01 in the authors' code (torch-geometric's default is 0.2).
+        in_channels: channels of the nodes.
+        out_channels: channels of the result.
+        slope: slope of LeakyReLU below zero; 0.01 in the authors' code (torch-geometric's default is 0.2).
         backend: csr, stencil, dense (N x N, small graphs) or pyg (torch-geometric's ``GATConv`` with these weights).
 
     Shapes: ``x`` (N, in_channels), an ``Adjacency`` of N nodes -> (N, out_channels).
@@ -103,7 +103,7 @@ def dense_weights(s: Tensor, t: Tensor, adjacency: Adjacency, slope: float) -> T
 
 
 class _CsrAttend(Function):
-    """By compressed sparse rows. Buffers: a few numbers an edge, none of E x C."""
+    """By compressed sparse rows. Buffers: a few numbers per edge, none of E x C."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, t: Tensor, values: Tensor, adjacency: Adjacency, slope: float) -> Any:

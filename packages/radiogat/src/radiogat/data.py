@@ -120,7 +120,7 @@ def read_samples(
         columns: role (a key of ``COLUMNS``) -> name, where a file calls it otherwise.
         crs: plane of x and y; or the plane that lat and lon go to, in place of UTM.
         sign: -1 where the column holds path loss or other negated values.
-        freq_mhz: for files without a frequency.
+        freq_mhz: frequency of files without a column of it.
 
     Raises:
         UserError: a column is missing, a value cannot be read (with its line), or is not what it is called.
@@ -168,7 +168,7 @@ def read_scene(
     Args:
         buildings: raster (nonzero = building), polygons (degrees, as GeoJSON has them), or None.
         transmitters: CSV, or None.
-        samples: they decide the plane, and the grid where no raster does.
+        samples: measurements, which decide the plane, and the grid where no raster does.
         cell: side of a cell for polygons, and without buildings; default: half of the samples' spacing.
 
     Raises:
@@ -195,7 +195,7 @@ def read_scene(
         raise UserError(f"{path} lies in {crs}, the samples in {samples.crs}: give --crs {crs} or reproject the raster")
     outside = ~grid.inside(samples.xy)
     if outside.mean() > 0.5:
-        raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside of this raster")
+        raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside this raster")
     return RadioScene(grid, np.nan_to_num(mask) != 0, masts, samples.crs or crs)
 
 
@@ -224,7 +224,7 @@ def polygons_on(path: str | Path, grid: Grid, crs: str | None) -> Bools:
     Args:
         path: GeoJSON; positions are longitude and latitude, or lie in the plane where ``crs`` is None.
         grid: the raster.
-        crs: its plane.
+        crs: plane of the raster.
     """
     from matplotlib.path import Path as Outline
 

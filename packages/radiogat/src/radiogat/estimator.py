@@ -51,8 +51,8 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         calibration: interpolate (a held-out measurement is predicted from all others: right for maps between the
             measurements) or extrapolate (also without the others of its block: wider, right for unvisited quarters).
         blocks_across: blocks along the area's longer side.
-        seed: of the choice of blocks; networks have their own.
-        device: where a network is trained: cpu or cuda.
+        seed: seed of the choice of blocks; networks have their own.
+        device: where a network is trained: cpu, cuda or mps.
 
     Attributes:
         chosen_: the model that predicts, after the fallback.
@@ -213,7 +213,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
     def tiles(
         self, grid: Grid, freq_mhz: float | Sequence[float] | None = None, interval: float | None = None
     ) -> Iterator[tuple[slice, Mapping[str, Floats]]]:
-        """The map of a grid, some rows at a time, for the writers of ``radiogat.data``; buildings are NaN."""
+        """The map of a grid, some rows at a time, for the writers of ``radiogat.maps``; buildings are NaN."""
         freqs = self.frequencies(freq_mhz)
         step = max(1, _CELLS // grid.width)
         for start in range(0, grid.height, step):
@@ -229,7 +229,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             yield rows, layers
 
     def _free(self, xy: Floats) -> Bools:
-        """(n) whether a position is outside of every building."""
+        """(n) whether a position is outside every building."""
         scene = self.scene_
         if scene is None or scene.building is None:
             return np.ones(len(xy), dtype=bool)
@@ -277,7 +277,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
     # Judging the error bars
 
     def coverage(self, samples: RadioSamples, levels: ArrayLike) -> Floats:
-        """Share of other measurements inside of the intervals of each level, in the bands that were fitted.
+        """Share of other measurements inside the intervals of each level, in the bands that were fitted.
 
         Only measurements that ``fit`` has not seen are a test.
         """
@@ -286,7 +286,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         return self.conformal_.coverage(np.abs(samples.rss_dbm - power) / scale, bands, levels)
 
     def cross_coverage(self, levels: ArrayLike, folds: int = 5) -> Floats:
-        """(folds, levels) shares of some blocks' held-out measurements inside of intervals that the other blocks calibrated.
+        """(folds, levels) shares of some blocks' held-out measurements inside intervals that the other blocks calibrated.
 
         The mean over the folds is close to the level by construction; how far they lie apart says how much the
         calibration depends on which blocks were held out.

@@ -35,8 +35,8 @@ def protocol_mask(
 ) -> Bools:
     """(F, H, W) measured cells: in each block and band N - int(N (1 - rate)) of its N free cells.
 
-    The generator is seeded anew and goes through the blocks in shuffled order, the bands inside; which cells a draw takes
-    is our choice, since it depends on a call of the authors' code that only counts are known of.
+    The generator starts from the seed again and goes through the blocks in shuffled order, the bands inside. Which cells a
+    draw takes is our choice, since it depends on a call of the authors' code of which only the counts are known.
     """
     generator = np.random.RandomState(seed)
     observed = np.zeros(maps.rss_dbm.shape, dtype=bool)
@@ -71,7 +71,7 @@ class Protocol:
         maps: the complete maps, cropped.
         task: S, M, U or D.
         rate: share that is measured.
-        seed: of split, masks and networks.
+        seed: seed of split, masks and networks.
         target: number of the band that is predicted.
     """
 
@@ -94,7 +94,7 @@ class Protocol:
         source = 0 if self.target != 0 else len(observed) - 1
         if self.task == "S":
             observed[others] = False
-        elif self.task == "U":  # a target band that nobody has measured in the test blocks
+        elif self.task == "U":  # a target band without a measurement in the test blocks
             observed[self.target][in_test] = False
             observed[[f for f in others if f != source]] = False
         elif self.task == "D":

@@ -28,10 +28,10 @@ class MapLayout:
     """What is known of a map before it is computed.
 
     Args:
-        grid: its cells.
-        freq_mhz: its bands.
-        level: of its error bars; None: it has none.
-        crs: its plane.
+        grid: cells of the map.
+        freq_mhz: bands in MHz.
+        level: level of the error bars; None: there are none.
+        crs: plane of the grid.
     """
 
     grid: Grid
@@ -122,7 +122,7 @@ class RadioMap:
         return xarray.Dataset(variables, coordinates, attributes)
 
     def plot(self, path: str | Path, *, building: Bools | None = None, samples: RadioSamples | None = None) -> None:
-        """A PNG with one map a band, one color bar for all, buildings gray; with the samples on it where given."""
+        """A PNG with one map per band, one color bar for all, buildings gray; with the samples on it where given."""
         map_picture(path, self.layout.grid, self.layout.freq_mhz, self.rss_dbm, building=building, samples=samples)
 
     def suggest(self, count: int, reach: float | None = None) -> Floats:
@@ -165,7 +165,7 @@ def grid_of(path: Path, file: Any, need_crs: bool = True) -> tuple[Grid, str | N
     if file.crs is None and need_crs:
         raise UserError(f"{path} has no coordinate system: assign one (gdal_edit.py -a_srs EPSG:... FILE)")
     if file.crs is not None and file.crs.is_geographic:
-        raise UserError(f"{path} is in degrees: reproject it to a plane in metres (gdalwarp -t_srs EPSG:... FILE OUT)")
+        raise UserError(f"{path} is in degrees: reproject it to a plane in meters (gdalwarp -t_srs EPSG:... FILE OUT)")
     t = file.transform
     if t.b or t.d or t.a <= 0 or t.e >= 0 or abs(t.a + t.e) > 1e-6 * t.a:
         raise UserError(f"{path}: expected a north-up raster with square cells, found the transform {tuple(t)[:6]}")
@@ -219,7 +219,7 @@ def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
         need_crs: refuse a file without a coordinate system; a map of measurements without one has none.
 
     Raises:
-        UserError: as of ``read_raster``, or a band does not say its frequency.
+        UserError: not a raster that can be placed, or a band does not say its frequency.
     """
     needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio

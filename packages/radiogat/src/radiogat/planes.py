@@ -17,7 +17,7 @@ _RADIUS = 6371000.0
 
 
 def plane_for(lon: Floats, lat: Floats, name: str = "position") -> str:
-    """A plane in metres for positions in degrees: the UTM zone with pyproj, else an equirectangular one.
+    """A plane in meters for positions in degrees: the UTM zone with pyproj, else an equirectangular one.
 
     Raises:
         UserError: degrees out of range (swapped, perhaps), an area over the antimeridian, or, without pyproj, over 50 km.
@@ -25,11 +25,11 @@ def plane_for(lon: Floats, lat: Floats, name: str = "position") -> str:
     if (np.abs(lat) > 90).any():
         swapped = (np.abs(lon) <= 90).all() and (np.abs(lat) <= 180).all()
         raise UserError(
-            f"{name}: latitude {lat[np.argmax(np.abs(lat))]:g} is outside of -90 to 90"
+            f"{name}: latitude {lat[np.argmax(np.abs(lat))]:g} is outside -90 to 90"
             + ("; are latitude and longitude swapped?" if swapped else "")
         )
     if (np.abs(lon) > 180).any():
-        raise UserError(f"{name}: longitude {lon[np.argmax(np.abs(lon))]:g} is outside of -180 to 180")
+        raise UserError(f"{name}: longitude {lon[np.argmax(np.abs(lon))]:g} is outside -180 to 180")
     if np.ptp(lon) > 180:
         raise UserError(f"{name}: positions on both sides of the antimeridian; split the area")
     lon0, lat0 = float((lon.min() + lon.max()) / 2), float((lat.min() + lat.max()) / 2)

@@ -29,12 +29,12 @@ def trace(
     """Trace a scene band by band, with the same random rays in each, so that noise does not hide the spectrum.
 
     Power is summed over the masts in watts. A cell below the floor of what a receiver hears is NaN, and so are buildings:
-    cells over which a ray from above hits something higher than two metres above the ground.
+    cells over which a ray from above hits something higher than two meters above the ground.
 
     Args:
         config: scene, bands, cell, rays.
-        cached: called with a name and what computes its arrays; returns the arrays, perhaps from an earlier run.
-        track: shows progress over the bands.
+        cached: function of a name and of what computes its arrays, which returns the arrays, perhaps from an earlier run.
+        track: function that shows progress over the bands.
 
     Raises:
         MissingExtraError: sionna-rt is not installed.

@@ -194,7 +194,7 @@ class HeldoutLabelSampler:
 
     Args:
         observed: (N) bool, or any shape.
-        seed: with the step it decides the draw.
+        seed: seed that with the step decides the draw.
     """
 
     def __init__(self, observed: Bools, seed: int = 0) -> None:
