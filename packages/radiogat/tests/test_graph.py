@@ -201,4 +201,4 @@ def test_bad_input_is_named():
     with pytest.raises(UserError, match="radius: expected more than 0, got 0.0"):
         GraphConfig(radius=0.0)
     with pytest.raises(UserError, match="did you mean around"):
-        GraphConfig(kind="arund")
+        GraphConfig(kind="aroundd")

@@ -38,8 +38,8 @@ def radio_depth(building: ArrayLike, transmitters: ArrayLike, method: DepthMetho
     Raises:
         UserError: the raster is not two-dimensional, or a mast lies outside it.
 
-    Source: X. Li et al., IEEE Trans. Wireless Commun. 23(11), 2024, section IV, as the authors' code has it (``scan``); the
-    line traversal is ours.
+    Source: X. Li et al., IEEE Trans. Wireless Communications 23(11), 2024, section IV, as the authors' code has it (``scan``);
+    the line traversal is ours.
     """
     mask = np.asarray(building)
     if mask.ndim != 2:

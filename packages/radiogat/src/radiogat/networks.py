@@ -37,8 +37,8 @@ class RadioGAT(nn.Module):
         config: widths, dropout, backend, inputs and outputs.
 
     Shapes: ``x`` (N, 5) or, with ``observed_flag``, (N, 6), see ``node_features``; two ``Adjacency`` -> (N) dBm.
-    Source: X. Li et al., IEEE Trans. Wireless Commun. 23(11), 2024, as the authors' code has it (widths 80, 320, 1; LeakyReLU
-    0.01; dropout 0.5). The flag and the spectral output are ours; switch them off for the original.
+    Source: X. Li et al., IEEE Trans. Wireless Communications 23(11), 2024, as the authors' code has it (widths 80, 320, 1;
+    LeakyReLU 0.01; dropout 0.5). The flag and the spectral output are ours; switch them off for the original.
     """
 
     def __init__(self, config: RadioGATConfig | None = None) -> None:
