@@ -5,10 +5,12 @@ and adjacency, where no library does it, literal loops over cells and pairs as t
 """
 
 import copy
+import dataclasses
 import importlib.metadata
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -91,13 +93,9 @@ def depth_row() -> bench.Comparison:
 
 def scaled(row: bench.Comparison, factor: float, required: str) -> bench.Comparison:
     """A row whose peer did one part in ``factor`` of the work."""
-    import dataclasses
-
-    from tenfold.claims import Bound
-
     low, high = row.ci95 or (row.ratio, row.ratio)
     ratio, ci95 = row.ratio * factor, (low * factor, high * factor)
-    holds = Bound.parse(required).decide(ratio, ci95)
+    holds = bench.decide(required, ratio, ci95)
     return dataclasses.replace(row, peer=row.peer * factor, ratio=ratio, ci95=ci95, required=required, holds=holds)
 
 
@@ -224,25 +222,9 @@ def once(which: str) -> None:
 
 def memory_row() -> bench.Comparison:
     """Peak memory of forward and backward, less that of a process that only makes the inputs."""
-    peaks: dict[str, list[float]] = {"nothing": [], "ours": [], "peer": []}
-    for _ in range(3):
-        for which, found in peaks.items():
-            found.append(bench.peak_rss([sys.executable, __file__, "--once", which]))
-    nothing, ours, peer = (float(np.median(found)) for found in peaks.values())
-    ours, peer = max(ours - nothing, 1.0), peer - nothing
-    return bench.Comparison(
-        id="gat_memory",
-        shape="the same, forward and backward",
-        ours=ours,
-        peer=peer,
-        unit="MB",
-        statistic="peak resident memory less that of the inputs alone, median of 3 processes each",
-        ratio=peer / ours,
-        ci95=None,
-        required=">= 20",
-        holds=peer / ours >= 20,
-        equal="as above",
-    )
+    ours, peer, nothing = ([sys.executable, __file__, "--once", which] for which in ("ours", "peer", "nothing"))
+    shape = "the same, forward and backward"
+    return bench.resident("gat_memory", ours, peer, nothing, shape=shape, required=">= 20", equal="as above")
 
 
 def kriging_rows() -> list[bench.Comparison]:
@@ -281,8 +263,6 @@ def kriging_rows() -> list[bench.Comparison]:
 
 def fastest(run: Callable[[str], Any]) -> str:
     """PyKrige's fastest backend for a few nearest points: its compiled one where it was built, else the loop."""
-    import time
-
     seconds = {}
     for backend in ("C", "loop"):
         try:

@@ -34,7 +34,6 @@ def literal(layer, x, edges):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 16), (16, 3)])
 def test_backends_agree_forward_and_backward(backend, dtype, tolerance, inputs, outputs):
-    """Property 8."""
     edges = adjacency()
     torch.manual_seed(0)
     layer = GraphAttention(inputs, outputs, backend=backend).to(dtype)
@@ -51,8 +50,8 @@ def test_backends_agree_forward_and_backward(backend, dtype, tolerance, inputs, 
 
 
 @pytest.mark.parametrize("backend", ["csr", "stencil"])
-def test_gradcheck(backend):
-    """Property 8, on a dozen nodes."""
+def test_gradients_of_attention_equal_finite_differences(backend):
+    """On a dozen nodes."""
     edges = adjacency(3, 5, share=0.2)
     assert 10 <= edges.nodes <= 15
     torch.manual_seed(0)
@@ -62,7 +61,6 @@ def test_gradcheck(backend):
 
 
 def test_weights_of_a_node_sum_to_one():
-    """Property 8."""
     edges = adjacency()
     s, t = torch.randn(2, edges.nodes)
     assert torch.allclose(dense_weights(s, t, edges, 0.01).sum(dim=1), torch.ones(edges.nodes))
@@ -73,7 +71,7 @@ def test_weights_of_a_node_sum_to_one():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_node_with_only_itself_passes_through(backend):
-    """Property 8: W^T x + b."""
+    """Its output is W^T x + b."""
     street = np.zeros((11, 11), dtype=bool)
     street[0, 0] = street[10, 10] = True
     edges = build_graph(~street, radio_depth(~street, [[0, 0]])).adjacency(1750)

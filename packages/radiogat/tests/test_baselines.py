@@ -104,7 +104,6 @@ def test_neighbors_are_sorted_by_distance_then_order(seed, k, leave_out):
 
 
 def test_kriging_is_exact_at_a_measurement_and_its_weights_sum_to_one():
-    """Property 11."""
     samples = field()
     kriging = LocalKriging(16, Variogram(30.0, 25.0)).fit(samples)
     value, std = kriging.predict_with_std(samples.xy, 1750.0)
@@ -199,7 +198,6 @@ def test_a_band_that_was_not_measured_is_named():
 
 
 def test_spectra_are_straight_lines():
-    """Property 12."""
     f = np.array([700.0, 1750.0, 2750.0, 5750.0])
     a, b = np.array([[-50.0, -70.0]]), np.array([[-20.0, -12.5]])
     power = a + b * np.log10(f / reference_frequency(f))[:, None, None]
@@ -212,7 +210,6 @@ def test_spectra_are_straight_lines():
 
 
 def test_block_rmse_weighs_blocks_equally():
-    """Property 16."""
     truth, predicted = np.zeros(10), np.array([1.0] + [3.0] * 9)
     assert block_rmse(truth, predicted, [0] + [1] * 9) == pytest.approx(math.sqrt(5))
     assert rmse(truth, predicted) == pytest.approx(math.sqrt(8.2))
@@ -228,7 +225,7 @@ def test_coverage_and_interval_score():
 
 @pytest.mark.parametrize("seed", range(4))  # fixed ones: of many more, some would lie outside of three sigmas
 def test_conformal_intervals_cover(seed):
-    """Property 17: within three binomial sigmas (of both halves) of what was asked for; wider for higher levels."""
+    """Within three binomial sigmas (of both halves) of what was asked for; wider for higher levels."""
     rng = np.random.default_rng(seed)
     n = 2000
     sigma = rng.uniform(0.5, 3, 2 * n)
@@ -243,7 +240,6 @@ def test_conformal_intervals_cover(seed):
 
 
 def test_too_few_scores_give_an_infinite_interval_and_a_warning():
-    """Property 17."""
     conformal = SpatialConformal([1.0, 2.0, 3.0])
     with pytest.warns(UserWarning, match="3 held-out measurements are too few for an interval of 90%"):
         low, high = conformal.interval([0.0], [1.0], 0.9)

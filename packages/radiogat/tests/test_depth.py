@@ -49,7 +49,6 @@ def literal_dda(mask, y, x):
 @settings(max_examples=4, deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 29), st.integers(0, 39))
 def test_scan_equals_the_literal_loop_exactly(seed, y, x):
-    """Property 1."""
     mask = random_mask(seed)
     assert np.array_equal(radio_depth(mask, [[y, x]], "scan")[0], literal_scan(mask, y, x))
 
@@ -62,7 +61,7 @@ def test_dda_equals_its_literal_loop(seed, y, x):
 
 
 def test_scan_equals_the_released_maps(released):
-    """Property 1, on the authors' own maps of area 1."""
+    """On area 1."""
     with np.load(released) as file:
         building = file["area01_rss_cdbm"][0] == 0
         found = radio_depth(building, file["tx_rowcol_1based"][0] - 1, "scan")
@@ -71,20 +70,18 @@ def test_scan_equals_the_released_maps(released):
 
 @pytest.mark.parametrize("method", ["dda", "scan", "polar"])
 def test_without_buildings_all_is_in_sight(method):
-    """Property 2, first half."""
     assert (radio_depth(np.zeros((20, 30)), [[3, 4], [19, 29]], method) == 1).all()
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 29), st.integers(0, 39))
 def test_dda_is_exact_under_transposition(seed, y, x):
-    """Property 3."""
     mask = random_mask(seed)
     assert np.array_equal(radio_depth(mask, [[y, x]])[0].T, radio_depth(mask.T, [[x, y]])[0])
 
 
 def test_scan_is_not_the_same_in_both_directions():
-    """Property 3: the columns beside the mast see nothing of the buildings."""
+    """The columns beside the mast see nothing of the buildings."""
     mask = random_mask(1)
     found = radio_depth(mask, [[15, 20]], "scan")[0]
     assert not np.array_equal(found.T, radio_depth(mask.T, [[20, 15]], "scan")[0])
@@ -94,7 +91,6 @@ def test_scan_is_not_the_same_in_both_directions():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_polar_is_near_dda(seed):
-    """Property 3."""
     mask = city(CityConfig(size=100, seed=seed)).building
     difference = radio_depth(mask, [[40, 30]], "polar") - radio_depth(mask, [[40, 30]])
     assert np.abs(difference).mean() < 0.02
@@ -103,14 +99,14 @@ def test_polar_is_near_dda(seed):
 @pytest.mark.parametrize("method", ["dda", "scan", "polar"])
 @pytest.mark.parametrize(("thickness", "away"), [(1, 10), (3, 17), (5, 25)])
 def test_a_wall_takes_its_share_of_the_line(method, thickness, away):
-    """Property 4: T = 1 - k / n on the mast's own row."""
+    """T = 1 - k / n on the mast's own row."""
     mask = np.zeros((21, 40), dtype=bool)
     mask[:, 10 : 10 + thickness] = True
     found = radio_depth(mask, [[10, 5]], method)[0, 10, 5 + away]
     assert found == pytest.approx(1 - thickness / away, abs=1e-12)
 
 
-def test_the_masts_own_cell():
+def test_the_masts_own_cell_is_in_sight_unless_it_is_built_up():
     mask = np.zeros((5, 5))
     mask[2, 2] = 1
     for method in ("dda", "scan", "polar"):

@@ -109,9 +109,9 @@ def test_extrapolation_has_wider_bars(town, measured, fitted):
     assert width[1] > 1.05 * width[0]
 
 
-@pytest.mark.parametrize("model", ["kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"])
-def test_baselines_have_the_same_interface(model, town, measured, tmp_path):
-    estimator = RadioMapEstimator(model).fit(measured, town.scene)
+@pytest.mark.parametrize("method", ["kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"])
+def test_baselines_have_the_same_interface(method, town, measured, tmp_path):
+    estimator = RadioMapEstimator(method).fit(measured, town.scene)
     power, low, high = estimator.predict(measured.xy[:5] + 0.5, 1750.0, 0.9)
     assert (low < high).all()
     estimator.save(tmp_path / "m.safetensors")
@@ -133,7 +133,6 @@ def test_the_faithful_network_maps_an_area(town, measured, tmp_path):
 
 
 def test_saved_and_loaded_predictions_are_equal_bit_for_bit(fitted, town, tmp_path):
-    """Property 18."""
     fitted.save(tmp_path / "model.safetensors")
     again = RadioMapEstimator.load(tmp_path)
     one, other = (e.predict(town.scene.grid, [1750.0, 2600.0], 0.9) for e in (fitted, again))
@@ -141,11 +140,11 @@ def test_saved_and_loaded_predictions_are_equal_bit_for_bit(fitted, town, tmp_pa
     assert again.heldout_ == fitted.heldout_
 
 
-def test_conventions_of_scikit_learn(measured, town):
+def test_the_estimator_follows_the_conventions_of_scikit_learn(measured, town):
     estimator = RadioMapEstimator(network=QUICK, seed=3)
     copy = clone(estimator)
     assert copy.get_params()["seed"] == 3
-    assert copy.set_params(model="idw").fit(measured) is copy
+    assert copy.set_params(method="idw").fit(measured) is copy
     assert 0.5 < copy.score(measured.take(np.arange(0, len(measured), 7))) <= 1
 
 
@@ -165,7 +164,7 @@ def test_few_measurements_still_make_a_map():
     assert np.isfinite(bars.error_bar).all()
 
 
-def test_one_measurement_in_a_band(town, measured):
+def test_a_band_with_one_measurement_is_predicted_from_the_others_or_refused(town, measured):
     """It is predicted by the pooled and spectral models, and refused in one line where a band stands alone."""
     lonely = RadioSamples(
         np.concatenate([measured.xy, [[101.0, -99.0]]]),
@@ -214,8 +213,7 @@ def test_conflicting_duplicates_become_their_median_with_a_warning():
     assert len(RadioSamples(xy, [1750.0, 1750, 2000, 3000], [-60.0, -50, -90, -70])) == 4
 
 
-def test_the_protocols_split_and_counts():
-    """Property 15."""
+def test_the_protocols_split_starts_as_the_authors_and_measures_their_number_of_cells():
     train, test = protocol_split(132)
     assert train[:8].tolist() == [93, 66, 26, 8, 30, 91, 109, 100]
     assert sorted([*train, *test]) == list(range(132))
@@ -272,7 +270,7 @@ def test_the_joint_model_beats_its_bar_on_an_authors_area(released):
     assert 0.87 < found["coverage"] < 0.93
 
 
-def test_cross_validation_prints_all_methods(town, measured):
+def test_cross_validation_judges_all_methods_and_squares_are_harder(town, measured):
     models = ["idw", "kriging", "rbf", "shift", "pooled_idw", "pooled_kriging"]
     single = cross_validate(measured, town.scene, models, folds=2)
     squares = cross_validate(measured, town.scene, models, folds=2, side=80.0)
@@ -285,7 +283,7 @@ def test_cross_validation_prints_all_methods(town, measured):
 
 @pytest.mark.slow
 def test_a_million_cells_stay_below_two_gigabytes():
-    """Property 20: 200,000 measurements, 1,000,000 cells."""
+    """200,000 measurements, 1,000,000 cells."""
     import resource
 
     rng = np.random.default_rng(0)

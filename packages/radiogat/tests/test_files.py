@@ -5,19 +5,17 @@ import json
 import numpy as np
 import pytest
 from radiogat.data import (
-    plane_for,
     polygons_on,
-    project,
     read_maps,
     read_points,
     read_raster,
     read_samples,
     read_scene,
-    unproject,
     write_maps,
     write_samples,
 )
 from radiogat.maps import MapLayout, RadioMap, read_geotiff, read_netcdf, samples_of
+from radiogat.planes import plane_for, project, unproject
 from radiogat.samples import Grid, RadioMaps, RadioSamples
 
 from tenfold import UserError
@@ -42,7 +40,6 @@ def a_map(crs="EPSG:32632", level=0.9):
 
 
 def test_measurements_survive_csv(tmp_path):
-    """Property 18."""
     rng = np.random.default_rng(0)
     samples = RadioSamples(rng.uniform(0, 1e6, (40, 2)), np.resize([700.5, 1800.0], 40), rng.uniform(-99, -40, 40))
     write_samples(tmp_path / "s.csv", samples)
@@ -124,7 +121,7 @@ def test_parquet_is_read(tmp_path):
 
 
 def test_a_map_survives_geotiff(tmp_path):
-    """Property 18: plane, north-up transform, frequencies, NaN."""
+    """Plane, north-up transform, frequencies, NaN."""
     import rasterio
 
     found = a_map()
@@ -140,7 +137,6 @@ def test_a_map_survives_geotiff(tmp_path):
 
 
 def test_a_map_survives_netcdf(tmp_path):
-    """Property 18."""
     found = a_map()
     found.to_netcdf(tmp_path / "m.nc")
     again = read_netcdf(tmp_path / "m.nc")
@@ -317,5 +313,7 @@ def test_a_missing_library_is_named_with_its_extra(module, tmp_path, monkeypatch
         "pyarrow": lambda: read_samples(tmp_path / "d.parquet"),
         "xarray": found.to_xarray,
     }
-    with pytest.raises(MissingExtraError, match=rf'needs {module}; pip install "radiogat\[geo\]"'):
+    with pytest.raises(
+        MissingExtraError, match=rf'needs {module}, which is not installed; pip install "radiogat\[geo\]"'
+    ):
         calls[module]()

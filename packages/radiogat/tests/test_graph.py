@@ -1,5 +1,7 @@
 """Edges against literal double loops, and what their rule promises."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from radiogat.depth import radio_depth
 from radiogat.graph import block_graphs, blocks, build_graph, check_frequency, stencil_offsets
 
 from tenfold import UserError
+from tenfold.errors import MissingExtraError
 
 
 def random_mask(seed, height=30, width=40, share=0.2):
@@ -43,7 +46,6 @@ def test_adjacency_equals_the_literal_double_loop(gate):
 
 
 def test_without_buildings_only_distance_counts():
-    """Property 2."""
     mask = np.zeros((12, 13))
     depth = radio_depth(mask, [[2, 2]])
     around = build_graph(mask, depth, GraphConfig(kind="around")).adjacency(1750).to_dense()
@@ -53,7 +55,6 @@ def test_without_buildings_only_distance_counts():
 
 
 def test_the_stencil_has_69_offsets():
-    """Property 5."""
     assert len(stencil_offsets(4.5)) == 69
     mask = np.zeros((20, 20))
     degrees = build_graph(mask, radio_depth(mask, [[0, 0]]), GraphConfig(gate="none")).adjacency(1750).indptr.diff()
@@ -61,7 +62,6 @@ def test_the_stencil_has_69_offsets():
 
 
 def test_abs_is_symmetric_and_what_both_directions_of_signed_share():
-    """Property 5."""
     for seed in range(5):
         mask, depth = area(seed)
         symmetric = build_graph(mask, depth).adjacency(1750).to_dense()
@@ -72,8 +72,8 @@ def test_abs_is_symmetric_and_what_both_directions_of_signed_share():
 
 
 @pytest.mark.parametrize("gate", ["abs", "signed"])
-def test_graphs_are_nested(gate):
-    """Property 6: a higher frequency has a subset of the edges, from one stored score."""
+def test_a_higher_frequency_has_a_subset_of_the_edges(gate):
+    """A higher frequency has a subset of the edges, from one stored score."""
     mask, depth = area()
     graph = build_graph(mask, depth, GraphConfig(gate=gate))
     low, high = graph.adjacency(900), graph.adjacency(28000)
@@ -84,7 +84,7 @@ def test_graphs_are_nested(gate):
 
 
 def test_compat_reproduces_both_released_adjacencies(released):
-    """Property 7: no mismatch; and global indices give another graph."""
+    """No mismatch; and global indices give another graph."""
     with np.load(released) as file:
         building = (file["area01_rss_cdbm"][0] == 0)[:440, :480]
         depth = file["compat_area01_lossprob"]
@@ -97,7 +97,7 @@ def test_compat_reproduces_both_released_adjacencies(released):
 
 
 def test_compat_reads_the_top_left_corner():
-    """Property 7 on a synthetic area: a block's graph is that of the corner's depth over its own buildings."""
+    """A block's graph is that of the corner's depth over its own buildings."""
     mask = random_mask(5, 80, 80)
     depth = radio_depth(mask, [[10, 60]])
     graphs = list(block_graphs(mask, depth, GraphConfig(gate="signed", compat="2025")))
@@ -129,6 +129,13 @@ def test_to_pyg_has_sources_first():
     dense = torch.zeros(graph.nodes, graph.nodes, dtype=torch.bool)
     dense[data.edge_index[1], data.edge_index[0]] = True
     assert torch.equal(dense, graph.adjacency(1750).to_dense())
+
+
+def test_a_missing_torch_geometric_is_named_with_the_extra_that_there_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_geometric", None)
+    mask, depth = area()
+    with pytest.raises(MissingExtraError, match=r'pip install "radiogat\[pyg\]"'):
+        build_graph(mask, depth).to_pyg(1750)
 
 
 def test_an_obstruction_between_two_cells_cuts_their_edge():
@@ -189,9 +196,9 @@ def test_bad_input_is_named():
     for bad, said in ((1.75, "not GHz"), (-5, "expected MHz"), (1.75e9, "not Hz")):
         with pytest.raises(UserError, match=said):
             check_frequency(bad)
-    with pytest.raises(UserError, match="delta must be at least 0"):
+    with pytest.raises(UserError, match="delta: expected 0 or more, got -0.1"):
         GraphConfig(delta=-0.1)
-    with pytest.raises(UserError, match="radius must be above 0"):
+    with pytest.raises(UserError, match="radius: expected more than 0, got 0.0"):
         GraphConfig(radius=0.0)
     with pytest.raises(UserError, match="did you mean around"):
-        GraphConfig(kind="arund")
+        GraphConfig(kind="aroundd")

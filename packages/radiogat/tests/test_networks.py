@@ -26,7 +26,7 @@ def tilted(network):
 
 @pytest.mark.parametrize("head", ["direct", "spectral"])
 def test_radiogatx_starts_at_inverse_distance_weighting(town, measured, head):
-    """Property 9: weights (d + 1/2)^-2 in cells, on values with free space taken off, by an independent loop."""
+    """Weights (d + 1/2)^-2 in cells, on values with free space taken off, by an independent loop."""
     task = NeighborTask(measured, town.scene, RadioGATxConfig(head=head))
     xy = town.scene.grid.centers()[::97][:60]
     f = np.resize(np.array(town.freq_mhz), len(xy))
@@ -42,7 +42,6 @@ def test_radiogatx_starts_at_inverse_distance_weighting(town, measured, head):
 
 
 def test_a_constant_added_to_all_measurements_is_added_to_the_prediction(town, measured):
-    """Property 10."""
     louder = RadioSamples(measured.xy, measured.freq_mhz, measured.rss_dbm + 7.5)
     xy, f = town.scene.grid.centers()[::53], np.full(len(town.scene.grid.centers()[::53]), 1750.0)
     one, other = (NeighborTask(s, town.scene, RadioGATxConfig()) for s in (measured, louder))
@@ -52,7 +51,7 @@ def test_a_constant_added_to_all_measurements_is_added_to_the_prediction(town, m
 
 
 def test_the_order_of_measurements_does_not_matter(town, measured):
-    """Property 10; no two measurements are equally far, since ties go by the order of the file."""
+    """No two measurements are equally far, since ties go by the order of the file."""
     moved = measured.xy + np.random.default_rng(1).uniform(-1, 1, measured.xy.shape)
     moved = RadioSamples(moved, measured.freq_mhz, measured.rss_dbm)
     order = np.random.default_rng(0).permutation(len(moved))
@@ -64,7 +63,6 @@ def test_the_order_of_measurements_does_not_matter(town, measured):
 
 
 def test_with_all_measurements_as_neighbors_the_order_of_the_file_does_not_matter(town, measured):
-    """Property 10."""
     few = measured.take(np.arange(0, len(measured), 90))
     config = RadioGATxConfig(neighbors=len(few) - 1)
     order = np.random.default_rng(0).permutation(len(few))
@@ -78,7 +76,6 @@ def test_with_all_measurements_as_neighbors_the_order_of_the_file_does_not_matte
 
 
 def test_a_constant_field_stays_constant(town):
-    """Property 11."""
     rng = np.random.default_rng(0)
     flat = RadioSamples(rng.uniform(0, 100, (80, 2)), 1750.0, np.full(80, -61.25))
     xy = rng.uniform(0, 100, (50, 2))
@@ -109,7 +106,6 @@ def test_errors_of_the_scale_do_not_reach_the_power(town, measured):
 
 
 def test_leave_one_out_never_finds_the_target_even_among_equal_places():
-    """Property 14."""
     rng = np.random.default_rng(0)
     places = rng.integers(0, 12, (90, 2)).astype(float)
     freq = np.resize([1750.0, 3500.0, 5750.0], 90)
@@ -135,7 +131,7 @@ def gat_task(labels="heldout", seed=100, **settings):
 
 @pytest.mark.parametrize(("labels", "leaks"), [("heldout", False), ("observed", True)])
 def test_a_heldout_label_does_not_reach_its_own_prediction(labels, leaks):
-    """Property 14: changing a target's value changes the prediction there only when the labels are the inputs."""
+    """Changing a target's value changes the prediction there only when the labels are the inputs."""
     _, task = gat_task(labels, dropout=0.0)
     window = task.windows[0]
     observed = task.observed[0][window]
@@ -167,7 +163,6 @@ def test_the_sampler_splits_what_was_observed():
 
 @pytest.mark.parametrize("labels", ["observed", "heldout", "full"])
 def test_training_lowers_the_loss_of_a_fixed_batch_and_repeats(labels):
-    """Property 19."""
     ends = []
     for _ in range(2):
         _, task = gat_task(labels, dropout=0.0)
@@ -185,7 +180,6 @@ def test_training_lowers_the_loss_of_a_fixed_batch_and_repeats(labels):
 
 
 def test_training_radiogatx_lowers_the_loss_and_repeats(town, measured):
-    """Property 19."""
     ends = []
     for _ in range(2):
         task = NeighborTask(measured, town.scene, RadioGATxConfig(steps=40))
@@ -205,7 +199,7 @@ def test_a_loss_that_is_not_finite_names_the_step(town, measured):
 
 
 def test_tiles_with_halo_equal_the_whole_graph():
-    """Property 13; with two thirds of the halo they do not."""
+    """With two thirds of the halo they do not."""
     maps = city(CityConfig(size=200, seed=100, freq_mhz=(1750.0, 5750.0)))
     observed = maps.draw(0.1, 0)[0]
     network = tilted(RadioGAT(RadioGATConfig(widths=(8, 12)))).eval()
@@ -224,7 +218,6 @@ def test_tiles_with_halo_equal_the_whole_graph():
 
 
 def test_official_weights_load_and_their_fourth_layer_is_ignored():
-    """Property 18."""
     sizes = {"conv1": (5, 80), "conv2": (80, 320), "conv3": (320, 1), "conv4": (5, 80)}
     torch.manual_seed(0)
     state = {}

@@ -1,92 +1,41 @@
-"""Whole-area, multi-band radio maps with error bars from a few measurements (RadioGAT)."""
+"""Whole-area, multi-band radio maps with error bars from a few measurements (RadioGAT).
 
-from typing import TYPE_CHECKING, Any
+Read in this order: ``samples`` (measurements, scenes, complete maps), ``depth`` (line-of-sight fractions), ``graph`` (which
+cells are alike, at any frequency), ``attention`` (the layer, four backends), ``networks`` (RadioGAT over cells, RadioGATx over
+measurements), ``tasks`` (what they are trained on), ``baselines`` (the bar), ``conformal`` (the error bars), ``estimator`` (all
+of it behind ``fit`` and ``predict``), ``suggest`` (where to measure next), ``evaluation`` (the protocols), ``training`` (the
+glue to Lightning).
+"""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "Adjacency": "graph",
-    "BlockTask": "tasks",
-    "CityConfig": "config",
-    "FreeSpaceShift": "baselines",
-    "GraphAttention": "attention",
-    "GraphConfig": "config",
-    "Grid": "samples",
-    "HeldoutLabelSampler": "tasks",
-    "IDW": "baselines",
-    "LocalKriging": "baselines",
-    "MapLayout": "maps",
-    "NeighborTask": "tasks",
-    "PooledIDW": "baselines",
-    "PooledKriging": "baselines",
-    "RBF": "baselines",
-    "RadioGAT": "networks",
-    "RadioGATConfig": "config",
-    "RadioGATModule": "training",
-    "RadioGATx": "networks",
-    "RadioGATxConfig": "config",
-    "RadioGraph": "graph",
-    "RadioMap": "maps",
-    "RadioMapDataModule": "training",
-    "RadioMapEstimator": "estimator",
-    "RadioMaps": "samples",
-    "RadioSamples": "samples",
-    "RadioScene": "samples",
-    "RaytraceConfig": "config",
-    "SpatialConformal": "conformal",
-    "Variogram": "baselines",
-    "block_graphs": "graph",
-    "block_rmse": "metrics",
-    "build_graph": "graph",
-    "city": "simulate",
-    "coverage": "metrics",
-    "cross_validate": "evaluation",
-    "fit_spectrum": "spectral",
-    "interval_score": "metrics",
-    "mae": "metrics",
-    "radio_depth": "depth",
-    "read_geotiff": "maps",
-    "read_maps": "data",
-    "read_netcdf": "maps",
-    "read_samples": "data",
-    "read_scene": "data",
-    "rmse": "metrics",
-    "run_task": "tasks",
-    "suggest_places": "suggest",
-    "tiled_radiogat": "networks",
-    "trace": "raytrace",
-}
-__all__ = [*sorted(_HOMES), "__version__"]
+from tenfold.lazy import attach
 
 if TYPE_CHECKING:
-    from radiogat.attention import GraphAttention
-    from radiogat.baselines import IDW, RBF, FreeSpaceShift, LocalKriging, PooledIDW, PooledKriging, Variogram
-    from radiogat.config import CityConfig, GraphConfig, RadioGATConfig, RadioGATxConfig, RaytraceConfig
-    from radiogat.conformal import SpatialConformal
-    from radiogat.data import read_maps, read_samples, read_scene
-    from radiogat.depth import radio_depth
-    from radiogat.estimator import RadioMapEstimator
-    from radiogat.evaluation import cross_validate
-    from radiogat.graph import Adjacency, RadioGraph, block_graphs, build_graph
-    from radiogat.maps import MapLayout, RadioMap, read_geotiff, read_netcdf
-    from radiogat.metrics import block_rmse, coverage, interval_score, mae, rmse
-    from radiogat.networks import RadioGAT, RadioGATx, tiled_radiogat
-    from radiogat.raytrace import trace
-    from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
-    from radiogat.simulate import city
-    from radiogat.spectral import fit_spectrum
-    from radiogat.suggest import suggest_places
-    from radiogat.tasks import BlockTask, HeldoutLabelSampler, NeighborTask, run_task
-    from radiogat.training import RadioGATModule, RadioMapDataModule
+    from radiogat.attention import GraphAttention as GraphAttention
+    from radiogat.config import CityConfig as CityConfig
+    from radiogat.config import GraphConfig as GraphConfig
+    from radiogat.config import RadioGATConfig as RadioGATConfig
+    from radiogat.config import RadioGATxConfig as RadioGATxConfig
+    from radiogat.data import read_maps as read_maps
+    from radiogat.data import read_samples as read_samples
+    from radiogat.data import read_scene as read_scene
+    from radiogat.depth import radio_depth as radio_depth
+    from radiogat.estimator import RadioMapEstimator as RadioMapEstimator
+    from radiogat.evaluation import cross_validate as cross_validate
+    from radiogat.graph import build_graph as build_graph
+    from radiogat.maps import RadioMap as RadioMap
+    from radiogat.networks import RadioGAT as RadioGAT
+    from radiogat.networks import RadioGATx as RadioGATx
+    from radiogat.networks import tiled_radiogat as tiled_radiogat
+    from radiogat.samples import Grid as Grid
+    from radiogat.samples import RadioMaps as RadioMaps
+    from radiogat.samples import RadioSamples as RadioSamples
+    from radiogat.samples import RadioScene as RadioScene
+    from radiogat.simulate import city as city
+    from radiogat.suggest import suggest_places as suggest_places
+    from radiogat.training import RadioGATModule as RadioGATModule
+    from radiogat.training import RadioMapDataModule as RadioMapDataModule
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"radiogat.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'radiogat' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__version__ = "0.1.0"
+__all__, __getattr__, __dir__ = attach(__name__)

@@ -12,7 +12,7 @@ Legend: N nodes, E edges, K offsets, C channels; s (N) logit of the target, t (N
 
 import warnings
 from functools import cache
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,20 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from radiogat.config import Backend
 from radiogat.graph import Adjacency, shifted
+from tenfold.errors import needs
 
-Backend = Literal["csr", "stencil", "dense", "pyg"]
-BACKENDS = ("csr", "stencil", "dense", "pyg")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 class GraphAttention(nn.Module):
     """One graph attention layer with a single head (GATv1), the layer of RadioGAT.
 
     Args:
-        in_channels: of the nodes.
-        out_channels: of the result.
-        slope: of LeakyReLU; 0.01 in the authors' code (torch-geometric's default is 0.2).
+        in_channels: channels of the nodes.
+        out_channels: channels of the result.
+        slope: slope of LeakyReLU below zero; 0.01 in the authors' code (torch-geometric's default is 0.2).
         backend: csr, stencil, dense (N x N, small graphs) or pyg (torch-geometric's ``GATConv`` with these weights).
 
     Shapes: ``x`` (N, in_channels), an ``Adjacency`` of N nodes -> (N, out_channels).
@@ -69,9 +70,7 @@ class GraphAttention(nn.Module):
         return (gathered @ self.weight if narrow else gathered) + self.bias
 
     def _pyg(self, x: Tensor, adjacency: Adjacency) -> Tensor:
-        from tenfold.datasets import needs
-
-        needs("torch_geometric", "pyg")
+        needs("torch_geometric", "pyg", "radiogat")
         from torch_geometric.nn import GATConv
 
         conv = GATConv(*self.weight.shape, heads=1, negative_slope=self.slope, add_self_loops=False)
@@ -104,7 +103,7 @@ def dense_weights(s: Tensor, t: Tensor, adjacency: Adjacency, slope: float) -> T
 
 
 class _CsrAttend(Function):
-    """By compressed sparse rows. Buffers: a few numbers an edge, none of E x C."""
+    """By compressed sparse rows. Buffers: a few numbers per edge, none of E x C."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, t: Tensor, values: Tensor, adjacency: Adjacency, slope: float) -> Any:

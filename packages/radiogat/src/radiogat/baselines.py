@@ -28,9 +28,9 @@ def nearest(tree: cKDTree, xy: Floats, k: int, exclude: Ints | None = None) -> t
     """Distances and indices (Q, k) of the nearest points, ties in the order of the points.
 
     Args:
-        tree: over the points.
+        tree: tree of the points.
         xy: (Q, 2) queries.
-        k: neighbors.
+        k: number of neighbors.
         exclude: (Q) index of a point that must not be found for each query (leaving it out), or None.
 
     Raises:
@@ -100,8 +100,8 @@ class IDW(_Interpolator):
     """Inverse distances: sum_k d_k^-p v_k / sum_k d_k^-p over the nearest measurements of the band.
 
     Args:
-        neighbors: K; as many as there are, where there are fewer.
-        power: p; the defaults are our choice.
+        neighbors: number K of neighbors; as many as there are, where there are fewer.
+        power: exponent p; the defaults are our choice.
     """
 
     def __init__(self, neighbors: int = 12, power: float = 3.0) -> None:
@@ -236,7 +236,7 @@ class LocalKriging(_Interpolator):
     """Ordinary kriging from the nearest measurements of the band, with an exponential variogram.
 
     Args:
-        neighbors: K, or as many as there are.
+        neighbors: number K of neighbors, or as many as there are.
         variogram: one for all bands; None fits one to each.
     """
 
@@ -275,7 +275,7 @@ class RBF(_Interpolator):
     """scipy's radial basis functions over the nearest measurements of the band.
 
     Args:
-        neighbors: K, or as many as there are.
+        neighbors: number K of neighbors, or as many as there are.
         kernel: linear or thin_plate_spline.
     """
 
@@ -301,8 +301,8 @@ class FreeSpaceShift(_Interpolator):
     Args:
         source_mhz: the band that is interpolated; default: the measured band that is nearest to the one asked for, but not
             that band itself unless it is the only one.
-        neighbors: of the inverse distances.
-        power: of the inverse distances.
+        neighbors: number of neighbors of the inverse distances.
+        power: exponent of the inverse distances.
     """
 
     def __init__(self, source_mhz: float | None = None, neighbors: int = 12, power: float = 3.0) -> None:
@@ -359,8 +359,8 @@ class PooledIDW(_Pooled):
     """Inverse distances over all bands' measurements, each band shifted by its median difference.
 
     Args:
-        neighbors: K, or as many as there are.
-        power: p.
+        neighbors: number K of neighbors, or as many as there are.
+        power: exponent p.
     """
 
     def __init__(self, neighbors: int = 12, power: float = 3.0) -> None:
@@ -377,7 +377,7 @@ class PooledKriging(_Pooled):
     Two bands measured at one place are two measurements of it, and the variogram has a nugget for what they differ by.
 
     Args:
-        neighbors: K, or as many as there are.
+        neighbors: number K of neighbors, or as many as there are.
     """
 
     def __init__(self, neighbors: int = 16) -> None:

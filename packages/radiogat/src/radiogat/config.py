@@ -1,19 +1,43 @@
 """Every setting of `radiogat`, and the one home of each default. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from tenfold import UserError
-from tenfold.errors import did_you_mean
+import tenfold.config
+from tenfold.config import (
+    Count,
+    Device,
+    Distinct,
+    Ge,
+    Interval,
+    Length,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Seeds,
+    SettingError,
+    Settings,
+    Share,
+)
 
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"unknown {name} '{value}': {did_you_mean(value, known)}")
+Method = Literal["radiogatx", "radiogat", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"]
+METHODS: tuple[str, ...] = get_args(Method)
+Arm = Literal["radiogatx", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"]
+"""What runs on measurements alone: all but the faithful network, which needs buildings and masts."""
+ProtocolArm = Literal[Method, "radiogatx-nodepth", "radiogat-2025"]
+"""What the authors' protocol compares: also RadioGATx without buildings, and RadioGAT as released."""
+Task = Literal["S", "M", "U", "D"]
+Format = Literal["auto", "geotiff", "netcdf", "csv"]
+Backend = Literal["csr", "stencil", "dense", "pyg"]
+Megahertz = Annotated[float, Interval(ge=10, le=1e6)]
+Bands = Annotated[tuple[Megahertz, ...], Length(1), Distinct()]
+Rate = Annotated[float, Interval(gt=0, le=1)]
+"""A share of the cells, perhaps all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphConfig:
+class GraphConfig(Settings):
     """Which cells are joined.
 
     Args:
@@ -21,36 +45,23 @@ class GraphConfig:
             off: fractions over distance), power (radio depth of PIRM3D, in dB), around (all within the radius),
             obstruction (no building between), transmitter (same strongest transmitter). The last three are named by the
             authors' script, which does not have them; these are ours.
-        radius: cells are joined when they are closer than this many cells; default 4.5 (the authors' code), or 6 for the
-            kind obstruction (their file names).
-        delta: threshold over log10 of the frequency in MHz (0.1 in the authors' code).
+        radius: distance in cells below which two cells are joined; default: 4.5 (the authors' code), or 6 for the kind
+            obstruction (their file names).
+        delta: threshold over log10 of the frequency in MHz (0.1 in the authors' code); 0 joins only cells of equal depth.
         gate: abs (absolute difference, symmetric), signed (a cell also listens to any brighter one: the authors' code)
             or none. With a radius of 4.5 cells the gate changes little; it is worth having for wide neighborhoods.
         block: side in cells of the blocks of the authors' protocol.
         compat: "2025" repeats the released code's use of the map's top left corner for every block.
         band_range: lowest and highest frequency in MHz that the kind distance normalizes over.
-
-    Raises:
-        UserError: a value is out of its range.
     """
 
     kind: Literal["depth", "distance", "power", "around", "obstruction", "transmitter"] = "depth"
-    radius: float | None = None
-    delta: float = 0.1
+    radius: Positive | None = None
+    delta: NonNegative = 0.1
     gate: Literal["abs", "signed", "none"] = "abs"
-    block: int = 40
+    block: Count = 40
     compat: Literal["2025"] | None = None
-    band_range: tuple[float, float] = (1750.0, 5750.0)
-
-    def __post_init__(self) -> None:
-        _choice("kind", self.kind, ("depth", "distance", "power", "around", "obstruction", "transmitter"))
-        _choice("gate", self.gate, ("abs", "signed", "none"))
-        if self.radius is not None and not self.radius > 0:
-            raise UserError(f"radius must be above 0 cells, got {self.radius}")
-        if self.delta < 0:
-            raise UserError(f"delta must be at least 0, got {self.delta}: 0 joins only cells with equal depth")
-        if self.block < 1:
-            raise UserError(f"block must be at least 1 cell, got {self.block}")
+    band_range: tuple[Megahertz, Megahertz] = (1750.0, 5750.0)
 
     @property
     def reach(self) -> float:
@@ -59,361 +70,361 @@ class GraphConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RadioGATConfig:
-    """The faithful network and its training.
+class GATSettings(Settings):
+    """The faithful network.
 
     Args:
         widths: channels after the first and the second layer (80 and 320 in the authors' code).
-        dropout: after the first and the second layer (0.5 in the authors' code).
-        slope: of LeakyReLU (0.01 in the authors' code).
-        backend: of the attention layers: csr, stencil, dense or pyg.
-        observed_flag: a sixth input says whether a node was measured; without it 0 dBm and "not measured" look alike.
-        spectral: predict level and slope, so that any frequency can be asked, in place of one number.
+        dropout: share of the channels dropped after the first and the second layer (0.5 in the authors' code).
+        slope: slope of LeakyReLU below zero (0.01 in the authors' code).
+        backend: way of computing the attention layers: csr, stencil, dense or pyg.
+        spectral: predict level and slope, so that any frequency can be asked for, in place of one number.
+    """
+
+    widths: tuple[Count, Count] = (80, 320)
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.5
+    slope: NonNegative = 0.01
+    backend: Backend = "csr"
+    spectral: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledGATSettings(GATSettings):
+    """The faithful network, and what it sees and is told.
+
+    Args:
+        observed_flag: whether a sixth input says if a node was measured; without it 0 dBm and "not measured" look alike.
         labels: observed (the labels are the inputs: the authors' single-band default, which learns the identity), heldout
             (each step blanks a random part of the measurements and predicts it) or full (all cells of the output band,
             for training areas whose truth is known).
-        learning_rate: of Adam (5e-4 in the authors' code).
-        epochs: passes over the training blocks (250 in the authors' code).
-        seed: of weights, dropout and label sampling.
     """
 
-    widths: tuple[int, int] = (80, 320)
-    dropout: float = 0.5
-    slope: float = 0.01
-    backend: Literal["csr", "stencil", "dense", "pyg"] = "csr"
     observed_flag: bool = True
-    spectral: bool = False
     labels: Literal["observed", "heldout", "full"] = "heldout"
-    learning_rate: float = 5e-4
-    epochs: int = 250
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _choice("backend", self.backend, ("csr", "stencil", "dense", "pyg"))
-        _choice("labels", self.labels, ("observed", "heldout", "full"))
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.epochs < 1:
-            raise UserError(f"epochs must be at least 1, got {self.epochs}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RadioGATxConfig:
-    """The network over measured neighbors, and its training. All of it is ours; see docs/radiogat.md.
+class RadioGATConfig(LabeledGATSettings):
+    """The faithful network and its training.
 
     Args:
-        neighbors: measurements that a place attends to, the nearest ones of all bands.
-        width: channels of the hidden layers.
-        depth: use line-of-sight fractions and distances of the transmitters, where the scene has them.
-        head: direct (the network sees the frequency that is asked for; only measured bands can be asked) or spectral (it
-            predicts level and slope in dB a decade, and any frequency can be asked).
-        leave_out: what a training target must not see: sample (itself), place (all measurements at its place, also of
-            other bands) or auto (place, when most places were measured in several bands).
-        steps: of training.
-        batch: targets a step.
-        learning_rate: of AdamW at the start; it falls to 1e-5 along a cosine.
-        weight_decay: of AdamW.
-        seed: of weights and batches.
+        lr: learning rate of Adam (5e-4 in the authors' code).
+        epochs: passes over the training blocks (250 in the authors' code).
+        steps: training steps, in place of the epochs.
+        seed: seed of weights, dropout and label sampling.
     """
 
-    neighbors: int = 16
-    width: int = 40
+    lr: Positive = 5e-4
+    epochs: Count = 250
+    steps: Count | None = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(Settings):
+    """The network over measured neighbors. All of it is ours; see docs/radiogat.md.
+
+    Args:
+        neighbors: number of measurements that a place attends to, the nearest ones of all bands.
+        width: channels of the hidden layers.
+        depth: use line-of-sight fractions and distances of the transmitters, where the scene has them.
+        head: direct (the network sees the frequency that is asked for; only measured bands can be asked for) or spectral
+            (it predicts level and slope in dB per decade, and any frequency can be asked for).
+        leave_out: what a training target must not see: sample (itself), place (all measurements at its place, also of
+            other bands) or auto (place, when most places were measured in several bands).
+        batch_size: targets per step.
+        weight_decay: weight decay of AdamW.
+    """
+
+    neighbors: Count = 16
+    width: Count = 40
     depth: bool = True
     head: Literal["direct", "spectral"] = "spectral"
     leave_out: Literal["auto", "sample", "place"] = "auto"
-    steps: int = 900
-    batch: int = 768
-    learning_rate: float = 4e-3
-    weight_decay: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _choice("head", self.head, ("direct", "spectral"))
-        _choice("leave_out", self.leave_out, ("auto", "sample", "place"))
-        for name in ("neighbors", "width", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-MODELS = ("radiogatx", "radiogat", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift")
+    batch_size: Count = 768
+    weight_decay: NonNegative = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class CityConfig:
+class RadioGATxConfig(NetworkSettings):
+    """The network over measured neighbors, and its training.
+
+    Args:
+        lr: learning rate of AdamW at the start; it falls to 1e-5 along a cosine.
+        steps: number of training steps.
+        seed: seed of weights and batches.
+    """
+
+    lr: Positive = 4e-3
+    steps: Count = 900
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CityConfig(Settings):
     """A procedural city.
 
     Args:
         size: cells along each side.
-        cell_m: metres a cell.
-        n_tx: masts.
+        cell_m: side of a cell in meters.
+        n_tx: number of masts.
         built: share of cells that are built over before the streets are cut.
-        freq_mhz: bands.
-        power_dbm: what a mast sends, antenna gain included.
+        freq_mhz: bands in MHz.
+        power_dbm: power that a mast sends, antenna gain included.
         shadowing_db: standard deviation of the shadowing that all bands share.
-        shadowing_cells: its correlation length.
-        seed: of streets, buildings and shadowing.
+        shadowing_cells: correlation length of the shadowing in cells.
+        seed: seed of streets, buildings and shadowing.
     """
 
-    size: int = 200
-    cell_m: float = 4.0
-    n_tx: int = 3
-    built: float = 0.14
-    freq_mhz: tuple[float, ...] = (1750.0, 2750.0, 3750.0, 4750.0, 5750.0)
+    size: Annotated[int, Ge(40)] = 200
+    cell_m: Positive = 4.0
+    n_tx: Count = 3
+    built: Annotated[float, Interval(ge=0, lt=0.6)] = 0.14
+    freq_mhz: Bands = (1750.0, 2750.0, 3750.0, 4750.0, 5750.0)
     power_dbm: float = 43.0
-    shadowing_db: float = 2.0
-    shadowing_cells: float = 8.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 40:
-            raise UserError(f"size must be at least 40 cells, got {self.size}")
-        if self.n_tx < 1:
-            raise UserError(f"n_tx must be at least 1, got {self.n_tx}")
-        if not 0 <= self.built < 0.6:
-            raise UserError(f"built must be a share in [0, 0.6), got {self.built}")
-        _check_bands(self.freq_mhz)
+    shadowing_db: NonNegative = 2.0
+    shadowing_cells: Positive = 8.0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaytraceConfig:
+class RaytraceConfig(Settings):
     """A ray-traced scene of sionna-rt.
 
     Args:
         scene: name of a scene in its wheel: munich, etoile, florence, san_francisco, simple_street_canyon ...
-        freq_mhz: bands.
-        n_tx: masts, on free cells near fixed parts of the area.
-        mast_m: height of the masts above the ground in metres.
-        cell_m: metres a cell.
-        extent_m: longest side of the map in metres, around the scene's middle.
-        samples_per_tx: rays from each mast.
-        max_depth: interactions of a ray.
-        diffraction: also first-order diffraction, which reaches into streets that no reflection does.
-        power_dbm: what a mast sends.
+        freq_mhz: bands in MHz.
+        n_tx: number of masts, on free cells near fixed parts of the area.
+        mast_m: height of the masts above the ground in meters.
+        cell_m: side of a cell in meters.
+        extent_m: longest side of the map in meters, around the scene's middle.
+        samples_per_tx: number of rays from each mast.
+        max_depth: largest number of interactions of a ray.
+        diffraction: also trace first-order diffraction, which reaches into streets that no reflection does.
+        power_dbm: power that a mast sends.
         pattern: antenna of the masts: iso, dipole, hw_dipole, tr38901.
-        floor_dbm: weaker powers, which rest on few rays and no receiver hears, have no value.
-        seed: of the rays, the same for all bands.
+        floor_dbm: power below which a cell has no value: it rests on few rays, and no receiver hears it.
+        seed: seed of the rays, the same for all bands.
     """
 
     scene: str = "munich"
-    freq_mhz: tuple[float, ...] = (1750.0, 2750.0, 3750.0, 4750.0, 5750.0)
-    n_tx: int = 3
-    mast_m: float = 30.0
-    cell_m: float = 5.0
-    extent_m: float = 1500.0
-    samples_per_tx: int = 4_000_000
-    max_depth: int = 5
+    freq_mhz: Bands = (1750.0, 2750.0, 3750.0, 4750.0, 5750.0)
+    n_tx: Count = 3
+    mast_m: Positive = 30.0
+    cell_m: Positive = 5.0
+    extent_m: Positive = 1500.0
+    samples_per_tx: Count = 4_000_000
+    max_depth: Natural = 5
     diffraction: bool = True
     power_dbm: float = 43.0
     pattern: str = "iso"
     floor_dbm: float = -120.0
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        _check_bands(self.freq_mhz)
-        if not self.cell_m > 0:
-            raise UserError(f"cell_m must be above 0, got {self.cell_m}")
-
-
-def _check_bands(freq_mhz: tuple[float, ...]) -> None:
-    if not freq_mhz:
-        raise UserError("freq_mhz names no band")
-    for f in freq_mhz:
-        if not 10 <= f <= 1e6:
-            raise UserError(f"freq_mhz {f:g}: expected MHz between 10 and 1,000,000")
+    seed: Seed = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputSettings:
-    """Where measurements and the scene come from.
+class FileSettings(Settings):
+    """What every reader of measurements and scenes is told.
 
     Args:
-        data: csv:FILE or parquet:FILE of measurements, npz:FILE or official:FOLDER of complete maps, of which a share is
-            taken as measured, or city (a procedural one).
+        data: csv:FILE or parquet:FILE of measurements, geotiff:FILE or netcdf:FILE of a map, npz:FILE or official:FOLDER of
+            complete maps.
         area: number of the area, in files that hold several.
-        rate: share of the cells that is measured, of complete maps.
         buildings: GeoTIFF (nonzero = building) or GeoJSON polygons.
         transmitters: CSV of the masts, columns x and y or lat and lon.
-        columns: where the file calls its columns otherwise, as role=name: rss_dbm=Signal,freq_mhz=Band; roles are x, y, lon,
-            lat, freq_mhz, rss_dbm.
-        crs: plane of x and y (EPSG:25832 for example), or that lat and lon are projected to; default UTM.
-        freq_mhz: for files without a column of frequencies.
-        sign: -1 where powers are given as positive losses.
-        cell: side of a map's cell in metres; default: the raster's, or half of the measurements' spacing.
-        seed: of the choice of measured cells.
+        columns: names of columns that differ from the usual ones, as role=name: rss_dbm=Signal,freq_mhz=Band; roles are
+            x, y, lon, lat, freq_mhz, rss_dbm.
+        crs: plane of x and y (EPSG:25832 for example), or that lat and lon are projected to; default: UTM.
+        freq_mhz: frequency in MHz of files without a column of frequencies.
+        sign: sign of the powers in the file; -1 where they are given as positive losses.
+        cell: side of a map's cell in meters; default: the raster's, or half of the measurements' spacing.
     """
 
     data: str
-    area: int = 1
-    rate: float = 0.05
+    area: Count = 1
     buildings: str | None = None
     transmitters: str | None = None
     columns: list[str] = field(default_factory=list)
     crs: str | None = None
-    freq_mhz: float | None = None
+    freq_mhz: Megahertz | None = None
     sign: Literal[1, -1] = 1
-    cell: float | None = None
-    seed: int = 0
+    cell: Positive | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise UserError(f"rate must be in (0, 1], got {self.rate}")
-        if self.cell is not None and not self.cell > 0:
-            raise UserError(f"cell must be above 0, got {self.cell}")
+        super().__post_init__()
         for pair in self.columns:
             if "=" not in pair:
-                raise UserError(f"columns: expected role=name, got '{pair}'")
-
-
-Model = Literal["radiogatx", "radiogat", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"]
-Format = Literal["auto", "geotiff", "netcdf", "csv", "none"]
+                raise SettingError("columns", f"expected role=name, got '{pair}'")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(InputSettings):
-    """Learn an area and, by default, map it at once.
+class InputSettings(FileSettings):
+    """Measurements from a file, or drawn from complete maps.
 
     Args:
-        model: radiogatx, radiogat, or a baseline.
+        data: csv:FILE or parquet:FILE of measurements, geotiff:FILE or netcdf:FILE whose cells are measurements, npz:FILE or
+            official:FOLDER of complete maps, of which a share is taken as measured, or city (a procedural one).
+        rate: share of the cells that is measured, of complete maps.
+    """
+
+    rate: Rate = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Settings):
+    """The optimizer of a network; AdamW of radiogatx, Adam of radiogat.
+
+    Args:
+        lr: learning rate at the start; default: the network's own, 4e-3 of radiogatx and 5e-4 of radiogat.
+    """
+
+    lr: Positive | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningSettings(Settings):
+    """How a network learns.
+
+    Args:
+        steps: number of training steps of each network; default: the network's own, 900 of radiogatx and 250 passes over
+            the training blocks of radiogat.
         network: settings of radiogatx.
+        optimizer: settings of the optimizer.
+    """
+
+    steps: Count | None = None
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def radiogatx(self, seed: int) -> RadioGATxConfig:
+        """The network over measured neighbors and its training, for one seed."""
+        return RadioGATxConfig(**vars(self.network), **self._given(), seed=seed)
+
+    def _given(self) -> dict[str, Any]:
+        """Length and learning rate, as far as they are not left to the network."""
+        given = {"steps": self.steps, "lr": self.optimizer.lr}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(LearningSettings, InputSettings):
+    """Learn an area from measurements, and map it with error bars.
+
+    Args:
+        method: radiogatx, radiogat, or a baseline.
         gat: settings of radiogat.
-        graph: edges of radiogat.
+        graph: settings of the edges of radiogat.
         fallback: take kriging where it is better on the held-out blocks.
         calibration: interpolate (error bars for places between measurements) or extrapolate (wider, for unvisited quarters).
         interval: level of the error bars.
         map: file format of the map; auto is GeoTIFF where rasterio is installed, else CSV; none makes no map.
+        seed: seed of the held-out blocks, of the networks, and of the choice of measured cells of complete maps.
         checkpoint_every: steps between two checkpoints.
-        device: auto, cpu or cuda.
+        device: where a network is trained; auto takes a GPU when there is one.
     """
 
-    model: Model = "radiogatx"
-    network: RadioGATxConfig = field(default_factory=RadioGATxConfig)
-    gat: RadioGATConfig = field(default_factory=RadioGATConfig)
+    method: Method = "radiogatx"
+    gat: LabeledGATSettings = field(default_factory=LabeledGATSettings)
     graph: GraphConfig = field(default_factory=GraphConfig)
     fallback: bool = True
     calibration: Literal["interpolate", "extrapolate"] = "interpolate"
-    interval: float = 0.9
-    map: Format = "auto"
-    checkpoint_every: int = 200
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    interval: Share = 0.9
+    map: Literal[Format, "none"] = "auto"
+    seed: Seed = 0
+    checkpoint_every: Count = 200
+    device: Device = "cpu"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_level(self.interval)
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise UserError(f"interval must be between 0 and 1, got {level}")
+    def radiogat(self) -> RadioGATConfig:
+        """The faithful network and its training."""
+        return RadioGATConfig(**vars(self.gat), **self._given(), seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictSettings:
-    """Map an area that was learned, or predict at given places.
+class PredictSettings(Settings):
+    """Map a learned area at any cell size and frequency, or predict at given places.
 
     Args:
-        model: folder that `radiogat train` wrote, or its model.safetensors.
-        freq_mhz: frequencies; default: the measured bands. The spectral head answers for any.
+        run: folder of a `radiogat train`.
+        freq_mhz: frequencies in MHz; default: the measured bands. The spectral head answers for any.
         points: CSV of places (x, y or lat, lon) to predict in place of a map.
-        cell: side of a map's cell in metres; default: the scene's, or half of the measurements' spacing.
+        cell: side of a map's cell in meters; default: the scene's, or half of the measurements' spacing.
         interval: level of the error bars.
-        format: of the map; auto is GeoTIFF where rasterio is installed, else CSV.
+        format: file format of the map; auto is GeoTIFF where rasterio is installed, else CSV.
     """
 
-    model: str
-    freq_mhz: list[float] | None = None
+    run: str
+    freq_mhz: Annotated[list[Megahertz], Length(1), Distinct()] | None = None
     points: str | None = None
-    cell: float | None = None
-    interval: float = 0.9
-    format: Literal["auto", "geotiff", "netcdf", "csv"] = "auto"
-
-    def __post_init__(self) -> None:
-        _check_level(self.interval)
+    cell: Positive | None = None
+    interval: Share = 0.9
+    format: Format = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(InputSettings):
-    """Cross-validate all methods on measurements.
+class EvaluateSettings(LearningSettings, InputSettings):
+    """Cross-validate all methods on your measurements.
 
     Args:
         holdout: random (a held-out measurement keeps its neighbors: how good is the map between the measurements?) or
             blocks (whole squares are held out: how good is it where nobody was?).
-        folds: parts that are held out in turn.
-        block: side of the squares in metres; default: a tenth of the area.
-        models: methods to compare.
-        network: settings of radiogatx.
+        folds: number of parts that are held out in turn.
+        block: side of the squares in meters; default: a tenth of the area.
+        arms: methods to compare.
         interval: level of the error bars.
+        seed: seed of the folds, of the network, and of the choice of measured cells of complete maps.
     """
 
     holdout: Literal["random", "blocks"] = "blocks"
-    folds: int = 5
-    block: float | None = None
-    models: list[str] = field(
+    folds: Annotated[int, Ge(2)] = 5
+    block: Positive | None = None
+    arms: Annotated[list[Arm], Length(1), Distinct()] = field(
         default_factory=lambda: ["idw", "kriging", "rbf", "shift", "pooled_idw", "pooled_kriging", "radiogatx"]
     )
-    network: RadioGATxConfig = field(default_factory=RadioGATxConfig)
-    interval: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_level(self.interval)
-        if self.folds < 2:
-            raise UserError(f"folds must be at least 2, got {self.folds}")
-        for name in self.models:
-            _choice("model", name, tuple(m for m in MODELS if m != "radiogat"))
+    interval: Share = 0.9
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings(InputSettings):
-    """Compare methods over several random splits of the measurements, with intervals.
+class CompareSettings(LearningSettings, InputSettings):
+    """Compare methods over several random splits of your measurements, with paired intervals.
 
     Args:
-        seeds: of the splits and of the network.
-        share: of the measurements that is held out in each split.
-        models: methods to compare.
-        network: settings of radiogatx.
+        arms: methods to compare; ratios are of radiogatx to each other one.
+        seeds: seeds of the splits and of the network; of complete maps the first one also draws the measured cells.
+        share: share of the measurements that is held out in each split.
+        executor: where arms are measured: processes:N of this machine, or dask:ADDRESS; default: here, one after another.
     """
 
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    share: float = 0.2
-    models: list[str] = field(default_factory=lambda: ["idw", "kriging", "pooled_idw", "pooled_kriging", "radiogatx"])
-    network: RadioGATxConfig = field(default_factory=RadioGATxConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share < 1:
-            raise UserError(f"share must be between 0 and 1, got {self.share}")
-        for name in self.models:
-            _choice("model", name, tuple(m for m in MODELS if m != "radiogat"))
+    arms: Annotated[list[Arm], Length(1), Distinct()] = field(
+        default_factory=lambda: ["idw", "kriging", "pooled_idw", "pooled_kriging", "radiogatx"]
+    )
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
+    share: Share = 0.2
+    executor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulateSettings:
-    """Make complete maps of an area.
+class SimulateSettings(Settings):
+    """Make complete maps of an area: a procedural city, or ray tracing.
 
     Args:
         backend: city (procedural, seconds) or sionna (ray tracing; needs the extra raytrace and, on a CPU, LLVM).
-        scene: of sionna, shorthand for sionna.scene.
         city: settings of the procedural city.
         sionna: settings of the ray tracing.
         rate: share of the cells that is written as measured into samples.csv.
-        seed: of that choice.
+        seed: seed of the choice of these cells.
     """
 
     backend: Literal["city", "sionna"] = "city"
-    scene: str | None = None
     city: CityConfig = field(default_factory=CityConfig)
     sionna: RaytraceConfig = field(default_factory=RaytraceConfig)
-    rate: float = 0.05
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise UserError(f"rate must be in (0, 1], got {self.rate}")
+    rate: Rate = 0.05
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotSettings:
-    """Draw a map that was predicted, or complete maps.
+class PlotSettings(Settings):
+    """Draw maps, error bars, spectral slopes and errors.
 
     Args:
         map: GeoTIFF or netCDF of a predicted map, or npz:FILE of complete maps.
@@ -423,42 +434,40 @@ class PlotSettings:
 
     map: str
     truth: str | None = None
-    area: int = 1
+    area: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuggestSettings:
-    """Where to measure next.
+class SuggestSettings(Settings):
+    """Say where to measure next.
 
     Args:
-        model: folder that `radiogat train` wrote.
-        count: places.
-        reach: distance in metres over which a measurement informs; default: 10 cells.
-        cell: side of a cell in metres; default: the scene's, or half of the measurements' spacing.
+        run: folder of a `radiogat train`.
+        count: number of places.
+        reach: distance in meters over which a measurement informs; default: 10 cells.
+        cell: side of a cell in meters; default: the scene's, or half of the measurements' spacing.
     """
 
-    model: str
-    count: int = 10
-    reach: float | None = None
-    cell: float | None = None
+    run: str
+    count: Count = 10
+    reach: Positive | None = None
+    cell: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSettings(InputSettings):
+class ConvertSettings(FileSettings):
     """Turn measurements or maps into another format.
 
     Args:
-        data: csv:FILE, parquet:FILE, geotiff:FILE, netcdf:FILE, npz:FILE or official:FOLDER.
         to: csv (measurements), geotiff, netcdf or npz (maps).
     """
 
-    data: str
     to: Literal["csv", "geotiff", "netcdf", "npz"] = "csv"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceSettings:
-    """The authors' protocol on complete maps: blocks of 40 cells, half of them test blocks, a share of the cells measured.
+class ReproduceSettings(LearningSettings):
+    """Run the authors' protocol on complete maps: blocks of 40 cells, half of them for testing.
 
     Args:
         data: npz:FILE or official:FOLDER.
@@ -466,52 +475,41 @@ class ReproduceSettings:
         rates: shares of the cells that are measured.
         tasks: S (one band, its own samples), M (all bands are sampled at independent places), U (the target band is not
             measured in the test blocks), D (one band is dense).
-        seeds: 0 is the protocol's split and masks; all seeds give their own.
+        seeds: seeds of split, masks and networks; 0 has the protocol's split.
         target: number of the band that is predicted, from 0; -1 is the last.
-        models: methods; radiogatx-nodepth is without buildings, radiogat is the faithful network, radiogat-2025 as released.
-        network: settings of radiogatx.
+        arms: methods; radiogatx-nodepth is without buildings, radiogat is the faithful network, radiogat-2025 as released.
         gat: settings of radiogat.
-        device: of radiogat's and radiogatx's training.
+        device: where networks are trained; auto takes a GPU when there is one.
         interval: level of the error bars.
     """
 
     data: str
-    areas: list[int] = field(default_factory=lambda: [1])
-    rates: list[float] = field(default_factory=lambda: [0.05])
-    tasks: list[str] = field(default_factory=lambda: ["S"])
-    seeds: list[int] = field(default_factory=lambda: [0])
+    areas: Annotated[list[Count], Length(1), Distinct()] = field(default_factory=lambda: [1])
+    rates: Annotated[list[Rate], Length(1), Distinct()] = field(default_factory=lambda: [0.05])
+    tasks: Annotated[list[Task], Length(1), Distinct()] = field(default_factory=lambda: ["S"])
+    seeds: Seeds = field(default_factory=lambda: [0])
     target: int = -1
-    models: list[str] = field(
+    arms: Annotated[list[ProtocolArm], Length(1), Distinct()] = field(
         default_factory=lambda: ["idw", "kriging", "pooled_idw", "pooled_kriging", "radiogatx-nodepth", "radiogatx"]
     )
-    network: RadioGATxConfig = field(default_factory=RadioGATxConfig)
-    gat: RadioGATConfig = field(default_factory=RadioGATConfig)
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
-    interval: float = 0.9
+    gat: GATSettings = field(default_factory=GATSettings)
+    device: Device = "cpu"
+    interval: Share = 0.9
 
-    def __post_init__(self) -> None:
-        _check_level(self.interval)
-        for task in self.tasks:
-            _choice("task", task, ("S", "M", "U", "D"))
-        for model in self.models:
-            _choice("model", model, (*MODELS, "radiogatx-nodepth", "radiogat-2025"))
-        for rate in self.rates:
-            if not 0 < rate <= 1:
-                raise UserError(f"rates must be in (0, 1], got {rate}")
+    def radiogat(self, seed: int) -> RadioGATConfig:
+        """The faithful network and its training, for one seed."""
+        return RadioGATConfig(**vars(self.gat), **self._given(), seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """The demonstration.
+class DemoSettings(tenfold.config.DemoSettings):
+    """Map procedural cities from a twentieth of their cells, and compare all methods.
 
     Args:
-        level: quick (mechanics), default (main claims) or full (every claim).
         seeds: cities; default: 0, or 0 to 4 at the full level.
         size: cells along each side of a city; default: 200, or 80 at the quick level.
         rate: share of the cells that is measured in each band.
     """
 
-    level: Literal["quick", "default", "full"] = "default"
-    seeds: list[int] | None = None
-    size: int | None = None
-    rate: float = 0.05
+    size: Annotated[int, Ge(40)] | None = None
+    rate: Rate = 0.05

@@ -48,7 +48,7 @@ class SpatialConformal:
         return float(scores[rank - 1])
 
     def coverage(self, scores: ArrayLike, groups: ArrayLike, levels: ArrayLike) -> Floats:
-        """Share of other scores that lie inside of the intervals of each level; NaN where those are infinite."""
+        """Share of other scores that lie inside the intervals of each level; NaN where those are infinite."""
         others, labels = np.asarray(scores, dtype=np.float64), np.asarray(groups)
         inside = np.zeros(len(np.atleast_1d(levels)))
         with warnings.catch_warnings():

@@ -1,24 +1,20 @@
-"""Files: measurements, buildings, transmitters and complete maps.
-
-Positions in degrees become metres in a plane: UTM with pyproj, else an equirectangular plane about the middle of the
-measurements, which holds for areas of up to 50 km.
-"""
+"""Files: measurements, buildings, transmitters and complete maps; positions in degrees become meters (``planes``)."""
 
 import csv
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from radiogat.maps import grid_of, needs_geo, write_csv
+from radiogat.maps import grid_of, write_csv
+from radiogat.planes import plane_for, project, same_plane, unproject
 from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
 from tenfold import UserError
-from tenfold.errors import MissingExtraError, did_you_mean
-from tenfold.runs import replacing
+from tenfold.errors import did_you_mean, needs
+from tenfold.files import replacing
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -32,74 +28,6 @@ COLUMNS = {
     "rss_dbm": ("rss_dbm", "rss", "rsrp", "rsrp_dbm", "rssi", "rssi_dbm", "power_dbm", "power", "level_dbm", "level"),
 }
 """What a column is called in files, small or capital, first match first."""
-_PLAIN = "+proj=eqc +R=6371000 +units=m +no_defs"
-_RADIUS = 6371000.0
-
-
-# Planes
-
-
-def plane_for(lon: Floats, lat: Floats, name: str = "position") -> str:
-    """A plane in metres for positions in degrees: the UTM zone with pyproj, else an equirectangular one.
-
-    Raises:
-        UserError: degrees out of range (swapped, perhaps), an area over the antimeridian, or, without pyproj, over 50 km.
-    """
-    if (np.abs(lat) > 90).any():
-        swapped = (np.abs(lon) <= 90).all() and (np.abs(lat) <= 180).all()
-        raise UserError(
-            f"{name}: latitude {lat[np.argmax(np.abs(lat))]:g} is outside of -90 to 90"
-            + ("; are latitude and longitude swapped?" if swapped else "")
-        )
-    if (np.abs(lon) > 180).any():
-        raise UserError(f"{name}: longitude {lon[np.argmax(np.abs(lon))]:g} is outside of -180 to 180")
-    if np.ptp(lon) > 180:
-        raise UserError(f"{name}: positions on both sides of the antimeridian; split the area")
-    lon0, lat0 = float((lon.min() + lon.max()) / 2), float((lat.min() + lat.max()) / 2)
-    try:
-        needs_geo("pyproj", "UTM")
-    except MissingExtraError:
-        extent = max(np.ptp(lat) * 111.2, np.ptp(lon) * 111.2 * math.cos(math.radians(lat0)))
-        if extent > 50:
-            raise UserError(
-                f'{name}: the area is {extent:.0f} km wide; more than 50 km needs pyproj: pip install "radiogat[geo]"'
-            ) from None
-        return f"{_PLAIN} +lat_ts={lat0:.6f} +lat_0={lat0:.6f} +lon_0={lon0:.6f}"
-    zone = min(60, int((lon0 + 180) // 6) + 1)
-    return f"EPSG:{(32600 if lat0 >= 0 else 32700) + zone}"
-
-
-def _plain_plane(crs: str) -> tuple[float, float] | None:
-    if not crs.startswith(_PLAIN):
-        return None
-    values = dict(part.removeprefix("+").split("=") for part in crs.split() if "=" in part)
-    return math.radians(float(values["lat_0"])), math.radians(float(values["lon_0"]))
-
-
-def project(lon: Floats, lat: Floats, crs: str) -> Floats:
-    """(n, 2) x and y in a plane, of positions in degrees (WGS 84)."""
-    if (plain := _plain_plane(crs)) is not None:
-        lat0, lon0 = plain
-        x = _RADIUS * math.cos(lat0) * (np.radians(lon) - lon0)
-        return np.stack([x, _RADIUS * (np.radians(lat) - lat0)], axis=1)
-    needs_geo("pyproj", f"the plane {crs}")
-    import pyproj
-
-    return np.stack(pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(lon, lat), axis=1)
-
-
-def unproject(xy: ArrayLike, crs: str) -> Floats:
-    """(n, 2) longitude and latitude in degrees of positions in a plane."""
-    points = np.asarray(xy, dtype=np.float64)
-    if (plain := _plain_plane(crs)) is not None:
-        lat0, lon0 = plain
-        lon = np.degrees(points[:, 0] / (_RADIUS * math.cos(lat0)) + lon0)
-        return np.stack([lon, np.degrees(points[:, 1] / _RADIUS + lat0)], axis=1)
-    needs_geo("pyproj", f"the plane {crs}")
-    import pyproj
-
-    transform = pyproj.Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform
-    return np.stack(transform(points[:, 0], points[:, 1]), axis=1)
 
 
 # Tables
@@ -110,7 +38,7 @@ def _columns(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".parquet":
-        needs_geo("pyarrow", "parquet")
+        needs("pyarrow", "geo", "radiogat", why="parquet")
         import pyarrow
         import pyarrow.parquet
 
@@ -192,7 +120,7 @@ def read_samples(
         columns: role (a key of ``COLUMNS``) -> name, where a file calls it otherwise.
         crs: plane of x and y; or the plane that lat and lon go to, in place of UTM.
         sign: -1 where the column holds path loss or other negated values.
-        freq_mhz: for files without a frequency.
+        freq_mhz: frequency of files without a column of it.
 
     Raises:
         UserError: a column is missing, a value cannot be read (with its line), or is not what it is called.
@@ -240,7 +168,7 @@ def read_scene(
     Args:
         buildings: raster (nonzero = building), polygons (degrees, as GeoJSON has them), or None.
         transmitters: CSV, or None.
-        samples: they decide the plane, and the grid where no raster does.
+        samples: measurements, which decide the plane, and the grid where no raster does.
         cell: side of a cell for polygons, and without buildings; default: half of the samples' spacing.
 
     Raises:
@@ -263,21 +191,12 @@ def read_scene(
     if path.suffix.lower() in {".json", ".geojson"}:
         return RadioScene(grid, polygons_on(path, grid, samples.crs), masts, samples.crs)
     mask, grid, crs = read_raster(path)
-    if samples.crs is not None and not _same_crs(crs, samples.crs):
+    if samples.crs is not None and not same_plane(crs, samples.crs):
         raise UserError(f"{path} lies in {crs}, the samples in {samples.crs}: give --crs {crs} or reproject the raster")
     outside = ~grid.inside(samples.xy)
     if outside.mean() > 0.5:
-        raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside of this raster")
+        raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside this raster")
     return RadioScene(grid, np.nan_to_num(mask) != 0, masts, samples.crs or crs)
-
-
-def _same_crs(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    needs_geo("pyproj", "comparing coordinate systems")
-    import pyproj
-
-    return bool(pyproj.CRS.from_user_input(one) == pyproj.CRS.from_user_input(other))
 
 
 def read_raster(path: str | Path) -> tuple[Floats, Grid, str]:
@@ -286,7 +205,7 @@ def read_raster(path: str | Path) -> tuple[Floats, Grid, str]:
     Raises:
         UserError: not a raster, without a coordinate system, in degrees, not north-up, or its cells are not square.
     """
-    needs_geo("rasterio", "GeoTIFF")
+    needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio
     from rasterio.errors import RasterioIOError
 
@@ -305,7 +224,7 @@ def polygons_on(path: str | Path, grid: Grid, crs: str | None) -> Bools:
     Args:
         path: GeoJSON; positions are longitude and latitude, or lie in the plane where ``crs`` is None.
         grid: the raster.
-        crs: its plane.
+        crs: plane of the raster.
     """
     from matplotlib.path import Path as Outline
 

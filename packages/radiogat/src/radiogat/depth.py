@@ -28,18 +28,18 @@ def radio_depth(building: ArrayLike, transmitters: ArrayLike, method: DepthMetho
         building: (H, W), nonzero where a building stands.
         transmitters: (T, 2) row and column of the masts' cells, counted from 0.
         method: which cells make up the line. ``dda``: one cell for each step along the longer axis, rounded on the other;
-            exact under transposition. ``scan``: one cell a column (a row in the mast's own column), truncated: what the
+            exact under transposition. ``scan``: one cell per column (per row in the mast's own column), truncated: what the
             authors' released maps hold, which therefore see nothing in the columns beside the mast. ``polar``: prefix
             sums along rays, O(H W) for any size; differs from ``dda`` by rounding of rays.
 
     Returns:
         (T, H, W) float64 in [0, 1]. A mast's own cell holds 1 - building there.
 
-    Source: X. Li et al., IEEE Trans. Wireless Commun. 23(11), 2024, section IV, as the authors' code has it (``scan``); the
-    line traversal is ours.
-
     Raises:
-        UserError: the raster is not two-dimensional, or a mast lies outside of it.
+        UserError: the raster is not two-dimensional, or a mast lies outside it.
+
+    Source: X. Li et al., IEEE Trans. Wireless Communications 23(11), 2024, section IV, as the authors' code has it (``scan``);
+    the line traversal is ours.
     """
     mask = np.asarray(building)
     if mask.ndim != 2:
@@ -49,7 +49,7 @@ def radio_depth(building: ArrayLike, transmitters: ArrayLike, method: DepthMetho
     for number, (row, column) in enumerate(masts):
         if not (0 <= row < mask.shape[0] and 0 <= column < mask.shape[1]):
             raise UserError(
-                f"transmitter {number} at row {row}, column {column} lies outside of the raster of {mask.shape[0]} x"
+                f"transmitter {number} at row {row}, column {column} lies outside the raster of {mask.shape[0]} x"
                 f" {mask.shape[1]} cells"
             )
     one = {"dda": _dda, "scan": _scan, "polar": _polar}.get(method)
@@ -160,7 +160,7 @@ def power_depth(depth: ArrayLike, distance_m: ArrayLike, freq_mhz: float) -> Flo
 
     Args:
         depth: (T, H, W) line-of-sight fractions.
-        distance_m: (T, H, W) distances in metres; below one metre counts as one.
+        distance_m: (T, H, W) distances in meters; below one meter counts as one.
         freq_mhz: frequency.
     """
     loss = 20 * np.log10(freq_mhz) + 20 * np.log10(np.maximum(np.asarray(distance_m), 1.0))

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from radiogat.config import GraphConfig, RadioGATConfig, RadioGATxConfig
 from radiogat.conformal import spatial_blocks
-from radiogat.estimator import BASELINES, RadioMapEstimator
+from radiogat.estimator import RadioMapEstimator
 from radiogat.graph import Window, blocks
 from radiogat.metrics import block_rmse, coverage, interval_score, mae, rmse
+from radiogat.predictors import BASELINES, Trainer
 from radiogat.samples import RadioMaps, RadioSamples, RadioScene
 from radiogat.tasks import BlockTask, run_task
 from tenfold import UserError
@@ -19,7 +20,6 @@ from tenfold import UserError
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Row = dict[str, float]
-Names = Sequence[str]
 NEURAL = ("radiogat", "radiogat-2025")
 
 
@@ -35,8 +35,8 @@ def protocol_mask(
 ) -> Bools:
     """(F, H, W) measured cells: in each block and band N - int(N (1 - rate)) of its N free cells.
 
-    The generator is seeded anew and goes through the blocks in shuffled order, the bands inside; which cells a draw takes
-    is our choice, since it depends on a call of the authors' code that only counts are known of.
+    The generator starts from the seed again and goes through the blocks in shuffled order, the bands inside. Which cells a
+    draw takes is our choice, since it depends on a call of the authors' code of which only the counts are known.
     """
     generator = np.random.RandomState(seed)
     observed = np.zeros(maps.rss_dbm.shape, dtype=bool)
@@ -71,7 +71,7 @@ class Protocol:
         maps: the complete maps, cropped.
         task: S, M, U or D.
         rate: share that is measured.
-        seed: of split, masks and networks.
+        seed: seed of split, masks and networks.
         target: number of the band that is predicted.
     """
 
@@ -94,7 +94,7 @@ class Protocol:
         source = 0 if self.target != 0 else len(observed) - 1
         if self.task == "S":
             observed[others] = False
-        elif self.task == "U":  # a target band that nobody has measured in the test blocks
+        elif self.task == "U":  # a target band without a measurement in the test blocks
             observed[self.target][in_test] = False
             observed[[f for f in others if f != source]] = False
         elif self.task == "D":
@@ -112,14 +112,14 @@ class Protocol:
     windows: tuple[list[Window], list[Window]] = dataclasses.field(init=False)
 
     def measure(
-        self, model: str, network: RadioGATxConfig, gat: RadioGATConfig, level: float, device: str = "cpu"
+        self, arm: str, network: RadioGATxConfig, gat: RadioGATConfig, level: float, device: str = "cpu"
     ) -> tuple[Row, Floats]:
         """Metrics of a method at the unmeasured free cells of the test blocks, and the map (H, W) that it predicts there."""
         truth = self.maps.rss_dbm[self.target][self.where]
-        if model in NEURAL:
-            predicted, bounds = self._gat(model, gat, device), None
+        if arm in NEURAL:
+            predicted, bounds = self._gat(arm, gat, device), None
         else:
-            predicted, bounds = self._estimate(model, network, level, device)
+            predicted, bounds = self._estimate(arm, network, level, device)
         row = {"rmse": rmse(truth, predicted), "block_rmse": block_rmse(truth, predicted, self.label[self.where])}
         row["mae"] = mae(truth, predicted)
         if bounds is not None:
@@ -130,20 +130,20 @@ class Protocol:
         return row, shown
 
     def _estimate(
-        self, model: str, network: RadioGATxConfig, level: float, device: str
+        self, arm: str, network: RadioGATxConfig, level: float, device: str
     ) -> tuple[Floats, tuple[Floats, Floats]]:
         samples = self.maps.samples(self.observed)
-        network = dataclasses.replace(network, seed=self.seed, depth=network.depth and not model.endswith("-nodepth"))
+        network = dataclasses.replace(network, seed=self.seed, depth=network.depth and not arm.endswith("-nodepth"))
         estimator = RadioMapEstimator(
-            model.removesuffix("-nodepth"), network, fallback=False, seed=self.seed, device=device
+            arm.removesuffix("-nodepth"), network, fallback=False, seed=self.seed, device=device
         ).fit(samples, self.maps.scene)
         where = self.maps.scene.grid.centers()[self.where.ravel()]
         power, low, high = estimator.predict(where, self.maps.freq_mhz[self.target], level)
         return power, (low, high)
 
-    def _gat(self, model: str, gat: RadioGATConfig, device: str) -> Floats:
+    def _gat(self, arm: str, gat: RadioGATConfig, device: str) -> Floats:
         """The faithful network; ``radiogat-2025`` with what the released code does."""
-        official = model == "radiogat-2025"
+        official = arm == "radiogat-2025"
         graph = GraphConfig(gate="signed", compat="2025") if official else GraphConfig()
         into = self.target if self.task in {"S", "M"} else self.source
         labels = ("observed" if official else "heldout") if into == self.target else "full"
@@ -167,7 +167,7 @@ class Protocol:
 def cross_validate(
     samples: RadioSamples,
     scene: RadioScene | None,
-    models: Names,
+    arms: Sequence[str],
     *,
     folds: int = 5,
     side: float | None = None,
@@ -181,13 +181,16 @@ def cross_validate(
     Args:
         samples: the measurements.
         scene: buildings and masts, or None.
-        models: names of ``radiogat.config.MODELS``.
-        folds: parts.
-        side: of the squares that are held out together; None holds out single measurements.
-        network: of radiogatx.
-        level: of the error bars.
-        seed: of the folds.
-        track: shows progress.
+        arms: methods, of ``radiogat.config.METHODS``.
+        folds: number of parts.
+        side: side of the squares that are held out together; None holds out single measurements.
+        network: settings of radiogatx.
+        level: level of the error bars.
+        seed: seed of the folds.
+        track: shows progress over the pairs of a part and a method.
+
+    Returns:
+        Method -> metric -> value in dB, the coverage as a share.
 
     Raises:
         UserError: fewer squares than folds.
@@ -200,24 +203,24 @@ def cross_validate(
     shuffled = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups]
     parts = list(GroupKFold(folds).split(samples.xy, groups=shuffled))
     calibration: Literal["interpolate", "extrapolate"] = "interpolate" if side is None else "extrapolate"
-    found: dict[str, list[Floats]] = {model: [] for model in models}
+    found: dict[str, list[Floats]] = {arm: [] for arm in arms}
     truth: list[Floats] = []
-    for (train, test), model in track([(part, model) for part in parts for model in models]):
-        estimator = RadioMapEstimator(model, network, fallback=False, seed=seed, calibration=calibration)
+    for (train, test), arm in track([(part, arm) for part in parts for arm in arms]):
+        estimator = RadioMapEstimator(arm, network, fallback=False, seed=seed, calibration=calibration)
         estimator.fit(samples.take(train), scene)
         held = samples.take(test)
         values = np.empty((3, len(held)))
         for f in held.bands:
             rows = held.freq_mhz == f
             values[:, rows] = estimator.predict(held.xy[rows], f, level)
-        found[model].append(values)
-        if model == models[0]:
+        found[arm].append(values)
+        if arm == arms[0]:
             truth.append(held.rss_dbm)
     y = np.concatenate(truth)
     table = {}
-    for model, parts_of in found.items():
+    for arm, parts_of in found.items():
         power, low, high = np.concatenate(parts_of, axis=1)
-        table[model] = {
+        table[arm] = {
             "rmse": rmse(y, power),
             "mae": mae(y, power),
             "coverage": coverage(y, low, high),
@@ -227,29 +230,37 @@ def cross_validate(
     return table
 
 
-def split_rmse(
+def split_errors(
     samples: RadioSamples,
     scene: RadioScene | None,
-    models: Names,
+    arm: str,
     share: float,
     seed: int,
     network: RadioGATxConfig | None = None,
-) -> dict[str, Row]:
-    """RMSE of each method on a random share of the measurements, from the others."""
+    train: Trainer = run_task,
+) -> Row:
+    """RMSE and MAE in dB of a method on a random share of the measurements, predicted from the others.
+
+    Args:
+        samples: the measurements.
+        scene: buildings and masts, or None.
+        arm: method, of ``radiogat.config.METHODS``.
+        share: share of the measurements that is held out.
+        seed: seed of the split and of the network.
+        network: settings of radiogatx.
+        train: runs the task of a network.
+    """
     order = np.random.default_rng([seed, 1]).permutation(len(samples))
     cut = max(1, round(share * len(samples)))
     held, rest = samples.take(np.sort(order[:cut])), samples.take(np.sort(order[cut:]))
-    table = {}
-    for model in models:
+    estimator: Any
+    if arm == "radiogatx":
         chosen = dataclasses.replace(network or RadioGATxConfig(), seed=seed)
-        estimator: Any
-        if model == "radiogatx":
-            estimator = RadioMapEstimator(model, chosen, fallback=False, seed=seed).fit(rest, scene)
-        else:
-            estimator = BASELINES[model]().fit(rest, scene)
-        power = np.empty(len(held))
-        for f in held.bands:
-            rows = held.freq_mhz == f
-            power[rows] = estimator.predict(held.xy[rows], f)
-        table[model] = {"rmse": rmse(held.rss_dbm, power), "mae": mae(held.rss_dbm, power)}
-    return table
+        estimator = RadioMapEstimator(arm, chosen, fallback=False, seed=seed).fit(rest, scene, train)
+    else:
+        estimator = BASELINES[arm]().fit(rest, scene)
+    power = np.empty(len(held))
+    for f in held.bands:
+        rows = held.freq_mhz == f
+        power[rows] = estimator.predict(held.xy[rows], f)
+    return {"rmse": rmse(held.rss_dbm, power), "mae": mae(held.rss_dbm, power)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from radiogat.config import GraphConfig
 from radiogat.depth import Bools, Floats, distance_depth, mast_distance, power_depth
 from tenfold import UserError
+from tenfold.errors import needs
 
 Window = tuple[slice, slice]
 
@@ -41,7 +42,7 @@ def stencil_offsets(radius: float) -> NDArray[np.int64]:
 
 
 def shifted(shape: tuple[int, int], dy: int, dx: int) -> tuple[Window, Window]:
-    """Windows of the targets and of their sources at this offset, inside of a raster; empty where it is too small."""
+    """Windows of the targets and of their sources at this offset, inside a raster; empty where it is too small."""
     (y, to_y), (x, to_x) = _range(shape[0], dy), _range(shape[1], dx)
     return (slice(y, to_y), slice(x, to_x)), (slice(y + dy, to_y + dy), slice(x + dx, to_x + dx))
 
@@ -104,10 +105,10 @@ class Adjacency:
 
 
 class RadioGraph:
-    """All frequencies' adjacencies of one raster, from one score an edge; made by ``build_graph``.
+    """All frequencies' adjacencies of one raster, from one score per edge; made by ``build_graph``.
 
     An edge is there at frequency f when its score is at most a threshold that depends on f alone, so the graphs are
-    nested, and nothing is stored a band.
+    nested, and nothing is stored per band.
 
     Attributes:
         street: (H, W) bool.
@@ -159,9 +160,7 @@ class RadioGraph:
         Raises:
             MissingExtraError: torch-geometric is not installed.
         """
-        from tenfold.datasets import needs
-
-        needs("torch_geometric", "pyg")
+        needs("torch_geometric", "pyg", "radiogat")
         from torch_geometric.data import Data
 
         pos = torch.from_numpy(np.argwhere(self.street)).float()
@@ -187,7 +186,7 @@ def build_graph(
         depth: (T, H, W) line-of-sight fractions of ``radio_depth``.
         config: rule and its constants.
         transmitters: (T, 2) rows and columns, for the kinds that use distances (distance, power, transmitter).
-        cell_m: metres a cell, for the kind ``power``.
+        cell_m: side of a cell in meters, for the kind ``power``.
 
     Raises:
         UserError: shapes disagree, no cell is free, or a kind lacks the transmitters.
@@ -282,7 +281,7 @@ def blocks(shape: tuple[int, int], side: int = 40) -> list[Window]:
 
 
 def block_graphs(building: ArrayLike, depth: ArrayLike, config: GraphConfig | None = None) -> Iterator[RadioGraph]:
-    """One graph a block of ``config.block`` cells, without edges across blocks, as the authors' code has them.
+    """One graph per block of ``config.block`` cells, without edges across blocks, as the authors' code has them.
 
     With ``config.compat == "2025"`` each block reads its depth at the block's own row and column in the whole map, that is
     from the map's top left corner: what the released adjacencies hold (a fault of the code, kept for comparison).

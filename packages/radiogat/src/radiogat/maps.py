@@ -13,9 +13,8 @@ from radiogat.pictures import map_picture
 from radiogat.samples import Grid, RadioSamples
 from radiogat.suggest import suggest_places
 from tenfold import UserError
-from tenfold.datasets import needs
-from tenfold.errors import MissingExtraError
-from tenfold.runs import replacing
+from tenfold.errors import needs
+from tenfold.files import replacing
 
 if TYPE_CHECKING:
     import xarray
@@ -24,23 +23,15 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-def needs_geo(module: str, what: str) -> None:
-    """Refuse in one line when a library of the extra ``geo`` is missing."""
-    try:
-        needs(module, "geo")
-    except MissingExtraError as error:
-        raise MissingExtraError(f'{what} needs {module}; pip install "radiogat[geo]"') from error
-
-
 @dataclasses.dataclass(frozen=True)
 class MapLayout:
     """What is known of a map before it is computed.
 
     Args:
-        grid: its cells.
-        freq_mhz: its bands.
-        level: of its error bars; None: it has none.
-        crs: its plane.
+        grid: cells of the map.
+        freq_mhz: bands in MHz.
+        level: level of the error bars; None: there are none.
+        crs: plane of the grid.
     """
 
     grid: Grid
@@ -118,7 +109,7 @@ class RadioMap:
 
     def to_xarray(self) -> "xarray.Dataset":
         """A dataset over (freq, y, x) with units."""
-        needs_geo("xarray", "to_xarray")
+        needs("xarray", "geo", "radiogat", why="to_xarray")
         import xarray
 
         variables = {
@@ -131,7 +122,7 @@ class RadioMap:
         return xarray.Dataset(variables, coordinates, attributes)
 
     def plot(self, path: str | Path, *, building: Bools | None = None, samples: RadioSamples | None = None) -> None:
-        """A PNG with one map a band, one color bar for all, buildings gray; with the samples on it where given."""
+        """A PNG with one map per band, one color bar for all, buildings gray; with the samples on it where given."""
         map_picture(path, self.layout.grid, self.layout.freq_mhz, self.rss_dbm, building=building, samples=samples)
 
     def suggest(self, count: int, reach: float | None = None) -> Floats:
@@ -174,7 +165,7 @@ def grid_of(path: Path, file: Any, need_crs: bool = True) -> tuple[Grid, str | N
     if file.crs is None and need_crs:
         raise UserError(f"{path} has no coordinate system: assign one (gdal_edit.py -a_srs EPSG:... FILE)")
     if file.crs is not None and file.crs.is_geographic:
-        raise UserError(f"{path} is in degrees: reproject it to a plane in metres (gdalwarp -t_srs EPSG:... FILE OUT)")
+        raise UserError(f"{path} is in degrees: reproject it to a plane in meters (gdalwarp -t_srs EPSG:... FILE OUT)")
     t = file.transform
     if t.b or t.d or t.a <= 0 or t.e >= 0 or abs(t.a + t.e) > 1e-6 * t.a:
         raise UserError(f"{path}: expected a north-up raster with square cells, found the transform {tuple(t)[:6]}")
@@ -187,7 +178,7 @@ def grid_of(path: Path, file: Any, need_crs: bool = True) -> tuple[Grid, str | N
 
 def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
     """Write a map into a GeoTIFF as its tiles come; bands are named ``1750 MHz rss_dbm`` and so on."""
-    needs_geo("rasterio", "GeoTIFF")
+    needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio
     from rasterio.transform import from_origin
     from rasterio.windows import Window
@@ -228,9 +219,9 @@ def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
         need_crs: refuse a file without a coordinate system; a map of measurements without one has none.
 
     Raises:
-        UserError: as of ``read_raster``, or a band does not say its frequency.
+        UserError: not a raster that can be placed, or a band does not say its frequency.
     """
-    needs_geo("rasterio", "GeoTIFF")
+    needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio
     from rasterio.errors import RasterioIOError
 
@@ -257,7 +248,7 @@ def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
 
 def write_netcdf(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
     """Write a map into netCDF as its tiles come."""
-    needs_geo("netCDF4", "netCDF")
+    needs("netCDF4", "geo", "radiogat", why="netCDF")
     import netCDF4
 
     with replacing(path) as temporary, netCDF4.Dataset(temporary, "w") as file:
@@ -283,7 +274,7 @@ def read_netcdf(path: str | Path) -> RadioMap:
     Raises:
         UserError: not such a file, or its grid is not regular and north-up.
     """
-    needs_geo("netCDF4", "netCDF")
+    needs("netCDF4", "geo", "radiogat", why="netCDF")
     import netCDF4
 
     if not Path(path).is_file():

@@ -42,7 +42,7 @@ def coverage(truth: ArrayLike, low: ArrayLike, high: ArrayLike) -> float:
 
 
 def interval_score(truth: ArrayLike, low: ArrayLike, high: ArrayLike, level: float) -> float:
-    """Mean of width + 2 / (1 - level) times the distance of the value outside of its interval; lower is better.
+    """Mean of width + 2 / (1 - level) times the distance of the value from its interval; lower is better.
 
     Source: Gneiting and Raftery, JASA 102, 2007, Eq. 43.
     """

@@ -37,8 +37,8 @@ class RadioGAT(nn.Module):
         config: widths, dropout, backend, inputs and outputs.
 
     Shapes: ``x`` (N, 5) or, with ``observed_flag``, (N, 6), see ``node_features``; two ``Adjacency`` -> (N) dBm.
-    Source: X. Li et al., IEEE Trans. Wireless Commun. 23(11), 2024, as the authors' code has it (widths 80, 320, 1; LeakyReLU
-    0.01; dropout 0.5). The flag and the spectral output are ours; switch them off for the original.
+    Source: X. Li et al., IEEE Trans. Wireless Communications 23(11), 2024, as the authors' code has it (widths 80, 320, 1;
+    LeakyReLU 0.01; dropout 0.5). The flag and the spectral output are ours; switch them off for the original.
     """
 
     def __init__(self, config: RadioGATConfig | None = None) -> None:
@@ -147,17 +147,17 @@ def tiled_radiogat(
     Each tile is computed with a margin that three layers can reach over, 3 R cells, and the margin is dropped.
 
     Args:
-        network: in evaluation mode.
+        network: network in evaluation mode.
         building: (H, W).
         depth: (T, H, W).
         observed: (H, W) cells whose power may be seen.
         rss_dbm: (H, W) powers of the input band.
-        f_in: its frequency in MHz.
-        f_out: MHz to predict.
+        f_in: frequency in MHz of these powers.
+        f_out: frequency in MHz to predict.
         graph: rule of the edges.
         tile: side of a tile in cells.
         halo: margin in cells; default: 3 R, rounded up.
-        log_frequency: as of ``RadioGAT.forward``.
+        log_frequency: log10(f / f_0) of the output, for the spectral head.
 
     Returns:
         (H, W) dBm, NaN in buildings.
@@ -204,8 +204,8 @@ class RadioGATx(nn.Module):
     the prediction. A further output is the scale of the error, trained on the errors without touching the prediction.
 
     Args:
-        edge_features: of ``Neighborhoods.features``.
-        node_features: likewise.
+        edge_features: number of features per edge, see ``Neighborhoods.features``.
+        node_features: number of features per place.
         config: width and head.
 
     Shapes: ``edge`` (Q, K, E), ``node`` (Q, V), ``log_distance`` (Q, K), ``values`` (Q, K), ``log_frequency`` (Q)
@@ -269,7 +269,7 @@ class Neighborhoods:
         xy: (S, 2) places of the measurements.
         freq_mhz: (S).
         rss_dbm: (S).
-        scene: for depths and distances of the transmitters; None: neither.
+        scene: source of depths and distances of the transmitters; None: neither.
         unit: length in the units of ``xy`` that counts as one cell.
         config: neighbors, depth, head.
     """

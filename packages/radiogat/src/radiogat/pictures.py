@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from radiogat.samples import Grid, RadioSamples
 from tenfold.figures import COLORS, STYLE
-from tenfold.runs import replacing
+from tenfold.files import replacing
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -51,7 +51,7 @@ def _panels(figure: Any, grid: Grid, count: int) -> list[Any]:
 
 
 def _unit(grid: Grid) -> int:
-    """Metres of the unit that a map's axes are labelled in."""
+    """Meters of the unit that a map's axes are labeled in."""
     return 1000 if grid.cell * max(grid.shape) >= 2000 else 1
 
 
@@ -62,7 +62,7 @@ def _size(grid: Grid, count: int) -> tuple[float, float]:
 
 
 def _show(axes: Any, grid: Grid, values: Floats, building: Bools | None, **kind: Any) -> Any:
-    """One raster in kilometres or metres, buildings gray."""
+    """One raster in kilometers or meters, buildings gray."""
     unit = _unit(grid)
     extent = (0.0, grid.width * grid.cell / unit, 0.0, grid.height * grid.cell / unit)
     axes.set_facecolor("#ffffff")
@@ -88,7 +88,7 @@ def map_picture(
     samples: RadioSamples | None = None,
     transmitters: Floats | None = None,
 ) -> None:
-    """One map a band, or with its own title, under one color bar; dots are measurements, triangles masts."""
+    """One map per band, or with its own title, under one color bar; dots are measurements, triangles masts."""
     finite = power_dbm[np.isfinite(power_dbm)]
     low, high = np.floor(np.percentile(finite, 0.5) / 5) * 5, np.ceil(np.percentile(finite, 99.8) / 5) * 5
     with _figure(path, *_size(grid, len(freq_mhz))) as figure:
@@ -113,7 +113,7 @@ def error_bar_picture(
     level: float,
     building: Bools | None = None,
 ) -> None:
-    """Half of the interval's width, one map a band."""
+    """Half of the interval's width, one map per band."""
     top = float(np.nanpercentile(half_width[np.isfinite(half_width)], 99))
     with _figure(path, *_size(grid, len(freq_mhz))) as figure:
         panels = _panels(figure, grid, len(freq_mhz))
@@ -124,7 +124,7 @@ def error_bar_picture(
 
 
 def error_picture(path: str | Path, grid: Grid, errors: dict[str, Floats], building: Bools | None = None) -> None:
-    """Predicted minus true power, one map a method."""
+    """Predicted minus true power, one map per method."""
     top = max(1.0, float(np.nanpercentile(np.abs(np.stack(list(errors.values()))), 98)))
     with _figure(path, *_size(grid, len(errors))) as figure:
         panels = _panels(figure, grid, len(errors))
@@ -135,17 +135,17 @@ def error_picture(path: str | Path, grid: Grid, errors: dict[str, Floats], build
 
 
 def slope_picture(path: str | Path, grid: Grid, slope: Floats, building: Bools | None = None) -> None:
-    """dB a decade: -20 is free space, flatter is shadow."""
+    """dB per decade: -20 is free space, flatter is shadow."""
     with _figure(path, *_size(grid, 1)) as figure:
         (axes,) = _panels(figure, grid, 1)
         low, high = np.nanpercentile(slope, [2, 98])
         image = _show(axes, grid, slope, building, cmap="plasma", vmin=low, vmax=high)
         axes.set_title("spectral slope (free space: -20)")
-        figure.colorbar(image, ax=axes, label="dB a decade of frequency", shrink=0.9, extend="both")
+        figure.colorbar(image, ax=axes, label="dB per decade of frequency", shrink=0.9, extend="both")
 
 
 def calibration_picture(path: str | Path, curves: dict[str, Floats], judged: str) -> None:
-    """Share of what was ``judged`` inside of the intervals of ``LEVELS``, against the level that was asked for.
+    """Share of what was ``judged`` inside the intervals of ``LEVELS``, against the level that was asked for.
 
     A curve is one line (L), or several (folds, L) that are drawn thin.
     """

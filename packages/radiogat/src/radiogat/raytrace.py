@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from radiogat.config import RaytraceConfig
 from radiogat.samples import RadioMaps
 from tenfold import UserError
-from tenfold.errors import MissingExtraError, did_you_mean
+from tenfold.errors import did_you_mean, needs
 
 Floats = NDArray[np.float64]
 _LIBRARIES = ("/usr/lib/x86_64-linux-gnu/libLLVM.so.19.1", "/usr/lib/aarch64-linux-gnu/libLLVM.so.19.1")
@@ -29,12 +29,12 @@ def trace(
     """Trace a scene band by band, with the same random rays in each, so that noise does not hide the spectrum.
 
     Power is summed over the masts in watts. A cell below the floor of what a receiver hears is NaN, and so are buildings:
-    cells over which a ray from above hits something higher than two metres above the ground.
+    cells over which a ray from above hits something higher than two meters above the ground.
 
     Args:
         config: scene, bands, cell, rays.
-        cached: called with a name and what computes its arrays; returns the arrays, perhaps from an earlier run.
-        track: shows progress over the bands.
+        cached: function of a name and of what computes its arrays, which returns the arrays, perhaps from an earlier run.
+        track: function that shows progress over the bands.
 
     Raises:
         MissingExtraError: sionna-rt is not installed.
@@ -75,12 +75,12 @@ def _sionna() -> Any:
         library = next((path for path in _LIBRARIES if Path(path).exists()), None)
         if library:
             os.environ["DRJIT_LIBLLVM_PATH"] = library
-    try:
-        import drjit
-        import mitsuba
-        import sionna.rt
-    except ImportError as error:
-        raise MissingExtraError('ray tracing needs sionna-rt; pip install "radiogat[raytrace]"') from error
+    for module in ("drjit", "mitsuba", "sionna"):
+        needs(module, "raytrace", "radiogat", why="ray tracing")
+    import drjit
+    import mitsuba
+    import sionna.rt
+
     if "cuda" not in str(mitsuba.variant()) and not drjit.has_backend(drjit.JitBackend.LLVM):
         raise UserError(
             "Dr.Jit finds no LLVM: apt-get install libllvm19, or set DRJIT_LIBLLVM_PATH to a libLLVM of 16 or later"

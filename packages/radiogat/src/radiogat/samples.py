@@ -212,7 +212,7 @@ class RadioScene:
         crs: the plane, as of ``RadioSamples``.
 
     Raises:
-        UserError: the raster's shape is not the grid's, everything is built up, or a mast lies outside of the raster.
+        UserError: the raster's shape is not the grid's, everything is built up, or a mast lies outside the raster.
     """
 
     grid: Grid
@@ -236,7 +236,7 @@ class RadioScene:
             outside = np.flatnonzero(~self.grid.inside(masts))
             if len(outside):
                 x, y = masts[outside[0]]
-                raise UserError(f"transmitter {outside[0]} at x {x:g}, y {y:g} lies outside of the raster")
+                raise UserError(f"transmitter {outside[0]} at x {x:g}, y {y:g} lies outside the raster")
             object.__setattr__(self, "transmitters", masts if len(masts) else None)
 
     @property
@@ -252,7 +252,7 @@ class RadioScene:
         return radio_depth(self.building, self.grid.rowcol(self.transmitters))
 
     def depth_at(self, xy: ArrayLike) -> Floats | None:
-        """(n, T) fractions at positions; those outside of the raster take the nearest cell's."""
+        """(n, T) fractions at positions; those outside the raster take the nearest cell's."""
         if self.depth is None:
             return None
         at = np.clip(self.grid.rowcol(xy), 0, np.array(self.grid.shape) - 1)
@@ -267,8 +267,8 @@ class RadioMaps:
         rss_dbm: (F, H, W) received power; NaN where there is none, as in buildings.
         freq_mhz: (F) bands, ascending.
         transmitters: (T, 2) row and column, from 0.
-        name: of the area.
-        cell: side of a cell (metres, or 1 where it is not known).
+        name: name of the area.
+        cell: side of a cell (meters, or 1 where it is not known).
         building: (H, W); default: where no band has a value.
     """
 

@@ -1,6 +1,6 @@
 """A city made of random blocks and streets, with masts and bands: complete maps whose truth is known.
 
-Every choice is ours, modelled on the statistics of the authors' ray-traced areas: free space in sight, up to 25 dB of loss
+Every choice is ours, modeled on the statistics of the authors' ray-traced areas: free space in sight, up to 25 dB of loss
 behind buildings, a flatter spectrum in shadow, three-sector antennas, shadowing of 2 dB that the bands share.
 """
 

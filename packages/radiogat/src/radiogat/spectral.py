@@ -9,7 +9,7 @@ from tenfold import UserError
 Floats = NDArray[np.float64]
 
 FREE_SPACE = -20.0
-"""dB a decade: how received power falls with frequency in free space between antennas of constant gain."""
+"""dB per decade: how received power falls with frequency in free space between antennas of constant gain."""
 
 
 def reference_frequency(freq_mhz: ArrayLike) -> float:
@@ -31,7 +31,7 @@ def fit_spectrum(freq_mhz: ArrayLike, power_dbm: ArrayLike) -> tuple[Floats, Flo
         power_dbm: (F, ...) in dBm; NaN stays NaN.
 
     Returns:
-        level a (...) in dBm at ``reference_frequency(freq_mhz)``, and slope b (...) in dB a decade.
+        level a (...) in dBm at ``reference_frequency(freq_mhz)``, and slope b (...) in dB per decade.
     """
     f = np.array([check_frequency(float(each)) for each in np.atleast_1d(np.asarray(freq_mhz))])
     P = np.asarray(power_dbm, dtype=np.float64)

@@ -16,9 +16,9 @@ def suggest_places(grid: Grid, error_bar: ArrayLike, count: int, reach: float) -
     var(p) (1 - r(p, c)^2) at p, and the next place is where the most variance is left.
 
     Args:
-        grid: of the map.
-        error_bar: (H, W) in dB, NaN where nobody can measure.
-        count: places.
+        grid: grid of the map.
+        error_bar: (H, W) in dB, NaN where no measurement is possible.
+        count: number of places.
         reach: distance at which the correlation has fallen to 5 %.
 
     Returns:

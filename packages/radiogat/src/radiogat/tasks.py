@@ -146,9 +146,9 @@ class NeighborTask:
         return self.hoods.features(*at, self._distance[chosen], self._index[chosen])
 
     def loss(self, step: int) -> Tensor:
-        """Of ``config.batch`` targets that are drawn from (seed, step)."""
+        """Of ``config.batch_size`` targets that are drawn from (seed, step)."""
         rng = np.random.default_rng([self.config.seed, step])
-        chosen = rng.integers(len(self.targets), size=self.config.batch)
+        chosen = rng.integers(len(self.targets), size=self.config.batch_size)
         device = next(self.network.parameters()).device
         power, scale = self.network(*(each.to(device) for each in self._batch(chosen)))
         truth = torch.from_numpy(self.samples.rss_dbm[self.targets[chosen]]).to(power)
@@ -157,13 +157,11 @@ class NeighborTask:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW."""
-        return torch.optim.AdamW(
-            self.network.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
-        )
+        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
 
     def rate_factor(self, step: int) -> float:
         """Half a cosine, down to 1e-5."""
-        least = min(1.0, 1e-5 / self.config.learning_rate)
+        least = min(1.0, 1e-5 / self.config.lr)
         return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2
 
     @torch.no_grad()
@@ -181,7 +179,7 @@ class NeighborTask:
             )
             features = self.hoods.features(xy[part], freq_mhz[part], *near)
             found = self.network(*(each.to(device) for each in features))
-            power[part], scale[part] = (each.double().cpu().numpy() for each in found)
+            power[part], scale[part] = (each.cpu().double().numpy() for each in found)
         return power, scale
 
 
@@ -196,7 +194,7 @@ class HeldoutLabelSampler:
 
     Args:
         observed: (N) bool, or any shape.
-        seed: with the step it decides the draw.
+        seed: seed that with the step decides the draw.
     """
 
     def __init__(self, observed: Bools, seed: int = 0) -> None:
@@ -245,7 +243,7 @@ class BlockTask:
         self.windows = [w for w in self.windows if not self.building[w].all() and self.observed[:, *w].any()]
         if not self.windows:
             raise UserError("no training block holds a measurement")
-        self.steps = self.config.epochs * len(self.windows)
+        self.steps = self.config.steps or self.config.epochs * len(self.windows)
         self._adjacencies: dict[tuple[int, float], Adjacency] = {}
         self._graphs: dict[int, RadioGraph] = {}
 
@@ -319,7 +317,7 @@ class BlockTask:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam."""
-        return torch.optim.Adam(self.network.parameters(), lr=self.config.learning_rate)
+        return torch.optim.Adam(self.network.parameters(), lr=self.config.lr)
 
     def rate_factor(self, step: int) -> float:
         """Constant, as in the authors' code."""
@@ -332,5 +330,5 @@ class BlockTask:
         graph = self.block_graph(window)
         near = [graph.adjacency(self.freq_mhz[band]).to(self.device) for band in pair]
         out = np.full(graph.street.shape, np.nan)
-        out[graph.street] = self.forward(window, self.observed[pair[0]][window], pair, near).double().cpu().numpy()
+        out[graph.street] = self.forward(window, self.observed[pair[0]][window], pair, near).cpu().double().numpy()
         return out

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from radiogat.tasks import Task
-from tenfold.training import KeyedLoader
+from tenfold.loading import KeyedLoader
 
 
 class RadioGATModule(pl.LightningModule):

@@ -1,10 +1,11 @@
-"""The demonstration: procedural cities, a twentieth of the cells measured in each of five bands, and every method's map.
+"""`radiogat demo`: procedural cities, a twentieth of the cells measured in each of five bands, and every method's map.
 
 Task S: one band from its own measurements. Task M: the same band from the measurements of all bands, which are taken at
-independent places. Error bars are judged on all cells that nobody measured, and so is what the suggested places are worth.
-The faithful network is trained on half of the blocks to carry one band to another (task U), whose truth it is given there.
+independent places. Error bars are judged on all unmeasured cells, and so is the gain from the suggested places. The faithful
+network is trained on half of the blocks to carry one band to another (task U), whose truth it is given there.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,17 @@ from radiogat.simulate import city, semivariogram
 from radiogat.spectral import fit_spectrum
 from radiogat.tasks import BlockTask, run_task
 from tenfold.claims import Study
-from tenfold.cli import track
+from tenfold.cli import Invocation
 from tenfold.figures import arm_chart
 from tenfold.report import write_report
 from tenfold.runs import Run
+from tenfold.terminal import show_claims, track
 
 Floats = NDArray[np.float64]
 DATA = "rendered: procedural cities of random blocks, streets and masts (see radiogat.simulate); nothing is measured"
 STEPS = {"quick": 60, "default": 500, "full": 900}
 EPOCHS = {"quick": 1, "default": 6, "full": 30}
-"""Of the faithful network on half of the blocks; 250 in the authors' code."""
+"""Epochs of the faithful network on half of the blocks; 250 in the authors' code."""
 SUGGESTED = 100
 LEVEL = 0.9
 LABELS = {
@@ -56,34 +58,34 @@ LABELS = {
     "radiogat": "RadioGAT, from another band",
 }
 CAPTIONS = {
-    "rmse": "RMSE on the cells that nobody measured, by method: a dot a city, the mean and its interval.",
+    "rmse": "RMSE on the unmeasured cells, by method: a dot for each city, the mean and its interval.",
     "maps": "First city: the truth, and what two methods make of a twentieth of its cells.",
     "errors": "Predicted minus true power.",
     "error-bars": "Half-width of the 90 % intervals of RadioGATx.",
-    "calibration": "First city: the share of the cells that nobody measured inside of the error bars, at each level.",
+    "calibration": "First city: the share of the unmeasured cells inside the error bars, at each level.",
     "suggestions": "Where RadioGATx would measure next.",
 }
 
 
-def run(settings: DemoSettings, run: Run, *, quiet: bool = False) -> dict[str, Any]:
-    """Simulate, map, decide; writes results, pictures, ``report.html`` and the returned summary.
+def run(settings: DemoSettings, invocation: Invocation) -> int:
+    """Simulate, map, decide; write results, pictures and ``report.html``.
 
     Seeds that the run folder holds results of are not measured again.
     """
-    from radiogat import __version__
-
-    level = settings.level
-    seeds = settings.seeds or (list(range(5)) if level == "full" else [0])
-    study = Study(run, package="radiogat", version=__version__, command="demo", level=level, data=DATA, seeds=seeds)
-    study.over_seeds(lambda seed: measure(settings, seed, run if seed == seeds[0] else None, quiet=quiet))
-    decide(study)
+    sys.stdout.write(f"data: {DATA}\n")
+    sys.stdout.flush()
+    folder, level, quiet = invocation.folder, settings.level, invocation.quiet
+    seeds = settings.seeds_of({"quick": 1, "default": 1, "full": 5})
+    study = Study(folder, level=level, data=DATA, seeds=seeds)
+    study.over_seeds(lambda seed: measure(settings, seed, folder if seed == seeds[0] else None, quiet=quiet))
+    decide(study, EPOCHS[level])
     one_task = [arm for arm in LABELS if arm not in {"shift", "radiogat", "radiogat_around"}]
     values = {LABELS[arm]: study.values((arm, "rmse")).tolist() for arm in one_task}
-    arm_chart(run.own("figures/rmse.png"), values, xlabel="RMSE on cells that nobody measured (dB)")
+    arm_chart(folder.figure("rmse"), values, xlabel="RMSE on unmeasured cells (dB)")
     summary = study.finish()
-    shown = {name: text for name, text in CAPTIONS.items() if (run.path / f"figures/{name}.png").exists()}
-    write_report(run, "radiogat: maps of procedural cities from a twentieth of their cells", shown)
-    return summary
+    shown = {name: text for name, text in CAPTIONS.items() if (folder.path / f"figures/{name}.png").exists()}
+    write_report(folder, "radiogat: maps of procedural cities from a twentieth of their cells", shown)
+    return show_claims(summary, strict=invocation.strict)
 
 
 def measure(settings: DemoSettings, seed: int, draw: Run | None, *, quiet: bool) -> dict[str, dict[str, float]]:
@@ -120,7 +122,7 @@ def measure(settings: DemoSettings, seed: int, draw: Run | None, *, quiet: bool)
         "joint": (joint, True),
     }
     fitted = {}
-    for arm, (samples, depth) in track(arms.items(), f"seed {seed}: RadioGATx", len(arms), quiet=quiet):
+    for arm, (samples, depth) in track(arms.items(), f"seed {seed}: RadioGATx", quiet=quiet):
         network = RadioGATxConfig(depth=depth, steps=STEPS[level], seed=seed)
         fitted[arm] = RadioMapEstimator(network=network, fallback=False, seed=seed).fit(samples, maps.scene)
         power, low, high = fitted[arm].predict(xy, f, LEVEL)
@@ -134,7 +136,7 @@ def measure(settings: DemoSettings, seed: int, draw: Run | None, *, quiet: bool)
         pictures(draw, maps, fitted["joint"], {arm: predicted[arm] for arm in ("idw", "pooled_kriging", "joint")}, free)
         unseen = RadioSamples(xy, np.full(len(xy), f), truth)
         curves = {LABELS[arm]: fitted[arm].coverage(unseen, LEVELS) for arm in ("single", "joint")}
-        calibration_picture(draw.own("figures/calibration.png"), curves, "unmeasured cells")
+        calibration_picture(draw.figure("calibration"), curves, "unmeasured cells")
     return found
 
 
@@ -152,11 +154,11 @@ def cross_band(maps: RadioMaps, settings: DemoSettings, seed: int, *, quiet: boo
     pair = (protocol.source, protocol.target)
     windows = blocks(building.shape, 40)
     train, test = protocol_split(len(windows), seed)
-    config = RadioGATConfig(labels="full", epochs=EPOCHS[settings.level], dropout=0.0, learning_rate=1e-3, seed=seed)
+    config = RadioGATConfig(labels="full", epochs=EPOCHS[settings.level], dropout=0.0, lr=1e-3, seed=seed)
     for arm, gate in (("radiogat", GraphConfig()), ("radiogat_around", GraphConfig(gate="none"))):
         known = (building, depth, maps.rss_dbm, protocol.observed, maps.freq_mhz)
         task = BlockTask(*known, [pair], [windows[i] for i in train], config, gate)
-        run_task(task, lambda steps: track(steps, f"seed {seed}: RadioGAT", len(steps), quiet=quiet))
+        run_task(task, lambda steps: track(steps, f"seed {seed}: RadioGAT", quiet=quiet))
         power = np.full(building.shape, np.nan)
         for i in test:
             power[windows[i]] = task.predict(windows[i], pair)
@@ -190,8 +192,8 @@ def next_places(
     return out[0], out[1]
 
 
-def decide(study: Study) -> None:
-    """All claims, from this run's numbers."""
+def decide(study: Study, epochs: int) -> None:
+    """All claims, from this run's numbers; ``epochs`` is the length of the faithful network's training."""
     by = "RMSE of {} / {}"
     cases = [
         ("single_idw", "single", "idw", "<= 0.958", True),
@@ -214,41 +216,41 @@ def decide(study: Study) -> None:
     gat, shift = study.values(("radiogat", "rmse")), study.values(("shift", "rmse"))
     around = study.values(("radiogat_around", "rmse"))
     study.note(
-        f"The faithful RadioGAT, supervised from one band to another ({EPOCHS[study.level]} epochs, not 250), ends at"
+        f"The faithful RadioGAT, supervised from one band to another ({epochs} epochs, not 250), ends at"
         f" {gat.mean():.2f} dB ({around.mean():.2f} without its gate); the shifted inverse distances of the same"
         f" measurements at {shift.mean():.2f} dB. It is shown as it is, and nothing is required of it."
     )
     study.note(
-        "The cities' shadows are made from the same line-of-sight fractions that RadioGATx sees, so what buildings are worth"
+        "The cities' shadows are made from the same line-of-sight fractions that RadioGATx sees, so the gain from buildings"
         " is flattered here; ray-traced areas in docs/radiogat.md are the fair place to look for it."
     )
     slope = study.values(("city", "slope")).mean()
     lags = [study.values(("city", f"semivariance at {lag}")).mean() for lag in (1, 4, 16)]
     study.note(
         f"These cities against the authors' ray-traced area 1: semivariance at 1, 4 and 16 cells {lags[0]:.1f}, {lags[1]:.1f}"
-        f" and {lags[2]:.1f} dB^2 (there 1.1, 5.1 and 16), median spectral slope {slope:.1f} dB a decade (there about -18.5)."
+        f" and {lags[2]:.1f} dB^2 (there 1.1, 5.1 and 16), median spectral slope {slope:.1f} dB per decade (there about -18.5)."
     )
 
 
 def pictures(
     run: Run, maps: RadioMaps, estimator: RadioMapEstimator, predicted: dict[str, Floats], free: NDArray[np.bool_]
 ) -> None:
-    """Of the first city."""
+    """Draw the first city."""
     grid, building, f = maps.scene.grid, maps.building, maps.freq_mhz
     found: RadioMap = estimator.predict(grid, interval=LEVEL)
     chosen = [0, len(f) - 1]
     shown = [layer[i] for i in chosen for layer in (maps.rss_dbm, found.rss_dbm)]
     titles = [f"{name}, {f[i]:g} MHz" for i in chosen for name in ("truth", "RadioGATx from 1 cell in 20")]
     masts = maps.scene.transmitters
-    path = run.own("figures/maps.png")
+    path = run.figure("maps")
     map_picture(path, grid, titles, np.stack(shown), building=building, transmitters=masts)
     errors = {}
     for arm, power in predicted.items():
         error = np.full(free.shape, np.nan)
         error[free] = power - maps.rss_dbm[-1][free]
         errors[LABELS[arm]] = error
-    error_picture(run.own("figures/errors.png"), grid, errors, building)
-    error_bar_picture(run.own("figures/error-bars.png"), grid, [f[-1]], found.error_bar[-1:], LEVEL, building)
+    error_picture(run.figure("errors"), grid, errors, building)
+    error_bar_picture(run.figure("error-bars"), grid, [f[-1]], found.error_bar[-1:], LEVEL, building)
     width = found.error_bar.mean(axis=0)
-    path = run.own("figures/suggestions.png")
+    path = run.figure("suggestions")
     suggestion_picture(path, grid, width, found.suggest(20), estimator.samples_, building)

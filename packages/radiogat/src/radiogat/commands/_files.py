@@ -1,0 +1,82 @@
+"""What a command reads: measurements, scenes and complete maps, the raster of a map, a finished training."""
+
+from radiogat.config import FileSettings, InputSettings, TrainSettings
+from radiogat.data import read_maps, read_samples, read_scene
+from radiogat.estimator import RadioMapEstimator
+from radiogat.maps import read_geotiff, read_netcdf, samples_of
+from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
+from radiogat.simulate import city
+from tenfold import UserError, runs
+from tenfold.errors import did_you_mean
+
+KINDS = ("csv", "parquet", "geotiff", "netcdf", "npz", "official")
+_MOST_CELLS = 50_000_000
+
+
+def read_measured(settings: FileSettings) -> tuple[RadioSamples, RadioScene | None]:
+    """Measurements of a file that holds such, or the cells of a map, and the scene around them.
+
+    Raises:
+        UserError: another kind of file, or one that cannot be read.
+    """
+    kind, _, path = settings.data.partition(":")
+    if kind in {"geotiff", "netcdf"}:
+        samples = samples_of(read_geotiff(path) if kind == "geotiff" else read_netcdf(path))
+    elif kind in {"csv", "parquet"} and path:
+        columns = dict(pair.split("=", 1) for pair in settings.columns)
+        samples = read_samples(path, columns=columns, crs=settings.crs, sign=settings.sign, freq_mhz=settings.freq_mhz)
+    else:
+        raise unknown(settings)
+    return samples, read_scene(settings.buildings, settings.transmitters, samples, settings.cell)
+
+
+def unknown(settings: FileSettings) -> UserError:
+    """The error about ``--data`` of an unknown kind."""
+    known = (*KINDS, "city") if isinstance(settings, InputSettings) else KINDS
+    expected = "KIND:PATH or city" if isinstance(settings, InputSettings) else "KIND:PATH"
+    kind = settings.data.partition(":")[0]
+    return UserError(f"--data {settings.data}: expected {expected}, {did_you_mean(kind, known)}")
+
+
+def read_input(settings: InputSettings, seed: int) -> tuple[RadioSamples, RadioScene | None, RadioMaps | None]:
+    """Measurements, the scene, and the complete maps where the measurements were drawn from such.
+
+    Raises:
+        UserError: an unknown kind of file, or one that cannot be read.
+    """
+    if settings.data == "city":
+        maps = city()
+    elif settings.data.partition(":")[0] in {"npz", "official"}:
+        maps = read_maps(settings.data, settings.area)
+    else:
+        return *read_measured(settings), None
+    return maps.samples(maps.draw(settings.rate, seed)), maps.scene, maps
+
+
+def grid_for(samples: RadioSamples, scene: RadioScene | None, cell: float | None) -> Grid:
+    """The raster of a map: the scene's, unless another cell is asked for.
+
+    Raises:
+        UserError: more cells than a map can have.
+    """
+    if scene is not None and (cell is None or cell == scene.grid.cell):
+        return scene.grid
+    side = cell or samples.spacing / 2
+    if scene is None:
+        grid = Grid.around(samples.xy, side, margin=side)
+    else:
+        g = scene.grid
+        height, width = (max(1, round(n * g.cell / side)) for n in g.shape)
+        grid = Grid(g.x0, g.y0, side, height, width)
+    if grid.height * grid.width > _MOST_CELLS:
+        raise UserError(f"a map of {grid.height} x {grid.width} cells: give a larger --cell (meters, now {side:.3g})")
+    return grid
+
+
+def learned(run: str) -> RadioMapEstimator:
+    """The estimator of the finished `radiogat train` that ``--run`` names.
+
+    Raises:
+        UserError: no such run, an unfinished one, or its file cannot be read.
+    """
+    return RadioMapEstimator.load(runs.read(run, TrainSettings, package="radiogat", verb="train").path)

@@ -1,0 +1,71 @@
+"""`radiogat convert`: measurements or maps in another format."""
+
+import sys
+
+import numpy as np
+
+from radiogat.commands._files import grid_for, read_measured, unknown
+from radiogat.commands._maps import map_format
+from radiogat.config import ConvertSettings
+from radiogat.data import read_maps, write_maps, write_samples
+from radiogat.maps import MapLayout, RadioMap, read_geotiff, read_netcdf
+from radiogat.samples import RadioMaps, RadioSamples
+from tenfold.cli import Invocation
+
+
+def run(settings: ConvertSettings, invocation: Invocation) -> None:
+    """Write ``samples.csv``, ``maps.npz``, ``map.tif`` or ``map.nc``."""
+    folder = invocation.folder
+    if settings.to == "csv":
+        samples = samples_in(settings)
+        write_samples(folder.own("samples.csv"), samples)
+        sys.stdout.write(f"{len(samples)} measurements: {folder.path / 'samples.csv'}\n")
+    elif settings.to == "npz":
+        write_maps(folder.own("maps.npz"), complete_in(settings))
+        sys.stdout.write(f"maps: {folder.path / 'maps.npz'}\n")
+    else:
+        map_format(settings.to)
+        found = map_in(settings)
+        name = "map.tif" if settings.to == "geotiff" else "map.nc"
+        (found.to_geotiff if settings.to == "geotiff" else found.to_netcdf)(folder.own(name))
+        sys.stdout.write(f"map: {folder.path / name}\n")
+
+
+def kind_of(settings: ConvertSettings) -> str:
+    """The kind of ``--data``."""
+    return settings.data.partition(":")[0]
+
+
+def samples_in(settings: ConvertSettings) -> RadioSamples:
+    """The measurements, or all cells that have a value."""
+    if kind_of(settings) in {"npz", "official"}:
+        maps = read_maps(settings.data, settings.area)
+        return maps.samples(np.isfinite(maps.rss_dbm))
+    return read_measured(settings)[0]
+
+
+def map_in(settings: ConvertSettings) -> RadioMap:
+    """The map; measurements are laid on a raster, whose other cells have no value."""
+    kind, _, path = settings.data.partition(":")
+    if kind in {"csv", "parquet"}:
+        samples, scene = read_measured(settings)
+        grid = grid_for(samples, scene, settings.cell)
+        power = np.full((len(samples.bands), *grid.shape), np.nan)
+        at = grid.rowcol(samples.xy)
+        power[np.searchsorted(samples.bands, samples.freq_mhz), at[:, 0], at[:, 1]] = samples.rss_dbm
+        return RadioMap(MapLayout(grid, samples.bands, None, samples.crs), {"rss_dbm": power})
+    if kind in {"npz", "official"}:
+        maps = read_maps(settings.data, settings.area)
+        return RadioMap(MapLayout(maps.scene.grid, maps.freq_mhz, None, settings.crs), {"rss_dbm": maps.rss_dbm})
+    if kind in {"geotiff", "netcdf"}:
+        return read_geotiff(path) if kind == "geotiff" else read_netcdf(path)
+    raise unknown(settings)
+
+
+def complete_in(settings: ConvertSettings) -> RadioMaps:
+    """The complete maps; of a map that is none, buildings are where no band has a value."""
+    if kind_of(settings) in {"npz", "official"}:
+        return read_maps(settings.data, settings.area)
+    found, path = map_in(settings), settings.data.partition(":")[2]
+    masts = np.empty((0, 2), dtype=np.int64)
+    return RadioMaps(found.rss_dbm, found.layout.freq_mhz, masts, path, found.layout.grid.cell)
