@@ -121,7 +121,8 @@ def test_a_verbs_help_is_one_sentence(package, verb):
 
 def bounds(kind):
     """Bounds of a number: (marker's attribute, value), also inside ``X | None``."""
-    for part in (kind, *typing.get_args(kind)):
+    several = typing.get_origin(kind) in {list, tuple}
+    for part in () if several else (kind, *typing.get_args(kind)):
         if typing.get_origin(part) is typing.Annotated and typing.get_args(part)[0] in {int, float}:
             for marker in part.__metadata__:
                 yield from (

@@ -48,14 +48,20 @@ def test_public_names_load_on_first_use_and_again(distribution):
 
 def test_star_import_and_help_work_where_no_extra_is_installed(distribution):
     """In a process that finds nothing of what only an extra brings."""
-    hidden = sorted(only_of_extras(distribution))
+    hidden, hidden_distributions = map(sorted, only_of_extras(distribution))
     script = f"""
-        import sys
-        class Hidden:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in {hidden}:
-                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-        sys.meta_path.insert(0, Hidden())
+        from importlib.machinery import PathFinder
+        find = PathFinder.find_spec
+        def found(name, path=None, target=None):
+            return None if name.partition(".")[0] in {hidden} else find(name, path, target)
+        PathFinder.find_spec = found
+        import importlib.metadata as metadata
+        named = metadata.Distribution.from_name
+        def distribution(name):
+            if name.lower().replace("_", "-") in {hidden_distributions}:
+                raise metadata.PackageNotFoundError(name)
+            return named(name)
+        metadata.Distribution.from_name = distribution
         from {distribution.import_name} import *
         import {distribution.import_name} as package, pydoc
         missing = [name for name in package.__all__ if name not in globals()]
@@ -66,8 +72,8 @@ def test_star_import_and_help_work_where_no_extra_is_installed(distribution):
     assert done.returncode == 0, done.stderr
 
 
-def only_of_extras(distribution) -> set[str]:
-    """Top-level modules that only an extra of the distribution brings."""
+def only_of_extras(distribution) -> tuple[set[str], set[str]]:
+    """Top-level modules that only an extra of the distribution brings, and their distributions."""
     project = distribution.project
 
     def names(lines):
@@ -76,11 +82,12 @@ def only_of_extras(distribution) -> set[str]:
     core = closure(names(project["dependencies"]))
     extra = names(line for group in project.get("optional-dependencies", {}).values() for line in group) - core
     provides = importlib.metadata.packages_distributions()
-    return {
+    modules = {
         module
         for module, owners in provides.items()
         if {owner.lower().replace("_", "-") for owner in owners} <= extra and not module.startswith("tenfold")
-    } - {distribution.import_name}
+    }
+    return modules - {distribution.import_name}, extra
 
 
 def closure(names: set[str]) -> set[str]:

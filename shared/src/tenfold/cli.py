@@ -110,7 +110,8 @@ class App:
         try:
             with warnings.catch_warnings():
                 if "--debug" not in words:  # of libraries to their developers, not to the person at the terminal
-                    warnings.simplefilter("ignore", FutureWarning)
+                    for kind in (FutureWarning, DeprecationWarning, SyntaxWarning):
+                        warnings.simplefilter("ignore", kind)
                     warnings.showwarning = self._one_line()
                 return self._run(words)
         except UserError as error:
