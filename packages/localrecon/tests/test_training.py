@@ -4,19 +4,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, SGRConfig, StepOptions, local_step
 from localrecon.cli import main
-from localrecon.commands.compare import measure
+from localrecon.commands.compare import arms_of, measure
 from localrecon.config import CompareSettings
 from localrecon.data import load_data
 from localrecon.evaluation import evaluate
 from localrecon.optimizers import make_optimizers
 from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
+from safetensors.torch import load_file
 
 from tenfold import UserError
 from tenfold.config import TrainerConfig
@@ -169,6 +171,13 @@ def test_all_methods_run_through_one_loop_and_share_their_start():
     assert all(math.isfinite(arm["loss"]) and arm["seconds"] > 0 for arm in found.values())
 
 
+def test_numbers_of_modules_make_arms_unless_the_cuts_are_given():
+    assert list(arms_of(CompareSettings(**ARM, arms=["bp", "sgr"], ks=[2, 3]))) == ["bp", "sgr-k2", "sgr-k3"]
+    assert list(arms_of(CompareSettings(**ARM, arms=["local", "sgr"], cuts=[1]))) == ["local", "sgr"]
+    with pytest.raises(UserError, match="--ks does not go with --budget or --cuts"):
+        CompareSettings(**ARM, ks=[2], budget="1GB")
+
+
 def test_language_models_are_trained_on_text(tmp_path):
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 2000)
     text = f"text:{tmp_path / 't.txt'}"
@@ -179,25 +188,59 @@ def test_language_models_are_trained_on_text(tmp_path):
     assert found["bits"] < 8
 
 
-def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path):
-    """With SIGKILL, then --resume."""
+SCRIPT = "import sys; from localrecon.cli import main; sys.exit(main(sys.argv[1:]))"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as many as here
+
+
+def test_killed_before_and_after_its_first_checkpoint_and_resumed_it_ends_with_the_same_files(tmp_path):
     words = "train --model mlp --data digits --k 3 --depth 4 --epochs 12 --checkpoint_every 7 --device cpu --quiet"
 
     def arguments(name, *more):
         return [*words.split(), "--out", str(tmp_path / name), *more]
 
-    script = "import sys; from localrecon.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as many as here
-    process = subprocess.Popen([sys.executable, "-c", script, *arguments("killed")], env=environment)
+    def killed_at(file, *more):
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments("killed", *more)], env=ENVIRONMENT)
+        while process.poll() is None and not (tmp_path / "killed" / file).exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+    killed_at("plan.json")
+    assert not (tmp_path / "killed/checkpoints/last.ckpt").exists()
+    killed_at("checkpoints/last.ckpt", "--resume")
     assert main(arguments("whole")) == 0
-    last = tmp_path / "killed/checkpoints/last.ckpt"
-    while process.poll() is None and not last.exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
     assert main(arguments("killed", "--resume")) == 0
     for name in ("backbone.safetensors", "heads.safetensors", "metrics.csv", "plan.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_devices_train_as_one_with_the_whole_batch(tmp_path):
+    """On the command line, where Lightning starts the second process; networks without BatchNorm."""
+    words = [
+        "train",
+        "--model",
+        "mlp",
+        "--data",
+        "digits",
+        "--k",
+        "2",
+        "--depth",
+        "4",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    both = [*words, "--batch_size", "64", "--devices", "2", "--strategy", "ddp", "--out", str(tmp_path / "two")]
+    command = str(Path(sys.executable).parent / "localrecon")  # a file, which Lightning can start again
+    subprocess.run([command, *both], env=ENVIRONMENT, check=True, timeout=600)
+    assert main([*words, "--batch_size", "128", "--out", str(tmp_path / "one")]) == 0
+    for name in ("backbone.safetensors", "heads.safetensors"):
+        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_a_step_from_the_readme_is_the_trainers():

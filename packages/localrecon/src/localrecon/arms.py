@@ -50,9 +50,8 @@ def first_batch(items: Dataset[Any], count: int) -> tuple[Inputs, Tensor]:
     return inputs, labels
 
 
-def split_of(settings: SplitSettings, model: nn.Module, items: Dataset[Any], sgr: SGRConfig) -> SplitPlan:
-    """The split that the settings ask for, measured on a batch of the items."""
-    sample, _ = first_batch(items, settings.batch_size)
+def split_of(settings: SplitSettings, model: nn.Module, sample: Inputs, sgr: SGRConfig) -> SplitPlan:
+    """The split that the settings ask for, measured on a batch of inputs."""
     return plan_split(
         model,
         sample,
@@ -93,7 +92,7 @@ def build_arm(
         settings: model, split, heads and reconciliation.
         method: name of the method.
         form: what the model has to know of its data.
-        items: training items, a batch of which decides the split; None where the plan is given.
+        items: training items, a batch of which decides the split; None where the plan is given and weights are loaded.
         seed: seed of the weights.
         accumulate: parts that a batch is computed in.
         feedback: feedback of bpfree.
@@ -107,13 +106,12 @@ def build_arm(
         return Arm(build_bpfree(settings, form, feedback), settings.sgr, 1)
     model = build_model(settings, form)
     sgr = settings.sgr if method == "sgr" else dataclasses.replace(settings.sgr, lam=0.0)
-    if plan is None:
-        assert items is not None
-        if method in WHOLE:
-            sample, _ = first_batch(items, settings.batch_size)
-            plan = plan_split(model, sample, k=1, adapter=settings.adapter, measure=False)
-        else:
-            plan = split_of(settings, model, items, sgr)
+    # a batch is taken also where the plan is known: it draws from the generator that the heads' weights come from
+    sample = None if items is None else first_batch(items, settings.batch_size)[0]
+    if plan is None and method in WHOLE:
+        plan = plan_split(model, sample, k=1, adapter=settings.adapter, measure=False)
+    elif plan is None:
+        plan = split_of(settings, model, sample, sgr)
     net = run_as(method, model, plan, settings.head)
     return Arm(net, sgr, max(accumulate, settings.k) if method == "accum" else accumulate)
 

@@ -151,7 +151,6 @@ class ModelSettings(Settings):
         image_size: side of the images of an imagefolder.
         window: tokens (bytes) in a row of text.
         batch_size: samples in a step.
-        device: where to compute; auto takes a GPU when there is one.
     """
 
     model: str
@@ -162,7 +161,6 @@ class ModelSettings(Settings):
     image_size: Count = 224
     window: Count = 128
     batch_size: Count = 64
-    device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +224,7 @@ class TrainingSettings(SplitSettings, AugmentSettings):
         cutmix: alpha of timm's CutMix; 0 is off.
         accumulate: parts that a batch is computed in, one after another, with the result of the whole.
         clip_norm: largest norm of a module's gradient; null leaves it.
+        device: where to compute; auto takes a GPU when there is one.
         precision: 32, bf16 or 16 (mixed; 16 with a loss scale for each module); auto is bf16 on a GPU that has it.
         compile: whether each module is compiled.
         feedback: feedback of bpfree. transpose, fa (feedback alignment: fixed random weights) or sign.
@@ -240,6 +239,7 @@ class TrainingSettings(SplitSettings, AugmentSettings):
     cutmix: NonNegative = 0.0
     accumulate: Count = 1
     clip_norm: Positive | None = None
+    device: Device = "auto"
     precision: Precision = "auto"
     compile: bool = False
     feedback: Feedback = "transpose"
@@ -299,6 +299,11 @@ class CompareSettings(TrainingSettings):
     ks: Annotated[list[Count], Length(1), Distinct()] | None = None
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     executor: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ks is not None and (self.budget or self.cuts):
+            raise UserError("--ks does not go with --budget or --cuts, which decide how many modules there are")
 
 
 @dataclass(frozen=True, kw_only=True)

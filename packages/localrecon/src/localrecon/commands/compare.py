@@ -30,7 +30,8 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
             build_arm(how, method, data.form, data.plain, settings.seeds[0], feedback=how.feedback)
         study = Study(folder, data=data.source, seeds=settings.seeds)
         kept = None if executor else data  # workers read the data themselves
-        tasks = {name: partial(measure, method, how, kept, invocation.quiet) for name, (method, how) in arms.items()}
+        quiet = invocation.quiet or executor is not None
+        tasks = {name: partial(measure, method, how, kept, quiet) for name, (method, how) in arms.items()}
         study.over_arms(tasks, executor)
     _decide(study)
     study.note(
@@ -53,11 +54,11 @@ def arms_of(settings: CompareSettings) -> dict[str, tuple[Method, CompareSetting
     """Name of each arm -> its method and settings: local and sgr once for each number of modules."""
     arms: dict[str, tuple[Method, CompareSettings]] = {}
     for method in settings.arms:
-        if method not in {"local", "sgr"}:
+        if method not in {"local", "sgr"} or settings.budget or settings.cuts:
             arms[method] = (method, settings)
             continue
         for k in settings.ks or [settings.k]:
-            arms[f"{method}-k{k}"] = (method, dataclasses.replace(settings, k=k))
+            arms[f"{method}-k{k}"] = (method, dataclasses.replace(settings, k=k, ks=None))
     return arms
 
 
