@@ -194,7 +194,7 @@ def test_bad_measurements_are_named():
             RadioSamples(**({"xy": xy, "freq_mhz": 1750.0, "rss_dbm": rss} | change))
     with pytest.raises(NonFiniteError):
         RadioSamples(xy, 1750.0, np.full(3, np.nan))
-    with pytest.raises(UserError, match="lies outside of the raster"):
+    with pytest.raises(UserError, match="lies outside the raster"):
         RadioScene(Grid(0, 10, 1, 10, 10), None, np.array([[11.0, 5]]))
     with pytest.raises(UserError, match="the two must agree"):
         RadioScene(Grid(0, 10, 1, 10, 10), np.zeros((9, 10), bool))
