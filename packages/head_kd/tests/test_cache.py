@@ -31,7 +31,7 @@ def write(path, view, storage="fp32", count=4, boxes=16):
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 1e-2)])
 def test_a_cache_is_the_live_teacher_at_the_same_boxes(view, storage, tolerance, tmp_path):
-    """Property 17: bitwise in fp32, within 1e-3 in fp16."""
+    """Bitwise in fp32, within 1e-3 in fp16."""
     cache = write(tmp_path, view, storage)
     images, samples = batch_for(build(STUDENTS["retinanet"]))
     boxes, targets = cache.regions(samples, torch.device("cpu"))

@@ -45,10 +45,15 @@ class TargetCache:
     def open(cls, path: str | Path) -> "TargetCache":
         """Open a cache.
 
+        Args:
+            path: its folder, or that of the `head-kd cache` which made it.
+
         Raises:
             UserError: no cache there, or one that was not written to its end.
         """
         path = Path(path)
+        if (path / "cache").is_dir():
+            path = path / "cache"
         if not (path / "cache.json").is_file():
             raise UserError(f"{path} holds no finished cache (no cache.json): make one with 'head-kd cache'")
         header = json.loads((path / "cache.json").read_text(encoding="utf-8"))

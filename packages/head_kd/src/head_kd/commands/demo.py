@@ -39,7 +39,7 @@ from tenfold.cli import Invocation
 from tenfold.config import Level
 from tenfold.report import write_report
 from tenfold.runs import Run
-from tenfold.terminal import show_claims
+from tenfold.terminal import show_claims, track
 
 DATA = f"{SOURCE.partition(' with ')[0]}, weak, without lines and letters"
 CAPTIONS = {
@@ -73,8 +73,9 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         for taught in (False, True):  # those that need no teacher while it is trained
             if taught:
                 ap = teacher()
-            study.over_arms({arm: partial(train, arm) for arm in _those(arms, taught)}, pool)
-            some.over_arms({arm: partial(train, arm) for arm in _those(more, taught)}, pool)
+            show = partial(track, description=f"students, {'taught' if taught else 'alone'}", quiet=invocation.quiet)
+            study.over_arms({arm: partial(train, arm) for arm in _those(arms, taught)}, pool, show)
+            some.over_arms({arm: partial(train, arm) for arm in _those(more, taught)}, pool, show)
     _claim(study, level)
     study.note(
         f"one teacher for all, a Faster R-CNN trained here for {size.teacher_steps} steps, has AP {ap:.1f} on the same images"

@@ -146,7 +146,7 @@ def check_classes(student: Sequence[str] | None, teacher: Sequence[str] | None, 
         )
     if not other_classes:
         raise UserError(
-            f"classes of data and teacher differ, {what}; --distill.other_classes true distills features all the same"
+            f"classes of data and teacher differ, {what}; --other_classes true distills features all the same"
         )
     return f"classes: differ, {what}; only inner features are distilled"
 
