@@ -446,7 +446,7 @@ def test_tf_head_has_assistants_of_both_kinds():
         ({"schedule": {"warmup": -1}}, "schedule.warmup: expected 0 or more, got -1"),
         ({"rois": "teachers"}, "expected student or teacher"),
         ({"balance": {"ratio": 0}}, "balance.ratio: expected more than 0, got 0"),
-        ({"assistants": [{"match": "centre"}]}, "assistant.match: expected one of .*did you mean center"),
+        ({"assistants": [{"match": "centr"}]}, "assistant.match: expected one of .*did you mean center"),
     ],
 )
 def test_bad_settings_are_one_line(settings, message, teacher):

@@ -59,7 +59,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     study = Study(folder, data=DATA, seeds=seeds, level=level)
     more = REPORTED if level == "full" else ()
     some = Study(folder, data=DATA, seeds=seeds[:REPORTED_SEEDS], level=level)
-    anew = not (folder.path / "results").exists()
+    fresh = not (folder.path / "results").exists()
     begun = time.perf_counter()
     processes = settings.processes or (1 if level == "quick" else 2)
     with (
@@ -91,7 +91,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         {ARMS[arm].label: students[arm] for arm in ("plain", "assist", "akd") if arm in students},
         [VALIDATION_FIRST + i for i in range(5)],
     )
-    summary = study.finish(time.perf_counter() - begun if anew else None)
+    summary = study.finish(time.perf_counter() - begun if fresh else None)
     write_report(folder, "head-kd: a RetinaNet taught by a Faster R-CNN", CAPTIONS)
     return show_claims(summary, strict=invocation.strict)
 
