@@ -239,9 +239,8 @@ def flops() -> list[bench.Comparison]:
         parts = assist + counter.get_total_flops()
 
     def counted(id: str, ours: float, peer: float, shape: str) -> bench.Comparison:
-        ratio = peer / ours
-        row = (ours / 1e9, peer / 1e9, "GFLOP", "counted", ratio, None, ">= 0.97", ratio >= 0.97)
-        return bench.Comparison(id, shape, *row, "counts of the same image, 512 regions")
+        same = "counts of the same image, 512 regions"
+        return bench.counted(id, ours / 1e9, peer / 1e9, shape=shape, unit="GFLOP", required=">= 0.97", equal=same)
 
     pair = "RetinaNet R18, Faster R-CNN R50, 512x512"
     return [

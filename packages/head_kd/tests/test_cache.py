@@ -31,7 +31,7 @@ def write(path, view, storage="fp32", count=4, boxes=16):
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 1e-2)])
 def test_a_cache_is_the_live_teacher_at_the_same_boxes(view, storage, tolerance, tmp_path):
-    """Property 17: bitwise in fp32, within 1e-3 in fp16."""
+    """Bitwise in fp32, within 1e-3 in fp16."""
     cache = write(tmp_path, view, storage)
     images, samples = batch_for(build(STUDENTS["retinanet"]))
     boxes, targets = cache.regions(samples, torch.device("cpu"))
@@ -79,6 +79,16 @@ def test_with_a_cache_a_step_costs_student_and_assistant(view, teacher, tmp_path
         ],
     )
     assert training_flops(model, images, samples) <= 1.03 * training_flops(alone, images, samples)
+
+
+def test_a_two_stage_students_own_regions_are_not_in_a_cache(view, teacher, tmp_path):
+    """Its rows would be paired with targets at other boxes."""
+    write(tmp_path, view)
+    cached = {**teacher, "cache": str(tmp_path)}
+    with pytest.raises(UserError, match="ckd_weight: a cache has no targets at the regions"):
+        wrap(STUDENTS["faster"], assistants=[{"kind": "roi"}], teacher=cached)
+    model = wrap(STUDENTS["faster"], assistants=[{"kind": "roi", "ckd_weight": 0.0}], teacher=cached)
+    assert float(model.loss(*batch_for(model))["akd0.loss_fc2"]) > 0
 
 
 def test_another_teacher_or_other_data_is_refused(view, teacher, tmp_path):

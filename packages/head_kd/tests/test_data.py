@@ -69,8 +69,8 @@ def test_what_is_wrong_with_a_file_is_one_line(drawn, tmp_path, change, message)
 
 def test_wanted_classes_have_to_be_there(drawn):
     folder, split = drawn
-    with pytest.raises(UserError, match="no category 'hart': did you mean heart"):
-        check_coco(split.annotations, split.images, classes=["hart"])
+    with pytest.raises(UserError, match="no category 'hearrt': did you mean heart"):
+        check_coco(split.annotations, split.images, classes=["hearrt"])
     assert check_coco(split.annotations, split.images, classes=["star", "disc"]).classes == ("star", "disc")
     with pytest.raises(UserError, match="no annotations of the split 'val'"):
         coco_folder(folder, "val")

@@ -31,7 +31,6 @@ def gradients(loss, *modules):
 
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_without_extras_training_is_plain_training_bit_for_bit(kind):
-    """Property 1."""
     plain, wrapped = build(STUDENTS[kind]).train(), wrap(STUDENTS[kind])
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
     for model in (plain, wrapped):
@@ -49,7 +48,7 @@ def test_without_extras_training_is_plain_training_bit_for_bit(kind):
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
 def test_assistants_leave_the_students_start_and_random_stream_alone(kind, teacher):
-    """Property 1: with a weight of 0 the terms change nothing either, though regions are sampled."""
+    """With a weight of 0 the terms change nothing either, though regions are sampled."""
     plain = build(STUDENTS[kind]).train()
     wrapped = wrap(STUDENTS[kind], assistants=[ROI], teacher=teacher, schedule={"warmup": 10})
     names = list(plain.state_dict())
@@ -68,7 +67,7 @@ def test_assistants_leave_the_students_start_and_random_stream_alone(kind, teach
 
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_a_checkpoint_is_the_plain_students(kind, teacher, tmp_path):
-    """Property 2: keys in order, no teacher, stock loading, equal predictions."""
+    """Keys in order, no teacher, stock loading, equal predictions."""
     from mmengine.runner import load_checkpoint
 
     model = wrap(STUDENTS[kind], assistants=[ROI], teacher=teacher).eval()
@@ -93,7 +92,7 @@ def test_a_checkpoint_is_the_plain_students(kind, teacher, tmp_path):
 
 
 def test_prediction_needs_no_teacher(teacher, teacher_file, tmp_path):
-    """Property 3: its file may be gone, and it is never called."""
+    """Its file may be gone, and it is never called."""
     gone = tmp_path / "t.pth"
     gone.write_bytes(teacher_file.read_bytes())
     model = wrap(STUDENTS["retinanet"], assistants=[ROI], teacher={**teacher, "checkpoint": str(gone)})
@@ -108,7 +107,7 @@ def test_prediction_needs_no_teacher(teacher, teacher_file, tmp_path):
 
 
 def test_the_teacher_stays_what_it_was(teacher_file):
-    """Property 4: with BatchNorm that would learn and with dropout."""
+    """With BatchNorm that would learn and with dropout."""
     config = teacher_config()
     config["backbone"]["norm_eval"] = False
     detector = build(config)
@@ -136,7 +135,6 @@ def test_the_teacher_stays_what_it_was(teacher_file):
 
 
 def test_akd_reaches_what_it_should(teacher):
-    """Property 5."""
     model = wrap(STUDENTS["retinanet"], assistants=[{**ROI, "ckd_weight": 0.0}], teacher=teacher)
     losses = model.loss(*batch_for(model))
     loss = sum(v for k, v in losses.items() if k.startswith("akd"))
@@ -147,7 +145,6 @@ def test_akd_reaches_what_it_should(teacher):
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
 def test_ckd_reaches_the_class_tower_alone(kind, teacher):
-    """Property 5."""
     model = wrap(STUDENTS[kind], assistants=[{**ROI, "akd_weight": 0.0}], teacher=teacher)
     loss = model.loss(*batch_for(model))["ckd0.loss"]
     head = model.bbox_head
@@ -159,7 +156,7 @@ def test_ckd_reaches_the_class_tower_alone(kind, teacher):
 
 
 def test_self_distillation_leaves_the_assistant_alone():
-    """Property 5: an assistant's gradients are the same with TF-HEAD's term and without."""
+    """An assistant's gradients are the same with TF-HEAD's term and without."""
     found = []
     for weight in (0.0, 1.3):
         tf = {
@@ -181,7 +178,7 @@ def test_self_distillation_leaves_the_assistant_alone():
 
 
 def test_a_perfect_assistant_has_nothing_to_learn(teacher_file):
-    """Property 6: the teacher's own backbone, neck and strides, and an adapter that is the identity."""
+    """The teacher's own backbone, neck and strides, and an adapter that is the identity."""
     config = teacher_config()
     model = wrap(
         config,
@@ -205,7 +202,7 @@ def test_a_perfect_assistant_has_nothing_to_learn(teacher_file):
 
 
 def test_regions_are_followed_back_to_their_cells():
-    """Property 8: with ground truth before the proposals, without, and with none in the image."""
+    """With ground truth before the proposals, without, and with none in the image."""
     from mmdet.models.task_modules.samplers import SamplingResult
 
     def result(pos, neg):
@@ -231,7 +228,6 @@ def test_regions_are_followed_back_to_their_cells():
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_signals_are_after_the_activation(inplace):
-    """Property 10."""
     from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
 
     head = Shared2FCBBoxHead(
@@ -257,7 +253,6 @@ def test_signals_are_after_the_activation(inplace):
 
 
 def test_the_schedule_is_saved_with_the_model(teacher):
-    """Property 11."""
     model = wrap(STUDENTS["retinanet"], assistants=[ROI], teacher=teacher, schedule={"warmup": 4, "stop": 3})
     weights = []
     for step in range(4):
@@ -276,7 +271,6 @@ def test_the_schedule_is_saved_with_the_model(teacher):
 @pytest.mark.parametrize("case", ["no ground truth", "no proposals", "only ground truth"])
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
 def test_empty_batches_keep_every_gradient(kind, case, teacher):
-    """Property 14."""
     extra = {"proposals": {"min_size": 1e5}} if case != "no ground truth" else {}
     model = wrap(STUDENTS[kind], assistants=[{**ROI, "ckd_on": "positive"}], teacher=teacher, **extra)
     truth = None if case == "only ground truth" else "none"
@@ -288,7 +282,7 @@ def test_empty_batches_keep_every_gradient(kind, case, teacher):
 
 
 def test_a_teachers_input_is_its_own():
-    """Property 15: BGR with another mean and unit deviation, out of an RGB batch with padding."""
+    """BGR with another mean and unit deviation, out of an RGB batch with padding."""
     student = build(STUDENTS["retinanet"]).data_preprocessor
     caffe = build(
         {
@@ -315,7 +309,7 @@ def test_a_teachers_input_is_its_own():
 
 
 def test_a_cascade_is_mirrored_stage_by_stage(tmp_path):
-    """Property 16: a cascade teacher, one-stage and two-stage students; the same regions at each stage."""
+    """A cascade teacher, one-stage and two-stage students; the same regions at each stage."""
     config = teacher_config(stages=3)
     torch.save({"state_dict": build(config).state_dict()}, tmp_path / "c.pth")
     for kind in ("retinanet", "faster"):
@@ -383,7 +377,6 @@ def test_a_dense_distillation_is_the_sum_over_levels_written_out(tmp_path):
 
 
 def test_a_bridge_lets_the_whole_head_be_copied(teacher):
-    """Property 20."""
     with_bridge = wrap(STUDENTS["retinanet"], assistants=[ROI], teacher=teacher)
     assert with_bridge.untransferred == {"assistant0": []}
     head, source = with_bridge.assistants[0].head, with_bridge.teacher.detector.roi_head
@@ -453,7 +446,7 @@ def test_tf_head_has_assistants_of_both_kinds():
         ({"schedule": {"warmup": -1}}, "schedule.warmup: expected 0 or more, got -1"),
         ({"rois": "teachers"}, "expected student or teacher"),
         ({"balance": {"ratio": 0}}, "balance.ratio: expected more than 0, got 0"),
-        ({"assistants": [{"match": "centre"}]}, "assistant.match: expected one of .*did you mean center"),
+        ({"assistants": [{"match": "centr"}]}, "assistant.match: expected one of .*did you mean center"),
     ],
 )
 def test_bad_settings_are_one_line(settings, message, teacher):

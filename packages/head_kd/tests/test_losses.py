@@ -20,7 +20,6 @@ def test_the_plain_loss_is_the_mean_over_all_elements_written_out():
 @settings(deadline=None, max_examples=30)
 @given(scale=st.floats(0.01, 100), seed=st.integers(0, 99))
 def test_the_normalized_loss_does_not_see_a_common_scale(scale, seed):
-    """Property 12."""
     p, t = rows(seed=seed)
     assert float(mimic_loss(scale * p, scale * t, normalize=True)) == pytest.approx(
         float(mimic_loss(p, t, normalize=True)), rel=1e-4
@@ -28,13 +27,12 @@ def test_the_normalized_loss_does_not_see_a_common_scale(scale, seed):
 
 
 def test_predicting_the_mean_leaves_all_of_the_variance():
-    """Property 12: with the population variance, the mean's normalized loss is 1."""
+    """With the population variance, the mean's normalized loss is 1."""
     _, t = rows()
     assert float(mimic_loss(t.mean(dim=0).expand_as(t), t, normalize=True)) == pytest.approx(1, abs=1e-6)
 
 
 def test_the_order_of_regions_does_not_matter():
-    """Property 12."""
     p, t = rows()
     order = torch.randperm(len(p))
     assert float(mimic_loss(p[order], t[order], normalize=True)) == pytest.approx(
@@ -43,7 +41,7 @@ def test_the_order_of_regions_does_not_matter():
 
 
 def test_least_squares_is_the_floor_of_a_linear_adapter():
-    """Property 13: L-BFGS on the adapter reaches 1 - R^2 of least squares."""
+    """L-BFGS on the adapter reaches 1 - R^2 of least squares."""
     torch.manual_seed(0)
     x = torch.randn(60, 5, dtype=torch.float64)
     t = x @ torch.randn(5, 4, dtype=torch.float64) + torch.randn(60, 4, dtype=torch.float64)
@@ -65,7 +63,6 @@ def test_least_squares_is_the_floor_of_a_linear_adapter():
 
 
 def test_nothing_to_imitate_is_zero_with_a_zero_gradient():
-    """Property 14."""
     phi = nn.Linear(3, 2)
     loss = mimic_loss(phi(torch.zeros(0, 3)), torch.zeros(0, 2), normalize=True)
     loss.backward()
@@ -82,7 +79,6 @@ def test_the_target_gets_no_gradient_and_half_precision_is_summed_in_fp32():
 
 
 def test_the_schedule_rises_and_stops():
-    """Property 11."""
     assert [ramp(i, warmup=2000) for i in (0, 1000, 2000, 5000)] == [0, 0.5, 1, 1]
     assert [ramp(i, warmup=2000, stop=3000) for i in (2999, 3000, 9000)] == [1, 0, 0]
     assert [ramp(i, warmup=10, start=5) for i in (0, 5, 10, 15)] == [0, 0, 0.5, 1]

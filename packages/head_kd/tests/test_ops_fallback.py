@@ -23,7 +23,6 @@ def boxes(count, seed=0):
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), count=st.integers(0, 40), threshold=st.floats(0.1, 0.9))
 def test_nms_is_torchvisions_and_a_greedy_loop(seed, count, threshold):
-    """Property 19."""
     from mmcv.ops import nms
 
     b, s = boxes(count, seed), torch.rand(count, generator=torch.Generator().manual_seed(seed))
@@ -39,7 +38,7 @@ def test_nms_is_torchvisions_and_a_greedy_loop(seed, count, threshold):
 
 @pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
 def test_soft_nms_is_a_loop_over_pairs(method):
-    """Property 19, against a loop written from the paper's definition."""
+    """Against a loop written from the paper's definition."""
     from mmcv.ops import soft_nms
 
     b, s = boxes(30, 3), torch.rand(30, generator=torch.Generator().manual_seed(4))
@@ -68,7 +67,6 @@ def test_soft_nms_is_a_loop_over_pairs(method):
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_roi_align_and_its_gradient_are_torchvisions(ratio, aligned):
-    """Property 19."""
     from mmcv.ops import roi_align
 
     x = torch.randn(2, 3, 10, 12, requires_grad=True)
@@ -83,7 +81,7 @@ def test_roi_align_and_its_gradient_are_torchvisions(ratio, aligned):
 
 
 def test_roi_aligns_gradient_is_its_derivative():
-    """Property 19: gradcheck in fp64."""
+    """Gradcheck in fp64."""
     from mmcv.ops import roi_align
 
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
@@ -93,7 +91,7 @@ def test_roi_aligns_gradient_is_its_derivative():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_focal_loss_is_autograds_and_its_gradient_too(weighted):
-    """Property 19: value and gradient against autograd on the definition, and gradcheck."""
+    """Value and gradient against autograd on the definition, and gradcheck."""
     from mmcv.ops import sigmoid_focal_loss
 
     torch.manual_seed(0)
@@ -155,7 +153,6 @@ def test_deformable_convolutions_without_offsets_are_convolutions():
 
 
 def test_what_is_not_covered_names_itself():
-    """Property 19."""
     with pytest.raises(UserError, match=r"mmcv operator carafe_forward: not compiled here.*pip install mmcv"):
         EXTENSION.carafe_forward(1, 2)
     with pytest.raises(UserError, match="offset=1"):

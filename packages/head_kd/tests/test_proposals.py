@@ -26,7 +26,7 @@ def random_outputs(head, sizes, images, seed=0):
     ],
 )
 def test_proposals_are_those_of_mmdets_rpn_on_the_best_class(anchors, sizes, shape, threshold):
-    """Property 7: the same boxes, scores and order as ``RPNHead`` gives for class-max logits.
+    """The same boxes, scores and order as ``RPNHead`` gives for class-max logits.
 
     A low threshold removes most boxes, so that the prefix which NMS sees has to grow.
     """
@@ -62,7 +62,7 @@ def test_proposals_are_those_of_mmdets_rpn_on_the_best_class(anchors, sizes, sha
 @pytest.mark.parametrize("kind", ["retinanet", "atss", "fcos", "gfl"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_cells_own_prediction_gives_its_proposal(kind, training):
-    """Property 8: decoding the prior of a proposal's cell with that cell's own output gives the box."""
+    """Decoding the prior of a proposal's cell with that cell's own output gives the box."""
     detector = build(STUDENTS[kind]).train(training)
     features = detector.extract_feat(torch.randn(2, 3, 128, 96))
     outputs = detector.bbox_head(features)
@@ -114,7 +114,7 @@ def test_decoded_boxes_are_those_that_the_head_predicts(kind):
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), rows=st.integers(0, 40))
 def test_gather_is_a_triple_loop_and_its_gradient_goes_to_these_cells(seed, rows):
-    """Property 9: values, and that a cell that is read twice gets both gradients."""
+    """Values, and that a cell that is read twice gets both gradients."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(6, 5), (3, 3), (2, 1)]
     maps = [torch.randn((2, 4, h, w), generator=generator, requires_grad=True) for h, w in sizes]

@@ -67,3 +67,15 @@ STUDENTS = {
     "gfl": small.point_detector("GFL", 8, 16),
     "faster": small.faster_rcnn(8, 16, fc=48, regions=16),
 }
+
+
+def pair_words(project):
+    words = {"student": "student.py", "teacher": "teacher.py", "teacher_weights": "teacher.pth"}
+    return [word for name, file in words.items() for word in (f"--{name}", str(project / file))]
+
+
+def train_words(project, out, *more):
+    """``head-kd train`` on the project of the fixture, a row and a checkpoint per step."""
+    every = ["--checkpoint_every", "1", "--log_every", "1", "--distill.warmup", "2"]
+    rest = ["--quiet", "--device", "cpu", "--guard", "-1", "--out", str(out)]
+    return ["train", *pair_words(project), *every, *rest, *more]

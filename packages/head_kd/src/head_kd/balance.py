@@ -40,10 +40,11 @@ def shared_factors(norms: Tensor, ratio: float) -> Tensor:
     """Factors f with ||grad of f_k term_k|| = ratio / K * ||grad of the detection loss|| for each of the K terms.
 
     Args:
-        norms: of ``gradient_norms``, or a sum of several.
+        norms: what ``gradient_norms`` gives, or a sum of several.
         ratio: share of all terms together.
 
     Shapes: (1 + K,) -> (K,); 1 for a term without gradient.
+    Source: ours.
     """
     share = ratio / max(1, len(norms) - 1)
     return torch.where(norms[1:] > 0, share * norms[0] / norms[1:].clamp_min(1e-30), torch.ones_like(norms[1:]))

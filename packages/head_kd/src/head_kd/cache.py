@@ -45,10 +45,15 @@ class TargetCache:
     def open(cls, path: str | Path) -> "TargetCache":
         """Open a cache.
 
+        Args:
+            path: its folder, or that of the `head-kd cache` which made it.
+
         Raises:
             UserError: no cache there, or one that was not written to its end.
         """
         path = Path(path)
+        if (path / "cache").is_dir():
+            path = path / "cache"
         if not (path / "cache.json").is_file():
             raise UserError(f"{path} holds no finished cache (no cache.json): make one with 'head-kd cache'")
         header = json.loads((path / "cache.json").read_text(encoding="utf-8"))
@@ -63,7 +68,11 @@ class TargetCache:
         return cls(path, header, np.load(path / "boxes.npy", mmap_mode="r"), np.load(path / "count.npy"), targets, row)
 
     def check_teacher(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Raise ``UserError`` where the cache was made with another teacher."""
+        """Check that the cache was made with this teacher.
+
+        Raises:
+            UserError: it was made with another one.
+        """
         found = weights_digest(state_dict)
         if found != self.header["teacher"]:
             raise UserError(
@@ -72,10 +81,14 @@ class TargetCache:
             )
 
     def check_data(self, digest: str) -> None:
-        """Raise ``UserError`` when the cache was made for another annotation file."""
+        """Check that the cache was made for this annotation file.
+
+        Raises:
+            UserError: it was made for another one.
+        """
         if digest != self.header["data"]:
             raise UserError(
-                f"{self.path} was made for other annotations ({self.header['data'][:9]}, these: {digest[:9]}): make it anew"
+                f"{self.path} was made for other annotations ({self.header['data'][:9]}, these: {digest[:9]}): make a new one"
             )
 
     def regions(self, samples: Sequence[Any], device: torch.device) -> tuple[list[Proposals], list[dict[str, Tensor]]]:
@@ -83,12 +96,15 @@ class TargetCache:
 
         Boxes follow resizing and flipping (and any transform whose ``homography_matrix`` is packed). The targets are
         those of the image as it was cached: an approximation where it is flipped or resized.
+
+        Raises:
+            UserError: an image that the cache does not hold, or boxes that cannot follow the augmentation.
         """
         boxes, targets = [], []
         for sample in samples:
             image = sample.metainfo["img_id"]
             if image not in self.row:
-                raise UserError(f"{self.path} holds no image {image}: make it anew for this data")
+                raise UserError(f"{self.path} holds no image {image}: make a new one for this data")
             number = self.row[image]
             count = int(self.count[number])
             here = move_boxes(torch.from_numpy(np.array(self.boxes[number, :count])), sample.metainfo).to(device)
@@ -144,11 +160,11 @@ def choose_boxes(
     eighth is random, the rest are proposals (random boxes where there are too few).
 
     Args:
-        proposals: (P, 4) by falling score.
-        truth: (G, 4).
-        size: (height, width).
-        count: K.
-        generator: of the random boxes.
+        proposals: boxes (P, 4) by falling score.
+        truth: ground truth (G, 4).
+        size: height and width of the image.
+        count: number K of boxes.
+        generator: source of the random boxes.
     """
     height, width = size
     quarter = count // 4
@@ -188,12 +204,12 @@ def write_cache(
         path: folder, new or of an unfinished cache; ``cache.json`` is written last.
         teacher: a two-stage teacher.
         batches: preprocessed images (N, 3, H, W) with their data samples, not augmented.
-        images: their number T.
-        names: signals of its first box head.
-        data: digest of the annotation file.
-        boxes_per_image: K; with fewer than 64, gains shrink.
-        storage: number format, fp32, fp16, or int8 with one scale for each box.
-        seed: of the random boxes.
+        images: number T of images.
+        names: signals of the teacher's first box head.
+        data: digest of the annotation file, which training is checked against.
+        boxes_per_image: number K of boxes per image; with fewer than 64, gains shrink.
+        storage: number format, fp32, fp16, or int8 with one scale per box.
+        seed: seed of the random boxes.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)

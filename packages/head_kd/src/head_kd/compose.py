@@ -146,9 +146,11 @@ def _paper_weights(model: Any, theirs: Any) -> tuple[float, float]:
 def teacher_free(model: Any, how: Distillation) -> list[dict[str, Any]]:
     """The assistants of TF-HEAD: an R-CNN head, and a dense head of another kind than the student's.
 
-    Weights (authors' development code): the RoI term 1.3, the dense term 1.0, detection losses of the dense head 0.5
-    where both are there, all under the warm-up. For a two-stage student the source has no config; ours is one dense FCOS
-    head on the neck, without a distillation term, since no signal of the student's head matches.
+    The RoI term weighs 1.3, the dense term 1.0, the detection losses of the dense head 0.5 where both are there, all under
+    the warm-up. A two-stage student gets one dense FCOS head on the neck, without a distillation term, since no signal of
+    the student's head matches.
+
+    Source: the authors' development code; it has no config for a two-stage student, for which the choice is ours.
     """
     two_stage = "roi_head" in model
     channels = int(model.neck.out_channels)

@@ -338,6 +338,7 @@ class InspectSettings(PairSettings):
         validation: validation images that the teacher is measured on; 0 leaves it out.
         other_classes: whether the teacher may know other classes than the data has.
         size: height and width of the image that cost is counted for.
+        seed: seed of the student's weights, augmentation and sampling.
         distill: what is distilled and how strongly.
     """
 
@@ -345,7 +346,8 @@ class InspectSettings(PairSettings):
     images: Natural = 16
     validation: Natural = 0
     other_classes: bool = False
-    size: tuple[Count, Count] = (512, 512)
+    size: Annotated[list[Count], Length(2, 2)] = field(default_factory=lambda: [512, 512])
+    seed: Seed = 0
     distill: Terms = field(default_factory=Terms)
 
     def __post_init__(self) -> None:

@@ -35,16 +35,16 @@ class Split:
 
 
 def check_coco(annotations: str | Path, images: str | Path, *, classes: Sequence[str] | None = None) -> Split:
-    """Read a COCO file and check what training would stumble over.
+    """Read a COCO file, and check it for what training would stumble over.
 
     Args:
         annotations: the JSON file.
         images: the folder of its images.
-        classes: names that are wanted; default: all categories, by id.
+        classes: names of the wanted categories; default: all, by id.
 
     Raises:
-        UserError: the file cannot be read, is empty, names a missing image, an unknown category or image, a box outside
-            of its image or without area, or an id twice. The message names file, annotation and field.
+        UserError: the file cannot be read or is empty; it names a missing image, an unknown category or image, a box
+            outside its image or without area, or an id twice. The message names file, annotation and field.
     """
     path, folder = Path(annotations), Path(images)
     try:

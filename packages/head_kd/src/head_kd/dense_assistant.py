@@ -38,15 +38,17 @@ class DenseAssistant(Assistant):
     coarsest by taking every second cell, as FPN does for its last map.
 
     Args:
-        settings: see ``AssistantSettings``.
+        settings: what it is and what is distilled.
         head: config of the head, without train_cfg.
-        train_cfg: as the head takes it.
-        test_cfg: as the head takes it.
+        train_cfg: assigner and sampler, as the head takes them.
+        test_cfg: settings of the head's detections.
         student: the detector on whose neck it stands.
         with_teacher: whether there are targets for AKD.
 
     Raises:
         UserError: the student lacks the maps or the signal that the settings ask for.
+
+    Source: the dense assistants of the authors' development code; the coarser map is ours.
     """
 
     def __init__(

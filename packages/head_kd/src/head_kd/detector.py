@@ -195,6 +195,10 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         with_teacher = self.teacher is not None or self.cache is not None
         if settings.akd_weight and not with_teacher:
             raise UserError("akd_weight needs a teacher: set it to 0 for assistants on labels only and for TF-HEAD")
+        if self.cache is not None and settings.ckd_weight and is_two_stage(self.student):
+            raise UserError(
+                "ckd_weight: a cache has no targets at the regions that a two-stage student samples for itself: set it to 0"
+            )
         kind = DenseAssistant if settings.kind == "dense" else RoIAssistant
         return kind(settings, head, train_cfg, test_cfg, student=self.student, with_teacher=with_teacher)
 

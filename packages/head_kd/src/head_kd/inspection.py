@@ -17,26 +17,30 @@ from head_kd.losses import gap_r2
 from head_kd.roi_assistant import RoIAssistant
 from head_kd.signals import is_two_stage
 from head_kd.teacher import TeacherView
+from tenfold.modules import evaluating
 
 _GAP_ROWS = 4096
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers (running statistics, the step) and the mode are afterwards as before."""
+    """Evaluation mode; afterwards buffers (running statistics, the step) and modes are as before."""
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    mode = model.training
     try:
-        yield
+        with evaluating(model, gradients=True):
+            yield
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(saved[name])
-        model.train(mode)
 
 
 def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) -> dict[str, Any]:
     """Gradient ratios and semantic gaps on some batches, without a trace in the model.
+
+    Args:
+        model: the pair.
+        batches: preprocessed images with their data samples.
 
     Returns:
         ``gradient_ratio``: term -> norm of its weighted gradient at the student's maps over that of the detection loss;
@@ -71,7 +75,7 @@ def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) ->
 
 
 def training_flops(model: Any, batch: Tensor, samples: list[Any]) -> int:
-    """FLOPs (two a multiply-add) of a training step: forward, backward, and what runs without gradient.
+    """FLOPs (two per multiply-add) of a training step: forward, backward, and what runs without gradient.
 
     Convolutions and matrix products are counted; pooling of regions, normalization and sorting are not.
     """
@@ -84,9 +88,13 @@ def training_flops(model: Any, batch: Tensor, samples: list[Any]) -> int:
 
 
 def cost(model: HEADDetector, size: tuple[int, int]) -> dict[str, float]:
-    """Forward multiply-adds (in units of 1e9) of one image: student, teacher's part, assistants; and parameters.
+    """Forward multiply-adds (in units of 1e9) of one image: student, teacher's part, assistants.
 
-    Regions count as many as the assistant's sampler takes.
+    As many regions are counted as the assistant's sampler takes.
+
+    Args:
+        model: the pair.
+        size: height and width of the image.
     """
     out: dict[str, float] = {}
     device = next(model.student.parameters()).device
@@ -98,7 +106,6 @@ def cost(model: HEADDetector, size: tuple[int, int]) -> dict[str, float]:
         return counter.get_total_flops() / 2e9
 
     with untouched(model):
-        model.eval()
         features = model.student.extract_feat(image)
         head = model.student.rpn_head if is_two_stage(model.student) else model.student.bbox_head
         out["student"] = count(lambda: head(model.student.extract_feat(image)))

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VARIANCE_FLOOR = 1e-6
-"""Under it a target counts as constant, and the normalized loss divides by it instead of by zero."""
+"""Variance below which a target counts as constant; the normalized loss then divides by it instead of by zero."""
 
 
 def mean_variance(target: Tensor) -> Tensor:
-    """mean_d Var(t_d): population variance of each feature over all its samples, averaged over the features."""
+    """Population variance of each feature over all its samples, averaged over the features: mean_d Var(t_d)."""
     return target.float().transpose(0, 1).flatten(1).var(dim=1, correction=0).mean()
 
 
@@ -23,14 +23,15 @@ def mimic_loss(prediction: Tensor, target: Tensor, *, normalize: bool = False) -
         normalized:  MSE(p, t) / max(mean_d Var(t_d), 1e-6)
 
     The normalized form is the share of the target's variance that is left unexplained: 0 for a perfect copy, 1 for
-    predicting each feature's mean, and the same for c p and c t as for p and t. The plain form is the papers'.
+    predicting each feature's mean, and the same for c p and c t as for p and t.
 
     Args:
         prediction: what is trained.
         target: what it should be; it gets no gradient.
-        normalize: the second form.
+        normalize: whether to take the second form.
 
     Shapes: both (M, D) or (N, D, H, W) -> scalar. Without rows the loss is 0 and its gradient is 0, not absent.
+    Source: the plain form is that of the authors' code; the normalized one is ours.
     """
     target = target.detach()
     if prediction.numel() == 0:
@@ -40,11 +41,11 @@ def mimic_loss(prediction: Tensor, target: Tensor, *, normalize: bool = False) -
 
 
 def pkd_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - Pearson correlation of each channel, averaged: MSE of maps with mean 0 and variance 1 by channel, halved.
+    """1 - Pearson correlation of each channel, averaged: half the MSE of maps with mean 0 and variance 1 in each channel.
 
     Args:
-        prediction: student's map.
-        target: teacher's map; resized bilinearly where the sizes differ.
+        prediction: the student's map.
+        target: the teacher's map; resized bilinearly where the sizes differ.
 
     Shapes: (N, D, H, W) both -> scalar. Statistics are over N, H and W.
     Source: PKD, NeurIPS 2022 (arXiv 2207.02039), Eq. 4 to 6.
@@ -73,12 +74,12 @@ def ramp(step: int, *, warmup: int, start: int = 0, stop: int | None = None) -> 
 
 
 class PerAnchorLinear(nn.Module):
-    """One linear map for each anchor of a cell: y_m = W_{a(m)} x_m + b_{a(m)}.
+    """One linear map per anchor of a cell: y_m = W_{a(m)} x_m + b_{a(m)}.
 
     Args:
-        num_anchors: A.
-        in_features: C.
-        out_features: D.
+        num_anchors: anchors A of a cell.
+        in_features: features C that each map takes.
+        out_features: features D that each map gives.
 
     Shapes: ``features`` (M, C), ``anchor`` (M,) int64 in [0, A) -> (M, D).
     Source: the authors' development code for RetinaNet students, where A = 9.
@@ -89,7 +90,7 @@ class PerAnchorLinear(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(in_features, out_features) for _ in range(num_anchors))
 
     def forward(self, features: Tensor, anchor: Tensor) -> Tensor:
-        """Each row by the map of its anchor."""
+        """Map each row by its anchor's map."""
         first: nn.Linear = self.maps[0]  # type: ignore[assignment]
         out = features.new_zeros(len(features), first.out_features)
         for index, linear in enumerate(self.maps):
@@ -108,12 +109,13 @@ def gap_r2(features: Tensor, targets: Tensor, *, ridge: float = 1e-2, held_out: 
     fits does not carry over.
 
     Args:
-        features: of the student or assistant.
-        targets: of the teacher, row by row for the same regions.
-        ridge: share of the mean eigenvalue that is added.
+        features: activations of the student or assistant.
+        targets: activations of the teacher, row by row for the same regions.
+        ridge: share of the mean eigenvalue that is added to the diagonal.
         held_out: share of the rows that R^2 is measured on.
 
     Shapes: (M, C) and (M, D); fp64 inside. Fewer than four rows give nan.
+    Source: ours.
     """
     rows = len(features)
     cut = rows - int(rows * held_out)

@@ -29,6 +29,8 @@ class NeckImitation(nn.ModuleList):
 
     Raises:
         UserError: student and teacher have no stride in common.
+
+    Source: PKD, NeurIPS 2022 (arXiv 2207.02039); FitNets, ICLR 2015 (arXiv 1412.6550), on the neck's maps.
     """
 
     def __init__(self, settings: NeckMimic, student: Any, teacher: Any) -> None:

@@ -35,7 +35,7 @@ class Provenance:
 
     @classmethod
     def none(cls, count: int, device: torch.device | str = "cpu") -> "Provenance":
-        """Of ``count`` boxes that no cell predicted, ground truth for one."""
+        """Provenance of ``count`` boxes that no cell predicted, such as ground truth."""
         missing = torch.full((count,), -1, dtype=torch.int64, device=device)
         return cls(missing, missing, missing, missing)
 
@@ -68,22 +68,24 @@ def dense_proposals(
     max_per_image: int = 1000,
     min_size: float = 0,
 ) -> list[Proposals]:
-    """Proposals of each image out of the class logits of a dense head.
+    """Proposals of each image from the class logits of a dense head.
 
     A box's score is the sigmoid of its highest class logit. Of each level and image the best ``nms_pre`` are decoded,
     clipped to the image, freed of boxes not larger than ``min_size``, and thinned by NMS within the level; the best
     ``max_per_image`` over all levels stay. No gradient passes.
 
     Args:
-        class_logits: for each level (N, A*C, H, W), anchor-major; background is no class of them.
-        box_predictions: for each level (N, A*D, H, W).
-        priors: for each level (H*W*A, P), ordered (y*W + x)*A + a.
+        class_logits: logits of each level (N, A*C, H, W), anchor-major, without a background class.
+        box_predictions: raw boxes of each level (N, A*D, H, W).
+        priors: anchors or points of each level (H*W*A, P), ordered (y*W + x)*A + a.
         decode: turns priors and predictions into boxes.
-        image_sizes: (height, width) of each image before padding.
-        nms_pre: 2000 in the authors' code, as iou_threshold 0.7 and max_per_image 1000.
-        iou_threshold: of the NMS.
-        max_per_image: boxes that stay.
-        min_size: in pixels.
+        image_sizes: height and width of each image before padding.
+        nms_pre: boxes per level and image that are decoded (the authors' code: 2000, and 0.7 and 1000 for the next two).
+        iou_threshold: overlap above which NMS drops a box.
+        max_per_image: largest number of boxes per image.
+        min_size: side in pixels that a box must exceed.
+
+    Source: the authors' code, which takes the student's head as a region proposal network; the batched form is ours.
     """
     images = len(image_sizes)
     device = class_logits[0].device
@@ -145,8 +147,8 @@ def gather_at(maps: Sequence[Tensor], image: Tensor, where: Provenance) -> Tenso
     """The feature vectors of the cells that boxes come from; its gradient goes to these cells alone.
 
     Args:
-        maps: for each level (N, C, H, W).
-        image: (M,) int64, image of each row.
+        maps: feature maps of each level (N, C, H, W).
+        image: (M,) int64, number of each row's image.
         where: M cells; every level must be 0 or more.
 
     Returns:
@@ -165,13 +167,14 @@ def center_locations(boxes: Tensor, strides: Sequence[int], sizes: Sequence[tupl
 
         level = argmin_l | log2( sqrt(area) / (8 stride_l) ) |,   cell = floor(center / stride)
 
-    Our choice for boxes that no cell predicted (ground truth, cached boxes); a RetinaNet anchor of 8 strides is its
-    measure. Anchor 0 stands for all.
+    It serves boxes that no cell predicted (ground truth, cached boxes). Anchor 0 stands for all.
 
     Args:
-        boxes: (M, 4).
-        strides: of the levels.
-        sizes: (H, W) of the levels, that cells are clamped to.
+        boxes: boxes (M, 4).
+        strides: strides of the levels.
+        sizes: height and width of the levels, to which cells are clamped.
+
+    Source: ours; the measure is a RetinaNet anchor of 8 strides.
     """
     side = (boxes[:, 2:] - boxes[:, :2]).clamp_min(1e-3).prod(dim=1).sqrt()
     fitting = torch.tensor([math.log2(8 * stride) for stride in strides], device=boxes.device)

@@ -68,11 +68,12 @@ def _color_far_from(base: NDArray[np.floating[Any]], rng: np.random.Generator) -
 
 
 def draw(index: int, *, clutter: bool = True) -> tuple[NDArray[np.uint8], list[tuple[int, list[float]]]]:
-    """Image number ``index`` (128, 128, 3) uint8, and its objects as (class, [x, y, width, height]).
+    """Draw image number ``index``: (128, 128, 3) uint8, and its objects as (class, [x, y, width, height]).
 
     Args:
-        index: of the image; the seed of all that is drawn.
-        clutter: strong texture, lines and letters; without, a weak texture alone, which is learned in fewer steps.
+        index: number of the image, and the seed of all that is drawn.
+        clutter: whether to draw strong texture, lines and letters; without them, shapes on a weak texture are learned in fewer
+            steps.
     """
     from PIL import Image, ImageDraw
 

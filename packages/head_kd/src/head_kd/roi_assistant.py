@@ -40,15 +40,18 @@ class RoIAssistant(Assistant):
     """A RoI head on the student's neck.
 
     Args:
-        settings: see ``AssistantSettings``.
+        settings: what it is and what is distilled.
         head: config of the RoI head, without train_cfg.
         train_cfg: assigner and sampler (a list of them for a cascade).
-        test_cfg: of the R-CNN stage.
+        test_cfg: settings of the R-CNN stage's detections.
         student: the detector on whose neck it stands.
         with_teacher: whether there are targets for AKD.
 
     Raises:
         UserError: the student lacks the maps, the signal or the regions that the settings ask for.
+
+    Source: Wang et al., ECCV 2022 (AKD: imitation between the assistant and the teacher's head; CKD: of the teacher's head by
+    the student's); layers, weights and the adapters' biases as in the authors' code.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ def resolve(head: nn.Module, names: Sequence[str], owner: str) -> dict[str, nn.M
 
 @contextlib.contextmanager
 def capturing(consumers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the first input of each consumer, one entry a call (a dense head calls it once a level)."""
+    """Collect the first input of each consumer, one entry per call (a dense head calls it once per level)."""
     seen: dict[str, list[Tensor]] = {name: [] for name in consumers}
     handles = []
     for name, module in consumers.items():
@@ -100,9 +100,9 @@ class DenseDecoder:
     """How a dense head's outputs become boxes.
 
     Attributes:
-        priors: sizes of the levels, device -> for each level (H*W*A, P).
-        decode: level, priors, predictions -> boxes.
-        num_anchors: A of each level.
+        priors: function of the levels' sizes and the device that gives (H*W*A, P) for each level.
+        decode: function of level, priors and predictions that gives boxes.
+        num_anchors: anchors A per cell.
     """
 
     priors: Callable[[Sequence[tuple[int, int]], torch.device], list[Tensor]]
@@ -111,10 +111,10 @@ class DenseDecoder:
 
 
 def dense_decoder(head: Any) -> DenseDecoder:
-    """The decoder of a RetinaNet, ATSS, FCOS, GFL (or a like) head.
+    """The decoder of a RetinaNet, ATSS, FCOS or GFL head, or one derived from them.
 
     Raises:
-        UserError: of this head we do not know how its outputs become boxes.
+        UserError: it is not known how this head's outputs become boxes.
     """
     kind = type(head).__name__
     if not getattr(head, "use_sigmoid_cls", False):

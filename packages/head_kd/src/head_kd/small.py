@@ -212,7 +212,7 @@ def experiment(
         batch: images per step.
         rate: highest learning rate.
         workers: processes that load data.
-        memory: keep the training items (``MemoryDataset``); only while nothing in the pipeline is random.
+        memory: whether to keep the training items in memory (``MemoryDataset``); only while nothing in the pipeline is random.
     """
     load = [
         {"type": "LoadImageFromFile"},

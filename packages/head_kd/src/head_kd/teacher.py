@@ -20,7 +20,7 @@ from tenfold import UserError
 from tenfold.checkpoints import check_shapes, digest
 
 LOADED_AT_LEAST = 0.9
-"""Share of a teacher's tensors that its checkpoint has to fill."""
+"""Share of a teacher's tensors that its checkpoint must fill."""
 
 
 class Renormalize:
@@ -46,7 +46,7 @@ class Renormalize:
         self.identity = not self.swap and bool((self.scale == 1).all() and (self.shift == 0).all())
 
     def __call__(self, batch: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """``batch`` (N, 3, H, W), and the (height, width) of each image before padding."""
+        """``batch`` (N, 3, H, W) for the target; ``image_sizes`` are height and width of each image before padding."""
         if self.identity:
             return batch
         x = batch.flip(1) if self.swap else batch
@@ -72,8 +72,8 @@ class TeacherView:
     Args:
         detector: the teacher; it is frozen in place.
         classes: its classes in order, where known.
-        reuse_features: keep each image's feature maps in memory and use them again when the image comes back with the
-            same flip and size. Exact only where nothing but a flip is random in the pipeline.
+        reuse_features: whether to keep each image's feature maps in memory and use them again when the image comes back
+            with the same flip and size. Exact only where nothing but a flip is random in the pipeline.
     """
 
     def __init__(self, detector: Any, *, classes: Sequence[str] | None = None, reuse_features: bool = False) -> None:
@@ -87,9 +87,9 @@ class TeacherView:
         """Build a teacher from a config and load its weights.
 
         Args:
-            config: an mmdet config, its path, or ``mmdet::folder/name.py`` for one that mmdet ships.
-            checkpoint: ``.pth`` (read without unpickling foreign objects) or ``.safetensors``.
-            reuse_features: see the class.
+            config: mmdet config, its path, or ``mmdet::folder/name.py`` for one that mmdet ships.
+            checkpoint: ``.pth`` (read without unpickling foreign objects) or ``.safetensors`` file.
+            reuse_features: as for the class.
 
         Raises:
             UserError: no such file, or a checkpoint of another config; the message names the first keys that differ.
@@ -120,7 +120,7 @@ class TeacherView:
         """Feature maps of its neck for a batch that was normalized for the student.
 
         Args:
-            batch: (N, 3, H, W).
+            batch: images (N, 3, H, W).
             samples: mmdet's data samples; ``img_shape`` says where padding begins.
         """
         keys = None
@@ -168,13 +168,13 @@ class TeacherView:
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """The head of a detector's config, with the settings that it trains and measures by.
+    """The head of a detector's config, with its settings of training and measuring.
 
     Attributes:
         kind: roi or dense.
-        head: config of the head.
+        head: config of the head itself.
         train_cfg: assigner and sampler; None where the config does not train.
-        test_cfg: of the head.
+        test_cfg: settings of measuring.
     """
 
     kind: str
@@ -209,7 +209,7 @@ def load_roi_head(cfg: Any, weights: Weights, checkpoint: str | Path) -> nn.Modu
 
 
 def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: str | Path) -> None:
-    """Load a checkpoint that has to fill at least nine tenths of a module's tensors.
+    """Load a checkpoint that must fill at least nine tenths of a module's tensors.
 
     Raises:
         UserError: it is of another architecture; the first keys or shapes that differ are named.

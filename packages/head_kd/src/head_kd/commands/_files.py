@@ -28,7 +28,7 @@ def student_config(student: Any, data: str | None, run: Run | None, scratch: str
         return cfg
     if run is not None and data.startswith("voc:"):
         for split in ("train", "val"):
-            run.own(f"data/{split}.json")
+            run.own(f"data/{split}.json", result=False)
     use_data(cfg, *read_splits(data, scratch if run is None else run.path / "data"))
     return cfg
 

@@ -43,6 +43,7 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
             items = [data[i] for i in range(first, min(first + settings.batch_size, len(data)))]
             yield split(preprocessor(pseudo_collate(items), False))
 
+    run.own("cache/cache.json")
     names = tuple(head_signals(box_heads(teacher.detector.roi_head)[0]))
     cache = write_cache(
         run.path / "cache",
@@ -55,15 +56,13 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
         storage=settings.storage,
         seed=settings.seed,
     )
-    files = sorted((run.path / "cache").iterdir())
-    for file in files:
-        run.own(f"cache/{file.name}")
-    size = sum(file.stat().st_size for file in files)
+    run.adopt("cache")
+    size = sum(file.stat().st_size for file in cache.path.iterdir())
     made = {"images": len(data), "boxes": settings.boxes, "signals": list(names)}
     run.write_json("report.json", {**made, "bytes": size, "path": str(cache.path)})
     sys.stdout.write(
         f"{len(data)} images, {settings.boxes} boxes each, {', '.join(names)}: {size / 1e6:.1f} MB; train with"
-        f" --cache {cache.path}\n"
+        f" --cache {run.path}\n"
     )
 
 

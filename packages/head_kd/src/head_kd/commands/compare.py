@@ -19,7 +19,7 @@ from tenfold.cli import Invocation
 from tenfold.devices import choose_precision
 from tenfold.figures import arm_chart
 from tenfold.report import write_report
-from tenfold.terminal import show_claims, table
+from tenfold.terminal import show_claims, table, track
 
 LABELS: dict[str, str] = {
     "plain": "student alone",
@@ -47,9 +47,11 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
     study = Study(run, data=settings.data or f"the data of {settings.student}", seeds=settings.seeds)
     with executors.make(settings.executor) as pool:
         quiet = invocation.quiet or pool is not None
-        study.over_arms(
-            {str(arm): partial(measure, settings, plain.to_dict(), arm, quiet) for arm in settings.arms}, pool
-        )
+        show = partial(
+            track, description="arms x seeds", quiet=invocation.quiet or pool is None
+        )  # here, each shows its own
+        arms = {str(arm): partial(measure, settings, plain.to_dict(), arm, quiet) for arm in settings.arms}
+        study.over_arms(arms, pool, show)
     study.against(settings.arms[0], settings.arms, "AP", names=LABELS)
     arm_chart(
         run.figure("arms"),

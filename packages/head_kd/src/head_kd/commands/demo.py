@@ -39,7 +39,7 @@ from tenfold.cli import Invocation
 from tenfold.config import Level
 from tenfold.report import write_report
 from tenfold.runs import Run
-from tenfold.terminal import show_claims
+from tenfold.terminal import show_claims, track
 
 DATA = f"{SOURCE.partition(' with ')[0]}, weak, without lines and letters"
 CAPTIONS = {
@@ -59,7 +59,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     study = Study(folder, data=DATA, seeds=seeds, level=level)
     more = REPORTED if level == "full" else ()
     some = Study(folder, data=DATA, seeds=seeds[:REPORTED_SEEDS], level=level)
-    anew = not (folder.path / "results").exists()
+    fresh = not (folder.path / "results").exists()
     begun = time.perf_counter()
     processes = settings.processes or (1 if level == "quick" else 2)
     with (
@@ -73,8 +73,9 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         for taught in (False, True):  # those that need no teacher while it is trained
             if taught:
                 ap = teacher()
-            study.over_arms({arm: partial(train, arm) for arm in _those(arms, taught)}, pool)
-            some.over_arms({arm: partial(train, arm) for arm in _those(more, taught)}, pool)
+            show = partial(track, description=f"students, {'taught' if taught else 'alone'}", quiet=invocation.quiet)
+            study.over_arms({arm: partial(train, arm) for arm in _those(arms, taught)}, pool, show)
+            some.over_arms({arm: partial(train, arm) for arm in _those(more, taught)}, pool, show)
     _claim(study, level)
     study.note(
         f"one teacher for all, a Faster R-CNN trained here for {size.teacher_steps} steps, has AP {ap:.1f} on the same images"
@@ -90,7 +91,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         {ARMS[arm].label: students[arm] for arm in ("plain", "assist", "akd") if arm in students},
         [VALIDATION_FIRST + i for i in range(5)],
     )
-    summary = study.finish(time.perf_counter() - begun if anew else None)
+    summary = study.finish(time.perf_counter() - begun if fresh else None)
     write_report(folder, "head-kd: a RetinaNet taught by a Faster R-CNN", CAPTIONS)
     return show_claims(summary, strict=invocation.strict)
 

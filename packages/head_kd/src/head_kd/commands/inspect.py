@@ -12,7 +12,7 @@ from mmdet.registry import DATASETS
 from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 
-from head_kd.commands._files import student_config
+from head_kd.commands._files import check_teacher, student_config
 from head_kd.compose import pair
 from head_kd.config import WITH_TEACHER, InspectSettings
 from head_kd.configs import innermost, resolve_config
@@ -21,12 +21,14 @@ from head_kd.inspection import cost, measure
 from head_kd.stack import build, said_nothing, start
 from head_kd.training.guard import look, split, transfer_lines
 from tenfold.cli import Invocation
+from tenfold.randomness import keyed
 from tenfold.terminal import table
 
 
 def run(settings: InspectSettings, invocation: Invocation) -> None:
     """Build the pair as training would, look at it, print tables."""
-    with tempfile.TemporaryDirectory(prefix="head-kd-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="head-kd-") as scratch, keyed(settings.seed):
+        check_teacher(settings.teacher, settings.teacher_weights)
         if settings.images or settings.data:
             plain = student_config(settings.student, settings.data, None, scratch)
         else:
@@ -51,8 +53,8 @@ def _lines(settings: InspectSettings, model: HEADDetector, plain: Any) -> list[s
         data = innermost(plain.train_dataloader.dataset) if settings.images else {}
         classes = (data.get("metainfo") or {}).get("classes")
         out += look(model, classes, plain, images=settings.validation, other_classes=settings.other_classes)[0]
-    parts = [[name, f"{value:.2f}"] for name, value in cost(model, settings.size).items()]
     height, width = settings.size
+    parts = [[name, f"{value:.2f}"] for name, value in cost(model, (height, width)).items()]
     out += ["", f"cost of one {height} x {width} image, forward", table(["part", "1e9 multiply-adds"], parts)]
     if settings.images and not without:
         numbers = measure(model, _batches(model, plain, settings.images))

@@ -31,8 +31,8 @@ class GuardHook(Hook):  # type: ignore[misc]
 
     Args:
         cfg: the student's config, for its validation data.
-        settings: of the training.
-        run: where ``guard.json`` goes.
+        settings: settings of the training.
+        run: folder that ``guard.json`` goes to.
         say: takes each line for the person at the terminal.
     """
 
@@ -43,7 +43,7 @@ class GuardHook(Hook):  # type: ignore[misc]
         self._fingerprint = ""
 
     def before_train(self, runner: Any) -> None:
-        """The checks; after a resume, the fingerprint alone."""
+        """Make the checks; after a resume, take the fingerprint alone."""
         model = getattr(runner.model, "module", runner.model)
         if not isinstance(model, HEADDetector):
             return
@@ -72,7 +72,7 @@ class GuardHook(Hook):  # type: ignore[misc]
             self.run.write_json("guard.json", {**found, "lines": lines})
 
     def after_train(self, runner: Any) -> None:
-        """The teacher has to be what it was."""
+        """Check that the teacher is what it was."""
         model = getattr(runner.model, "module", runner.model)
         if self._fingerprint and model.teacher.fingerprint() != self._fingerprint:
             raise RuntimeError("the teacher's weights changed while the student trained")
@@ -146,7 +146,7 @@ def check_classes(student: Sequence[str] | None, teacher: Sequence[str] | None, 
         )
     if not other_classes:
         raise UserError(
-            f"classes of data and teacher differ, {what}; --distill.other_classes true distills features all the same"
+            f"classes of data and teacher differ, {what}; --other_classes true distills features all the same"
         )
     return f"classes: differ, {what}; only inner features are distilled"
 

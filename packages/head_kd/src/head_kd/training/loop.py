@@ -1,8 +1,8 @@
 """A training loop of mmengine's that can be killed at any moment and resumed to the same bits.
 
-mmengine resumes weights, optimizer and schedulers, but not the position inside of an epoch and no random state. Here
-every random draw is keyed: data order by (seed, epoch), augmentation by (seed, epoch, index), the model's own draws by
-(seed, iteration, rank). So nothing has to be restored but where the loop stands.
+mmengine resumes weights, optimizer and schedulers, but neither the position inside an epoch nor any random state. Here
+every random draw is keyed (``tenfold.randomness``): data order by (seed, epoch), augmentation by (seed, epoch, index), the
+model's own draws by (seed, iteration, rank). So nothing has to be restored but where the loop stands.
 """
 
 import head_kd.ops_fallback  # noqa: F401  # before mmdet
@@ -29,8 +29,8 @@ class KeyedDataset:
     Its indices are ``epoch * len + index``, which is what ``KeyedSampler`` yields.
 
     Args:
-        dataset: mmdet data set or its config.
-        seed: of the augmentation.
+        dataset: mmdet data set, or its config.
+        seed: seed of the augmentation.
     """
 
     def __init__(self, dataset: Any, seed: int = 0) -> None:
@@ -95,12 +95,12 @@ class MemoryDataset:
 
 @DATA_SAMPLERS.register_module()
 class KeyedSampler(Sampler[int]):
-    """Every image once an epoch, in an order that depends on (seed, epoch); each process takes its share.
+    """Every image once per epoch, in an order that depends on (seed, epoch); each process takes its share.
 
     Args:
         dataset: a ``KeyedDataset``.
-        seed: of the order.
-        shuffle: else in the data set's order.
+        seed: seed of the order.
+        shuffle: whether to shuffle; else images come in the data set's order.
     """
 
     def __init__(self, dataset: Any, seed: int | None = None, shuffle: bool = True) -> None:
@@ -128,13 +128,13 @@ class KeyedSampler(Sampler[int]):
 
 @DATA_SAMPLERS.register_module()
 class ResumableBatchSampler(Sampler[Sequence[int]]):
-    """Batches of a sampler, of which the first can be left out once (after a resume).
+    """Batches of a sampler, the first of which can be left out once (after a resume).
 
     Args:
-        sampler: of single images.
-        batch_size: images of a batch.
-        inner: config of another batch sampler, mmdet's by aspect ratio for one.
-        drop_last: leave out a last batch that is not full.
+        sampler: sampler of single images.
+        batch_size: images per batch.
+        inner: config of another batch sampler, such as mmdet's by aspect ratio.
+        drop_last: whether to leave out a last batch that is not full.
     """
 
     def __init__(self, sampler: Any, batch_size: int, inner: Any = None, drop_last: bool = False) -> None:
@@ -164,12 +164,12 @@ class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
         runner: the runner.
         dataloader: its loader.
         max_epochs: passes over the data.
-        max_iters: iterations; the one that is reached first ends the training.
+        max_iters: iterations; where both are given, the one that is reached first ends the training.
         val_interval: epochs between two validations, or iterations where ``val_by_epoch`` is false; the last
             iteration is always validated.
-        val_by_epoch: see above.
+        val_by_epoch: whether ``val_interval`` and ``val_begin`` count epochs.
         val_begin: first epoch or iteration that is validated.
-        seed: of the model's own draws.
+        seed: seed of the model's own draws.
     """
 
     def __init__(
