@@ -48,20 +48,13 @@ def test_public_names_load_on_first_use_and_again(distribution):
 
 def test_star_import_and_help_work_where_no_extra_is_installed(distribution):
     """In a process that finds nothing of what only an extra brings."""
-    hidden, hidden_distributions = map(sorted, only_of_extras(distribution))
+    hidden = sorted(only_of_extras(distribution) & roots(distribution))
     script = f"""
         from importlib.machinery import PathFinder
         find = PathFinder.find_spec
         def found(name, path=None, target=None):
             return None if name.partition(".")[0] in {hidden} else find(name, path, target)
         PathFinder.find_spec = found
-        import importlib.metadata as metadata
-        named = metadata.Distribution.from_name
-        def distribution(name):
-            if name.lower().replace("_", "-") in {hidden_distributions}:
-                raise metadata.PackageNotFoundError(name)
-            return named(name)
-        metadata.Distribution.from_name = distribution
         from {distribution.import_name} import *
         import {distribution.import_name} as package, pydoc
         missing = [name for name in package.__all__ if name not in globals()]
@@ -72,8 +65,13 @@ def test_star_import_and_help_work_where_no_extra_is_installed(distribution):
     assert done.returncode == 0, done.stderr
 
 
-def only_of_extras(distribution) -> tuple[set[str], set[str]]:
-    """Top-level modules that only an extra of the distribution brings, and their distributions."""
+def roots(distribution) -> set[str]:
+    """Top-level modules that the distribution's source imports."""
+    return {found.module.partition(".")[0] for path in distribution.files for found in imports_of(path)}
+
+
+def only_of_extras(distribution) -> set[str]:
+    """Top-level modules that only an extra of the distribution brings."""
     project = distribution.project
 
     def names(lines):
@@ -87,7 +85,7 @@ def only_of_extras(distribution) -> tuple[set[str], set[str]]:
         for module, owners in provides.items()
         if {owner.lower().replace("_", "-") for owner in owners} <= extra and not module.startswith("tenfold")
     }
-    return modules - {distribution.import_name}, extra
+    return modules - {distribution.import_name}
 
 
 def closure(names: set[str]) -> set[str]:
