@@ -1,6 +1,8 @@
 import json
 import os
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tenfold import NonFiniteError, UserError, executors
-from tenfold.claims import Bound, Measured, Study, arm_rows, claim_rows, interval, mean_ci95
+from tenfold.claims import Bound, Study, arm_rows, claim_rows, interval, mean_ci95
 from tenfold.runs import Run
 from tenfold.terminal import show_claims, table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from claims_run import broken_at_1, scaled
 
 KD, CE = [61.9, 62.8, 61.2, 62.4, 63.0], [52.1, 53.0, 51.4, 52.2, 52.9]
 
@@ -183,22 +188,6 @@ def test_intervals_have_three_digits_and_whole_thousands():
     assert interval(9.9444, (9.6, 10.333)) == "9.94 [9.6, 10.3]"
     assert interval(1234.6, (-0.00012345, 1e7)) == "1235 [-0.000123, 1e+07]"
     assert interval(3, None) == "3"
-
-
-def scaled(factor, seed):
-    """A measurement that another process can be sent."""
-    import os
-
-    import torch
-
-    values = {"top1": factor * (seed + 1.0), "pid": float(os.getpid()), "threads": float(torch.get_num_threads())}
-    return Measured(values, {"history": np.arange(seed + 2) * factor})
-
-
-def broken_at_1(seed):
-    if seed == 1:
-        raise ZeroDivisionError
-    return {"top1": 1.0}
 
 
 def test_arms_measured_in_processes_of_one_thread_equal_those_measured_here(tmp_path):

@@ -223,6 +223,7 @@ def test_two_stages_of_one_run_have_their_own_files_and_are_not_repeated(tmp_pat
     after = torch.rand(3)
     fit(Quiet(), loader, CPU, run, stage="student", quiet=True)
     assert len(rows(tmp_path / "metrics.teacher.csv")) == len(rows(tmp_path / "metrics.student.csv")) == 24
+    run.close()
     stop, resumed = StopAt(-1), Run.open(tmp_path, **opened, resume=True)
     again = fit(Quiet(), loader, CPU, resumed, stage="teacher", callbacks=[stop], quiet=True)
     assert stop.batches == 0
@@ -460,7 +461,7 @@ def test_device_and_precision_that_are_not_available_are_refused():
 
 
 def test_settings_are_read_without_torch():
-    code = "import sys, tenfold.trainer_config; assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
+    code = "import sys, tenfold.config; assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -138,17 +138,19 @@ class Setup:
 def train(path, setup, callbacks=(), fitted=lambda: None, resume=True):
     """One whole run: fit and export; called again on the same folder, it resumes."""
     settings = replace(setup, num_workers=0)  # changes nothing but the speed
-    run = Run.open(path, package="tenfold", verb="train", settings=settings, resume=resume)
     seed_everything(0)
     module = Net()
     loader = KeyedLoader(Points(), batch_size=6, num_workers=setup.num_workers)
     points = [Points()[i] for i in range(10)]
     validate = torch.utils.data.DataLoader(points, batch_size=5)
-    trainer = fit(module, loader, setup.config, run, validate=validate, callbacks=[Average(), *callbacks], quiet=True)
-    fitted()
-    weights = run.own("model.safetensors")
-    checkpoints.save(weights, module.state_dict(), method="tenfold.test", config=setup.config)
-    run.finish()
+    with Run.open(path, package="tenfold", verb="train", settings=settings, resume=resume) as run:
+        trainer = fit(
+            module, loader, setup.config, run, validate=validate, callbacks=[Average(), *callbacks], quiet=True
+        )
+        fitted()
+        weights = run.own("model.safetensors")
+        checkpoints.save(weights, module.state_dict(), method="tenfold.test", config=setup.config)
+        run.finish()
     return trainer
 
 

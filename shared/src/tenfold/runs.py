@@ -64,7 +64,9 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def environment(package: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a run depended on besides its settings: versions, seed, device, threads, machine and git state."""
     versions = {}
-    requirements = importlib.metadata.requires(package) or []
+    requirements: list[str] = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        requirements = importlib.metadata.requires(package) or []
     for name in sorted({package, "tenfold", *(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements)}):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
