@@ -370,7 +370,7 @@ def test_auto_takes_cross_moments_where_they_are_smaller_and_nobody_else_needs_m
     tall = Wide()
     tall.v, tall.mlp[0] = nn.Linear(8, 6), nn.Linear(8, 24)  # k and v have as many outputs as inputs
     assert collect_context(tall, x, init=CordaInit(), reusable=False).traces.keys() == {"mlp.1"}
-    with pytest.raises(UserError, match="accumulate cross serves power 1 only, got power 0.5"):
+    with pytest.raises(UserError, match="accumulate: cross serves power 1 only, expected cov for power 0.5"):
         CordaInit(accumulate="cross", power=0.5)
 
 
