@@ -214,6 +214,9 @@ def test_arms_in_two_processes_equal_those_measured_here(pictures, teacher, tmp_
     for name, more in (("here", []), ("there", ["--executor", "processes:2"])):
         assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
     here, there = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("here", "there"))
-    assert here["arms"] == there["arms"]
+    assert here["arms"].keys() == there["arms"].keys()
+    for arm, values in here["arms"].items():  # a worker has one thread: its sums are rounded in another order
+        for name, seeds in values.items():
+            assert there["arms"][arm][name] == pytest.approx(seeds, rel=1e-3, nan_ok=True), (arm, name)
     assert here["level"] is None
     assert (tmp_path / "there/figures/difficulty.png").exists()
