@@ -192,7 +192,7 @@ def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
             str(teacher),
         ],
         capsys,
-        "3 classes, the data 10",
+        "it does not know 0, 1, 2, 3, 4; the data lack its blue, green, red",
     )
     assert_user_error(
         main,

@@ -126,5 +126,5 @@ def test_bad_folders(tmp_path):
         load(f"imagefolder:{tmp_path / 'b'}")
     with pytest.raises(UserError, match="did you mean imagefolder"):
         load(f"imagefolders:{tmp_path}")
-    with pytest.raises(DataError, match="size is for folders"):
-        load("digits", DataSettings(size=32))
+    with pytest.raises(DataError, match="channels 4 is for npz"):
+        load(f"imagefolder:{tmp_path / 'one'}", DataSettings(channels=4))
