@@ -309,7 +309,7 @@ def test_a_model_is_made_for_the_size_of_the_images_and_takes_arguments():
     assert vit(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     assert len(vit.blocks) == 1
     assert models.build("tv:vit_b_32", num_classes=3, size=64).image_size == 64
-    assert models.build("timm:resnet10t", num_classes=3, size=32)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert models.build("timm:resnet10t", num_classes=3, size=32)(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
     assert "--model timm:resnet10t with wings 3: " in refusal("timm:resnet10t", args={"wings": 3})
     assert refusal("hf:x", args={"a": 1}) == "--model hf:x takes no arguments, got a"
 
