@@ -40,23 +40,16 @@ def write_previewed(run: Run, preview: Sequence[Mapping[str, NDArray[Any]]], dat
     }
     writer.writerow(["rank", "image", "label", *said, "mean_weight", "mean_difficulty"])
     for rank, i in enumerate(order.tolist(), 1):
-        named = [classes[int(train.labels[i])], *(classes[int(answer[i])] for answer in said.values())]
-        writer.writerow([rank, train.name(i), *named, f"{weight[i]:.4f}", f"{gamma[i]:.3f}"])
+        answers = [classes[int(train.labels[i])], *(classes[int(answer[i])] for answer in said.values())]
+        writer.writerow([rank, train.name(i), *answers, f"{weight[i]:.4f}", f"{gamma[i]:.3f}"])
     run.write_text("previewed.csv", text.getvalue())
     first = order[:SHOWN].tolist()
     images = train.pixels(torch.tensor(first)).permute(0, 2, 3, 1).numpy()
     images = images[..., 0] if images.shape[-1] == 1 else images[..., :3]
     columns = min(8, len(first))
     rows = [range(i, min(i + columns, len(first))) for i in range(0, len(first), columns)]
-    titles = [
-        "\n".join(
-            [
-                _short(classes[int(train.labels[i])]),
-                *(f"{who[0]}: {_short(classes[int(a[i])])}" for who, a in said.items()),
-            ]
-        )
-        for i in first
-    ]
+    named = {"given": np.asarray(train.labels), **said}
+    titles = ["\n".join(f"{who} {_short(classes[int(a[i])])}" for who, a in named.items()) for i in first]
     image_grid(
         run.figure("previewed"),
         [list(images[row.start : row.stop]) for row in rows],
@@ -64,7 +57,7 @@ def write_previewed(run: Run, preview: Sequence[Mapping[str, NDArray[Any]]], dat
     )
 
 
-def _short(name: str, most: int = 14) -> str:
+def _short(name: str, most: int = 10) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
