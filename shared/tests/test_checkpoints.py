@@ -286,3 +286,23 @@ def test_weights_of_an_old_torch_without_counters_are_loaded(tmp_path):
     checkpoints.load_foreign_into(module, tmp_path / "old.pth")
     assert checkpoints.digest(old) == checkpoints.digest({n: module.state_dict()[n] for n in old})
     assert int(module.state_dict()["1.num_batches_tracked"]) == 0
+
+
+def test_a_classifier_of_other_classes_starts_anew_where_that_is_asked_for(tmp_path):
+    theirs, ours = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, n)) for n in (5, 2))
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    fresh = ours[1].weight.detach().clone()
+    with pytest.raises(UserError, match="has 5 classes, the data 2"):
+        checkpoints.load_foreign_into(ours, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match=r"a\.pth has 5 classes, the data 2: 1\.weight, 1\.bias start anew"):
+        checkpoints.load_foreign_into(ours, tmp_path / "a.pth", new_head=True)
+    assert torch.equal(ours[0].weight, theirs[0].weight)
+    assert torch.equal(ours[1].weight, fresh)
+
+
+def test_the_header_is_read_without_the_tensors(tmp_path):
+    checkpoints.save(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, method="a.b", config={"c": 1})
+    assert json.loads(checkpoints.metadata(tmp_path / "a.safetensors")["tenfold"])["config"] == {"c": 1}
+    (tmp_path / "b.safetensors").write_bytes(b"none")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        checkpoints.metadata(tmp_path / "b.safetensors")

@@ -113,6 +113,9 @@ def test_an_image_grid_holds_the_pixels_in_their_places(tmp_path):
     assert (lower == 40).all()
     figures.image_grid(tmp_path / "c.png", [[red] * 12] * 12, row_titles=["DejaVuSansMono-BoldOblique"] * 12, cell=0.7)
     assert (pixels(tmp_path / "c.png")[:, :3] == 255).all(), "a title is cut off"
+    figures.image_grid(tmp_path / "d.png", [[red, red], [red, red]], titles=[["one", "two\nlines"], ["a", "b"]])
+    below = is_color(pixels(tmp_path / "d.png"), "#ff0000")
+    assert below.sum() == pytest.approx(4 * square**2, rel=0.1), "words lie over an image"
     with pytest.raises(ValueError, match=r"row 1, column 0: expected uint8 .* got float64 \(8, 8, 3\)"):
         figures.image_grid(tmp_path / "b.png", [[red], [red / 255]])
     with pytest.raises(ValueError, match=r"got uint8 \(8, 8, 1\)"):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tenfold import UserError, images, readers
+from tenfold.memory import MemoryProbe
 from tenfold.readers import Images
 
 
@@ -194,3 +195,44 @@ def test_data_know_their_size(files):
     split = images.in_files(files, 16)
     data = images.ImageData(split, None, split, files.classes, (0.5,), (0.5,), "real")
     assert data.size == 16
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 40, 50), (300, 1, 8, 8), (1, 4, 3, 3)])
+def test_statistics_are_numpys_in_little_memory(shape):
+    pixels = noise(*shape)
+    mean, std = images.pixel_statistics(torch.from_numpy(pixels))
+    assert np.allclose(mean, pixels.mean(axis=(0, 2, 3)) / 255, rtol=1e-12)
+    assert np.allclose(std, pixels.std(axis=(0, 2, 3), ddof=1) / 255, rtol=1e-10)
+    large = torch.zeros(3000, 3, 64, 64, dtype=torch.uint8)
+    with MemoryProbe(large) as probe:
+        images.pixel_statistics(large)
+    assert probe.peak_bytes - probe.start_bytes < 30e6  # in double precision the images themselves would take 295e6
+
+
+def test_images_keep_their_number_through_parts():
+    split = images.in_memory(Images(noise(9, 4, 4, 3), np.arange(9), tuple("abcdefghi"), ""))
+    part = split.part([8, 2, 5]).part([2, 0])
+    assert [part.name(i) for i in range(2)] == ["5", "8"]
+    assert torch.equal(part.images, split.images[[5, 8]])
+
+
+def test_images_in_memory_are_scaled_as_pillow_does():
+    split = images.in_memory(Images(noise(3, 12, 12, 3), np.zeros(3, np.int64), ("a",), ""))
+    scaled = split.resized(20)
+    assert scaled.size == 20
+    for ours, pixels in zip(scaled.images, split.images, strict=True):
+        theirs = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((20, 20), Image.Resampling.BILINEAR)
+        assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_channels_are_repeated_or_their_luma_taken(files):
+    color = torch.from_numpy(noise(2, 3, 5, 5))
+    gray = images.in_channels(color, 1)
+    theirs = np.stack([np.asarray(Image.fromarray(x.permute(1, 2, 0).numpy()).convert("L")) for x in color])
+    assert np.abs(gray[:, 0].numpy().astype(int) - theirs.astype(int)).max() <= 1
+    assert torch.equal(images.in_channels(gray, 3), gray.expand(-1, 3, -1, -1))
+    with pytest.raises(UserError, match="images of 4 channels cannot be brought to 3"):
+        images.in_channels(torch.zeros(1, 4, 2, 2, dtype=torch.uint8), 3)
+    split = images.in_files(files, 16, channels=1)
+    assert split.pixels(torch.arange(2)).shape == (2, 1, 16, 16)
+    assert torch.equal(split.decoded().images, split.pixels(torch.arange(len(split))))

@@ -301,3 +301,19 @@ def test_the_packaged_language_model_reads_english_and_can_be_trained():
     assert float(loss.detach().exp()) < 25
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_model_is_made_for_the_size_of_the_images_and_takes_arguments():
+    small = {"depth": 1, "embed_dim": 12, "num_heads": 1}
+    vit = models.build("timm:vit_tiny_patch16_224", num_classes=3, size=32, args=small)
+    assert vit(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert len(vit.blocks) == 1
+    assert models.build("tv:vit_b_32", num_classes=3, size=64).image_size == 64
+    assert models.build("timm:resnet10t", num_classes=3, size=32)(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert "--model timm:resnet10t with wings 3: " in refusal("timm:resnet10t", args={"wings": 3})
+    assert refusal("hf:x", args={"a": 1}) == "--model hf:x takes no arguments, got a"
+
+
+def test_pretrained_weights_of_other_classes_are_refused_where_the_whole_model_is_asked_for(packaged):
+    assert "its pretrained weights have 1000 classes, the data 7" in refusal("packaged:tiny", num_classes=7, whole=True)
+    assert models.build("packaged:tiny", num_classes=7).fc.out_features == 7

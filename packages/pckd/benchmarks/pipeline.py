@@ -20,7 +20,8 @@ import torch
 from pckd import Distiller, MultiView, TeacherCache, Views
 from pckd.config import CacheSettings, TrainSettings
 from pckd.models import build
-from pckd.training import Teacher, as_teacher, cache_card, teaching, train_student
+from pckd.teacher import Teacher, as_teacher
+from pckd.training import cache_card, teaching, train_student
 from pckd.views import normalize
 from PIL import Image
 from torch import Tensor
@@ -110,10 +111,10 @@ def cached_row() -> bench.Comparison:
         with tempfile.TemporaryDirectory() as folder:
             making = CacheSettings(data="npz:none", teacher=TEACHER, teacher_weights="none", epochs=1)
             run = Run.open(Path(folder) / "cache", package="pckd", verb="cache", settings=making)
-            card = {**cache_card(own, making.views, 0, teacher.hash), "epochs": 1}
+            card = {**cache_card(own, making.views, 0, teacher), "epochs": 1}
             batches = [(0, index) for index in torch.split(torch.arange(32), 32)]
             teach = teaching(teacher, making, own)
-            TeacherCache.write(run, card, teach, batches, teacher.plain.fc, (1, 32, 4))
+            TeacherCache.write(run, card, teach, batches, teacher.tap().centers, (1, 32, 4))
             cache = TeacherCache(run.path)
             return len(train_student(own, settings, cache=cache, quiet=True).history)
 

@@ -192,7 +192,7 @@ def test_mistakes_are_one_line(pictures, teacher, tmp_path, capsys):
             str(teacher),
         ],
         capsys,
-        "3 classes, the data 10",
+        "it does not know 0, 1, 2, 3, 4; the data lack its blue, green, red",
     )
     assert_user_error(
         main,
@@ -220,3 +220,27 @@ def test_arms_in_two_processes_equal_those_measured_here(pictures, teacher, tmp_
             assert there["arms"][arm][name] == pytest.approx(seeds, rel=1e-3, nan_ok=True), (arm, name)
     assert here["level"] is None
     assert (tmp_path / "there/figures/difficulty.png").exists()
+
+
+def test_a_vision_transformer_learns_from_a_swin_by_adamw_with_mixtures_and_an_average(pictures, tmp_path, capsys):
+    """On a folder of PNG files; the terms that ask for one class are refused before anything is trained."""
+    words = ["compare", "--data", f"imagefolder:{pictures}", "--student", "timm:vit_tiny_patch16_224", *SMALL]
+    words += ["--student_args", "{patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}", "--teacher_epochs", "1"]
+    words += ["--teacher", "timm:swin_tiny_patch4_window7_224", "--seeds", "0", "--ema", "0.9"]
+    words += ["--teacher_args", "{embed_dim: 12, depths: [1, 1], num_heads: [1, 2], window_size: 2}"]
+    words += [
+        "--optimizer.name",
+        "adamw",
+        "--optimizer.lr",
+        "1e-3",
+        "--optimizer.no_decay",
+        "[1d]",
+        "--mixing.mixup",
+        "0.2",
+    ]
+    assert main([*words, "--arms", "ce,kd,pckd", "--out", str(tmp_path / "a")]) == 2
+    assert "--mixing makes soft labels, which pckd cannot take" in capsys.readouterr().err
+    assert main([*words, "--arms", "ce,kd,fitnet", "--out", str(tmp_path / "a")]) == 0
+    assert set(json.loads((tmp_path / "a/summary.json").read_text())["arms"]) == {"ce", "kd", "fitnet"}
+    card = json.loads((tmp_path / "a/teacher/config.json").read_text())
+    assert card["args"]["embed_dim"] == 12

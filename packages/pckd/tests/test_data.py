@@ -126,5 +126,6 @@ def test_bad_folders(tmp_path):
         load(f"imagefolder:{tmp_path / 'b'}")
     with pytest.raises(UserError, match="did you mean imagefolder"):
         load(f"imagefolders:{tmp_path}")
-    with pytest.raises(DataError, match="size is for folders"):
-        load("digits", DataSettings(size=32))
+    folder(tmp_path / "c", ["cat", "dog"], 3)
+    with pytest.raises(DataError, match="channels 4 is for npz"):
+        load(f"imagefolder:{tmp_path / 'c'}", DataSettings(channels=4))

@@ -52,9 +52,10 @@ def test_topologies_have_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("name", WIDTHS)
 def test_the_tap_reproduces_the_logits_of_the_zoo(name):
     model = ZOO[name](7).eval()
-    tap = ClassifierTap(model)
+    images = torch.randn(2, 3, 32, 32)
+    tap = ClassifierTap(model, example=images)
     with torch.no_grad():
-        out = tap(torch.randn(2, 3, 32, 32))
+        out = tap(images)
     assert tap.feature_dim == WIDTHS[name]
     assert torch.allclose(out.feature @ out.weight.T + out.bias, out.logits, atol=1e-5)
 
@@ -63,29 +64,33 @@ def test_the_tap_reproduces_the_logits_of_the_zoo(name):
 def test_the_tap_reproduces_the_logits_of_timm_and_torchvision(spec):
     """Also a classifier of several layers, of which the last counts."""
     side = 224 if "vit" in spec or "vgg" in spec else 64
-    tap = ClassifierTap(build(spec, 7).eval())
-    out = tap.check(torch.randn(2, 3, side, side))
+    images = torch.randn(2, 3, side, side)
+    out = ClassifierTap(build(spec, 7).eval(), example=images).check(images)
     assert out.logits.shape == (2, 7)
     assert torch.allclose(out.feature @ out.weight.T + out.bias, out.logits, atol=1e-5)
 
 
 def test_heads_without_bias_and_explicit_paths():
     model = nn.Sequential(collections.OrderedDict(body=nn.Linear(4, 5), fc=nn.Linear(5, 3, bias=False)))
-    out = ClassifierTap(model)(torch.randn(2, 4))
+    rows = torch.randn(2, 4)
+    out = ClassifierTap(model, example=rows)(rows)
     assert out.bias is None
     assert torch.allclose(out.feature @ out.weight.T, out.logits)
     odd = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     assert ClassifierTap(odd, "2").feature_dim == 5
-    with pytest.raises(ClassifierNotFound, match="linear layers are 0, 2"):
+    assert ClassifierTap(odd, example=rows).path == "2"
+    with pytest.raises(UserError, match="give them, or its path"):
         ClassifierTap(odd)
+    with pytest.raises(ClassifierNotFound, match=r"linear layers are 0\.0, 0\.2"):
+        ClassifierTap(nn.Sequential(odd, nn.Softmax(dim=1)), example=rows)
     with pytest.raises(ClassifierNotFound, match="'1' is no linear layer"):
         ClassifierTap(odd, "1")
     with pytest.raises(ClassifierNotFound, match="no linear layer inside"):
-        ClassifierTap(build("tv:squeezenet1_0", 3))
+        ClassifierTap(nn.Flatten(), example=rows)
     with pytest.raises(ClassifierNotFound, match="not those of the layer '0'"):
-        ClassifierTap(odd, "0").check(torch.randn(2, 4))
-    with pytest.raises(ValueError, match=r"must be \(N, D\)"):
-        ClassifierTap(nn.Sequential(collections.OrderedDict(fc=nn.Linear(4, 3))))(torch.randn(2, 5, 4))
+        ClassifierTap(odd, "0", example=rows)
+    with pytest.raises(ValueError, match=r"logits must be \(2, C\)"):
+        ClassifierTap(nn.Sequential(collections.OrderedDict(fc=nn.Linear(4, 3))), "fc")(torch.randn(2, 5, 4))
 
 
 @pytest.mark.parametrize(
@@ -97,9 +102,11 @@ def test_second_stages(spec, stage):
     assert found == stage or found.startswith("blocks"), found
 
 
-@pytest.mark.parametrize("spec", ["cifar:resnet8", "cifar:ShuffleV2", "tv:resnet18", "timm:resnet10t"])
+@pytest.mark.parametrize(
+    "spec", ["cifar:resnet8", "cifar:ShuffleV2", "tv:resnet18", "timm:resnet10t", "timm:mobilenetv3_small_050"]
+)
 def test_a_folded_teacher_gives_the_same_logits(spec):
-    """Batch norms go into convolutions where the model can be traced; the tap finds the classifier all the same."""
+    """Batch norms go into the convolutions before them; the layer of the logits keeps its name."""
     torch.manual_seed(0)
     model = build(spec, 5)
     images = torch.randn(4, 3, 32, 32)
@@ -108,10 +115,10 @@ def test_a_folded_teacher_gives_the_same_logits(spec):
     folded = freeze(model, images)
     with torch.no_grad():
         expected = model(images)
-        out = ClassifierTap(folded)(images)
+        out = ClassifierTap(folded, ClassifierTap(model, example=images).path)(images)
     assert torch.allclose(out.logits, expected, rtol=1e-4, atol=1e-4)
     assert not any(p.requires_grad for p in folded.parameters())
-    if spec == "cifar:resnet8":
+    if spec in {"cifar:resnet8", "timm:mobilenetv3_small_050"}:
         assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
 
 
@@ -132,7 +139,12 @@ def test_checkpoints_of_other_programs_load(tmp_path, key, prefix):
 def test_a_file_that_does_not_fit_is_named_with_its_option(tmp_path):
     torch.save(ZOO["resnet8"](7).state_dict(), tmp_path / "seven.pth")
     with pytest.raises(UserError, match=r"--teacher_weights .*seven\.pth has 7 classes, the data 5"):
-        build("cifar:resnet8", 5, str(tmp_path / "seven.pth"), option="--teacher")
+        build("cifar:resnet8", 5, str(tmp_path / "seven.pth"), option="--teacher", whole=True)
+    with pytest.warns(UserWarning, match=r"seven\.pth has 7 classes, the data 5: fc\.weight, fc\.bias start anew"):
+        student = build("cifar:resnet8", 5, str(tmp_path / "seven.pth"))
+    theirs = torch.load(tmp_path / "seven.pth")
+    assert torch.equal(student.conv1.weight, theirs["conv1.weight"])
+    assert student.fc.weight.shape == (5, 64)
     torch.save(ZOO["resnet14"](5).state_dict(), tmp_path / "deeper.pth")
     with pytest.raises(UserError, match=r"unknown layer1\.1"):
         build("cifar:resnet8", 5, str(tmp_path / "deeper.pth"))

@@ -17,7 +17,8 @@ from pckd.cli import main
 from pckd.config import TrainSettings
 from pckd.data import load
 from pckd.models import build
-from pckd.training import as_teacher, train_student
+from pckd.teacher import as_teacher
+from pckd.training import train_student
 from safetensors.torch import load_file
 from torch import nn
 
@@ -219,7 +220,7 @@ def test_timms_protocol_and_ones_own_loop():
     distiller.load_state_dict(state)
     loss = distiller(images, labels, 5, 10)
     assert torch.equal(found["loss"], loss.total)
-    assert found["output"].shape == (8, 3)
+    assert found["output"].shape == (2, 3)  # of the upright views, for the metrics of timm's loop
     assert torch.allclose(found["task_loss"] + found["kd_loss"], loss.total)
 
 
@@ -265,4 +266,4 @@ def test_ce_is_the_plain_model_and_pckd_modules_compose():
     ce = Distiller(model, None, "ce", example=torch.randn(2, 3, 8, 8))
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
     assert torch.equal(ce(images, labels, 1).total, F.cross_entropy(model(images), labels))
-    assert isinstance(ce.student.classifier, nn.Linear)
+    assert isinstance(ce.student.layers[0], nn.Linear)

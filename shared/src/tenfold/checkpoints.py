@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,21 @@ def check_shapes(
         raise UserError(f"{path}: {'; '.join(faults[:3])}{more}")
 
 
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The header of a safetensors file, without its tensors.
+
+    Raises:
+        UserError: it is not a whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {_line(error)}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Foreign:
     """What a file of other people's weights holds.
@@ -164,6 +180,7 @@ _PREFIXES = (
     "_orig_mod.",
     "_forward_module.",
     "student.model.",
+    "student.",
     "model.",
     "net.",
     "network.",
@@ -205,11 +222,24 @@ def read_foreign(
 
 
 def load_foreign_into(
-    module: "nn.Module", path: str | os.PathLike[str], *, option: str = "", stand_ins: Sequence[StandIn] = ()
+    module: "nn.Module",
+    path: str | os.PathLike[str],
+    *,
+    option: str = "",
+    stand_ins: Sequence[StandIn] = (),
+    new_head: bool = False,
 ) -> Foreign:
     """Load other people's weights into a module whose names and shapes are theirs; see ``read_foreign``.
 
     Counters of batch norms (``num_batches_tracked``), which torch before 0.4.1 did not save, may be missing.
+
+    Args:
+        module: the module.
+        path: as for ``read_foreign``.
+        option: option that gave the path, for messages.
+        stand_ins: as for ``read_foreign``.
+        new_head: where the file has another number of classes, leave the module's classifier as it is, with a warning that
+            names its tensors; else it is refused.
 
     Raises:
         UserError: as for ``read_foreign``, or names or shapes differ; the message says which, and says so plainly where the
@@ -225,10 +255,14 @@ def load_foreign_into(
     shown = f"{option} {path}".strip()
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
         differ = [n for n, t in state.items() if n in expected and t.ndim > 1 and tuple(t.shape) != expected[n]]
-        heads = [name for name in differ if state[name].ndim == 2 and state[name].shape[0] != expected[name][0]]
+        heads = [name for name in differ if state[name].shape[1:] == expected[name][1:]]
         if heads and len(heads) == len(differ):
             theirs, ours = state[heads[-1]].shape[0], expected[heads[-1]][0]
-            raise UserError(f"{shown} has {theirs} classes, the data {ours}")
+            if not new_head:
+                raise UserError(f"{shown} has {theirs} classes, the data {ours}")
+            fresh = [n for n, t in state.items() if n in expected and tuple(t.shape) != expected[n]]
+            warnings.warn(f"{shown} has {theirs} classes, the data {ours}: {', '.join(fresh)} start anew", stacklevel=2)
+            state |= {name: own[name] for name in fresh}
         check_shapes(shown, expected, state)
     module.load_state_dict(state)
     return found

@@ -133,15 +133,17 @@ def image_grid(
     *,
     row_titles: Sequence[str] = (),
     column_titles: Sequence[str] = (),
+    titles: Sequence[Sequence[str]] = (),
     cell: float = 1.2,
 ) -> None:
-    """Rows of images on a white page, each fitted into a square; titles above the columns and beside the rows.
+    """Rows of images on a white page, each fitted into a square; titles above the columns, beside the rows, below images.
 
     Args:
         path: the PNG.
         images: rows of uint8 arrays, (H, W) gray or (H, W, 3) RGB; rows may differ in length, images in size.
         row_titles: one per row, or none.
         column_titles: one per column, or none.
+        titles: words below each image, in lines; rows as in ``images``.
         cell: side of a square in inches, at 130 pixels an inch.
 
     Raises:
@@ -149,7 +151,10 @@ def image_grid(
     """
     columns = max(map(len, images))
     widest = max(map(len, row_titles), default=0)
-    with _saved(path, cell * columns + 0.08 * widest + 0.2, cell * len(images) + 0.3) as figure:
+    lines = max((text.count("\n") + 1 for row in titles for text in row), default=0)
+    below = 0.14 * lines / cell  # in cells
+    height_of_row = 1 + below
+    with _saved(path, cell * columns + 0.08 * widest + 0.2, cell * height_of_row * len(images) + 0.3) as figure:
         axes = figure.add_subplot()
         for r, row in enumerate(images):
             for c, given in enumerate(row):
@@ -159,15 +164,18 @@ def image_grid(
                         f"image in row {r}, column {c}: expected uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}"
                     )
                 height, width = 0.47 * np.asarray(image.shape[:2]) / max(image.shape[:2])
-                place = (c - width, c + width, r + height, r - height)
+                middle = r * height_of_row
+                place = (c - width, c + width, middle + height, middle - height)
                 rgb = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)  # a color map would round the levels
                 axes.imshow(rgb, extent=place)
+                if titles:
+                    axes.text(c, middle + 0.5, titles[r][c], ha="center", va="top", fontsize=7)
         axes.set_xticks(range(len(column_titles)), column_titles)
-        axes.set_yticks(range(len(row_titles)), row_titles)
+        axes.set_yticks([r * height_of_row for r in range(len(row_titles))], row_titles)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
         axes.grid(visible=False)
-        axes.set(xlim=(-0.5, columns - 0.5), ylim=(len(images) - 0.5, -0.5))
+        axes.set(xlim=(-0.5, columns - 0.5), ylim=(len(images) * height_of_row - 0.5, -0.5))
 
 
 @contextlib.contextmanager

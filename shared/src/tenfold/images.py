@@ -3,6 +3,7 @@
 What is drawn at random comes from torch's global generator, which ``tenfold.training.KeyedLoader`` keys.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tenfold.errors import UserError
 from tenfold.readers import ImageFolder, Images, read_image
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 
 Decode = Callable[[Path, int], NDArray[np.uint8]]
 """What makes (size, size, 3) pixels from a file and a size."""
+
+
+_CHUNK = 1 << 20
+"""Values that are in double precision at once."""
 
 
 def to_tensor(images: NDArray[np.uint8], *, color: bool = False, channels_last: bool = False) -> Tensor:
@@ -42,7 +49,7 @@ def to_tensor(images: NDArray[np.uint8], *, color: bool = False, channels_last: 
 
 
 def pixel_statistics(images: Tensor, *, scale: float = 255, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pixels per channel, in double precision.
+    """Mean and standard deviation of the pixels per channel, in double precision, in memory that does not grow with them.
 
     Args:
         images: (N, C, H, W).
@@ -50,8 +57,15 @@ def pixel_statistics(images: Tensor, *, scale: float = 255, most: int | None = N
         most: images that suffice; of more, every n-th is taken.
     """
     step = 1 if most is None else max(1, len(images) // most)
-    pixels = images[::step].double() / scale
-    return pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
+    count, mean = 0, torch.zeros(images.shape[1], dtype=torch.float64, device=images.device)
+    squares = torch.zeros_like(mean)
+    for part in torch.split(images[::step], max(1, _CHUNK // max(1, images[0].numel()))):
+        pixels = part.double() / scale
+        size, own = pixels[:, 0].numel(), pixels.mean(dim=(0, 2, 3))
+        shift, whole = own - mean, count + size
+        squares += (pixels - own.view(-1, 1, 1)).square().sum(dim=(0, 2, 3)) + shift.square() * (count * size / whole)
+        mean, count = mean + shift * (size / whole), whole
+    return mean, (squares / max(count - 1, 1)).sqrt()
 
 
 def of_each(labels: Tensor, number: Callable[[int], int]) -> list[int]:
@@ -174,25 +188,36 @@ class Split:
         images: (N, C, H, W) uint8; None where files are decoded as needed.
         paths: files; empty for data that does not come in files.
         size: side that files are brought to.
+        numbers: (N,) number of each image in what the user gave; None where all are there in their order.
+        channels: channels that files are brought to: 3, or 1 for gray.
     """
 
     labels: Tensor
     images: Tensor | None
     paths: tuple[Path, ...]
     size: int
+    numbers: Tensor | None = None
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """The file of an image, or its number."""
-        return str(self.paths[index]) if self.paths else str(index)
+        """The file of an image, or its number in the user's array."""
+        if self.paths:
+            return str(self.paths[index])
+        return str(index if self.numbers is None else int(self.numbers[index]))
 
     def part(self, indices: Sequence[int] | Tensor) -> "Split":
         """Some of the images, in the order given."""
         where = torch.as_tensor(indices, dtype=torch.int64)
-        paths = tuple(self.paths[i] for i in where.tolist()) if self.paths else ()
-        return Split(self.labels[where], None if self.images is None else self.images[where], paths, self.size)
+        return dataclasses.replace(
+            self,
+            labels=self.labels[where],
+            images=None if self.images is None else self.images[where],
+            paths=tuple(self.paths[i] for i in where.tolist()) if self.paths else (),
+            numbers=where if self.numbers is None else self.numbers[where],
+        )
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Images (B, C, size, size) uint8 without augmentation.
@@ -202,7 +227,8 @@ class Split:
         """
         if self.images is not None:
             return self.images[indices]
-        return torch.stack([_channels_first(read_square(self.paths[i], self.size)) for i in indices.tolist()])
+        rows = [_channels_first(read_square(self.paths[i], self.size)) for i in indices.tolist()]
+        return in_channels(torch.stack(rows), self.channels)
 
     def decoded(self, decode: Decode = read_square) -> "Split":
         """With all images in memory, channels last.
@@ -212,26 +238,60 @@ class Split:
         """
         if self.images is not None:
             return self
-        images = np.empty((len(self), self.size, self.size, 3), np.uint8)
+        images = np.empty((len(self), self.size, self.size, self.channels), np.uint8)
         for row, path in zip(images, self.paths, strict=True):
-            row[:] = decode(path, self.size)
-        return Split(self.labels, torch.from_numpy(images).permute(0, 3, 1, 2), self.paths, self.size)
+            pixels = decode(path, self.size)
+            row[:] = pixels if self.channels == 3 else _gray(pixels)
+        return dataclasses.replace(self, images=torch.from_numpy(images).permute(0, 3, 1, 2))
+
+    def resized(self, size: int) -> "Split":
+        """With images in memory scaled to another side, by antialiased bilinear interpolation."""
+        if self.images is None or size == self.size:
+            return dataclasses.replace(self, size=size)
+        images = torch.empty(len(self), self.images.shape[1], size, size, dtype=torch.uint8)
+        images = images.contiguous(memory_format=torch.channels_last)
+        for rows, part in zip(torch.split(images, 256), torch.split(self.images, 256), strict=True):
+            scaled = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+            rows.copy_(scaled.round_().clamp_(0, 255))
+        return dataclasses.replace(self, images=images, size=size)
 
     @property
     def decoded_bytes(self) -> int:
         """Memory that the images take, or would take."""
-        return self.images.numel() if self.images is not None else len(self) * 3 * self.size**2
+        return self.images.numel() if self.images is not None else len(self) * self.channels * self.size**2
 
 
-def in_memory(part: Images) -> Split:
-    """Square images of arrays as a split in color, channels last in memory."""
-    pixels = to_tensor(part.images, color=True, channels_last=True)
-    return Split(torch.from_numpy(part.labels.astype(np.int64)), pixels, (), part.images.shape[1])
+def in_channels(images: Tensor, channels: int) -> Tensor:
+    """Images (N, C, H, W) uint8 with another number of channels: gray repeated, or the luma of color (ITU-R BT.601).
+
+    Raises:
+        UserError: neither; four channels are no color with transparency to us.
+    """
+    if images.shape[1] == channels:
+        return images
+    if images.shape[1] == 1:
+        return images.expand(-1, channels, -1, -1)
+    if channels == 1 and images.shape[1] == 3:
+        return torch.from_numpy(_gray(images.permute(0, 2, 3, 1).numpy())).permute(0, 3, 1, 2)
+    raise UserError(f"images of {images.shape[1]} channels cannot be brought to {channels}")
 
 
-def in_files(folder: ImageFolder, size: int) -> Split:
+def _gray(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The luma of (..., 3) as (..., 1)."""
+    return np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
+
+
+def in_memory(part: Images, *, color: bool = True) -> Split:
+    """Square images of arrays as a split, channels last in memory; gray ones in three channels unless told otherwise."""
+    pixels = to_tensor(part.images, color=color, channels_last=True)
+    return Split(
+        torch.from_numpy(part.labels.astype(np.int64)), pixels, (), part.images.shape[1], channels=pixels.shape[1]
+    )
+
+
+def in_files(folder: ImageFolder, size: int, *, channels: int = 3) -> Split:
     """Pictures of a folder as a split that decodes them as needed."""
-    return Split(torch.from_numpy(folder.labels), None, folder.paths, size)
+    return Split(torch.from_numpy(folder.labels), None, folder.paths, size, channels=channels)
 
 
 class Indexed(Dataset[Any]):
@@ -253,7 +313,8 @@ class Indexed(Dataset[Any]):
         label = int(self.split.labels[index])
         if self.split.images is not None:
             return index, label
-        return index, label, _channels_first(self.decode(self.split.paths[index], self.split.size))
+        pixels = _channels_first(self.decode(self.split.paths[index], self.split.size))
+        return index, label, in_channels(pixels[None], self.split.channels)[0]
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,9 @@ def build(
     features_only: bool = False,
     auto: str = "AutoModelForImageClassification",
     own: Own | None = None,
+    size: int | None = None,
+    args: Mapping[str, Any] | None = None,
+    whole: bool = False,
     option: str = "--model",
 ) -> "nn.Module":
     """The model that a name stands for.
@@ -93,6 +96,9 @@ def build(
         features_only: give the maps of all stages in place of logits (timm and packaged models of images).
         auto: class of transformers that ``hf:`` models are built with, such as ``AutoModelForCausalLM``.
         own: models of the package itself, ``{"cifar": {"resnet20": make}}``.
+        size: side of the images in pixels, for models of timm and torchvision that are made for one size.
+        args: further arguments of the model, such as ``drop_path_rate`` (not for ``hf`` and ``packaged``).
+        whole: refuse pretrained weights whose classifier has another number of classes, in place of a new classifier.
         option: option that gave the name, for messages.
 
     Raises:
@@ -110,17 +116,37 @@ def build(
         raise UserError(f"{shown}: maps of all stages are needed here, which timm:NAME gives")
     if pretrained and (kind in own or kind == "py"):
         raise UserError(f"{shown}: there are no pretrained weights of this model; give a file of weights")
-    if kind in own:
-        return _own(own[kind], name, num_classes, in_chans, shown)
-    if kind == "timm":
-        return _timm(name, num_classes, in_chans, pretrained, features_only, shown)
-    if kind == "packaged":
-        return _packaged(name, num_classes, in_chans, features_only, shown)
-    if kind == "tv":
-        return _torchvision(name, num_classes, in_chans, pretrained, shown)
-    if kind == "hf":
-        return _transformers(name, num_classes, in_chans, pretrained, auto, shown)
-    return _python(name, num_classes, shown)
+    more = dict(args or {})
+    if more and kind in {"hf", "packaged"}:
+        raise UserError(f"{shown} takes no arguments, got {', '.join(more)}")
+    with _arguments_fit(shown, more):
+        if kind in own:
+            return _own(own[kind], name, num_classes, in_chans, more, shown)
+        if kind == "timm":
+            return _timm(name, num_classes, in_chans, pretrained, features_only, shown, size, more, whole)
+        if kind == "packaged":
+            return _packaged(name, num_classes, in_chans, features_only, whole, shown)
+        if kind == "tv":
+            return _torchvision(name, num_classes, in_chans, pretrained, size, more, shown)
+        if kind == "hf":
+            return _transformers(name, num_classes, in_chans, pretrained, auto, whole, shown)
+        return _python(name, num_classes, more, shown)
+
+
+@contextlib.contextmanager
+def _arguments_fit(shown: str, args: Mapping[str, Any]) -> Iterator[None]:
+    """What a model says of arguments that the user gave."""
+    try:
+        yield
+    except (TypeError, AssertionError, ValueError) as error:
+        if not args or isinstance(error, UserError):
+            raise
+        raise UserError(f"{shown} with {', '.join(f'{k} {v}' for k, v in args.items())}: {_line(error)}") from error
+
+
+def _same_classes(theirs: int | None, num_classes: int | None, shown: str) -> None:
+    if theirs is not None and num_classes not in {None, theirs}:
+        raise UserError(f"{shown}: its pretrained weights have {theirs} classes, the data {num_classes}")
 
 
 def names(kind: str) -> list[str]:
@@ -184,16 +210,29 @@ def _nearest_form(spec: str, own: Own) -> str:
 
 
 def _own(
-    functions: "Mapping[str, Callable[..., nn.Module]]", name: str, num_classes: int | None, in_chans: int, shown: str
+    functions: "Mapping[str, Callable[..., nn.Module]]",
+    name: str,
+    num_classes: int | None,
+    in_chans: int,
+    args: Mapping[str, Any],
+    shown: str,
 ) -> "nn.Module":
     if name not in functions:
         raise UserError(f"{shown}: unknown name: {did_you_mean(name, functions)}")
     channels = {} if in_chans == 3 else {"in_chans": in_chans}
-    return functions[name](*(() if num_classes is None else (num_classes,)), **channels)
+    return functions[name](*(() if num_classes is None else (num_classes,)), **{**channels, **args})
 
 
 def _timm(
-    name: str, num_classes: int | None, in_chans: int, pretrained: bool, features_only: bool, shown: str
+    name: str,
+    num_classes: int | None,
+    in_chans: int,
+    pretrained: bool,
+    features_only: bool,
+    shown: str,
+    size: int | None = None,
+    args: Mapping[str, Any] | None = None,
+    whole: bool = False,
 ) -> "nn.Module":
     needs("timm", "timm", why=shown)
     import timm
@@ -210,12 +249,26 @@ def _timm(
         raise UserError(f"{shown}: timm has no pretrained weights of this model")
     options: dict[str, Any] = {} if num_classes is None or features_only else {"num_classes": num_classes}
     options |= {"features_only": True} if features_only else {}
+    known = timm.models.get_pretrained_cfg(name)
+    if known is not None and known.fixed_input_size and size is not None:
+        options["img_size"] = size
+    if pretrained and whole and known is not None:
+        _same_classes(known.num_classes, num_classes, shown)
+    options |= args or {}
     with _one_line(shown):
         model: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
     return model
 
 
-def _torchvision(name: str, num_classes: int | None, in_chans: int, pretrained: bool, shown: str) -> "nn.Module":
+def _torchvision(
+    name: str,
+    num_classes: int | None,
+    in_chans: int,
+    pretrained: bool,
+    size: int | None,
+    args: Mapping[str, Any],
+    shown: str,
+) -> "nn.Module":
     needs("torchvision", "torchvision", why=shown)
     from torch import nn
     from torchvision import models
@@ -228,22 +281,26 @@ def _torchvision(name: str, num_classes: int | None, in_chans: int, pretrained: 
     options: dict[str, Any] = {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
     if pretrained:
         with _one_line(shown):
-            model: nn.Module = models.get_model(name, weights="DEFAULT", **options)
+            model: nn.Module = models.get_model(name, weights="DEFAULT", **{**options, **args})
         found = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
         theirs = found.out_features if isinstance(found, nn.Linear) else found.out_channels
-        if num_classes not in {None, theirs}:
-            raise UserError(f"{shown}: its pretrained weights have {theirs} classes, the data {num_classes}")
+        _same_classes(theirs, num_classes, shown)
         transform = models.get_model_weights(name)["DEFAULT"].transforms()
         model.pretrained_cfg = {"mean": tuple(transform.mean), "std": tuple(transform.std)}  # type: ignore[assignment]
         return model
     options |= {"init_weights": True} if options else {}
     options |= {} if num_classes is None else {"num_classes": num_classes}
-    fresh: nn.Module = models.get_model(name, **options)
+    if size is not None and name.startswith("vit_"):
+        options["image_size"] = size
+    elif size is not None and name.startswith("maxvit"):
+        options["input_size"] = (size, size)
+    with _one_line(shown):
+        fresh: nn.Module = models.get_model(name, **{**options, **args})
     return fresh
 
 
 def _transformers(
-    name: str, num_classes: int | None, in_chans: int, pretrained: bool, auto: str, shown: str
+    name: str, num_classes: int | None, in_chans: int, pretrained: bool, auto: str, whole: bool, shown: str
 ) -> "nn.Module":
     needs("transformers", "transformers", why=shown)
     import json
@@ -275,11 +332,15 @@ def _transformers(
         source = str(path) if path.is_dir() else name
         options: dict[str, Any] = {"torch_dtype": "auto"}  # as the weights are stored; the default from version 5 on
         options |= {"ignore_mismatched_sizes": True, **head} if head else {}
+        if whole and head:
+            with _one_line(shown):
+                theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).num_labels
+            _same_classes(theirs, num_classes, shown)
         with _one_line(shown):  # no code of a model's author is run, and none of its pickles
             model = factory.from_pretrained(source, trust_remote_code=False, weights_only=True, **options)
-        theirs = getattr(model.config, "num_channels", in_chans)
-        if theirs != in_chans:
-            raise UserError(f"{shown}: it takes {theirs} channels, the data have {in_chans}")
+        channels_of = getattr(model.config, "num_channels", in_chans)
+        if channels_of != in_chans:
+            raise UserError(f"{shown}: it takes {channels_of} channels, the data have {in_chans}")
     if classifies:
         model.register_forward_hook(_logits_alone)
     return model
@@ -289,7 +350,7 @@ def _logits_alone(module: "nn.Module", inputs: Any, output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-def _python(name: str, num_classes: int | None, shown: str) -> "nn.Module":
+def _python(name: str, num_classes: int | None, args: Mapping[str, Any], shown: str) -> "nn.Module":
     from torch import nn
 
     module, colon, function = name.rpartition(":")
@@ -306,7 +367,7 @@ def _python(name: str, num_classes: int | None, shown: str) -> "nn.Module":
             public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
             raise UserError(f"{shown}: module {module} has no function {function}: {did_you_mean(function, public)}")
         arguments, named = _arguments(factory, num_classes)
-        model = factory(*arguments, **named)
+        model = factory(*arguments, **{**named, **args})
     if not isinstance(model, nn.Module):
         raise UserError(f"{shown}: the function returned {type(model).__name__}, expected a torch module")
     return model
@@ -338,7 +399,9 @@ def _working_folder_first() -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def _packaged(name: str, num_classes: int | None, in_chans: int, features_only: bool, shown: str) -> "nn.Module":
+def _packaged(
+    name: str, num_classes: int | None, in_chans: int, features_only: bool, whole: bool, shown: str
+) -> "nn.Module":
     file = packaged_file(name, option=shown.partition(" ")[0])
     known = PACKAGED[name]
     if not known.architecture:
@@ -349,19 +412,21 @@ def _packaged(name: str, num_classes: int | None, in_chans: int, features_only: 
         raise UserError(f"{shown}: it takes 3 channels, the data have {in_chans}")
     from tenfold.checkpoints import read_foreign
 
-    whole = _timm(known.architecture, None, 3, False, False, shown)
-    own, theirs = whole.state_dict(), list(read_foreign(file).tensors.values())
+    model = _timm(known.architecture, None, 3, False, False, shown)
+    own, theirs = model.state_dict(), list(read_foreign(file).tensors.values())
     if [tensor.shape for tensor in own.values()] != [tensor.shape for tensor in theirs]:
         raise UserError(f"{shown}: {file} does not hold the weights of timm's {known.architecture} in its order")
-    whole.load_state_dict(dict(zip(own, theirs, strict=True)))
+    model.load_state_dict(dict(zip(own, theirs, strict=True)))
     if features_only:
         maps = _timm(known.architecture, None, 3, False, True, shown)
-        weights = whole.state_dict()
+        weights = model.state_dict()
         maps.load_state_dict({key: weights[key] for key in maps.state_dict()})
         return maps
+    if whole:
+        _same_classes(1000, num_classes, shown)
     if num_classes not in {None, 1000}:
-        whole.reset_classifier(num_classes)  # type: ignore[operator]  # timm's models have it
-    return whole
+        model.reset_classifier(num_classes)  # type: ignore[operator]  # timm's models have it
+    return model
 
 
 def _language_model(file: Path, shown: str) -> "nn.Module":

@@ -337,12 +337,16 @@ _PARTS = (
 )
 
 
-def npz_images(path: str | Path) -> tuple[Images, Images | None]:
+def npz_images(path: str | Path, *, channels: Sequence[int] = (3,)) -> tuple[Images, Images | None]:
     """Images with labels from an ``.npz`` file, as (train, test).
 
     Arrays are ``train_images, train_labels, test_images, test_labels``, or ``x_train, y_train, x_test, y_test``, or ``x, y``
     alone (test is then None): images (N, H, W) or (N, H, W, 3) uint8, labels whole numbers from 0. ``classes``, if present,
     names them.
+
+    Args:
+        path: the file.
+        channels: numbers of channels that images with an axis of channels may have.
 
     Raises:
         UserError: no such file, not an npz, another form, images of two sizes, a label that is negative or has no name.
@@ -353,7 +357,8 @@ def npz_images(path: str | Path) -> tuple[Images, Images | None]:
     expected: dict[str, tuple[str, Shape]] = {}
     for number, key in enumerate(keys):
         rows = f"N{number // 2}"
-        color: Shape = (3,) if key in forms and len(forms[key][0]) == 4 else ()
+        own = forms[key][0][3] if key in forms and len(forms[key][0]) == 4 else 0
+        color: Shape = ((own if own in channels else channels[0]),) if own else ()
         expected[key] = ("uint8|int16|int32|int64", (rows,)) if number % 2 else ("uint8", (rows, "H", "W", *color))
     found = npz_arrays(path, expected)
     labels = {key: found[key].astype(np.int64) for key in keys[1::2]}

@@ -1,8 +1,9 @@
 """Distill any image classifier into a smaller one: category contrast with preview weights (PCKD), and its baselines.
 
 Read in this order: ``contrast`` (the category contrast), ``losses`` (the terms and their sum), ``tap`` (features of a model
-that is not edited), ``distiller`` (student, teacher and loss as one module), ``views`` (augmented views), ``cache`` (a
-teacher's outputs on disk), ``training`` (the glue to Lightning).
+that is not edited), ``distiller`` (student, teacher and loss as one module), ``views`` (augmented views), ``teacher`` (a
+frozen teacher and what it was trained for), ``cache`` (a teacher's outputs on disk), ``training`` (the glue to Lightning),
+``task`` (a training task of timm).
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pckd.contrast import category_contrast as category_contrast
     from pckd.data import DataError as DataError
     from pckd.distiller import Distiller as Distiller
-    from pckd.distiller import PCKDTask as PCKDTask
     from pckd.losses import CategoryContrastLoss as CategoryContrastLoss
     from pckd.losses import CenterAlignLoss as CenterAlignLoss
     from pckd.losses import FeatureAlignLoss as FeatureAlignLoss
@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from pckd.losses import preview_weights as preview_weights
     from pckd.tap import ClassifierNotFound as ClassifierNotFound
     from pckd.tap import ClassifierTap as ClassifierTap
+    from pckd.task import PCKDTask as PCKDTask
+    from pckd.teacher import Teacher as Teacher
+    from pckd.teacher import load_teacher as load_teacher
     from pckd.training import PCKDLightning as PCKDLightning
     from pckd.training import PreviewMonitor as PreviewMonitor
     from pckd.views import MultiView as MultiView
 
 __version__ = "0.1.0"
-__all__, __getattr__, __dir__ = attach(__name__)
+__all__, __getattr__, __dir__ = attach(__name__, needs={"task": "timm"})

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pckd.losses import Outputs
 from tenfold import UserError
@@ -72,7 +72,7 @@ class TeacherCache:
         card: Mapping[str, Any],
         teach: Callable[[Tensor, int], Outputs],
         batches: Iterable[tuple[int, Tensor]],
-        head: nn.Linear,
+        centers: tuple[Tensor, Tensor | None],
         shape: tuple[int, int, int],
     ) -> None:
         """Run the teacher over ``batches`` of (epoch, index) and keep what it gives, whole or not at all.
@@ -82,17 +82,17 @@ class TeacherCache:
             card: what it is made of.
             teach: (index, epoch) -> outputs, features of all views and logits of the upright ones.
             batches: all images of each of the k epochs.
-            head: the teacher's last linear layer.
+            centers: weights (C, D) and bias of the teacher's last layer.
             shape: (k, images, views).
         """
         k, images, views = shape
         names = [run.replacing(name) for name in ("features.npy", "logits.npy")]
         with names[0] as features_path, names[1] as logits_path:
             features = np.lib.format.open_memmap(
-                features_path, mode="w+", dtype=np.float16, shape=(k, images, views, head.in_features)
+                features_path, mode="w+", dtype=np.float16, shape=(k, images, views, centers[0].shape[1])
             )
             logits = np.lib.format.open_memmap(
-                logits_path, mode="w+", dtype=np.float16, shape=(k, images, head.out_features)
+                logits_path, mode="w+", dtype=np.float16, shape=(k, images, len(centers[0]))
             )
             for epoch, index in batches:
                 out = teach(index, epoch)
@@ -107,9 +107,10 @@ class TeacherCache:
             features.flush()
             logits.flush()
             del features, logits
-        arrays: dict[str, Any] = {"weight": head.weight.detach().cpu().numpy()}
-        if head.bias is not None:
-            arrays["bias"] = head.bias.detach().cpu().numpy()
+        weight, bias = centers
+        arrays: dict[str, Any] = {"weight": weight.detach().cpu().numpy()}
+        if bias is not None:
+            arrays["bias"] = bias.detach().cpu().numpy()
         with run.replacing("head.npz") as path:
             np.savez(path, **arrays)
         run.write_json(CARD, card)

@@ -47,7 +47,8 @@ class Preview(Settings):
         tail: weight beyond the threshold. exp2 is exp(-gamma^2), the authors'; smooth is exp(1 - (gamma / t_e)^2), ours,
             without a jump; none weighs every sample 1, which makes pckd into ckd.
         normalize: divide the weights by their mean, so that preview does not lower the loss's scale (ours).
-        detach: no gradient through the weights; the authors' code lets it through in the term of the logits.
+        detach: no gradient through the weights. false is the authors' code, which lets it through in the term of the logits:
+            a sample that is held back then also lowers the loss by becoming harder, since v falls with its cross-entropy.
         targets: terms that are weighted; cc is the category contrast, kd the logits' term. The authors weight both.
     """
 
@@ -175,19 +176,33 @@ class FitNetConfig(Settings):
 class Views(Settings):
     """The views of each training image that the student sees in one step; the first is the upright one.
 
+    They are the same for images in memory and for files that are decoded as needed.
+
     Args:
         kind: rot90 (turned by 90 degrees each, the authors'; wrong where the orientation tells classes apart, as with
             digits, text and traffic signs), crop (further random crops), flip (every second one mirrored) or none (the image
             as it is, one view).
         number: number of views, 1, 2 or 4 (4 in the authors' code).
-        padding: black pixels around the image, of which each view takes a crop (4 in the authors' code).
+        crop: padded (out of black pixels around the image, the authors') or resized (a random part, scaled, as is usual for
+            ImageNet; each view its own where the kind is crop, else one for all); auto is resized from 128 pixels on.
+        padding: black pixels around the image, of which each padded view takes a crop (4 in the authors' code).
+        area: least share of the image's area of a resized crop (0.08, Szegedy et al. 2015).
         mirror: whether to mirror an image, for all of its views, in half of the cases.
+        auto_augment: a policy of timm before the views, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original; default:
+            none.
     """
 
     kind: Literal["rot90", "crop", "flip", "none"] = "rot90"
     number: Literal[1, 2, 4] = 4
+    crop: Literal["auto", "padded", "resized"] = "auto"
     padding: Natural = 4
+    area: Annotated[float, Interval(gt=0, le=1)] = 0.08
     mirror: bool = True
+    auto_augment: str | None = None
+
+    def resized(self, size: int) -> bool:
+        """Whether crops of images of this side are scaled parts."""
+        return self.kind != "none" and (self.crop == "resized" or (self.crop == "auto" and size >= 128))
 
     @property
     def count(self) -> int:
@@ -201,13 +216,16 @@ class DataSettings(Reading):
 
     Args:
         size: side in pixels that images are brought to; default: as they are (CIFAR, npz), 224 for folders.
+        channels: channels that images are brought to: 1 (gray), 3, or 4 (npz of four channels only); default: 3 for gray
+            images, else as they are.
         resident_gb: memory for the decoded images; where they take more, worker processes decode them again for each
-            epoch, with random resized crops as is usual for ImageNet.
+            epoch.
         val_fraction: share of the training images that is held out to choose the best epoch; 0 reports the last one.
         limit: largest number of training images, the same number of each class; 0 takes all.
     """
 
     size: Annotated[int, Ge(8)] | None = None
+    channels: Literal[1, 3, 4] | None = None
     resident_gb: NonNegative = 4.0
     val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     limit: Natural = 0
@@ -215,26 +233,51 @@ class DataSettings(Reading):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Settings):
-    """SGD with momentum, as in the authors' CIFAR-100 runs.
+    """SGD with momentum, as in the authors' CIFAR-100 runs, or AdamW.
 
     Args:
-        lr: learning rate (0.05; 0.01 for MobileNetV2 and ShuffleNets on CIFAR-100).
-        momentum: momentum (0.9).
-        weight_decay: weight decay (5e-4).
+        name: sgd or adamw.
+        lr: learning rate (0.05; 0.01 for MobileNetV2 and ShuffleNets on CIFAR-100; 1e-3 is a beginning for adamw).
+        momentum: momentum of sgd (0.9).
+        weight_decay: weight decay (5e-4; 0.05 is usual for adamw).
+        no_decay: parts of names of parameters that are not decayed, such as bias, pos_embed or cls_token; 1d stands for all
+            of one dimension (biases and norms).
         schedule: course of the learning rate: step (a tenth at each milestone) or cosine (to zero).
         milestones: epochs after which the rate falls to a tenth; default: 5/8, 6/8 and 7/8 of the epochs, which is the
             authors' 150, 180, 210 of 240.
+        warm_up: epochs over which the rate rises linearly to lr; the schedule takes the rest.
     """
 
+    name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.05
     momentum: NonNegative = 0.9
     weight_decay: NonNegative = 5e-4
+    no_decay: list[str] = field(default_factory=list)
     schedule: Literal["step", "cosine"] = "step"
     milestones: list[Count] | None = None
+    warm_up: Natural = 0
 
     def drops(self, epochs: int) -> list[int]:
         """Epochs after which the rate falls."""
         return [round(epochs * part / 8) for part in (5, 6, 7)] if self.milestones is None else self.milestones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing(Settings):
+    """Mixtures of two images of a batch, for methods whose terms take soft labels: ce, kd and fitnet.
+
+    Args:
+        mixup: alpha of Beta(alpha, alpha), the share of the first image (0.2 and 0.8 are usual); 0 mixes none.
+        cutmix: likewise for a rectangle of the second image in the first (1 is usual); 0 cuts none.
+    """
+
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+
+    @property
+    def on(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,19 +298,64 @@ class Losses(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(Settings):
+class TeacherSettings(Settings):
+    """The model to learn from, or to compare with.
+
+    Args:
+        teacher: the teacher, named as --student is.
+        teacher_args: further arguments of the teacher, such as '{img_size: 64}'.
+        teacher_weights: the teacher's file (safetensors, or a checkpoint of RepDistiller, mdistiller, SSKD, timm or
+            Lightning), the folder of a `pckd train`, or pretrained (timm and tv: the library's own, which it downloads).
+        teacher_mean: mean of the pixels in [0, 1] per channel that the teacher expects; default: what its folder says, else
+            what its configuration in timm or torchvision says, else that of the data.
+        teacher_std: their standard deviation, likewise.
+        teacher_tap: path of the teacher's classifier layer, where it is not found by itself.
+    """
+
+    teacher: str | None = None
+    teacher_args: dict[str, Any] = field(default_factory=dict)
+    teacher_weights: str | None = None
+    teacher_mean: list[float] | None = None
+    teacher_std: list[Positive] | None = None
+    teacher_tap: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mean, std = self.teacher_mean, self.teacher_std
+        if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
+            raise UserError("--teacher_mean and --teacher_std go together, one number per channel each")
+        if self.teacher is None and self.teacher_weights is not None:
+            raise UserError("--teacher_weights is given without --teacher")
+
+    def check_teacher(self, method: str) -> None:
+        """Refuse a teacher without weights, and a method without a teacher.
+
+        Raises:
+            UserError: either.
+        """
+        if method != "ce" and self.teacher is None:
+            raise UserError(f"--method {method} needs --teacher and --teacher_weights")
+        if self.teacher is not None and self.teacher_weights is None and not self.brings_weights:
+            raise UserError("--teacher_weights is missing: a teacher with random weights teaches nothing")
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether the teacher's name stands for weights as well."""
+        return (self.teacher or "").partition(":")[0] in {"hf", "packaged"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(TeacherSettings):
     """Data, models and losses: what a training and a look at one batch share.
 
     Args:
         data: images, as KIND:PATH (cifar10, cifar100, imagefolder, tinyimagenet, npz), or digits or glyphs.
         student: the model to train: cifar:NAME (RepDistiller's topologies, such as cifar:resnet8x4), timm:NAME, tv:NAME
             (torchvision), hf:PATH (transformers), packaged:NAME, or py:MODULE:FUNCTION, a function of the number of classes.
-        student_weights: file of weights to start from, or pretrained; default: random weights.
-        teacher: the model to learn from, named likewise.
-        teacher_weights: the teacher's file (safetensors, or a checkpoint of RepDistiller, mdistiller, SSKD, timm or
-            Lightning), the folder of a `pckd train`, or pretrained (timm and tv: the library's own, which it downloads).
-        tap: path of the student's classifier layer, where it is not found by itself.
-        teacher_tap: path of the teacher's classifier layer.
+        student_args: further arguments of the student, such as '{drop_path_rate: 0.1}'.
+        student_weights: file of weights to start from, or pretrained; where they are of other classes, the classifier starts
+            anew; default: random weights.
+        tap: path of the student's classifier layer (of two, joined by a comma), where it is not found by itself.
         batch_size: images per step on one device; each comes in several views (64).
         reading: settings of the data.
         views: settings of the views.
@@ -276,11 +364,9 @@ class ModelSettings(Settings):
 
     data: str
     student: str
+    student_args: dict[str, Any] = field(default_factory=dict)
     student_weights: str | None = None
-    teacher: str | None = None
-    teacher_weights: str | None = None
     tap: str | None = None
-    teacher_tap: str | None = None
     batch_size: Count = 64
     reading: DataSettings = field(default_factory=DataSettings)
     views: Views = field(default_factory=Views)
@@ -294,13 +380,23 @@ class RunSettings(ModelSettings, TrainerConfig):
     Args:
         epochs: passes over the training data (240 in the authors' runs); the schedules go by them.
         steps: updates of the weights after which a training ends early; default: none.
-        workers: processes that decode images that are not kept in memory.
+        workers: processes that decode or augment images outside of the training process.
+        head_epochs: epochs at the beginning in which the student's classifier and the heads of the loss are trained alone.
+        balanced: draw as many images of each class, with repetition where there are fewer.
+        label_smoothing: share of the labels that is spread over all classes in the cross-entropy.
+        ema: decay per step of a moving average of the student's weights, which is then tested and saved; default: none.
         optimizer: settings of the optimizer.
+        mixing: settings of mixup and cutmix.
     """
 
     epochs: Count = REFERENCE_EPOCHS
     workers: Natural = 2
+    head_epochs: Natural = 0
+    balanced: bool = False
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    ema: Annotated[float, Interval(gt=0, lt=1)] | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
+    mixing: Mixing = field(default_factory=Mixing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +416,14 @@ class TrainSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_teacher(self, self.chosen_method)
+        self.check_teacher(self.chosen_method)
+        _check_mixing(self.mixing, [self.chosen_method])
         if self.cache is not None and self.teacher is None:
             raise UserError("--cache needs --teacher and --teacher_weights, which it is checked against")
+        if self.cache is not None and (self.mixing.on or self.views.auto_augment):
+            raise UserError(
+                "--cache holds the teacher's outputs for plain views: no --mixing and no --views.auto_augment"
+            )
 
     @property
     def chosen_method(self) -> str:
@@ -330,11 +431,17 @@ class TrainSettings(RunSettings):
         return self.method or ("ce" if self.teacher is None else "pckd")
 
 
-def _check_teacher(settings: ModelSettings, method: str) -> None:
-    if method != "ce" and settings.teacher is None:
-        raise UserError(f"--method {method} needs --teacher and --teacher_weights")
-    if settings.teacher is not None and settings.teacher_weights is None:
-        raise UserError("--teacher_weights is missing: a teacher with random weights teaches nothing")
+SOFT = ("ce", "kd", "fitnet")
+"""Methods whose terms take soft labels."""
+
+
+def _check_mixing(mixing: Mixing, methods: list[str]) -> None:
+    odd = [method for method in methods if method not in SOFT]
+    if mixing.on and odd:
+        raise UserError(
+            f"--mixing makes soft labels, which {', '.join(odd)} cannot take (a term asks for one class): use"
+            f" {', '.join(SOFT)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,8 +472,9 @@ class CompareSettings(RunSettings):
         super().__post_init__()
         if self.teacher is None:
             raise UserError("--teacher is missing: a comparison needs one")
+        _check_mixing(self.mixing, list(self.arms))
 
-    def of_arm(self, method: Method, seed: int, teacher_weights: str) -> TrainSettings:
+    def of_arm(self, method: Method, seed: int, teacher_weights: str | None) -> TrainSettings:
         """The training of one arm, with the weights of its teacher."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(RunSettings)}
         return TrainSettings(**{**shared, "teacher_weights": teacher_weights, "method": method, "seed": seed})
@@ -376,42 +484,37 @@ class CompareSettings(RunSettings):
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(RunSettings)}
         own: dict[str, Any] = {
             "student": self.teacher,
+            "student_args": self.teacher_args,
             "student_weights": None,
             "tap": self.teacher_tap,
             "epochs": self.teacher_epochs,
         }
-        own |= {"teacher": None, "teacher_weights": None, "views": dataclasses.replace(self.views, number=1)}
+        own |= {"teacher": None, "teacher_args": {}, "teacher_weights": None}
+        own |= {"teacher_mean": None, "teacher_std": None, "views": dataclasses.replace(self.views, number=1)}
         return TrainSettings(**{**shared, **own}, method="ce", seed=min(self.seeds))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(Settings):
+class EvaluateSettings(TeacherSettings):
     """Measure a trained student: accuracy, classes, confusions, geometry.
+
+    With a teacher, also its accuracy, the agreement, its Fisher ratio and the correlation of the centers.
 
     Args:
         run: folder of a `pckd train`.
         data: other data than it was trained on, named as for train.
-        teacher: model whose agreement, Fisher ratio and correlation of centers are measured as well.
-        teacher_weights: the teacher's file.
         batch_size: images at once.
         device: where to compute; auto takes a GPU when there is one.
     """
 
     run: str
     data: str | None = None
-    teacher: str | None = None
-    teacher_weights: str | None = None
     batch_size: Count = 256
     device: Device = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_pair(self.teacher, self.teacher_weights)
-
-
-def _check_pair(teacher: str | None, weights: str | None) -> None:
-    if (teacher is None) != (weights is None):
-        raise UserError("--teacher and --teacher_weights go together")
+        self.check_teacher("ce")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,7 +533,7 @@ class InspectSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_teacher(self, self.chosen_method)
+        self.check_teacher(self.chosen_method)
 
     @property
     def chosen_method(self) -> str:
@@ -439,14 +542,12 @@ class InspectSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSettings(Settings):
+class CacheSettings(TeacherSettings):
     """Keep the teacher's outputs for some epochs of augmentation, so that training need not run it.
 
     Args:
         data: images, named as for train.
         teacher: the model to learn from, named as for train.
-        teacher_weights: the teacher's file.
-        teacher_tap: path of the teacher's classifier layer.
         epochs: number of different augmentations of an image; training then repeats them in turn.
         seed: seed of the augmentation; train with the same.
         reading: settings of the data; train with the same.
@@ -456,15 +557,21 @@ class CacheSettings(Settings):
     """
 
     data: str
-    teacher: str
-    teacher_weights: str
-    teacher_tap: str | None = None
+    teacher: str = field()
     epochs: Count = 8
     seed: Seed = 0
     reading: DataSettings = field(default_factory=DataSettings)
     views: Views = field(default_factory=Views)
     batch_size: Count = 64
     device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_teacher("kd")
+        if self.views.auto_augment:
+            raise UserError(
+                "--views.auto_augment: a cache holds plain views, whose images training makes again by themselves"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

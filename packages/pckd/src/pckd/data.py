@@ -1,12 +1,13 @@
 """Readers of the layouts that people have, each of which checks what it reads; images as uint8, in memory or by path."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from pckd.config import DATA_KINDS, EMBEDDED_DATA, DataSettings
 from tenfold import UserError, datasets, readers
-from tenfold.images import ImageData, Split, in_files, in_memory, of_each, pixel_statistics, stratified
+from tenfold.images import ImageData, Split, in_channels, in_files, in_memory, of_each, pixel_statistics, stratified
 from tenfold.models import IMAGENET
 
 CIFAR_STATISTICS = {
@@ -33,13 +34,11 @@ def load(source: str, settings: DataSettings | None = None) -> ImageData:
     if path is None:
         data = _embedded(kind, settings)
     elif kind == "npz":
-        data = _npz(path)
+        data = _npz(path, settings)
     elif kind in {"cifar10", "cifar100"}:
-        data = _cifar(path, int(kind.removeprefix("cifar")))
+        data = _cifar(path, int(kind.removeprefix("cifar")), settings)
     else:
         data = (_image_folder if kind == "imagefolder" else _tiny_imagenet)(path, settings)
-    if settings.size not in (None, data.size):
-        raise DataError(f"--data {source}: images are {data.size} pixels wide; size is for folders of files")
     train = data.train
     if settings.limit:
         each = settings.limit // len(data.classes)
@@ -52,11 +51,14 @@ def load(source: str, settings: DataSettings | None = None) -> ImageData:
         raise DataError(
             f"--data {source}: {len(train)} training and {len(data.test)} test images: one of each at least is needed"
         )
-    val = None
+    val, test = None, data.test
     if settings.val_fraction:
         chosen, rest = stratified(train.labels, settings.val_fraction)
         train, val = train.part(rest), train.part(chosen)
-    return ImageData(train, val, data.test, data.classes, data.mean, data.std, data.source)
+    if settings.size is not None:
+        train, test = train.resized(settings.size), test.resized(settings.size)
+        val = None if val is None else val.resized(settings.size)
+    return ImageData(train, val, test, data.classes, data.mean, data.std, data.source)
 
 
 def _statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -68,33 +70,44 @@ def _statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _embedded(name: str, settings: DataSettings) -> ImageData:
     images: tuple[readers.Images, readers.Images]
     images = datasets.digits() if name == "digits" else datasets.glyphs(settings.size or 32, classes=62)
-    return from_images(*images)
+    return from_images(*images, settings)
 
 
-def from_images(train: readers.Images, test: readers.Images) -> ImageData:
+def from_images(train: readers.Images, test: readers.Images, settings: DataSettings | None = None) -> ImageData:
     """Embedded images as data, with the pixel statistics of the training part."""
-    splits = [in_memory(part) for part in (train, test)]
+    splits = [_in_channels(in_memory(part, color=False), settings or DataSettings()) for part in (train, test)]
     return ImageData(splits[0], None, splits[1], train.classes, *_statistics(splits[0]), train.source)
 
 
-def _cifar(path: Path, classes: int) -> ImageData:
+def _cifar(path: Path, classes: int, settings: DataSettings) -> ImageData:
     train, test = readers.cifar(path)
     if len(train.classes) != classes:
         raise DataError(f"{path} holds CIFAR-{len(train.classes)}, not CIFAR-{classes}")
-    splits = [in_memory(part) for part in (train, test)]
+    splits = [_in_channels(in_memory(part), settings) for part in (train, test)]
     source = f"real: CIFAR-{classes} ({path})"
-    return ImageData(splits[0], None, splits[1], train.classes, *CIFAR_STATISTICS[classes], source)
+    statistics = CIFAR_STATISTICS[classes] if splits[0].channels == 3 else _statistics(splits[0])
+    return ImageData(splits[0], None, splits[1], train.classes, *statistics, source)
 
 
-def _npz(path: Path) -> ImageData:
+def _in_channels(split: Split, settings: DataSettings) -> Split:
+    """A split in memory with the channels that are asked for; gray images otherwise in three."""
+    assert split.images is not None
+    channels = settings.channels or max(3, split.channels)
+    images = in_channels(split.images, channels).contiguous(memory_format=torch.channels_last)
+    return dataclasses.replace(split, images=images, channels=channels)
+
+
+def _npz(path: Path, settings: DataSettings) -> ImageData:
     """Arrays of a training and a test part; of one part alone, a fifth is held out."""
-    train, test = readers.npz_images(path)
+    train, test = readers.npz_images(path, channels=(3, 1, 4))
     for part in (train, test):
         if part is not None and part.images.shape[1] != part.images.shape[2]:
             raise DataError(
                 f"{path}: images of {part.images.shape[1]} x {part.images.shape[2]} pixels, expected square ones"
             )
-    splits = _parted(in_memory(train), None if test is None else in_memory(test))
+    own = [None if part is None else _in_channels(in_memory(part, color=False), settings) for part in (train, test)]
+    assert own[0] is not None
+    splits = _parted(own[0], own[1])
     return ImageData(splits[0], None, splits[1], train.classes, *_statistics(splits[0]), train.source)
 
 
@@ -110,16 +123,22 @@ def _from_files(
     splits: tuple[Split, Split], classes: tuple[str, ...], settings: DataSettings, source: str
 ) -> ImageData:
     """With the images in memory where all of them fit; every file is then decoded here and now."""
+    if settings.channels == 4:
+        raise DataError("--reading.channels 4 is for npz files whose images have four; pictures are read in color")
+    statistics = IMAGENET if settings.channels != 1 else tuple((sum(values) / 3,) for values in IMAGENET)
     fits = sum(split.decoded_bytes for split in splits) <= settings.resident_gb * 1e9
     train, test = (split.decoded() if fits else split for split in splits)
-    return ImageData(train, None, test, classes, *IMAGENET, source)
+    return ImageData(train, None, test, classes, statistics[0], statistics[1], source)
 
 
 def _image_folder(root: Path, settings: DataSettings) -> ImageData:
     """train/CLASS/*.png with val/ or test/ beside it, or CLASS/*.png alone, of which a fifth is held out."""
     size = settings.size or 224
     train, test = readers.image_folders(root, settings)
-    splits = _parted(in_files(train, size), None if test is None else in_files(test, size))
+    channels = settings.channels or 3
+    splits = _parted(
+        in_files(train, size, channels=channels), None if test is None else in_files(test, size, channels=channels)
+    )
     return _from_files(splits, train.classes, settings, f"the user's images ({root.name})")
 
 
@@ -146,7 +165,11 @@ def _tiny_imagenet(root: Path, settings: DataSettings) -> ImageData:
     if not paths:
         raise DataError(f"{listing} is empty")
     size = settings.size or 64
-    test = Split(torch.tensor(labels), None, tuple(paths), size)
+    channels = settings.channels or 3
+    test = Split(torch.tensor(labels), None, tuple(paths), size, channels=channels)
     return _from_files(
-        (in_files(folder, size), test), folder.classes, settings, "real: Tiny ImageNet (the user's copy)"
+        (in_files(folder, size, channels=channels), test),
+        folder.classes,
+        settings,
+        "real: Tiny ImageNet (the user's copy)",
     )

@@ -1,7 +1,7 @@
 """Student, teacher and loss as one module: tensors in, loss out, for any training loop."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,19 @@ class Distiller(nn.Module):
 
     Args:
         student: any classifier; it is used as it is, and trained in place.
-        teacher: any classifier of the same classes, in evaluation mode for ever; None for method ce, or where its outputs
-            are given in each step.
+        teacher: any classifier of the same classes, or its tap, in evaluation mode for ever; None for method ce, or where
+            its outputs are given in each step.
         method: ce, kd, dkd, fitnet, ckd, pckd or pckd-nokd.
         losses: settings of the methods.
-        example: images (N, 3, H, W) as the models take them; both are run on them once, to measure and to check.
+        example: images (N, 3, H, W) as the student takes them; it is run on them, to measure and to check.
+        teacher_example: the same as the teacher takes them, where it takes others.
         tap: path of the student's last linear layer, where it is not found.
         teacher_tap: path of the teacher's.
         teacher_dims: (classes, width of the feature) of a teacher whose outputs are given in each step.
+        label_smoothing: share of the labels that is spread over all classes in the cross-entropy.
+
+    Attributes:
+        last_logits: (B, C) the student's logits of the upright views in the last step, for metrics.
 
     Raises:
         ValueError: student and teacher have different classes; the message names both.
@@ -40,30 +45,38 @@ class Distiller(nn.Module):
         losses: Losses | None = None,
         *,
         example: Tensor,
+        teacher_example: Tensor | None = None,
         tap: str | None = None,
         teacher_tap: str | None = None,
         teacher_dims: tuple[int, int] | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         if method not in METHODS:
             raise UserError(f"unknown method '{method}': {did_you_mean(method, METHODS)}")
         losses = losses or Losses()
-        hints: list[str | None] = [None, None]
+        shown_to_teacher = example if teacher_example is None else teacher_example
+        student_hint = None
         if method == "fitnet":
             if teacher is None:
                 raise UserError("method fitnet needs the teacher itself, not its cached outputs")
-            hints[0] = losses.fitnet.student or second_stage(student, example)
-            hints[1] = losses.fitnet.teacher or second_stage(teacher, example)
+            student_hint = losses.fitnet.student or second_stage(student, example)
         self.method = method
-        self.student = ClassifierTap(student, tap, hints[0])
+        self.last_logits: Tensor | None = None
+        self.student = ClassifierTap(student, tap, student_hint, example=example)
         self._teacher: tuple[ClassifierTap, ...] = ()  # in a tuple, so that it is no submodule
         shown = self.student.check(example)
         taught: Outputs | None = None
         if teacher is not None:
             teacher.eval().requires_grad_(False)
-            self._teacher = (ClassifierTap(teacher, teacher_tap, hints[1]),)
-            taught = self._teacher[0].check(example)
-            teacher_dims = (self._teacher[0].num_classes, self._teacher[0].feature_dim)
+            if not isinstance(teacher, ClassifierTap):
+                teacher_hint = None
+                if method == "fitnet":
+                    teacher_hint = losses.fitnet.teacher or second_stage(teacher, shown_to_teacher)
+                teacher = ClassifierTap(teacher, teacher_tap, teacher_hint, example=shown_to_teacher)
+            self._teacher = (teacher,)
+            taught = teacher.check(shown_to_teacher)
+            teacher_dims = (teacher.num_classes, teacher.feature_dim)
         if teacher_dims is not None and teacher_dims[0] != self.student.num_classes:
             raise UserError(f"the teacher has {teacher_dims[0]} classes, the student {self.student.num_classes}")
         if method != "ce" and teacher_dims is None:
@@ -75,9 +88,11 @@ class Distiller(nn.Module):
         else:
             channels = None
             if method == "fitnet":
-                assert shown.hint is not None and taught is not None and taught.hint is not None  # noqa: PT018
+                if shown.hint is None or taught is None or taught.hint is None:
+                    raise UserError("method fitnet needs a tap of the teacher with a 'hint'")
                 channels = (shown.hint.shape[1], taught.hint.shape[1])
             self.objective = BaselineLoss(method, kd=losses.kd, dkd=losses.dkd, fitnet=losses.fitnet, channels=channels)
+        self.objective.label_smoothing = label_smoothing
 
     @property
     def teacher(self) -> ClassifierTap | None:
@@ -116,7 +131,7 @@ class Distiller(nn.Module):
 
         Args:
             images: (B V, 3, H, W), image-major, the first view of each image upright; or (B, V, 3, H, W).
-            labels: (B,).
+            labels: (B,), or soft ones (B, C) where the method's terms take them.
             epoch: 1-based.
             epochs: of the whole training.
             teacher_images: the same, normalized for the teacher where it expects other statistics.
@@ -126,44 +141,8 @@ class Distiller(nn.Module):
             images = images.flatten(0, 1)
         views = max(1, len(images) // max(len(labels), 1))
         out = self.student(images)
+        self.last_logits = out.logits[::views].detach()
         if teacher_outputs is None:
             teacher_outputs = self.teach(images if teacher_images is None else teacher_images, views)
         loss: LossOutput = self.objective(out, teacher_outputs, labels, epoch, epochs)
         return loss
-
-
-class PCKDTask(nn.Module):
-    """The protocol of timm's training tasks: ``task(input, target)`` gives a dict with loss, output, task_loss, kd_loss.
-
-    Call ``set_epoch`` at the beginning of each epoch, 0-based as in timm's loop; the method's own epochs are 1-based.
-
-    Args:
-        distiller: student, teacher and loss.
-        epochs: of the whole training.
-    """
-
-    def __init__(self, distiller: Distiller, epochs: int) -> None:
-        super().__init__()
-        self.distiller = distiller
-        self.epochs = epochs
-        self.epoch = 0
-        self._output: Any = None
-        distiller.student.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Outputs) -> None:
-        self._output = output.logits
-
-    @property
-    def trainable_module(self) -> nn.Module:
-        """What the optimizer trains."""
-        return self.distiller
-
-    def set_epoch(self, epoch: int) -> None:
-        """Number of the epoch that begins, from 0."""
-        self.epoch = epoch
-
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B V, 3, H, W) or (B, V, 3, H, W) and labels (B,)."""
-        loss = self.distiller(input, target, self.epoch + 1, self.epochs)
-        ce = loss.terms["ce"]
-        return {"loss": loss.total, "output": self._output, "task_loss": ce, "kd_loss": loss.total.detach() - ce}

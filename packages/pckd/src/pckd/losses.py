@@ -265,24 +265,33 @@ class Objective(nn.Module):
     Attributes:
         teacher_rows: what the teacher has to be run on: "all" views, the "upright" one, or "none".
         hints: whether intermediate maps are needed.
+        label_smoothing: share of the labels that is spread over all classes in the cross-entropy; the difficulty of a
+            sample is measured without it.
     """
 
     teacher_rows = "none"
     hints = False
+    label_smoothing = 0.0
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor, epoch: int, epochs: int = REFERENCE_EPOCHS
     ) -> LossOutput:
-        """The loss of N = B V rows in image-major order; labels are (B,), ``epoch`` is 1-based."""
+        """The loss of N = B V rows in image-major order; labels are (B,), soft ones (B, C); ``epoch`` is 1-based."""
         raise NotImplementedError
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, plain: Tensor) -> Tensor:
+        """Mean cross-entropy with smoothed labels; ``plain`` is that of each row without."""
+        if not self.label_smoothing:
+            return plain.mean()
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 def check_batch(student: Outputs, teacher: Outputs | None, labels: Tensor) -> int:
     """Views of an image, after a look at shapes and labels that needs no knowledge of the method.
 
     Raises:
-        ValueError: a label outside of the classes, other classes in the teacher, a feature that is not (N, D), rows that
-            are no multiple of the labels.
+        ValueError: a label outside of the classes, soft labels that are not (B, C), other classes in the teacher, a feature
+            that is not (N, D), rows that are no multiple of the labels.
         FloatingPointError: the teacher's logits hold NaN or infinity.
     """
     rows, classes = student.logits.shape
@@ -291,8 +300,10 @@ def check_batch(student: Outputs, teacher: Outputs | None, labels: Tensor) -> in
     views = rows // max(len(labels), 1)
     if views * len(labels) != rows or not rows:
         raise ValueError(f"{rows} rows are no multiple of {len(labels)} labels: N = B V is needed")
+    if labels.ndim == 2 and labels.shape[1] != classes:
+        raise ValueError(f"soft labels must be (B, {classes}), got {tuple(labels.shape)}")
     outside = (labels < 0) | (labels >= classes)
-    if bool(outside.any()):
+    if labels.ndim == 1 and bool(outside.any()):
         raise ValueError(f"label {int(labels[outside][0])} is outside of [0, {classes})")
     if teacher is not None:
         if teacher.logits.shape[1] != classes:
@@ -300,6 +311,11 @@ def check_batch(student: Outputs, teacher: Outputs | None, labels: Tensor) -> in
         if not bool(torch.isfinite(teacher.logits).all()):
             raise FloatingPointError(f"the teacher's logits of a batch of {len(labels)} images hold NaN or infinity")
     return views
+
+
+def _hard(labels: Tensor, term: str) -> None:
+    if labels.ndim != 1:
+        raise ValueError(f"{term} asks for one class per image, got soft labels {tuple(labels.shape)}")
 
 
 def _measured(student: Outputs, labels: Tensor, views: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -351,8 +367,9 @@ class PCKDLoss(Objective):
         """See ``Objective``."""
         config = self.config
         views = check_batch(student, teacher, labels)
+        _hard(labels, "the category contrast")
         upright, ce, mean, gamma = _measured(student, labels, views)
-        total = ce.mean()
+        total = self.cross_entropy(upright, labels, ce)
         terms = {"ce": total.detach()}
         preview = config.preview
         v = preview_weights(ce.detach() if preview.detach else ce, epoch, preview, epochs=epochs, mean=mean)
@@ -420,7 +437,7 @@ class BaselineLoss(Objective):
         """See ``Objective``."""
         views = check_batch(student, teacher, labels)
         upright, ce, _, gamma = _measured(student, labels, views)
-        total = ce.mean()
+        total = self.cross_entropy(upright, labels, ce)
         terms = {"ce": total.detach()}
         if self.method != "ce":
             assert teacher is not None
@@ -430,6 +447,7 @@ class BaselineLoss(Objective):
                 term = kd_per_sample(upright, upright_t, self.kd.T).mean()
                 total = self.kd.ce * total + self.kd.kd * term
             elif self.method == "dkd":
+                _hard(labels, "dkd")
                 each = dkd_per_sample(upright, upright_t, labels, self.dkd.T, self.dkd.alpha, self.dkd.beta)
                 rise = self.dkd.warm_up * epochs / REFERENCE_EPOCHS
                 term = min(epoch / rise, 1.0) * each.mean() if rise else each.mean()
@@ -437,8 +455,8 @@ class BaselineLoss(Objective):
             else:
                 assert self.regressor is not None and student.hint is not None and teacher.hint is not None  # noqa: PT018
                 ours, theirs = student.hint, teacher.hint
-                side = min(ours.shape[-1], theirs.shape[-1])
-                ours, theirs = (F.adaptive_avg_pool2d(x, side) if x.shape[-1] > side else x for x in (ours, theirs))
+                sides = (min(ours.shape[-2], theirs.shape[-2]), min(ours.shape[-1], theirs.shape[-1]))
+                ours, theirs = (F.adaptive_avg_pool2d(x, sides) if x.shape[-2:] != sides else x for x in (ours, theirs))
                 term = F.mse_loss(self.regressor(ours), theirs)
                 total = total + self.fitnet.weight * term
             terms[self.method] = term.detach()

@@ -11,22 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pckd.augment import TrainingImages
 from pckd.cache import TeacherCache
-from pckd.config import CacheSettings, Optimizer, TrainSettings, Views
+from pckd.config import CacheSettings, Mixing, Optimizer, TrainSettings, Views
 from pckd.distiller import Distiller
 from pckd.losses import LossOutput, Outputs
-from pckd.models import build, freeze
-from pckd.tap import ClassifierTap
+from pckd.mixing import draw_mixture
+from pckd.models import Statistics, build, own_statistics
+from pckd.optimizers import make_optimizer, make_schedule
+from pckd.tap import ClassifierTap, logits_of, second_stage
+from pckd.teacher import Teacher
 from pckd.views import MultiView, normalize
+from tenfold import UserError
 from tenfold.checkpoints import digest
 from tenfold.devices import seed_everything
-from tenfold.images import ImageData, Indexed, Split, read_random_crop
+from tenfold.images import ImageData, Split
 from tenfold.loading import KeyedLoader
-from tenfold.models import expected_statistics
 from tenfold.runs import Run, plain
 from tenfold.training import fit
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class PCKDLightning(pl.LightningModule):
@@ -43,8 +45,10 @@ class PCKDLightning(pl.LightningModule):
         seed: seed of the views.
         resident: training images (N, 3, H, W) uint8, or None.
         statistics: mean and std of the student's images.
-        teacher_statistics: mean and std of the teacher's images, where they differ.
+        teacher: what makes the teacher's images, where they differ from the student's.
         cache: outputs of the teacher that take its place.
+        mixing: settings of mixup and cutmix.
+        head_epochs: epochs at the beginning in which classifier and heads of the loss are trained alone.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class PCKDLightning(pl.LightningModule):
         seed: int = 0,
         resident: Tensor | None = None,
         statistics: Statistics,
-        teacher_statistics: Statistics | None = None,
+        teacher: Teacher | None = None,
         cache: TeacherCache | None = None,
+        mixing: Mixing | None = None,
+        head_epochs: int = 0,
     ) -> None:
         super().__init__()
         self.distiller = distiller
@@ -67,8 +73,12 @@ class PCKDLightning(pl.LightningModule):
         self.multi_view = MultiView(views, seed)
         self._resident = (resident,)  # no buffer: it does not belong into a checkpoint
         self.statistics = statistics
-        self.teacher_statistics = teacher_statistics
+        self._teacher = (teacher,)  # no submodule
         self.cache = cache
+        self.mixing = mixing or Mixing()
+        self.head_epochs = head_epochs
+        kept = {id(p) for layer in distiller.student.layers for p in layer.parameters()}
+        self._body = tuple(p for p in distiller.student.parameters() if p.requires_grad and id(p) not in kept)
         self._right: dict[int, list[int]] = {}
 
     def setup(self, stage: str) -> None:
@@ -84,12 +94,21 @@ class PCKDLightning(pl.LightningModule):
         raw = raw if len(batch) > 2 else raw[index]
         epoch = self.current_epoch
         drawn = epoch if self.cache is None else epoch % self.cache.epochs
+        if self.head_epochs:
+            for parameter in self._body:
+                parameter.requires_grad_(epoch >= self.head_epochs)
         views = self.multi_view(raw, index, drawn)
         images = normalize(views, *self.statistics)
-        teacher_images = None if self.teacher_statistics is None else normalize(views, *self.teacher_statistics)
+        teacher = self._teacher[0]
+        teacher_images = None if teacher is None else teacher.images(views)
+        targets = labels
+        if self.mixing.on:
+            mixture = draw_mixture(len(labels), (images.shape[-2], images.shape[-1]), self.mixing)
+            images, targets = mixture.images(images), mixture.labels(labels, self.distiller.student.num_classes)
+            teacher_images = None if teacher_images is None else mixture.images(teacher_images)
         outputs = None if self.cache is None else self.cache.get(index, epoch)
         loss: LossOutput = self.distiller(
-            images, labels, epoch + 1, self.epochs, teacher_images=teacher_images, teacher_outputs=outputs
+            images, targets, epoch + 1, self.epochs, teacher_images=teacher_images, teacher_outputs=outputs
         )
         every = getattr(self.trainer, "log_every_n_steps", 1)
         if (self.global_step + 1) % every == 0:  # what nobody writes down would cost as much as the losses
@@ -103,7 +122,8 @@ class PCKDLightning(pl.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Counts right answers."""
         images = normalize(batch[2], *self.statistics)
-        right = int((self.distiller.student.model(images).argmax(dim=1) == batch[1]).sum())
+        student = self.distiller.student
+        right = int((logits_of(student.model(images), len(student.layers)).argmax(dim=1) == batch[1]).sum())
         counts = self._right.setdefault(dataloader_idx, [0, 0])
         counts[0] += right
         counts[1] += len(images)
@@ -114,17 +134,9 @@ class PCKDLightning(pl.LightningModule):
             self.log(("test_top1", "val_top1")[number], 100 * right / count)
 
     def configure_optimizers(self) -> Any:
-        """SGD over student and heads, with a step or cosine schedule by epochs."""
-        s = self.settings
-        optimizer = torch.optim.SGD(
-            list(self.distiller.trainable_parameters()), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
-        )
-        scheduler: Any
-        if s.schedule == "cosine":
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-        else:
-            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, s.drops(self.epochs), 0.1)
-        return [optimizer], [scheduler]
+        """The optimizer over student and heads, and the course of its rate by epochs."""
+        optimizer = make_optimizer(self.distiller.named_parameters(), self.settings)
+        return [optimizer], [make_schedule(optimizer, self.settings, self.epochs)]
 
 
 class PreviewMonitor(pl.Callback):
@@ -195,6 +207,62 @@ class History(pl.Callback):
         return int(np.argmax(self.val)) if self.val else len(self.test) - 1
 
 
+class MovingAverage(pl.Callback):
+    """An exponential moving average of the student's weights, which takes their place while the student is tested.
+
+        w' <- d w' + (1 - d) w after each update; whole numbers (counters of batch norms) are copied
+
+    Args:
+        decay: d.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the weights where they were updated."""
+        assert isinstance(pl_module, PCKDLightning)
+        if trainer.global_step == self._steps:
+            return
+        self._steps = trainer.global_step
+        weights = _weights(pl_module.distiller)
+        if not self.average:
+            self.average = {name: value.detach().clone() for name, value in weights.items()}
+        for name, value in weights.items():
+            mean = self.average[name] = self.average[name].to(value.device)
+            if value.is_floating_point():
+                mean.lerp_(value.detach(), 1 - self.decay)
+            else:
+                mean.copy_(value)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in place of the weights."""
+        assert isinstance(pl_module, PCKDLightning)
+        if self.average:
+            self._own = {name: value.detach().clone() for name, value in _weights(pl_module.distiller).items()}
+            pl_module.distiller.student.model.load_state_dict(self.average)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the weights back."""
+        assert isinstance(pl_module, PCKDLightning)
+        if self._own:
+            pl_module.distiller.student.model.load_state_dict(self._own)
+            self._own = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for the checkpoint."""
+        return {"average": self.average, "steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        self.average, self._steps = dict(state_dict["average"]), int(state_dict["steps"])
+
+
 def _weights(distiller: Distiller) -> Mapping[str, Tensor]:
     state: Mapping[str, Tensor] = distiller.student.model.state_dict()
     return state
@@ -206,7 +274,8 @@ class Trained:
 
     Attributes:
         model: the student alone, at the reported epoch, in evaluation mode.
-        tap: path of its last linear layer.
+        tap: path of the layer that gives its logits.
+        statistics: mean and std of the pixels that it expects.
         top1: accuracy on the test images at that epoch, in percent.
         last: accuracy of the last epoch.
         best: accuracy of the epoch that is best on the test images, which flatters.
@@ -217,6 +286,7 @@ class Trained:
 
     model: nn.Module
     tap: str
+    statistics: Statistics
     top1: float
     last: float
     best: float
@@ -225,57 +295,47 @@ class Trained:
     preview: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen teacher, ready to be run.
-
-    Attributes:
-        model: the model, folded where that is possible.
-        plain: the model as it was built, for intermediate maps.
-        statistics: mean and std that it expects.
-        hash: digest of its weights.
-    """
-
-    model: nn.Module
-    plain: nn.Module
-    statistics: Statistics
-    hash: str
-
-
 def example_images(data: ImageData, statistics: Statistics) -> Tensor:
     """Two test images as a model takes them."""
     return normalize(data.test.pixels(torch.arange(min(2, len(data.test)))), *statistics)
 
 
-def load_teacher(spec: str, weights: str | None, data: ImageData) -> Teacher:
-    """A teacher from its name and file."""
-    return as_teacher(build(spec, len(data.classes), weights, option="--teacher"), data, own=weights == "pretrained")
-
-
-def as_teacher(model: nn.Module, data: ImageData, *, own: bool = False) -> Teacher:
-    """Freeze a model; ``own`` takes the pixel statistics that a pretrained model came with."""
-    statistics = (expected_statistics(model) if own else None) or (data.mean, data.std)
-    model.eval().requires_grad_(False)
-    folded = freeze(model, example_images(data, statistics))
-    return Teacher(folded, model, statistics, digest(model.state_dict()))
-
-
-def cache_card(data: ImageData, views: Views, seed: int, teacher: str) -> dict[str, Any]:
+def cache_card(data: ImageData, views: Views, seed: int, teacher: Teacher) -> dict[str, Any]:
     """What a cache has to be made of to be used."""
     assert data.train.images is not None
     pixels = digest([data.train.images[:: max(1, len(data.train) // 512)]])
-    return {"teacher": teacher, "data": f"{len(data.train)} images, {pixels}", "views": plain(views), "seed": seed}
+    own = {"data": f"{len(data.train)} images, {pixels}", "classes": list(data.classes)}
+    return {"teacher": teacher.card(), **own, "views": plain(views), "seed": seed}
 
 
 class _Order:
-    """All images in random order, the last partial batch kept where it has two images or more."""
+    """All images in random order, the last partial batch kept where it has two images or more.
 
-    def __init__(self, images: int, batch_size: int) -> None:
-        self.images, self.batch_size = images, batch_size
+    On several devices the last batch is shared out in equal parts, so that what is gathered has one shape.
+
+    Args:
+        labels: label of each image.
+        batch_size: images of a batch of one device.
+        devices: number of devices.
+        balanced: draw each image with a probability such that all classes come equally often.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, devices: int = 1, *, balanced: bool = False) -> None:
+        self.labels, self.batch_size, self.devices = labels, batch_size, devices
+        counts = labels.bincount().double()
+        self.weights = 1 / counts[labels] if balanced else None
 
     def __call__(self, generator: torch.Generator) -> Sequence[Sequence[int]]:
-        order = torch.randperm(self.images, generator=generator)
-        return [part.tolist() for part in torch.split(order, self.batch_size) if len(part) > 1]
+        if self.weights is None:
+            order = torch.randperm(len(self.labels), generator=generator)
+        else:
+            order = torch.multinomial(self.weights, len(self.labels), replacement=True, generator=generator)
+        whole = len(order) // (self.batch_size * self.devices) * self.batch_size * self.devices
+        batches = list(torch.split(order[:whole], self.batch_size)) if whole else []
+        rest = order[whole:]
+        each = len(rest) // self.devices
+        batches += list(torch.split(rest[: each * self.devices], each)) if each > 1 else []
+        return [part.tolist() for part in batches]
 
 
 class _Pixels(torch.utils.data.Dataset[Any]):
@@ -323,45 +383,64 @@ def train_student(
     """
     method = settings.chosen_method
     seed_everything(settings.seed)
-    statistics = (data.mean, data.std)
-    student = build(settings.student, len(data.classes), settings.student_weights).to(memory_format=torch.channels_last)
-    teacher_model = None
-    if teacher is not None and method != "ce":
-        teacher_model = teacher.plain if method == "fitnet" else teacher.model
-    dims = None if cache is None else tuple(cache.weight.shape)
+    student = build(
+        settings.student,
+        len(data.classes),
+        settings.student_weights,
+        args=settings.student_args,
+        in_chans=len(data.mean),
+        size=data.size,
+    )
+    student = student.to(memory_format=torch.channels_last)
+    statistics = own_statistics(student, settings.student, settings.student_weights) or (data.mean, data.std)
+    if len(statistics[0]) != len(data.mean):
+        statistics = (data.mean, data.std)
+    teaching = teacher if method != "ce" else None
+    cached = cache if method != "ce" else None
+    tapped, hint = None, None
+    if teaching is not None and cached is None:
+        if method == "fitnet":
+            hint = settings.losses.fitnet.teacher or second_stage(teaching.plain, _example(teaching, data))
+        tapped = teaching.tap(hint)
+    dims = None if cached is None else tuple(cached.weight.shape)
     distiller = Distiller(
         student,
-        teacher_model if cache is None else None,
+        tapped,
         method,
         settings.losses,
         example=example_images(data, statistics),
+        teacher_example=None if teaching is None else _example(teaching, data),
         tap=settings.tap,
-        teacher_tap=settings.teacher_tap,
         teacher_dims=None if dims is None else (dims[0], dims[1]),
+        label_smoothing=settings.label_smoothing,
     )
-    resident = data.train.images is not None
-    views = settings.views if resident else dataclasses.replace(settings.views, padding=0, mirror=False)
+    items = TrainingImages(data.train, settings.views)
+    same = teaching is None or (teaching.statistics == statistics and teaching.size in {None, data.size})
     module = PCKDLightning(
         distiller,
         settings.optimizer,
         epochs=settings.epochs,
-        views=views,
+        views=dataclasses.replace(settings.views, padding=0) if items.resized else settings.views,
         seed=settings.seed,
-        resident=data.train.images,
+        resident=data.train.images if items.on_device else None,
         statistics=statistics,
-        teacher_statistics=teacher.statistics if teacher is not None and teacher.statistics != statistics else None,
-        cache=cache if method != "ce" else None,
+        teacher=None if same else teaching,
+        cache=cached,
+        mixing=settings.mixing,
+        head_epochs=settings.head_epochs,
     )
     train = KeyedLoader(
-        Indexed(data.train, read_random_crop),
+        items,
         seed=settings.seed,
-        order=_Order(len(data.train), settings.batch_size),
-        num_workers=0 if resident else settings.workers,
+        order=_Order(data.train.labels, settings.batch_size, settings.devices, balanced=settings.balanced),
+        num_workers=0 if items.on_device else settings.workers,
     )
     monitor, history = PreviewMonitor(len(data.train), settings.epochs), History()
+    average = None if settings.ema is None else MovingAverage(settings.ema)
     splits = [data.test] if data.val is None else [data.test, data.val]
     validate = [loader(split, workers=settings.workers) for split in splits]
-    callbacks = [monitor, history]
+    frozen = {name: p.requires_grad for name, p in student.named_parameters()}
+    callbacks: list[pl.Callback] = [monitor, history, *([] if average is None else [average])]
     fit(
         module,
         train,
@@ -373,13 +452,15 @@ def train_student(
         stage=stage,
         quiet=quiet,
     )
-    if history.best:
-        student.load_state_dict(history.best)
-    path = distiller.student.path
-    distiller.student.classifier._forward_pre_hooks.clear()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(frozen[name])
+    best = history.best or ({} if average is None else average.average)
+    if best:
+        student.load_state_dict(best)
     return Trained(
         model=student.eval().cpu(),
-        tap=path,
+        tap=distiller.student.path,
+        statistics=statistics,
         top1=history.test[history.chosen],
         last=history.test[-1],
         best=max(history.test),
@@ -389,35 +470,77 @@ def train_student(
     )
 
 
+def answers(trained: Trained, split: Split, teacher: Teacher | None) -> dict[str, Any]:
+    """The class that a student, and its teacher, give to each image of a split, without augmentation."""
+    out = predict(trained.model, split, trained.statistics, tap=trained.tap)
+    found = {"student": out.logits.argmax(dim=1).numpy()}
+    if teacher is not None:
+        device = next(teacher.folded.parameters()).device
+        found["teacher"] = predict(teacher.to("cpu"), split).logits.argmax(dim=1).numpy()
+        teacher.to(device)
+    return found
+
+
+def _example(teacher: Teacher, data: ImageData) -> Tensor:
+    """Two test images as a teacher takes them."""
+    return teacher.images(data.test.pixels(torch.arange(min(2, len(data.test)))))
+
+
 @torch.no_grad()
 def predict(
-    model: nn.Module, split: Split, statistics: Statistics, *, tap: str | None = None, batch_size: int = 256
+    model: nn.Module | Teacher,
+    split: Split,
+    statistics: Statistics | None = None,
+    *,
+    tap: str | None = None,
+    batch_size: int = 256,
 ) -> Outputs:
-    """Outputs of a model for all images of a split, without augmentation."""
-    tapped = ClassifierTap(model.eval(), tap)
-    device = next(model.parameters()).device
+    """Outputs of a student or a teacher for all images of a split, without augmentation.
+
+    Args:
+        model: a student, or a teacher.
+        split: the images.
+        statistics: mean and std of the pixels that a student expects.
+        tap: path of the layer that gives a student's logits; default: found.
+        batch_size: images at once.
+    """
+    if isinstance(model, Teacher):
+        tapped, made = model.tap(), model.images
+    else:
+        assert statistics is not None
+
+        def made(pixels: Tensor) -> Tensor:
+            return normalize(pixels, *statistics)
+
+        first = made(split.pixels(torch.arange(min(2, len(split)))))
+        device = next(model.parameters()).device
+        tapped = ClassifierTap(model.eval(), tap, example=None if tap else first.to(device))
+    device = next(tapped.parameters()).device
     parts = [
-        tapped(normalize(split.pixels(index), *statistics).to(device))
-        for index in torch.split(torch.arange(len(split)), batch_size)
+        tapped(made(split.pixels(index)).to(device)) for index in torch.split(torch.arange(len(split)), batch_size)
     ]
-    tapped.classifier._forward_pre_hooks.clear()
     logits, features = (torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("logits", "feature"))
     bias = parts[0].bias
     return Outputs(logits, features, parts[0].weight.detach().cpu(), None if bias is None else bias.detach().cpu())
 
 
 def teaching(teacher: Teacher, settings: CacheSettings, data: ImageData) -> Any:
-    """(index, epoch) -> the frozen teacher's outputs on the views of that epoch."""
-    assert data.train.images is not None
-    tap = ClassifierTap(teacher.model, settings.teacher_tap)
+    """(index, epoch) -> the frozen teacher's outputs on the views of that epoch.
+
+    Raises:
+        UserError: the views are not made from images in memory on the device.
+    """
+    if data.train.images is None or settings.views.resized(data.size):
+        raise UserError("a cache needs images in memory (--reading.resident_gb) and --views.crop padded")
+    tap = teacher.tap()
     views = MultiView(settings.views, settings.seed)
-    device = next(teacher.model.parameters()).device
+    device = next(tap.parameters()).device
     images = data.train.images.to(device)
 
     @torch.no_grad()
     def teach(index: Tensor, epoch: int) -> Outputs:
         where = index.to(device)
-        out: Outputs = tap(normalize(views(images[where], where, epoch), *teacher.statistics))
+        out: Outputs = tap(teacher.images(views(images[where], where, epoch)))
         return out
 
     return teach

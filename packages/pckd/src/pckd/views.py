@@ -32,7 +32,7 @@ def draws(seed: int, epoch: int, index: Tensor, count: int) -> Tensor:
 
 
 class MultiView:
-    """V augmented views of each image, image-major: row V b + v, view 0 upright.
+    """V augmented views of each image, image-major: row V b + v, view 0 upright. Images have one to four channels.
 
     An image is mirrored in half of the cases, once for all of its views; then each view is turned (rot90: view k by 90 k
     degrees counter-clockwise; flip: odd views are mirrored once more) and cropped by itself out of black padding. Bit for bit
@@ -59,7 +59,9 @@ class MultiView:
         return mirrored, drawn[:, 1:].view(B, V, 2) % (2 * views.padding + 1)
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """Shapes: images (B, 3, H, W) uint8, index (B,) -> (B V, 3, H, W) uint8.
+        """Shapes: images (B, C, H, W) uint8, index (B,) -> (B V, C, H, W) uint8.
+
+        Images (B, V, C, H, W), whose views are crops already, are mirrored alone.
 
         Raises:
             ValueError: quarter turns of an image that is not square.
@@ -67,9 +69,12 @@ class MultiView:
         views = self.views
         if images.dtype != torch.uint8:
             raise ValueError(f"views are made of uint8 images, got {images.dtype}")
+        if images.ndim == 5:
+            mirrored, _ = self.parameters(index, epoch)
+            return torch.where(mirrored.view(-1, 1, 1, 1, 1), images.flip(-1), images).flatten(0, 1)
         if views.kind == "none":
             return images
-        B, _, H, W = images.shape
+        B, C, H, W = images.shape
         V, P = views.count, views.padding
         if views.kind == "rot90" and V > 1 and H != W:
             raise ValueError(f"quarter turns need square images, got {H} x {W}")
@@ -90,11 +95,11 @@ class MultiView:
             c = torch.where(flipped.view(B, 1, 1), W + 2 * P - 1 - c, c)
             torch.add((base + r) * (W + 2 * P), c, out=places[:, v])
         out = padded.view(torch.int32).view(-1).index_select(0, places.view(-1))
-        return out.view(torch.uint8).view(B * V, H, W, 4)[..., :3].permute(0, 3, 1, 2)
+        return out.view(torch.uint8).view(B * V, H, W, 4)[..., :C].permute(0, 3, 1, 2)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x / 255 - mean) / std, (N, 3, H, W) uint8 -> float32, dense, channels last where they are so in ``images``.
+    """(x / 255 - mean) / std, (N, C, H, W) uint8 -> float32, dense, channels last where they are so in ``images``.
 
     A copy for each channel and factors as large as an image: loops over three channels would take most of the time.
     """

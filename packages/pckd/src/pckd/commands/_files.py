@@ -1,5 +1,6 @@
 """A trained student as files, and back."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from tenfold.images import ImageData
 from tenfold.runs import Run
 
 
-def save_student(run: Run, trained: Trained, spec: str, data: ImageData, folder: str = "") -> None:
+def save_student(
+    run: Run, trained: Trained, spec: str, data: ImageData, folder: str = "", *, args: Mapping[str, Any] | None = None
+) -> None:
     """Write the weights of a student and the card that says how to use them."""
     card = {
         "model": spec,
+        "args": dict(args or {}),
         "classes": list(data.classes),
         "size": data.size,
-        "mean": list(data.mean),
-        "std": list(data.std),
+        "mean": list(trained.statistics[0]),
+        "std": list(trained.statistics[1]),
         "tap": trained.tap,
         "epoch": trained.epoch,
         "top1": trained.top1,
@@ -37,4 +41,14 @@ def finished(run: str) -> runs.Finished[TrainSettings]:
 def student_of(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The student of a finished training, with its card."""
     card = read_card(folder)
-    return build(card["model"], len(card["classes"]), str(folder / STUDENT), option="--run"), card
+    model = build(
+        card["model"],
+        len(card["classes"]),
+        str(folder / STUDENT),
+        option="--run",
+        args=card.get("args"),
+        in_chans=len(card["mean"]),
+        size=card["size"],
+        whole=True,
+    )
+    return model, card

@@ -18,32 +18,53 @@ from tenfold.runs import Run
 
 SHOWN = 24
 """Images in the picture of the most previewed ones."""
+PREVIEWED = (
+    "The training images that were hardest to learn, hardest first, with the given label and what the student (and the"
+    " teacher) say. Mislabeled images gather here. previewed.csv has them all."
+)
+"""Caption of that picture."""
 
 
 def write_previewed(run: Run, preview: Sequence[Mapping[str, NDArray[Any]]], data: ImageData) -> None:
     """Write ``previewed.csv`` with every training image, the most held back first, and a picture of the first ones.
 
-    Images that stay hard to the end are often mislabeled.
+    Images that stay hard to the end are often mislabeled. An image is named by its file, or by its number in the user's
+    array. Beside the given label stand the student's answer (of several trainings, the commonest) and the teacher's.
     """
     train, classes = data.train, data.classes
     order, weight, gamma = most_previewed(preview)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "image", "label", "mean_weight", "mean_difficulty"])
+    said = {
+        who: _commonest([np.asarray(p[who]) for p in preview]) for who in ("student", "teacher") if who in preview[0]
+    }
+    writer.writerow(["rank", "image", "label", *said, "mean_weight", "mean_difficulty"])
     for rank, i in enumerate(order.tolist(), 1):
-        writer.writerow([rank, train.name(i), classes[int(train.labels[i])], f"{weight[i]:.4f}", f"{gamma[i]:.3f}"])
+        answers = [classes[int(train.labels[i])], *(classes[int(answer[i])] for answer in said.values())]
+        writer.writerow([rank, train.name(i), *answers, f"{weight[i]:.4f}", f"{gamma[i]:.3f}"])
     run.write_text("previewed.csv", text.getvalue())
     first = order[:SHOWN].tolist()
     images = train.pixels(torch.tensor(first)).permute(0, 2, 3, 1).numpy()
+    images = images[..., 0] if images.shape[-1] == 1 else images[..., :3]
     columns = min(8, len(first))
     rows = [range(i, min(i + columns, len(first))) for i in range(0, len(first), columns)]
-    titles = [_in_lines([classes[int(train.labels[first[j]])] for j in row]) for row in rows]
-    image_grid(run.figure("previewed"), [list(images[row.start : row.stop]) for row in rows], row_titles=titles)
+    named = {"given": np.asarray(train.labels), **said}
+    titles = ["\n".join(f"{who} {_short(classes[int(a[i])])}" for who, a in named.items()) for i in first]
+    image_grid(
+        run.figure("previewed"),
+        [list(images[row.start : row.stop]) for row in rows],
+        titles=[titles[row.start : row.stop] for row in rows],
+    )
 
 
-def _in_lines(names: Sequence[str], most: int = 4) -> str:
-    """Names, a few per line."""
-    return "\n".join(", ".join(names[k : k + most]) for k in range(0, len(names), most))
+def _short(name: str, most: int = 10) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _commonest(answers: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The answer that most trainings give to each image; of equally many, the lowest."""
+    stacked = np.stack(answers)
+    return np.asarray([np.bincount(column).argmax() for column in stacked.T])
 
 
 def draw_difficulty(run: Run, preview: Mapping[str, NDArray[Any]], config: Preview, *, weighted: bool) -> None:

@@ -7,8 +7,8 @@ import torch
 from pckd.cache import TeacherCache
 from pckd.config import CacheSettings
 from pckd.data import load
-from pckd.tap import ClassifierTap
-from pckd.training import cache_card, load_teacher, teaching
+from pckd.teacher import load_teacher
+from pckd.training import cache_card, teaching
 from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.devices import choose_device
@@ -24,9 +24,8 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
         raise UserError(
             "a cache needs images that are kept in memory: raise --reading.resident_gb or lower --reading.size"
         )
-    teacher = load_teacher(settings.teacher, settings.teacher_weights, data)
-    teacher.model.to(device)
-    head = ClassifierTap(teacher.plain, settings.teacher_tap).classifier
+    teacher = load_teacher(settings, data).to(device)
+    teach = teaching(teacher, settings, data)
     batches = [
         (epoch, index)
         for epoch in range(settings.epochs)
@@ -35,10 +34,10 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
     shape = (settings.epochs, len(data.train), settings.views.count)
     TeacherCache.write(
         folder,
-        {**cache_card(data, settings.views, settings.seed, teacher.hash), "epochs": settings.epochs},
-        teaching(teacher, settings, data),
+        {**cache_card(data, settings.views, settings.seed, teacher), "epochs": settings.epochs},
+        teach,
         track(batches, "teacher", quiet=invocation.quiet),
-        head,
+        teacher.tap().centers,
         shape,
     )
     size = sum(path.stat().st_size for path in folder.path.glob("*.npy")) / 1e6

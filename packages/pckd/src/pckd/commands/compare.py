@@ -1,16 +1,18 @@
 """`pckd compare`: methods x seeds on the same images, with paired intervals."""
 
+import dataclasses
 import sys
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 
 from pckd import analysis
 from pckd.commands import _pictures
 from pckd.commands._files import save_student
-from pckd.config import CompareSettings, DataSettings, Method
+from pckd.config import CompareSettings, Method
 from pckd.data import load
-from pckd.training import Teacher, load_teacher, predict, train_student
+from pckd.teacher import Teacher, load_teacher
+from pckd.training import answers, predict, train_student
 from tenfold import executors
 from tenfold.claims import Measured, Study, arm_rows
 from tenfold.cli import Invocation
@@ -26,8 +28,7 @@ _CAPTIONS = {
     " a faint dot for each seed.",
     "accuracy": "Accuracy by epoch, mean over seeds with its interval.",
     "difficulty": "Difficulty of the training images for {hardest}, seed {seed}.",
-    "previewed": "The training images that were hardest to learn over all seeds, hardest first; beside each row, their"
-    " labels in order. Mislabeled images gather here. previewed.csv has them all.",
+    "previewed": _pictures.PREVIEWED,
 }
 
 
@@ -38,13 +39,13 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
     assert settings.teacher is not None
     data = load(settings.data, settings.reading)
     weights = settings.teacher_weights
-    if weights is None:
+    if weights is None and not settings.brings_weights:
         weights = str(folder.path / "teacher")
         if not (folder.path / "teacher/config.json").exists():
             trained = train_student(data, settings.of_teacher(), run=folder, stage="teacher", quiet=invocation.quiet)
-            save_student(folder, trained, settings.teacher, data, "teacher/")
-    data, teacher = prepared(settings.data, settings.reading, settings.teacher, weights)
-    taught = predict(teacher.plain, data.test, teacher.statistics, tap=settings.teacher_tap)
+            save_student(folder, trained, settings.teacher, data, "teacher/", args=settings.teacher_args)
+    data, teacher = prepared(settings, weights)
+    taught = predict(teacher, data.test)
     study = Study(folder, data=data.source, seeds=settings.seeds)
     accuracy = analysis.top_k(taught.logits, data.test.labels)
     study.note(f"The teacher, {settings.teacher}, has {accuracy:.2f} % of the test images right.")
@@ -65,22 +66,31 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
     return show_claims(summary, strict=invocation.strict)
 
 
-@lru_cache(maxsize=1)
-def prepared(source: str, reading: DataSettings, spec: str, weights: str) -> tuple[ImageData, Teacher]:
+_PREPARED: dict[str, tuple[ImageData, Teacher]] = {}
+
+
+def prepared(settings: CompareSettings, weights: str | None) -> tuple[ImageData, Teacher]:
     """Data and teacher of all arms, once per process."""
-    data = load(source, reading)
-    return data, load_teacher(spec, weights, data)
+    settings = dataclasses.replace(settings, teacher_weights=weights)
+    key = repr(settings)
+    if key not in _PREPARED:
+        data = load(settings.data, settings.reading)
+        _PREPARED.clear()
+        _PREPARED[key] = data, load_teacher(settings, data)
+    return _PREPARED[key]
 
 
-def measure(settings: CompareSettings, arm: Method, weights: str, run: Run | None, quiet: bool, seed: int) -> Measured:
+def measure(
+    settings: CompareSettings, arm: Method, weights: str | None, run: Run | None, quiet: bool, seed: int
+) -> Measured:
     """Train one arm on one seed, and measure it on the test images."""
     assert settings.teacher is not None
-    data, teacher = prepared(settings.data, settings.reading, settings.teacher, weights)
-    taught = predict(teacher.plain, data.test, teacher.statistics, tap=settings.teacher_tap)
+    data, teacher = prepared(settings, weights)
+    taught = predict(teacher, data.test)
     training = settings.of_arm(arm, seed, weights)
     stage = f"{arm}-seed-{seed}"
     done = train_student(data, training, run=run, stage=stage, teacher=teacher, quiet=quiet or run is None)
-    out = predict(done.model, data.test, (data.mean, data.std), tap=done.tap)
+    out = predict(done.model, data.test, done.statistics, tap=done.tap)
     values = {
         "top1": done.top1,
         "best on test": done.best,
@@ -88,7 +98,8 @@ def measure(settings: CompareSettings, arm: Method, weights: str, run: Run | Non
         "fisher ratio": analysis.fisher_ratio(out.feature, data.test.labels),
         "center correlation": analysis.center_correlation(out.weight, taught.weight),
     }
-    return Measured(values, {**done.preview, "history": np.asarray(done.history)})
+    given = answers(done, data.train, teacher)
+    return Measured(values, {**done.preview, **given, "history": np.asarray(done.history)})
 
 
 def decide(study: Study, arms: list[Method]) -> None:

@@ -17,7 +17,8 @@ from pckd import analysis
 from pckd.commands import _pictures
 from pckd.config import CompareSettings, DemoSettings, KDConfig, Losses, Method, Optimizer, PCKDConfig, Views
 from pckd.data import from_images
-from pckd.training import as_teacher, predict, train_student
+from pckd.teacher import as_teacher
+from pckd.training import answers, predict, train_student
 from tenfold import datasets
 from tenfold.claims import Study, interval, mean_ci95
 from tenfold.cli import Invocation
@@ -74,7 +75,7 @@ def letters(seed: int) -> ImageData:
         images = degrade(drawn.images[here], rng)
         names = tuple(characters[i] for i in np.sort(kept))
         parts.append(Images(images, labels.astype(np.int64), names, DATA))
-    return from_images(*parts)
+    return from_images(parts[0], parts[1])
 
 
 def degrade(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -112,7 +113,7 @@ def measure(
     data = letters(seed)
     base = settings_of("ce", seed, level, epochs).of_teacher()
     teacher = as_teacher(train_student(data, base, quiet=quiet).model, data)
-    taught = predict(teacher.plain, data.test, teacher.statistics)
+    taught = predict(teacher, data.test)
     labels = data.test.labels
     found: dict[str, dict[str, float]] = {
         "teacher": {
@@ -124,7 +125,7 @@ def measure(
         own = settings_of(arm, seed, level, epochs)
         training = own.of_arm(ARMS[arm][0], seed, "of this seed's own teacher")
         done = train_student(data, training, teacher=teacher, quiet=quiet)
-        out = predict(done.model, data.test, (data.mean, data.std), tap=done.tap)
+        out = predict(done.model, data.test, done.statistics, tap=done.tap)
         mean_v = np.nanmean(done.preview["weights"].astype(np.float64), axis=1)
         found[arm] = {
             "top1": done.top1,
@@ -136,7 +137,7 @@ def measure(
         }
         if arm == "pckd" and run is not None and not (run.path / "figures/difficulty.png").exists():
             _pictures.draw_difficulty(run, done.preview, own.losses.pckd.preview, weighted=True)
-            _pictures.write_previewed(run, [done.preview], data)
+            _pictures.write_previewed(run, [{**done.preview, **answers(done, data.train, teacher)}], data)
     return found
 
 

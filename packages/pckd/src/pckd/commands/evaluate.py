@@ -8,7 +8,8 @@ from pckd import analysis
 from pckd.commands._files import finished, student_of
 from pckd.config import DataSettings, EvaluateSettings
 from pckd.data import load
-from pckd.training import load_teacher, predict
+from pckd.teacher import load_teacher
+from pckd.training import predict
 from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.devices import choose_device
@@ -22,8 +23,8 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     model, card = student_of(trained.path)
     source, reading = trained.settings.data, trained.settings.reading
     if settings.data is not None:
-        folders = settings.data.partition(":")[0] in {"imagefolder", "tinyimagenet"}
-        source, reading = settings.data, DataSettings(size=card["size"] if folders else None)
+        source = settings.data
+        reading = DataSettings(**{"size": card["size"], "channels": len(card["mean"])})
     data = load(source, reading)
     if list(data.classes) != card["classes"]:
         odd = sorted(set(data.classes) ^ set(card["classes"]))
@@ -35,8 +36,8 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     found = {"top1": analysis.top_k(out.logits, labels), "top5": analysis.top_k(out.logits, labels, 5)}
     found["fisher ratio"] = analysis.fisher_ratio(out.feature, labels)
     if settings.teacher is not None:
-        teacher = load_teacher(settings.teacher, settings.teacher_weights, data)
-        taught = predict(teacher.plain.to(device), data.test, teacher.statistics, batch_size=settings.batch_size)
+        teacher = load_teacher(settings, data).to(device)
+        taught = predict(teacher, data.test, batch_size=settings.batch_size)
         found["teacher's top1"] = analysis.top_k(taught.logits, labels)
         found["teacher's fisher ratio"] = analysis.fisher_ratio(taught.feature, labels)
         found["same answer as the teacher"] = analysis.top_k(out.logits, taught.logits.argmax(dim=1))

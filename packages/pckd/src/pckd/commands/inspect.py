@@ -10,8 +10,10 @@ from pckd.config import InspectSettings
 from pckd.data import load
 from pckd.distiller import Distiller
 from pckd.losses import PCKDLoss
-from pckd.models import build
-from pckd.training import Teacher, example_images, load_teacher
+from pckd.models import build, own_statistics
+from pckd.tap import second_stage
+from pckd.teacher import Teacher, load_teacher
+from pckd.training import example_images
 from pckd.views import MultiView, normalize
 from tenfold.cli import Invocation
 from tenfold.terminal import table
@@ -21,20 +23,32 @@ def run(settings: InspectSettings, invocation: Invocation) -> None:
     """Print what the models and the losses look like on one batch of training images."""
     data = load(settings.data, settings.reading)
     torch.manual_seed(settings.seed)
-    student = build(settings.student, len(data.classes), settings.student_weights)
+    student = build(
+        settings.student,
+        len(data.classes),
+        settings.student_weights,
+        args=settings.student_args,
+        in_chans=len(data.mean),
+        size=data.size,
+    )
     teacher: Teacher | None = None
     if settings.teacher is not None:
-        teacher = load_teacher(settings.teacher, settings.teacher_weights, data)
+        teacher = load_teacher(settings, data)
     method = settings.chosen_method
-    statistics = (data.mean, data.std)
+    statistics = own_statistics(student, settings.student, settings.student_weights) or (data.mean, data.std)
+    shown, tap = None, None
+    if teacher is not None:
+        shown = teacher.images(data.test.pixels(torch.arange(min(2, len(data.test)))))
+        fitnet = settings.losses.fitnet.teacher
+        tap = teacher.tap((fitnet or second_stage(teacher.plain, shown)) if method == "fitnet" else None)
     distiller = Distiller(
         student,
-        None if teacher is None else (teacher.plain if method == "fitnet" else teacher.model),
+        tap,
         method,
         settings.losses,
         example=example_images(data, statistics),
+        teacher_example=shown,
         tap=settings.tap,
-        teacher_tap=settings.teacher_tap,
     )
     taps: list[Any] = [["student", settings.student, distiller.student]]
     if distiller.teacher is not None:
@@ -52,9 +66,8 @@ def run(settings: InspectSettings, invocation: Invocation) -> None:
     index = torch.randperm(len(data.train))[: settings.batch_size]
     made = views(data.train.pixels(index), index, 0)
     images, labels = normalize(made, *statistics), data.train.labels[index]
-    shown = None if teacher is None else normalize(made, *teacher.statistics)
     features = distiller.student(images)
-    taught = None if teacher is None else distiller.teach(images if shown is None else shown, settings.views.count)
+    taught = None if teacher is None else distiller.teach(teacher.images(made), settings.views.count)
     loss = distiller.objective(features, taught, labels, 1, settings.epochs)
     config = settings.losses.pckd
     weights = {"ce": 1.0, "kd": config.delta, "cc": config.beta, "ca": config.alpha, "fa": config.f}

@@ -10,7 +10,8 @@ from pckd.commands import _pictures
 from pckd.commands._files import save_student
 from pckd.config import TrainSettings
 from pckd.data import load
-from pckd.training import cache_card, load_teacher, train_student
+from pckd.teacher import load_teacher
+from pckd.training import answers, cache_card, train_student
 from tenfold import UserError
 from tenfold.claims import Study
 from tenfold.cli import Invocation
@@ -27,19 +28,22 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     data = load(settings.data, settings.reading)
     teacher = None
     if settings.teacher is not None:
-        teacher = load_teacher(settings.teacher, settings.teacher_weights, data)
+        teacher = load_teacher(settings, data)
     if cache is not None:
         if teacher is None or data.train.images is None:
             raise UserError("--cache needs images that are kept in memory: raise --reading.resident_gb")
-        cache.check(cache_card(data, settings.views, settings.seed, teacher.hash))
+        cache.check(cache_card(data, settings.views, settings.seed, teacher))
     trained = train_student(data, settings, run=folder, teacher=teacher, cache=cache, quiet=invocation.quiet)
-    save_student(folder, trained, settings.student, data)
+    if not folder.writes:
+        return  # of several processes, one is enough for what follows
+    save_student(folder, trained, settings.student, data, args=settings.student_args)
     with folder.replacing("weights.npz") as path:
         np.savez_compressed(path, **trained.preview)
     preview = settings.losses.pckd.preview
     _pictures.draw_accuracy(folder, {method: [trained.history]}, f"{settings.student}, {method}")
     _pictures.draw_difficulty(folder, trained.preview, preview, weighted=method in {"pckd", "pckd-nokd"})
-    _pictures.write_previewed(folder, [trained.preview], data)
+    given = answers(trained, data.train, None if method == "ce" else teacher)
+    _pictures.write_previewed(folder, [{**trained.preview, **given}], data)
     study = Study(folder, data=data.source, seeds=[settings.seed])
     study.record(method, {"top1": trained.top1, "last": trained.last, "best on test": trained.best})
     if data.val is None:
@@ -51,8 +55,7 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     captions = {
         "accuracy": "Accuracy on the test images by epoch.",
         "difficulty": "Left: difficulty that half, 90 % and 99 % of the samples stay below. Right: what preview does.",
-        "previewed": "The training images that were hardest to learn, hardest first; beside each row, their labels in order."
-        " Mislabeled images gather here. previewed.csv has them all.",
+        "previewed": _pictures.PREVIEWED,
     }
     write_report(folder, f"pckd train: {settings.student} by {method}", captions)
     sys.stdout.write(
