@@ -41,7 +41,7 @@ def measure_aligner(folder: str, level: str, seed: int) -> Measured:
     """Error of the points on test people, beside that of the mean of the training points."""
     people = world(Path(folder), level, seed)
     found = aligner(Path(folder), level, seed, people.train)
-    model = _Points(found)
+    model = Points(found)
     points, visible = found_points(model, people.test)  # type: ignore[arg-type]
     truth = people.test.points
     unit = half_width(truth)
@@ -59,7 +59,7 @@ def measure_aligner(folder: str, level: str, seed: int) -> Measured:
 
 
 @dataclasses.dataclass
-class _Points:
+class Points:
     """What ``found_points`` needs of a model."""
 
     aligner: Any

@@ -64,8 +64,8 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
     size = SIZES[level]
     return CompareSettings(
         data="hands",
-        people=12,
-        views=4,
+        people=4 if level == "quick" else 12,
+        views=2 if level == "quick" else 4,
         steps=size.identity,
         device="cpu",
         log_every=100,

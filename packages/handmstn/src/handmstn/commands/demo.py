@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from handmstn.commands import _pictures
-from handmstn.commands._demo_arms import half_width, joined, measure_aligner, measure_arm
+from handmstn.commands._demo_arms import Points, half_width, joined, measure_aligner, measure_arm
 from handmstn.commands._world import DATA, aligner, world
 from handmstn.config import Arm, DemoSettings
 from handmstn.data import hand6_like
 from handmstn.metrics import bootstrap
+from handmstn.training import found_points
 from tenfold import executors
 from tenfold.claims import Study
 from tenfold.cli import Invocation
@@ -55,7 +56,8 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         arms: tuple[Arm, ...] = ("palm", "fingers-ce", "all")
         pretrained = {f"{a}-lite0": functools.partial(measure_arm, where, level, a, PRETRAINED) for a in arms}
     show: Any = functools.partial(track, description="arms", quiet=invocation.quiet)
-    with executors.make(f"processes:{settings.processes}" if settings.processes > 1 else None) as pool:
+    alone = settings.processes == 1 or level == "quick"  # a further process takes longer to start than all that work
+    with executors.make(None if alone else f"processes:{settings.processes}") as pool:
         study.over_arms(tasks, pool, show)
         if pretrained:
             first.over_arms(pretrained, pool, show)
@@ -213,10 +215,7 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
         curves[arm] = Curve(ks, mean, [100 * b[0] for b in bands], [100 * b[1] for b in bands])
     line_chart(folder.figure("cmc"), [Panel("people that nobody trained on", "rank", "probes found (%)", curves)])
     found_aligner = aligner(folder.path, level, seed, people.train)
-    from handmstn.commands._demo_arms import _Points
-    from handmstn.training import found_points
-
-    spots, _ = found_points(_Points(found_aligner), people.other.part(chosen % len(people.other)))  # type: ignore[arg-type]
+    spots, _ = found_points(Points(found_aligner), people.other.part(chosen % len(people.other)))  # type: ignore[arg-type]
     rows = _pictures.overlays(people.other.images[chosen % len(people.other)].numpy(), spots.numpy(), parts)
     image_grid(folder.figure("other-domain"), rows, column_titles=titles, cell=1.6)
     _draw_probes(study, seed, both, folder)

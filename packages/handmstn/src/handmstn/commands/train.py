@@ -1,5 +1,6 @@
 """`handmstn train`: stage A for the aligner, stage B for identities, and the joint stage where it is asked for."""
 
+import dataclasses
 import sys
 import time
 
@@ -30,8 +31,6 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     elif (hands.splits == "gallery").any() and not settings.data.startswith("hands"):
         hands = hands.part(hands.splits != "probe")
     if settings.given_points and settings.preset == "whole" and hands.points.shape[1] != 4:
-        import dataclasses
-
         hands = dataclasses.replace(hands, points=boxes(hands))
     check(hands, settings)
     build_model(settings, settings.seed, build_aligner(settings, settings.seed))  # names of networks, before any work
