@@ -77,6 +77,7 @@ class AlignerSettings(Settings):
         bending: weight of the splines' bending energy.
         visibility: weight of the visibility's cross-entropy.
         scrambled: share of the pictures whose blocks are shuffled, so that it learns what no hand is.
+        turns: turn, scale and shift every training picture at random, its points alike.
         warps: learn from self-made warps of upright hands, where there are no points: auto does where the data has none.
     """
 
@@ -90,6 +91,7 @@ class AlignerSettings(Settings):
     bending: NonNegative = 1e-2
     visibility: NonNegative = 0.1
     scrambled: Annotated[float, Interval(ge=0, lt=1)] = 0.125
+    turns: bool = True
     warps: Literal["auto", "always", "never"] = "auto"
 
 

@@ -76,6 +76,9 @@ class AlignTask(pl.LightningModule):
             pose: Tensor = self.aligner.pose  # type: ignore[assignment]
             points = compose(moved, pose.expand(count, -1, -1))
             visibility = torch.full_like(visibility, float("nan"))
+        elif config.turns:
+            images, moved = warped(images, generator)
+            points = compose(moved, points)
         empty = round(config.scrambled * count)
         flipped = count // 8
         images = images.clone()
@@ -226,7 +229,8 @@ def train_aligner(
         raise UserError(f"{hands.source}: points of other parts than --preset {settings.preset} has")
     labels, _ = _labels(hands)
     size = min(config.batch_size, len(hands))
-    items = HandItems(hands, labels, points, visibility)
+    coarse = dataclasses.replace(hands, images=_coarse(aligner, hands))
+    items = HandItems(coarse, labels, points, visibility)
     loader = KeyedLoader(items, batch_size=size, seed=seed, num_workers=settings.workers)
     task = AlignTask(aligner, settings, warps)
     fit(
