@@ -6,9 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scipy.io import savemat
-
 from handmstn.config import HandReading
 from handmstn.data import as_rows, listed, load, picture_size, with_parts
 from handmstn.landmarks import from_columns, read_json, read_mat
@@ -16,6 +13,9 @@ from handmstn.parts import landmarks_21, preset
 from handmstn.protocols import check_disjoint, drawn_galleries, first_each, halves, odd_even, strangers
 from handmstn.records import letterboxed, to_unit
 from handmstn.sampling import people_and_views
+from PIL import Image
+from scipy.io import savemat
+
 from tenfold import UserError
 
 HAND6 = preset("hand6")
@@ -200,9 +200,10 @@ def test_11k_hands_leaves_out_accessories_and_halves_people(tmp_path):
     for name in ("H1.jpg", "H2.jpg", "H3.jpg"):
         picture(tmp_path / "Hands" / name)
     header = "id,age,gender,skinColor,accessories,nailPolish,aspectOfHand,imageName,irregularities\n"
-    rows = "0000001,2,m,fair,0,0,dorsal right,H1.jpg,0\n0000002 ,2,m,fair,1,0,palmar left,H2.jpg,0\n0001052,2,m,fair,0,0,palmar left,H3.jpg,0\n"
+    rows = "0000001,2,m,fair,0,0,dorsal right,H1.jpg,0\n0000002 ,2,m,fair,1,0,palmar left,H2.jpg,0\n"
+    rows += "0001052,2,m,fair,0,0,palmar left,H3.jpg,0\n"
     write(tmp_path / "HandInfo.csv", header + rows)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="1 rows left out"):
         hands = load(f"hands11k:{tmp_path}", PLAIN)
     assert hands.persons.tolist() == ["0000001", "0001052"]
     assert hands.views.tolist() == ["dorsal", "palmar"]

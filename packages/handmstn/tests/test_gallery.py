@@ -9,9 +9,9 @@ import textwrap
 
 import numpy as np
 import pytest
-
 from handmstn import Gallery, match
 from handmstn.gallery import LOG, Enrolled, joined
+
 from tenfold import UserError
 
 HEAD = {

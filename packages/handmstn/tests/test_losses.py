@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from handmstn import ArcMarginHead, BatchHardTriplet, CenterLoss, IdentityLoss, SoftmaxHead
 from handmstn.losses import arc_logits, point_loss, sum_weighted, visibility_loss
+
 from tenfold.testing import assert_gradient_isolated
 
 

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
+from handmstn import Calibration, Identification, OpenSet, Verification, bootstrap
+from handmstn.calibration import cllr, fit_logistic, in_words, isotonic, min_cllr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_curve
-
-from handmstn import Calibration, Identification, OpenSet, Verification, bootstrap
-from handmstn.calibration import cllr, fit_logistic, in_words, isotonic, min_cllr
 
 
 def scores_of(seed, probes=30, gallery=40, classes=8, levels=0):

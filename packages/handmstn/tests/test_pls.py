@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from sklearn.cross_decomposition import PLSRegression
-
 from handmstn import OneVsAllPLS
+from sklearn.cross_decomposition import PLSRegression
 
 
 def clustered(classes, each, dim, spread, seed=0):

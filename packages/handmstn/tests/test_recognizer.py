@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-
 from handmstn import HandMSTN, match, preset
 from handmstn.aligner import ChannelNorm, MultiSpatialTransformer, scrambled, warped
 from handmstn.backbones import build_map, build_pooled
 from handmstn.recognizer import assessable, fuse, gated, part_scores, score_block
 from handmstn.warping import compose
+
 from tenfold import UserError
 
 PARTS = preset("hand6", 16, (16, 8))
@@ -145,9 +145,28 @@ def test_networks_of_timm_read_crops_of_any_size(name):
         assert net.eval()(torch.zeros(2, 3, 48, 16)).shape == (2, width)
 
 
-MANY = """resnet18 resnet26d resnext26ts convnext_atto convnextv2_atto efficientnet_b0 tf_efficientnet_lite0 mobilenetv2_050
-mobilenetv4_conv_small regnetx_002 regnety_002 densenet121 vgg11 ghostnet_050 hrnet_w18_small edgenext_xx_small deit_tiny_patch16_224
-swin_tiny_patch4_window7_224 mixer_s32_224 levit_128s""".split()
+MANY = [
+    "resnet18",
+    "resnet26d",
+    "resnext26ts",
+    "convnext_atto",
+    "convnextv2_atto",
+    "efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "mobilenetv2_050",
+    "mobilenetv4_conv_small",
+    "regnetx_002",
+    "regnety_002",
+    "densenet121",
+    "vgg11",
+    "ghostnet_050",
+    "hrnet_w18_small",
+    "edgenext_xx_small",
+    "deit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "mixer_s32_224",
+    "levit_128s",
+]
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-
 from handmstn import ControlPointGrid, SyntheticHands, preset
 from handmstn.rendering import identity_textures
 

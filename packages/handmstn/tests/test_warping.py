@@ -4,10 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.interpolate import RBFInterpolator
-
 from handmstn.aligner import MultiSpatialTransformer
 from handmstn.parts import PartSpec, from_landmarks, landmarks_21, mirror_points, palm_part, preset
 from handmstn.warping import (
@@ -20,6 +16,9 @@ from handmstn.warping import (
     spline_kernel,
     spline_system,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.interpolate import RBFInterpolator
 
 SQUARE = ((-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0))
 FAMILIES = ["tps", "affine", "similarity"]

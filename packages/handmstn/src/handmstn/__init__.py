@@ -1,8 +1,9 @@
 """Whose hand is this? Palm and fingers aligned by learned spatial transformers (MSTN), searched in a gallery, and judged.
 
-Read in this order: ``parts`` (what a part is), ``warping`` (control points -> grids -> crops), ``aligner`` (where the points lie),
-``recognizer`` (crops -> embedding -> score), ``losses``, ``pls`` (one-vs-all matching), ``metrics`` and ``calibration`` (how good it
-is), ``rendering`` (hands with free labels), ``gallery`` and ``evidence`` (what a user works with), ``training`` (the glue).
+Read in this order: ``parts`` (what a part is), ``warping`` (control points -> grids -> crops), ``aligner`` (where the
+points lie), ``recognizer`` (crops -> embedding -> score), ``losses``, ``pls`` (one-vs-all matching), ``metrics`` and
+``calibration`` (how good it is), ``rendering`` (hands with free labels), ``gallery`` and ``evidence`` (what a user works
+with), ``training`` (the glue).
 """
 
 from typing import TYPE_CHECKING

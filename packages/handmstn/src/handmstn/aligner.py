@@ -164,7 +164,7 @@ def _view(size: int) -> Tensor:
 def warped(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random similarities of pictures with their targets, for an aligner that has no points to learn from.
 
-    A picture of an upright hand in its middle is turned by any angle, scaled by 0.8 to 1.2 and shifted by 0.2 of its half width.
+    A picture of an upright hand in its middle is turned by any angle, scaled by 0.8 to 1.2 and shifted by up to 0.2.
 
     Returns:
         The warped pictures, and the map from a place in the given picture to its place in the warped one, (B, 2, 3).

@@ -21,7 +21,7 @@ def cllr(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
 
 
 def isotonic(scores: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any] | None = None) -> Floats:
-    """Pool-adjacent-violators: the nondecreasing function of the scores that is nearest to the targets; equal scores are one."""
+    """Pool-adjacent-violators: the nondecreasing function of the scores that is nearest to the targets."""
     x, y = np.asarray(scores, np.float64), np.asarray(targets, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
     levels, index = np.unique(x, return_inverse=True)

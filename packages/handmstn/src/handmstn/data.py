@@ -422,7 +422,7 @@ def _named(root: Path, pattern: str, form: str, skip_bad: bool) -> tuple[list[Pa
 
 
 def _ntu_pi(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Hands:
-    """SUBJECT-L1-Class7.jpg; odd indices are the gallery and what is trained on, even ones the probes; landmarks/*.mat beside."""
+    """SUBJECT-L1-Class7.jpg; odd indices are the gallery (and are trained on), even ones the probes; landmarks/*.mat beside."""
     folder = next((root / name for name in ("img", "images", "NTU-PI-v1") if (root / name).is_dir()), root)
     form = "0001-L1-Class7.jpg"
     files, matches, skipped = _named(folder, r"(.+)-([LR])(\d+)-Class(\d+)", form, reading.skip_bad)

@@ -1,7 +1,7 @@
 """A gallery of enrolled hands: a folder that grows, a search that is exact and bounded in memory, and a log of who did what.
 
 Files are numbered and never change; one index is renamed last, so that a search beside an enrolment sees the state before or
-after it. Removing a person writes the others anew and deletes the file that held the person's vectors. The log is only appended.
+after it. Removing a person writes the others anew and deletes the file that held the person's vectors. The log only grows.
 """
 
 import dataclasses
@@ -242,9 +242,8 @@ class Gallery:
             UserError: nobody of this id, no purpose, or another command is writing.
         """
         if person not in self.enrolled.persons:
-            raise UserError(
-                f"--person '{person}': nobody of this id is in the gallery: {did_you_mean(person, set(self.enrolled.persons.tolist()))}"
-            )
+            near = did_you_mean(person, set(self.enrolled.persons.tolist()))
+            raise UserError(f"--person '{person}': nobody of this id is in the gallery: {near}")
         if self.path is None:
             gone = self.enrolled.persons == person
             self.enrolled = self.enrolled.part(~gone)

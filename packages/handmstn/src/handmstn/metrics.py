@@ -1,7 +1,7 @@
 """Biometric metrics that stream: identification, verification and open-set counts that merge over blocks, shards and processes.
 
-Each class has ``update`` (a block of scores), ``merge`` (another one of its kind) and ``compute``. Counts are integers, so neither
-the size of the blocks nor the order of merging changes them. Higher scores are more alike. Letters: Q probes, G gallery images.
+Each class has ``update`` (a block of scores), ``merge`` (another one of its kind) and ``compute``. Counts are integers, so
+neither the size of the blocks nor the order of merging changes them. Higher scores are more alike. Letters: Q probes, G gallery images.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ class Identification:
     """CMC and mean average precision.
 
     Args:
-        unit: what is ranked: the gallery's classes (a class has the score of its best image) or its images. Average precision is
-            always over images.
+        unit: what is ranked: the gallery's classes (a class has the score of its best image) or its images. Average
+            precision is always over images.
         ties: rank of a mate among equal scores: before all others, in their middle, or behind them.
         ranks: longest rank of the CMC.
     """

@@ -1,9 +1,9 @@
 """Rendered hands with free labels: identity lies in creases, everything else (pose, skin, light, background) is drawn anew.
 
-Recipe: a palm (rounded rectangle) and five tapering fingers; per identity three principal lines, secondary creases, band-limited
-ridges, joint creases; per picture rotation, scale, perspective, spread and bending of fingers, skin tone, light, background, a bar
-that covers part of the hand, blur and noise. Pixels are mapped back to palm and finger coordinates, all pictures of a batch at
-once. Skin, light and background do not depend on the identity, or a network would read those.
+Recipe: a palm (rounded rectangle) and five tapering fingers; per identity three principal lines, secondary creases, smooth
+ridges, joint creases; per picture rotation, scale, perspective, spread and bending of fingers, skin tone, light, background,
+a bar that covers part of the hand, blur and noise. Pixels are mapped back to palm and finger coordinates, all pictures of a
+batch at once. Skin, light and background do not depend on the identity, or a network would read those.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from handmstn.records import Hands
 from handmstn.sampling import people_and_views
 from handmstn.warping import compose
 from tenfold import UserError
+from tenfold.devices import choose_device, seed_everything
 from tenfold.loading import KeyedLoader
 from tenfold.modules import evaluating
 from tenfold.runs import Run
@@ -245,6 +247,14 @@ def train_aligner(
     return aligner.eval()
 
 
+def _coarse(aligner: MultiSpatialTransformer, hands: Hands) -> Tensor:
+    """Every picture at the size that the aligner searches; the aligner sees nothing finer."""
+    assert hands.images is not None
+    with torch.no_grad():
+        small = [aligner.coarse(hands.images[rows].float()) for rows in _batches(len(hands), 64)]
+    return torch.cat(small).round().clamp(0, 255).to(torch.uint8)
+
+
 def found_points(model: HandMSTN, hands: Hands, batch_size: int = 64, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Points and visibility of every picture, from the aligner or from the data; computed once while the aligner rests."""
     assert hands.images is not None
@@ -294,8 +304,6 @@ def train_identities(
         UserError: an identity has fewer pictures than a batch takes, or there are too few identities.
     """
     labels, classes = _labels(hands)
-    from tenfold.devices import choose_device, seed_everything
-
     seed_everything(seed, choose_device(settings.device))
     model = build_model(settings, seed, aligner)
     points, visibility = found_points(model, hands)
@@ -316,7 +324,9 @@ def train_identities(
         task = IdentityTask(model, losses, settings.optimizer, length, joint)
         epochs = settings.epochs if stage == "identity" else None
         own = dataclasses.replace(settings, steps=steps or None, epochs=epochs)
-        fit(task, loader, own, run, seed=seed + 1, stage=stage, quiet=quiet)
+        with warnings.catch_warnings():  # the aligner rests on purpose
+            warnings.filterwarnings("ignore", message="Found .* in eval mode")
+            fit(task, loader, own, run, seed=seed + 1, stage=stage, quiet=quiet)
     model.requires_grad_(True)
     return model.eval()
 

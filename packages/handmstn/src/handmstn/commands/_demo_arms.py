@@ -26,7 +26,8 @@ def joined(first: Hands, second: Hands) -> Hands:
     """Two sets of pictures as one."""
     import torch
 
-    assert first.images is not None and second.images is not None
+    assert first.images is not None
+    assert second.images is not None
     names = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed")
     own = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
     return dataclasses.replace(first, **own, images=torch.cat([first.images, second.images]))

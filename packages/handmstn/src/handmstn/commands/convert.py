@@ -24,7 +24,9 @@ def run(settings: ConvertSettings, invocation: Invocation) -> None:
     if settings.landmarks is not None:
         hands = _with_landmarks(hands, settings)
     if not hands.has_points:
-        raise UserError(f"--data {settings.data}: no landmarks: --landmarks KIND:PATH ({', '.join(LANDMARK_KINDS)})")
+        raise UserError(
+            f"--data {settings.data}: no landmarks: --landmarks {', '.join(f'{k}:PATH' for k in LANDMARK_KINDS)}"
+        )
     names = np.asarray([str(file.resolve()) for file in hands.files], dtype=np.str_)
     sizes = [picture_size(file) for file in hands.files]
     headers, rows = as_rows(dataclasses.replace(hands, names=names), sizes)

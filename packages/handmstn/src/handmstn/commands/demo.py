@@ -1,8 +1,8 @@
 """`handmstn demo`: rendered hands at any angle, partly covered; what do alignment, fingers and losses bring?
 
-For each seed, networks of equal size learn 60 invented people: from the whole picture, from a box around the hand, from the aligned
-palm, and from palm and fingers. Other people are enrolled with two pictures each and searched for; strangers are searched for, too.
-One aligner per seed, trained from the free points, serves all arms that align.
+For each seed, networks of equal size learn 60 invented people: from the whole picture, from a box around the hand, from
+the aligned palm, and from palm and fingers. Other people are enrolled with two pictures each and searched for; strangers
+are searched for, too. One aligner per seed, trained from the free points, serves all arms that align.
 """
 
 import functools
@@ -198,11 +198,13 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
     folder = study.run
     people = world(folder.path, level, seed)
     both = joined(people.test, people.strangers)
-    assert both.images is not None and people.other.images is not None
+    assert both.images is not None
+    assert people.other.images is not None
+    assert people.test.images is not None
     parts = hand6_like(both)
     points = study.arrays("aligner", seed)["points"]
     chosen = np.linspace(0, len(people.test) - 1, 5).astype(int)
-    rows = _pictures.overlays(people.test.images[chosen].numpy(), points[chosen], parts)  # type: ignore[index]
+    rows = _pictures.overlays(people.test.images[chosen].numpy(), points[chosen], parts)
     titles = ["picture", "found points", "six aligned crops"]
     image_grid(folder.figure("aligned"), rows, column_titles=titles, cell=1.6)
     curves = {}
@@ -221,7 +223,7 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
     _draw_probes(study, seed, both, folder)
     width = float(np.median(half_width(people.test.points)))
     return {
-        "aligned": f"Test people: the points that were found, and the crops. Half a palm is {width:.2f} half widths of a picture.",
+        "aligned": f"Test people: the points that were found, and the crops. Half a palm is {width:.2f} of a picture's half width.",
         "cmc": "Share of the probes found within a rank; bands are 95 % of a bootstrap over persons.",
         "other-domain": "The same aligner on another rendered domain (skin, light, background, camera) that it never saw.",
         "probes": "Palm and fingers with all losses, first seed: each probe above the enrolled picture that it is most like."
