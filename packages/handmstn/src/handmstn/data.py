@@ -323,8 +323,8 @@ def _placed(hands: Hands, spots: NDArray[np.float64], unit: str, parts: tuple[Pa
     wanted = sum(part.count for part in parts)
     if spots.shape[1] not in {wanted, 21, 9}:
         raise UserError(
-            f"{source}: {spots.shape[1]} points per picture, expected {wanted} (the parts of the preset), 21 (landmarks from the"
-            " wrist to the little finger) or 9 (the palm)"
+            f"{source}: {spots.shape[1]} points per picture, expected {wanted} (the parts of the preset), 21 (landmarks from"
+            " the wrist to the little finger) or 9 (the palm)"
         )
     out = np.full((len(hands), wanted, 2), np.nan, np.float32)
     for row, file in enumerate(hands.files):

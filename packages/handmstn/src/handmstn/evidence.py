@@ -20,8 +20,8 @@ from handmstn.warping import ControlPointGrid
 NOT_PROVEN = (
     "A score says how alike two pictures are to a trained network. It is no probability that two hands are the same, and no"
     " proof of identity. Pictures of poor quality, covered parts, other cameras and people unlike those trained on make it"
-    " less reliable. A likelihood ratio holds for the kind of pictures that it was calibrated on, and says nothing of prior odds. A qualified"
-    " examiner has to compare the pictures themselves."
+    " less reliable. A likelihood ratio holds for the kind of pictures that it was calibrated on, and says nothing of prior"
+    " odds. A qualified examiner has to compare the pictures themselves."
 )
 """What every sheet says."""
 _CELL = 96

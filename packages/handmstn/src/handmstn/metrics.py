@@ -1,7 +1,8 @@
 """Biometric metrics that stream: identification, verification and open-set counts that merge over blocks, shards and processes.
 
 Each class has ``update`` (a block of scores), ``merge`` (another one of its kind) and ``compute``. Counts are integers, so
-neither the size of the blocks nor the order of merging changes them. Higher scores are more alike. Letters: Q probes, G gallery images.
+neither the size of the blocks nor the order of merging changes them. Higher scores are more alike. Letters: Q probes, G
+gallery images.
 """
 
 import dataclasses

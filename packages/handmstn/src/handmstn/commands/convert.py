@@ -35,7 +35,8 @@ def run(settings: ConvertSettings, invocation: Invocation) -> None:
     invocation.folder.write_text("hands.csv", text.getvalue())
     with_points = int(np.isfinite(hands.points).all((1, 2)).sum())
     sys.stdout.write(
-        f"{len(hands)} pictures, {with_points} with all points of {settings.preset}, in {invocation.folder.path / 'hands.csv'}\n"
+        f"{len(hands)} pictures, {with_points} with all points of {settings.preset},"
+        f" in {invocation.folder.path / 'hands.csv'}\n"
     )
 
 

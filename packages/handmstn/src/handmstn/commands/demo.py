@@ -223,7 +223,8 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
     _draw_probes(study, seed, both, folder)
     width = float(np.median(half_width(people.test.points)))
     return {
-        "aligned": f"Test people: the points that were found, and the crops. Half a palm is {width:.2f} of a picture's half width.",
+        "aligned": "Test people: the points that were found, and the crops."
+        f" Half a palm is {width:.2f} of a picture's half width.",
         "cmc": "Share of the probes found within a rank; bands are 95 % of a bootstrap over persons.",
         "other-domain": "The same aligner on another rendered domain (skin, light, background, camera) that it never saw.",
         "probes": "Palm and fingers with all losses, first seed: each probe above the enrolled picture that it is most like."
