@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, roc_curve
 def scores_of(seed, probes=30, gallery=40, classes=8, levels=0):
     rng = np.random.default_rng(seed)
     p, g = rng.integers(0, classes, probes), rng.integers(0, classes - 1, gallery)
+    p[0], p[1] = classes - 1, g[0]  # one probe without a mate, one with
     scores = rng.uniform(-1, 1, (probes, gallery)) + 0.6 * (p[:, None] == g[None])
     scores = np.clip(scores, -1, 1)
     return (np.round(scores * levels) / levels if levels else scores), p.astype(str), g.astype(str)

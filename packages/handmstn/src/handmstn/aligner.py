@@ -77,6 +77,9 @@ class MultiSpatialTransformer(nn.Module):
     Source: the two levels, the pose at the start and the visibility are choices of ours; the head is the predecessor's.
     """
 
+    pose: Tensor
+    view: Tensor
+
     def __init__(
         self,
         parts: Sequence[PartSpec],
@@ -105,9 +108,10 @@ class MultiSpatialTransformer(nn.Module):
         self.norm = ChannelNorm() if normalize else nn.Identity()
         self.register_buffer("view", _view(loc_size), persistent=False)
         if levels == 2:
-            last = self.heads[0].last
+            first = self.heads[0]
+            assert isinstance(first, _Head)
             with torch.no_grad():
-                last.bias[0] = 1.0
+                first.last.bias[0] = 1.0
 
     def coarse(self, images: Tensor) -> Tensor:
         """The picture at ``loc_size``, each pixel the mean of what it covers."""
@@ -137,13 +141,12 @@ class MultiSpatialTransformer(nn.Module):
             five = self.heads[0](self.norm(self.nets[0](coarse)))
             bounded = 1.5 * torch.tanh(five[:, 2] / 1.5)  # the hand neither vanishes nor leaves the picture
             transform = similarity(five[:, :2], bounded, 1.5 * torch.tanh(five[:, 3:5] / 1.5))
-            view: Tensor = self.view
             # level 1 learns in the frame that it is given; its loss does not move the frame
-            grid = compose(transform.detach(), view.expand(batch, -1, -1))
+            grid = compose(transform.detach(), self.view.expand(batch, -1, -1))
             grid = grid.view(batch, self.loc_size, self.loc_size, 2)
             seen = F.grid_sample(coarse, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
         out = self.heads[-1](self.norm(self.nets[-1](seen)))
-        pose: Tensor = self.pose
+        pose = self.pose
         offsets = out[:, : pose.numel()].view(batch, -1, 2)
         points = compose(transform, pose + offsets)
         logits = out[:, pose.numel() : pose.numel() + len(self.parts)]
@@ -151,8 +154,7 @@ class MultiSpatialTransformer(nn.Module):
 
     def placed(self, transform: Tensor) -> Tensor:
         """The pose carried by level 0 alone, (B, sum K, 2)."""
-        pose: Tensor = self.pose
-        return compose(transform, pose.expand(transform.shape[0], -1, -1))
+        return compose(transform, self.pose.expand(transform.shape[0], -1, -1))
 
 
 def _view(size: int) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from handmstn.config import DATA_KINDS, EMBEDDED_DATA, HandReading
 from handmstn.landmarks import in_pixels, read_json, read_mat
-from handmstn.parts import PartSpec, from_landmarks
+from handmstn.parts import PartSpec, from_landmarks, preset
 from handmstn.records import Hands, hands_of, to_unit
 from handmstn.rendering import SyntheticHands
 from tenfold import UserError, readers
@@ -105,8 +105,6 @@ def rendered(reading: HandReading, seed: int = 0, first: int = 0) -> Hands:
 
 def hand6_like(hands: Hands) -> tuple[PartSpec, ...]:
     """The parts whose points rendered hands have."""
-    from handmstn.parts import preset
-
     return preset("hand6")
 
 
@@ -142,6 +140,20 @@ def _joint(points: NDArray[np.float32], ends: NDArray[np.int64], number: int) ->
     low, high, t = (0, 1, share / 0.5) if share < 0.5 else (1, 2, share / 0.5 - 1)
     out: NDArray[np.float32] = strip[:, low] * (1 - t) + strip[:, high] * t
     return out
+
+
+def wanted_parts(parts: tuple[PartSpec, ...], given_points: bool) -> tuple[PartSpec, ...]:
+    """Parts whose points are read for a model: for the whole picture none, or those of hand6 where a box is wanted."""
+    if [part.name for part in parts] == ["hand"]:
+        return preset("hand6") if given_points else ()
+    return parts
+
+
+def boxed(hands: Hands, parts: tuple[PartSpec, ...], given_points: bool) -> Hands:
+    """With the corners of a box as points, for a model that reads a box of the hand; else as it is."""
+    if [part.name for part in parts] != ["hand"] or not given_points:
+        return hands
+    return dataclasses.replace(hands, points=boxes(hands), visibility=np.zeros((len(hands), 0), np.float32))
 
 
 def boxes(hands: Hands, margin: float = 0.1) -> NDArray[np.float32]:

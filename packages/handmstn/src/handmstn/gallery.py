@@ -481,7 +481,7 @@ class Gallery:
         seen = (held.visibility, visibility) if visible else (np.ones_like(held.visibility), np.ones_like(visibility))
         vectors = self.fused(held.parts, seen[0])
         if index == "faiss-flat":
-            made = faiss.IndexFlatIP(vectors.shape[1])
+            made: Any = faiss.IndexFlatIP(vectors.shape[1])
         else:
             made = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
             made.hnsw.efSearch = max(64, count)

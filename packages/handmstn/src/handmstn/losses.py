@@ -135,6 +135,8 @@ class CenterLoss(nn.Module):
     Source: Wen et al., ECCV 2016, Eq. 2 to 4.
     """
 
+    centers: Tensor
+
     def __init__(self, num_classes: int, dim: int, rate: float = 0.5) -> None:
         super().__init__()
         self.rate = rate
@@ -142,7 +144,7 @@ class CenterLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Indices | None = None) -> Tensor:
         """The loss; ``indices_tuple`` of a miner has no part in it."""
-        centers: Tensor = self.centers
+        centers = self.centers
         own = centers[labels].clone()
         if self.training:
             with torch.no_grad():

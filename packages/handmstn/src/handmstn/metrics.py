@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tenfold import UserError
+
 Ties = Literal["optimistic", "mean", "pessimistic"]
 Unit = Literal["class", "image"]
 Floats = NDArray[np.float64]
@@ -139,14 +141,16 @@ class Identification:
     def per_probe(self) -> tuple[Floats, Floats, NDArray[Any]]:
         """Rank, AP (step) and identity of every probe that has a mate."""
         if not any(len(part) for part in self.rank):
-            raise ValueError("no probe has a mate in the gallery")
+            raise UserError(
+                "no probe has a mate in the gallery: are its ids written alike, and is somebody in both parts?"
+            )
         return np.concatenate(self.rank), np.concatenate([a for a, _ in self.ap]), np.concatenate(self.persons)
 
     def compute(self) -> IdentificationResult:
         """The result of all updates.
 
         Raises:
-            ValueError: no probe has a mate.
+            UserError: no probe has a mate.
         """
         rank, ap, _ = self.per_probe()
         cmc = np.asarray([(rank <= k).mean() for k in range(1, self.ranks + 1)])
@@ -216,7 +220,7 @@ class Verification:
         """Thresholds (ascending), FAR and FRR at each of them."""
         total = self.counts.sum(1)
         if not total.all():
-            raise ValueError(f"expected genuine and impostor pairs, got {total[1]} and {total[0]}")
+            raise UserError(f"expected genuine and impostor pairs, got {total[1]} and {total[0]}")
         edges = np.linspace(self.low, self.high, self.bins + 1)
         far = 1 - np.concatenate([[0], np.cumsum(self.counts[0])]) / total[0]
         frr = np.concatenate([[0], np.cumsum(self.counts[1])]) / total[1]
@@ -226,7 +230,7 @@ class Verification:
         """The result of all updates.
 
         Raises:
-            ValueError: there are no genuine or no impostor pairs.
+            UserError: there are no genuine or no impostor pairs.
         """
         edges, far, frr = self.rates()
         eer, threshold = crossing(edges, far, frr)
@@ -349,11 +353,11 @@ class OpenSet:
         """The lowest threshold at which no more than this share of the probes without a mate is accepted.
 
         Raises:
-            ValueError: there is no probe without a mate.
+            UserError: there is no probe without a mate.
         """
         top = np.sort(np.concatenate(self.top)) if self.top else np.zeros(0)
         if not len(top):
-            raise ValueError("an open set needs probes without a mate in the gallery, got none")
+            raise UserError("an open set needs probes without a mate in the gallery, got none")
         allowed = int(np.floor(fpir * len(top) + 1e-9))
         return float(np.nextafter(top[len(top) - 1 - allowed], np.inf)) if allowed < len(top) else -np.inf
 

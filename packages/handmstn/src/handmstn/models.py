@@ -203,4 +203,4 @@ def _guessed(aligner: nn.Module, hands: Hands, batch_size: int, device: str) -> 
 
 def level0_points(aligner: MultiSpatialTransformer, transform: Tensor) -> Tensor:
     """Where level 0 alone puts the points."""
-    return compose(transform, aligner.pose.expand(len(transform), -1, -1))  # type: ignore[operator]
+    return compose(transform, aligner.pose.expand(len(transform), -1, -1))

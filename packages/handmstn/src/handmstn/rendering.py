@@ -235,7 +235,7 @@ def render(
     visible = torch.stack([_share(owner == part, ~covered) for part in range(6)], 1)
     points = pose.points()
     inside_share = (points.abs() <= 1).all(-1).float()
-    parts = torch.stack([part.mean(1) for part in inside_share.split([9, *[6] * 5], 1)], 1)
+    parts = torch.stack([part.mean(1) for part in torch.split(inside_share, [9, *[6] * 5], 1)], 1)
     masks = (shown & ~covered).view(count, size, size).numpy()
     return Rendered(images, points.numpy(), (visible * parts).numpy(), masks, pose.joints().numpy())
 

@@ -75,8 +75,7 @@ class AlignTask(pl.LightningModule):
         count = len(images)
         if self.warps:
             images, moved = warped(images, generator)
-            pose: Tensor = self.aligner.pose  # type: ignore[assignment]
-            points = compose(moved, pose.expand(count, -1, -1))
+            points = compose(moved, self.aligner.pose.expand(count, -1, -1))
             visibility = torch.full_like(visibility, float("nan"))
         elif config.turns:
             images, moved = warped(images, generator)

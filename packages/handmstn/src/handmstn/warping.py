@@ -104,7 +104,7 @@ class ControlPointGrid(nn.Module):
 
     def split(self, points: Tensor) -> list[Tensor]:
         """The points of each part, (B, K, 2)."""
-        return list(points.split(self.counts, dim=1))
+        return list(torch.split(points, self.counts, dim=1))
 
     def forward(self, points: Tensor) -> Tensor:
         """The grids of all parts.
@@ -144,13 +144,13 @@ class ControlPointGrid(nn.Module):
     def outside(self, grids: Tensor) -> Tensor:
         """Share of each part's grid that lies outside of the picture, (B, P)."""
         out = (grids.abs() > 1).any(-1).float()
-        return torch.stack([part.mean(1) for part in out.split(self.pixels, dim=1)], 1)
+        return torch.stack([part.mean(1) for part in torch.split(out, self.pixels, dim=1)], 1)
 
     def crops(self, images: Tensor, grids: Tensor) -> list[Tensor]:
         """The crop of each part, (B, C, h, w), by one sampling call; the picture is not repeated and outside is zero."""
         sampled = F.grid_sample(images, grids.unsqueeze(2), mode="bilinear", padding_mode="zeros", align_corners=True)
-        flat = sampled.squeeze(3).split(self.pixels, dim=2)
-        return [crop.unflatten(2, part.out_size) for crop, part in zip(flat, self.parts, strict=True)]
+        flat = torch.split(sampled.squeeze(3), self.pixels, dim=2)
+        return [crop.reshape(*crop.shape[:2], *part.out_size) for crop, part in zip(flat, self.parts, strict=True)]
 
 
 def similarity(cos_sin: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:
@@ -178,13 +178,18 @@ def fit_similarity(source: Tensor, target: Tensor) -> Tensor:
 
 
 def check_finite(points: Tensor, parts: Sequence[PartSpec]) -> None:
-    """Check that no control point is NaN or infinite.
+    """Check that no control point is NaN, infinite, or so far away that it must be in pixels.
 
     Raises:
-        ValueError: one is; the message names the sample and the part.
+        ValueError: one is; the message names the sample and the part, or the unit.
     """
     bad = ~torch.isfinite(points).all(-1)
     if bool(bad.any()):
         sample, place = (int(i) for i in bad.nonzero()[0])
         names = [part.name for part in parts for _ in range(part.count)]
         raise ValueError(f"sample {sample}: a control point of the part '{names[place]}' is not finite")
+    if bool((points.abs() > 10).any()):
+        raise ValueError(
+            f"control points reach {float(points.abs().max()):.0f}: expected half widths of the picture, -1 to 1 from edge to"
+            " edge; pixels would give black crops"
+        )

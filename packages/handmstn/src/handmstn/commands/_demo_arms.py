@@ -29,7 +29,7 @@ def joined(first: Hands, second: Hands) -> Hands:
     assert first.images is not None
     assert second.images is not None
     names = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed")
-    own = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
+    own: dict[str, Any] = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
     return dataclasses.replace(first, **own, images=torch.cat([first.images, second.images]))
 
 

@@ -5,7 +5,7 @@ import importlib.metadata
 from typing import Any
 
 from handmstn.config import HandReading, ModelSettings, RunSettings, TrainSettings, WithModel
-from handmstn.data import load
+from handmstn.data import boxed, load, wanted_parts
 from handmstn.models import WEIGHTS, Embedded, embed, load_model, save_model
 from handmstn.recognizer import HandMSTN
 from handmstn.records import Hands
@@ -49,7 +49,9 @@ than those trained on."""
 def read(settings: WithModel, card: dict[str, Any], model: HandMSTN, *, seed: int = 0, first: int = ENROLLED) -> Hands:
     """The pictures of a command, at the model's size, with points where the model takes given ones."""
     reading = dataclasses.replace(settings.reading, size=card["size"])
-    return load(settings.data, reading, model.parts if model.aligner is None else (), seed=seed, first=first)
+    told = bool(card["settings"]["given_points"])
+    parts = wanted_parts(model.parts, told) if model.aligner is None else ()
+    return boxed(load(settings.data, reading, parts, seed=seed, first=first), model.parts, told)
 
 
 def embedded(settings: WithModel, model: HandMSTN, hands: Hands) -> Embedded:

@@ -207,7 +207,7 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
     rows = _pictures.overlays(people.test.images[chosen].numpy(), points[chosen], parts)
     titles = ["picture", "found points", "six aligned crops"]
     image_grid(folder.figure("aligned"), rows, column_titles=titles, cell=1.6)
-    curves = {}
+    curves: dict[str, Curve] = {}
     persons = _columns(study, "whole", "persons")
     for arm in SHOWN[level]:
         rank = _columns(study, arm, "rank")

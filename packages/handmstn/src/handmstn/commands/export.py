@@ -35,7 +35,7 @@ def run(settings: ExportSettings, invocation: Invocation) -> None:
     example = torch.rand(2, 3, size, size)
     names = [f"crop_{part.name}" for part in model.parts]
     outputs = (*names, "embedding", "visibility", "parts")
-    module: nn.Module = _whole(model) if model.aligner is None else _Exported(model)
+    module: nn.Module = _Whole(model) if model.aligner is None else _Exported(model)
     if settings.format == "safetensors":
         module = model
     done = export.save(module, example, invocation.folder, "model", settings.format, outputs=outputs)
@@ -47,6 +47,10 @@ def run(settings: ExportSettings, invocation: Invocation) -> None:
 
 
 class _Whole(nn.Module):
+    """A model that reads the whole picture; else as ``_Exported``."""
+
+    points: Tensor
+
     def __init__(self, model: HandMSTN) -> None:
         super().__init__()
         self.model = model
@@ -54,12 +58,6 @@ class _Whole(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The crop, then fused, visibility and parts."""
-        points: Tensor = self.points
-        found = self.model(images, points.expand(images.shape[0], -1, -1))
+        found = self.model(images, self.points.expand(images.shape[0], -1, -1))
         crops = self.model.grid.crops(images, self.model.grid(found.points))
         return (*crops, found.fused, found.visibility, found.parts)
-
-
-def _whole(model: HandMSTN) -> nn.Module:
-    """A model that reads the whole picture."""
-    return _Whole(model)

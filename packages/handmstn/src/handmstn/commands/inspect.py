@@ -61,7 +61,7 @@ def _data(settings: InspectSettings) -> None:
     hands = listed(settings.data, settings.reading, preset("hand6"))
     names, counts = np.unique(hands.classes, return_counts=True)
     sides = {side: int((hands.sides == side).sum()) for side in ("left", "right", "unknown")}
-    rows = [
+    rows: list[list[object]] = [
         ["pictures", len(hands)],
         ["hands", len(names)],
         ["people", len(set(hands.persons.tolist()))],

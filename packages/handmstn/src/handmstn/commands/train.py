@@ -1,13 +1,12 @@
 """`handmstn train`: stage A for the aligner, stage B for identities, and the joint stage where it is asked for."""
 
-import dataclasses
 import sys
 import time
 
 from handmstn.commands import _pictures
 from handmstn.commands._files import card_of, save, trained
 from handmstn.config import TrainSettings
-from handmstn.data import boxes, load
+from handmstn.data import boxed, load, wanted_parts
 from handmstn.models import build_aligner, build_model, parts_of
 from handmstn.training import check, train_aligner, train_identities
 from tenfold import UserError
@@ -25,13 +24,12 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     if settings.teacher_weights is not None and taken is None:
         raise UserError(f"--teacher_weights {settings.teacher_weights}: that model has no aligner")
     parts = parts_of(settings)
-    hands = load(settings.data, settings.reading, parts, seed=settings.seed)
+    hands = load(settings.data, settings.reading, wanted_parts(parts, settings.given_points), seed=settings.seed)
     if (hands.splits == "train").any():
         hands = hands.split("train")
     elif (hands.splits == "gallery").any() and not settings.data.startswith("hands"):
         hands = hands.part(hands.splits != "probe")
-    if settings.given_points and settings.preset == "whole" and hands.points.shape[1] != 4:
-        hands = dataclasses.replace(hands, points=boxes(hands))
+    hands = boxed(hands, parts, settings.given_points)
     check(hands, settings)
     build_model(settings, settings.seed, build_aligner(settings, settings.seed))  # names of networks, before any work
     seed_everything(settings.seed, device)
@@ -40,8 +38,8 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
             raise UserError(
                 f"--teacher_weights {settings.teacher_weights}: its aligner has other parts than {settings.preset}"
             )
-        aligner = taken
-    else:
+    aligner = taken
+    if taken is None:
         aligner = train_aligner(hands, settings, settings.seed, folder, quiet=invocation.quiet)
     model = train_identities(hands, settings, settings.seed, aligner, folder, quiet=invocation.quiet)
     save(folder, model.cpu(), card_of(settings, model, hands))
