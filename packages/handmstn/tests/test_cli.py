@@ -354,20 +354,29 @@ sys.exit(main({words!r}))
 """
 
 
-@pytest.mark.parametrize(("task", "after"), [("AlignTask", 1), ("IdentityTask", 3)])
-def test_a_killed_stage_resumes_to_the_same_weights(tmp_path, task, after):
-    words = ["train", "--data", "hands", "--reading.size", "48", "--reading.people", "4", "--reading.views", "2", *TINY]
-    words += ["--people", "2", "--checkpoint_every", "2", "--log_every", "1", "--steps", "5", "--aligner.steps", "4"]
+RESUMED = ["train", "--data", "hands", "--reading.size", "48", "--reading.people", "4", "--reading.views", "2", *TINY]
+RESUMED += ["--people", "2", "--checkpoint_every", "2", "--log_every", "1", "--steps", "5", "--aligner.steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A training that nobody killed."""
     torch.set_num_threads(1)
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    killed = [*words, "--out", str(tmp_path / "killed")]
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    assert main([*RESUMED, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize(("task", "after"), [("AlignTask", 1), ("AlignTask", 3), ("IdentityTask", 3)])
+def test_a_stage_killed_before_or_after_its_checkpoint_resumes_to_the_same_weights(unbroken, tmp_path, task, after):
+    killed = [*RESUMED, "--out", str(tmp_path / "killed")]
     script = SCRIPT.format(task=task, after=after, words=killed)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert main([*killed, "--resume"]) == 0
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    a, b = (load_file(path / "model.safetensors") for path in (unbroken, tmp_path / "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     for stage in ("align", "identity"):
-        rows = [(tmp_path / name / f"metrics.{stage}.csv").read_text() for name in ("whole", "killed")]
+        rows = [(path / f"metrics.{stage}.csv").read_text() for path in (unbroken, tmp_path / "killed")]
         assert rows[0] == rows[1]

@@ -207,6 +207,7 @@ def test_11k_hands_leaves_out_accessories_and_halves_people(tmp_path):
         hands = load(f"hands11k:{tmp_path}", PLAIN)
     assert hands.persons.tolist() == ["0000001", "0001052"]
     assert hands.views.tolist() == ["dorsal", "palmar"]
+    assert hands.splits.tolist() == ["train", "test"]
     assert halves(hands.persons, 1050).tolist() == [True, False]
     assert halves(["b", "a", "c", "d"]).tolist() == [True, True, False, False]
     write(tmp_path / "HandInfo.csv", header + rows.replace("dorsal right", "dorsal"))
@@ -218,7 +219,9 @@ def test_hd_and_cut_palms_by_their_names(tmp_path):
     picture(tmp_path / "hd/1-501/17_1.jpg")
     picture(tmp_path / "hd/502-712/600_1.jpg")
     hands = load(f"hd:{tmp_path / 'hd'}", PLAIN)
-    assert hands.splits.tolist() == ["", "distractor"]
+    assert hands.splits.tolist() == ["test", "distractor"]
+    picture(tmp_path / "hd/1-501/18_1.jpg")
+    assert load(f"hd:{tmp_path / 'hd'}", PLAIN).splits.tolist() == ["train", "test", "distractor"]
     picture(tmp_path / "roi/casia/0001_m_l_05.jpg")
     picture(tmp_path / "roi/iitd/Left Hand/001_5.bmp")
     picture(tmp_path / "roi/iitd/Right/001_5.bmp")

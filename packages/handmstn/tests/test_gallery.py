@@ -167,7 +167,7 @@ def test_faiss_finds_the_same_as_the_exact_search():
     assert 0 < gallery.recall(probes.parts, probes.visibility, "faiss-hnsw", top=4) <= 1
 
 
-def test_an_interrupted_enrolment_leaves_the_state_before_it_and_is_repeated_whole(tmp_path):
+def test_an_interrupted_enrollment_leaves_the_state_before_it_and_is_repeated_whole(tmp_path):
     made(tmp_path, people(list("ab")))
     code = """
         import os, sys
@@ -198,14 +198,14 @@ def test_an_interrupted_enrolment_leaves_the_state_before_it_and_is_repeated_who
     assert len(Gallery.open(tmp_path / "g")) == 4
 
 
-def test_an_enrolment_that_a_kill_kept_from_the_log_is_logged_by_the_next_command(tmp_path):
+def test_an_enrollment_that_a_kill_kept_from_the_log_is_logged_by_the_next_command(tmp_path):
     gallery = made(tmp_path, people(list("ab")))
     (tmp_path / "g" / LOG).write_text("")
     gallery.enroll(people(list("c"), 4), purpose="later")
     assert [(line["what"], line["persons"]) for line in gallery.log()] == [("enroll", ["a", "b"]), ("enroll", ["c"])]
 
 
-def test_a_search_beside_an_enrolment_sees_the_state_before_it(tmp_path):
+def test_a_search_beside_an_enrollment_sees_the_state_before_it(tmp_path):
     made(tmp_path, people(list("ab")))
     from tenfold.growing import Growing
 

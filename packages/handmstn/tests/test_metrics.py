@@ -139,9 +139,9 @@ def test_rates_equal_scikit_learns_roc_and_d_prime_its_formula():
     scores = np.concatenate([rng.normal(0.3, 0.1, 500), rng.normal(0.0, 0.1, 5000)]).clip(-1, 1)
     same = np.arange(5500) < 500
     found = Verification_fine(scores, same).compute((1e-1, 1e-2, 1e-3))
-    fpr, tpr, _ = roc_curve(same, scores, drop_intermediate=False)
+    false, true, _ = roc_curve(same, scores, drop_intermediate=False)
     for f, value in found.tar.items():
-        assert value == pytest.approx(tpr[fpr <= f].max(), abs=5e-3)
+        assert value == pytest.approx(true[false <= f].max(), abs=5e-3)
     a, b = scores[same], scores[~same]
     assert found.d_prime == pytest.approx(abs(a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 2))
     with pytest.raises(ValueError, match="expected genuine and impostor pairs"):

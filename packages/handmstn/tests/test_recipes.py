@@ -57,7 +57,7 @@ def hands11k(root, pictures):
     rows = ["id,age,gender,skinColor,accessories,nailPolish,aspectOfHand,imageName,irregularities"]
     for i, image in enumerate(pictures[0]):
         image.save(root / f"Hands/Hand_{i:07d}.jpg")
-        rows.append(f"{i // 4:07d},30,female,fair,0,0,palmar right,Hand_{i:07d}.jpg,0")
+        rows.append(f"{1050 + i // 4:07d},30,female,fair,0,0,palmar right,Hand_{i:07d}.jpg,0")
     (root / "HandInfo.csv").write_text("\n".join(rows) + "\n")
     return f"hands11k:{root}"
 

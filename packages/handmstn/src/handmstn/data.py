@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from handmstn.config import DATA_KINDS, EMBEDDED_DATA, HandReading
 from handmstn.landmarks import in_pixels, read_json, read_mat
 from handmstn.parts import PartSpec, from_landmarks, preset
+from handmstn.protocols import HALVES, halves
 from handmstn.records import Hands, hands_of, to_unit
 from handmstn.rendering import SyntheticHands
 from tenfold import UserError, readers
@@ -513,14 +514,23 @@ def _hands_11k(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) ->
         raise UserError(f"{info}: no picture without accessories")
     names, persons, sides, views, files = zip(*rows, strict=True)
     source = f"real: 11k Hands (the user's copy, {root.name})"
-    return hands_of(names, persons, source, files=files, sides=sides, views=views, skipped=skipped)
+    splits = []
+    for person, side, view in zip(persons, sides, views, strict=True):
+        first = halves([person.strip()], HALVES.get((view, side)))[0] if person.strip().isdigit() else False
+        splits.append("train" if first else "test")
+    return hands_of(names, persons, source, files=files, sides=sides, views=views, splits=splits, skipped=skipped)
 
 
 def _hd(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Hands:
-    """1-501/ID_N.jpg and 502-712/ID_N.jpg; the second folder's people are in the gallery alone."""
+    """1-501/ID_N.jpg, half of the people for training, and 502-712/ID_N.jpg, whose people are in galleries alone."""
     files, matches, skipped = _named(root, r"(\d+)_(\d+)", "17_3.jpg", reading.skip_bad)
     persons = [m[1] for m in matches]
-    splits = ["distractor" if f.relative_to(root).parts[0].startswith("502") else "" for f in files]
+    extra = [f.relative_to(root).parts[0].startswith("502") for f in files]
+    people = np.unique([p for p, more in zip(persons, extra, strict=True) if not more])
+    first = set(people[: len(people) // 2].tolist())
+    splits = [
+        "distractor" if more else "train" if p in first else "test" for p, more in zip(persons, extra, strict=True)
+    ]
     names = [f.relative_to(root).as_posix() for f in files]
     source = f"real: PolyU HD (the user's copy, {root.name})"
     views = ["dorsal"] * len(files)

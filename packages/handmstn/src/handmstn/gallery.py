@@ -1,6 +1,6 @@
 """A gallery of enrolled hands: a folder that grows, a search that is exact and bounded in memory, and a log of who did what.
 
-Files are numbered and never change; one index is renamed last, so that a search beside an enrolment sees the state before or
+Files are numbered and never change; one index is renamed last, so that a search beside an enrollment sees the state before or
 after it. Removing a person writes the others anew and deletes the file that held the person's vectors. The log only grows.
 """
 
@@ -291,7 +291,7 @@ class Gallery:
                 file.write(line + "\n")
 
     def _repair_log(self, growing: Growing) -> None:
-        """Log enrolments that a kill has kept from the log: the index knows when and why."""
+        """Log enrollments that a kill has kept from the log: the index knows when and why."""
         logged = {line.get("file") for line in self.log()}
         for entry in growing.entries:
             if entry.path.name not in logged and "purpose" in entry.about and not self._replaced(entry):

@@ -36,6 +36,8 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
         else:
             own = listed(source, finished.settings.reading if settings.train_data is None else HandReading()).persons
         check_disjoint(own, hands.persons)
+    if (hands.splits == "train").any() and (hands.splits != "train").any():
+        hands = hands.part(hands.splits != "train")
     found = embedded(settings, model, hands)
     hidden = found.hands.names[~found.shown].tolist()
     found = found.part(found.shown)

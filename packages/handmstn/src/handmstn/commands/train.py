@@ -33,11 +33,10 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     check(hands, settings)
     build_model(settings, settings.seed, build_aligner(settings, settings.seed))  # names of networks, before any work
     seed_everything(settings.seed, device)
-    if taken is not None:
-        if [p.name for p in taken.parts] != [p.name for p in parts]:
-            raise UserError(
-                f"--teacher_weights {settings.teacher_weights}: its aligner has other parts than {settings.preset}"
-            )
+    if taken is not None and [p.name for p in taken.parts] != [p.name for p in parts]:
+        raise UserError(
+            f"--teacher_weights {settings.teacher_weights}: its aligner has other parts than {settings.preset}"
+        )
     aligner = taken
     if taken is None:
         aligner = train_aligner(hands, settings, settings.seed, folder, quiet=invocation.quiet)
