@@ -45,17 +45,22 @@ class ChannelNorm(nn.Module):
 
 
 class _Head(nn.Module):
-    """Flatten, 128 hidden units, outputs that begin near zero."""
+    """Flatten, 128 hidden units, outputs that begin near zero.
 
-    def __init__(self, inputs: int, outputs: int, hidden: int = 128) -> None:
+    The normalized map is scaled to a mean square of 1, without which the first hundreds of steps hardly move the head.
+    """
+
+    def __init__(self, inputs: int, outputs: int, scale: float, hidden: int = 128) -> None:
         super().__init__()
+        self.scale = scale
         self.hidden = nn.Linear(inputs, hidden)
         self.last = nn.Linear(hidden, outputs)
         nn.init.normal_(self.last.weight, std=1e-3)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, maps: Tensor) -> Tensor:
-        out: Tensor = self.last(F.leaky_relu(self.hidden(maps.flatten(1)), 0.01))
+        scaled = maps.flatten(1) * self.scale
+        out: Tensor = self.last(F.leaky_relu(self.hidden(scaled), 0.01))
         return out
 
 
@@ -104,7 +109,7 @@ class MultiSpatialTransformer(nn.Module):
             with torch.no_grad():
                 maps = net.eval()(torch.zeros(1, 3, loc_size, loc_size))
             self.nets.append(net.train())
-            self.heads.append(_Head(maps[0].numel(), size))
+            self.heads.append(_Head(maps[0].numel(), size, math.sqrt(maps.shape[1]) if normalize else 1.0))
         self.norm = ChannelNorm() if normalize else nn.Identity()
         self.register_buffer("view", _view(loc_size), persistent=False)
         if levels == 2:
