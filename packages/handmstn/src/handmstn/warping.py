@@ -122,10 +122,13 @@ class ControlPointGrid(nn.Module):
             if self.parts[members[0]].family == "similarity":
                 grid_GBN2 = (stacked_GBK2.flatten(2) @ matrix.T.to(points)).view(len(members), batch, -1, 2)
             else:
-                grid_GBN2 = matrix.to(points) @ stacked_GBK2
+                rows = stacked_GBK2.transpose(-1, -2).reshape(
+                    -1, stacked_GBK2.shape[2]
+                )  # one product, not one per picture
+                grid_GBN2 = (rows @ matrix.to(points).T).view(len(members), batch, 2, -1).transpose(-1, -2)
             for place, number in enumerate(members):
                 found[number] = grid_GBN2[place]
-        return torch.cat(found, 1)
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def bending_energy(self, points: Tensor) -> Tensor:
         """Bending energy of each part, (B, P): 1/2 sum over x, y of s^T L_w s; 0 for any affine placement and family.
