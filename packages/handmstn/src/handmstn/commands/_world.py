@@ -54,8 +54,8 @@ class Size:
 
 SIZES = {
     "quick": Size((8, 4), (6, 4), (3, 2), (6, 3), 96, 6, 6),
-    "default": Size((60, 10), (40, 8), (20, 3), (20, 5), 160, 450, 300),
-    "full": Size((60, 10), (60, 8), (60, 4), (30, 5), 160, 900, 500),
+    "default": Size((50, 10), (40, 6), (20, 3), (15, 4), 160, 700, 250),
+    "full": Size((60, 10), (60, 8), (60, 4), (30, 5), 160, 1500, 500),
 }
 
 
@@ -71,7 +71,9 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
         log_every=100,
         checkpoint_every=10**6,
         reading=HandReading(size=size.pixels),
-        aligner=AlignerSettings(backbone="hand:loc", loc_size=64, steps=size.align, batch_size=48, lr=1.5e-3),
+        aligner=AlignerSettings(
+            backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=1.5e-3, turns=False
+        ),
         recognizer=RecognizerSettings(
             palm=network, finger=network, dim=64, palm_size=56, finger_size=(48, 16), jitter=0.01
         ),
