@@ -124,3 +124,29 @@ def test_a_command_that_adds_nothing_leaves_no_folder(tmp_path):
     with Growing.open(tmp_path / "g", kind=KIND, writing=True):
         pass
     assert not (tmp_path / "g").exists()
+
+
+def test_a_file_is_replaced_or_dropped_and_its_number_is_not_used_again(tmp_path):
+    for text in ("one", "two", "three"):
+        add(tmp_path, text)
+    with Growing.open(tmp_path, kind=KIND, writing=True) as growing:
+        with growing.replaced(growing.entries[0], ".txt", {"length": 1}) as file:
+            file.write_text("1")
+        growing.drop(growing.entries[-1])
+    assert texts(tmp_path) == ["two", "three"]
+    assert not (tmp_path / "000001.txt").exists()
+    assert not (tmp_path / "000004.txt").exists()
+    add(tmp_path, "five")
+    assert texts(tmp_path) == ["two", "three", "five"]
+    assert (tmp_path / "000005.txt").read_text() == "five"
+
+
+def test_a_file_that_the_index_had_forgotten_before_a_kill_is_deleted_by_the_next_writer(tmp_path):
+    for text in ("one", "two"):
+        add(tmp_path, text)
+    with Growing.open(tmp_path, kind=KIND, writing=True) as growing:
+        growing.drop(growing.entries[0])
+    (tmp_path / "000001.txt").write_text("one")  # as if the kill had come between the index and the deletion
+    assert texts(tmp_path) == ["two"]
+    add(tmp_path, "three")
+    assert sorted(p.name for p in tmp_path.glob("*.txt")) == ["000002.txt", "000003.txt"]

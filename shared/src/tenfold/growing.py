@@ -54,6 +54,9 @@ class Growing:
         self._part = part
         self._lock = lock
         self._own = _entries(path, _index(path, part), kind)
+        self._next = _next(_index(path, part), len(self._own) + 1)
+        if lock is not None:
+            self._delete_forgotten()
         self._others = {
             file.stem: _entries(path, file, kind)
             for file in sorted(path.glob(f"{INDEX}*.json"))
@@ -120,6 +123,14 @@ class Growing:
                 _free(lock, path)
             raise
 
+    def _delete_forgotten(self) -> None:
+        """Delete files of this writer that the index had forgotten when a kill came."""
+        known, start = {entry.path for entry in self._own}, f"{self._part}-" if self._part else ""
+        for path in self.path.glob(f"{start}[0-9][0-9][0-9][0-9][0-9][0-9].*"):
+            number = path.name.removeprefix(start).partition(".")[0]
+            if path not in known and int(number) < self._next:
+                path.unlink(missing_ok=True)
+
     @property
     def entries(self) -> list[Entry]:
         """All files."""
@@ -138,13 +149,51 @@ class Growing:
             UserError: the disk is full or the folder cannot be written.
         """
         assert self._lock is not None, "opened for reading"
-        name = f"{self._part + '-' if self._part else ''}{len(self._own) + 1:06d}{suffix}"
-        with replacing(self.path / name) as temporary:
+        path = self.path / f"{self._part + '-' if self._part else ''}{self._next:06d}{suffix}"
+        with replacing(path) as temporary:
             yield temporary
-        self._own.append(Entry(self.path / name, json.loads(json.dumps(plain(dict(about or {}))))))
+        self._own.append(Entry(path, json.loads(json.dumps(plain(dict(about or {}))))))
+        self._next += 1
+        self._write_index()
+
+    @contextlib.contextmanager
+    def replaced(self, entry: Entry, suffix: str, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+        """Yield a temporary name; when the block ends well, it becomes the next file in the place of ``entry``.
+
+        The index forgets the old file before it is deleted, so that a kill at any moment leaves one of both states; a file
+        that a kill has left over is deleted when the thing is opened for writing the next time.
+
+        Args:
+            entry: one of this writer's own.
+            suffix: of the new file.
+            about: as for ``adding``.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        place = self._own.index(entry)
+        with self.adding(suffix, about) as temporary:
+            yield temporary
+            del self._own[place]  # the index is written once, with the new file and without the old one
+        entry.path.unlink(missing_ok=True)
+
+    def drop(self, entry: Entry) -> None:
+        """Take one of this writer's own files out of the index, and delete it.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        assert self._lock is not None, "opened for reading"
+        self._own.remove(entry)
+        self._write_index()
+        entry.path.unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
         files = [{"file": entry.path.name, "about": entry.about} for entry in self._own]
+        index: dict[str, Any] = {"kind": self.kind, "head": self.head, "files": files}
+        if self._next != len(self._own) + 1:  # a number is not used twice, also after a file is gone
+            index["next"] = self._next
         with replacing(_index(self.path, self._part)) as temporary:
-            index = {"kind": self.kind, "head": self.head, "files": files}
             temporary.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def close(self) -> None:
@@ -194,6 +243,14 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not an index of ours ({error})") from error
     return index
+
+
+def _next(file: Path, default: int) -> int:
+    """Number of the next file; written down where files were taken out."""
+    found = _read(file).get("next", default) if file.exists() else default
+    if not isinstance(found, int) or found < default:
+        raise UserError(f"{file}: not an index of ours (the next number is {found!r})")
+    return found
 
 
 def _entries(path: Path, file: Path, kind: str) -> list[Entry]:

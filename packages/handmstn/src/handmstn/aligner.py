@@ -1,0 +1,202 @@
+"""The aligner: a network that says where palm and fingers lie, in two levels that are composed before anything is sampled."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from handmstn.backbones import build_map
+from handmstn.parts import PartSpec
+from handmstn.warping import ControlPointGrid, compose, similarity
+
+
+@dataclasses.dataclass
+class AlignedHand:
+    """What an aligner found in a batch of pictures.
+
+    Attributes:
+        points: control points of all parts in the picture, (B, sum K, 2).
+        visibility: share of each part that is seen, by the network, (B, P).
+        visibility_logits: their logits.
+        side_logits: positive where the hand looks like a right one (or a mirrored left one), (B,).
+        transform: the hand's similarity of level 0, (B, 2, 3); the identity with one level.
+    """
+
+    points: Tensor
+    visibility: Tensor
+    visibility_logits: Tensor
+    side_logits: Tensor
+    transform: Tensor
+
+
+class ChannelNorm(nn.Module):
+    """x / sqrt(1e-6 + sum over channels of x^2) at each pixel.
+
+    MatConvNet's normalization with the parameters (1024, 1e-6, 1, 0.5) of the predecessor is this; torch's
+    ``LocalResponseNorm`` takes other arguments in another order, and divides alpha by the window.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (B, C, H, W)."""
+        return x / (1e-6 + x.square().sum(1, keepdim=True)).sqrt()
+
+
+class _Head(nn.Module):
+    """Flatten, 128 hidden units, outputs that begin near zero.
+
+    The normalized map is scaled to a mean square of 1, without which the first hundreds of steps hardly move the head.
+    """
+
+    def __init__(self, inputs: int, outputs: int, scale: float, hidden: int = 128) -> None:
+        super().__init__()
+        self.scale = scale
+        self.hidden = nn.Linear(inputs, hidden)
+        self.last = nn.Linear(hidden, outputs)
+        nn.init.normal_(self.last.weight, std=1e-3)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        scaled = maps.flatten(1) * self.scale
+        out: Tensor = self.last(F.leaky_relu(self.hidden(scaled), 0.01))
+        return out
+
+
+class MultiSpatialTransformer(nn.Module):
+    """Picture -> control points and visibility of every part.
+
+    Level 0 sees the coarse picture and predicts a similarity T (rotation as cosine and sine, scale, shift) of the whole hand;
+    level 1 sees the coarse picture warped by T and predicts the points in that frame; the points in the picture are T(points).
+    Nothing is resampled twice: the crops are taken from the full picture by the composed grid. An untrained network puts every
+    part where it lies on an upright hand in the middle of the picture, so the first crops are valid.
+
+    Args:
+        parts: the parts.
+        backbone: network of both levels (one each): ``hand:loc`` (five small blocks), ``timm:NAME`` or ``packaged:NAME``.
+        levels: 2, or 1 for points straight from the picture.
+        loc_size: side of the coarse picture in pixels.
+        normalize: per-pixel normalization of the backbone's map.
+
+    Source: the two levels, the pose at the start and the visibility are choices of ours; the head is the predecessor's.
+    """
+
+    pose: Tensor
+    view: Tensor
+
+    def __init__(
+        self,
+        parts: Sequence[PartSpec],
+        backbone: str = "timm:resnet18",
+        levels: int = 2,
+        loc_size: int = 112,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        if levels not in {1, 2}:
+            raise ValueError(f"levels is 1 or 2, got {levels}")
+        self.parts = tuple(parts)
+        self.levels, self.loc_size = levels, loc_size
+        self.grid = ControlPointGrid(self.parts)
+        pose = torch.cat([torch.from_numpy(part.start) for part in self.parts]).float()
+        self.register_buffer("pose", pose, persistent=False)
+        outputs = pose.numel() + len(self.parts) + 1
+        sizes = [5, outputs] if levels == 2 else [outputs]
+        self.nets, self.heads = nn.ModuleList(), nn.ModuleList()
+        for size in sizes:
+            net = build_map(backbone, loc_size)
+            with torch.no_grad():
+                maps = net.eval()(torch.zeros(1, 3, loc_size, loc_size))
+            self.nets.append(net.train())
+            self.heads.append(_Head(maps[0].numel(), size, math.sqrt(maps.shape[1]) if normalize else 1.0))
+        self.norm = ChannelNorm() if normalize else nn.Identity()
+        self.register_buffer("view", _view(loc_size), persistent=False)
+        if levels == 2:
+            first = self.heads[0]
+            assert isinstance(first, _Head)
+            with torch.no_grad():
+                first.last.bias[0] = 1.0
+
+    def coarse(self, images: Tensor) -> Tensor:
+        """The picture at ``loc_size``, each pixel the mean of what it covers."""
+        size = self.loc_size
+        if images.shape[-2:] == (size, size):
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+
+    def forward(self, images: Tensor) -> AlignedHand:
+        """Points and visibility.
+
+        Args:
+            images: pixels in [0, 1], (B, 3, H, W).
+
+        Raises:
+            ValueError: pictures of another number of channels.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"expected color pictures (B, 3, H, W), got {tuple(images.shape)}; gray ones need 3 channels"
+            )
+        coarse = (self.coarse(images) - 0.5) * 4
+        batch = images.shape[0]
+        transform = torch.eye(2, 3, device=images.device, dtype=images.dtype).expand(batch, 2, 3)
+        seen = coarse
+        if self.levels == 2:
+            five = self.heads[0](self.norm(self.nets[0](coarse)))
+            bounded = 1.5 * torch.tanh(five[:, 2] / 1.5)  # the hand neither vanishes nor leaves the picture
+            transform = similarity(five[:, :2], bounded, 1.5 * torch.tanh(five[:, 3:5] / 1.5))
+            # level 1 learns in the frame that it is given; its loss does not move the frame
+            grid = compose(transform.detach(), self.view.expand(batch, -1, -1))
+            grid = grid.view(batch, self.loc_size, self.loc_size, 2)
+            seen = F.grid_sample(coarse, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        out = self.heads[-1](self.norm(self.nets[-1](seen)))
+        pose = self.pose
+        offsets = out[:, : pose.numel()].view(batch, -1, 2)
+        points = compose(transform, pose + offsets)
+        logits = out[:, pose.numel() : pose.numel() + len(self.parts)]
+        return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform)
+
+    def placed(self, transform: Tensor) -> Tensor:
+        """The pose carried by level 0 alone, (B, sum K, 2)."""
+        return compose(transform, self.pose.expand(transform.shape[0], -1, -1))
+
+
+def _view(size: int) -> Tensor:
+    line = torch.linspace(-1, 1, size)
+    rows, columns = torch.meshgrid(line, line, indexing="ij")
+    return torch.stack([columns, rows], -1).view(1, -1, 2)
+
+
+def warped(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random similarities of pictures with their targets, for an aligner that has no points to learn from.
+
+    A picture of an upright hand in its middle is turned by any angle, scaled by 0.8 to 1.2 and shifted by up to 0.2.
+
+    Returns:
+        The warped pictures, and the map from a place in the given picture to its place in the warped one, (B, 2, 3).
+    """
+    batch, size = images.shape[0], images.shape[-1]
+    angle = (2 * torch.rand(batch, generator=generator) - 1) * math.pi
+    log_scale = (2 * torch.rand(batch, generator=generator) - 1) * 0.22
+    shift = (2 * torch.rand(batch, 2, generator=generator) - 1) * 0.2
+    forward = similarity(torch.stack([angle.cos(), angle.sin()], 1), log_scale, shift)
+    linear = torch.linalg.inv(forward[:, :, :2])
+    back = torch.cat([linear, -(linear @ forward[:, :, 2:])], 2).to(images)
+    grid = compose(back, _view(size).to(images).expand(batch, -1, -1)).view(batch, size, size, 2)
+    out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return out, forward.to(images)
+
+
+def scrambled(images: Tensor, generator: torch.Generator, blocks: int = 8) -> Tensor:
+    """Pictures whose blocks are shuffled: the same colors and textures, and no hand."""
+    batch, channels, height, width = images.shape
+    h, w = height // blocks, width // blocks
+    tiles = images[:, :, : h * blocks, : w * blocks].reshape(batch, channels, blocks, h, blocks, w)
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, blocks * blocks, channels, h, w)
+    order = torch.rand(batch, blocks * blocks, generator=generator).argsort(1)
+    tiles = tiles[torch.arange(batch)[:, None], order]
+    tiles = tiles.reshape(batch, blocks, blocks, channels, h, w).permute(0, 3, 1, 4, 2, 5)
+    out = images.clone()
+    out[:, :, : h * blocks, : w * blocks] = tiles.reshape(batch, channels, h * blocks, w * blocks)
+    return out

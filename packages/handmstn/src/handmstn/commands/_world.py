@@ -1,0 +1,175 @@
+"""The demonstration's rendered people and their aligner, made once per seed and shared by processes through the run folder."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from handmstn.aligner import MultiSpatialTransformer
+from handmstn.config import (
+    AlignerSettings,
+    CompareSettings,
+    HandReading,
+    LossSettings,
+    Optimizer,
+    RecognizerSettings,
+)
+from handmstn.models import build_aligner
+from handmstn.records import Hands, hands_of
+from handmstn.rendering import Domain, SyntheticHands
+from handmstn.training import train_aligner
+from tenfold import checkpoints
+from tenfold.files import Lock, replacing
+
+METHOD = "handmstn.aligner"
+DATA = "rendered: invented people's hands, turned by any angle, partly covered; no picture is of a person"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything a level has.
+
+    Attributes:
+        train: people that are trained on, and pictures of each.
+        test: people that are enrolled and searched for, and pictures of each, of which two are enrolled.
+        strangers: people who are searched for and not enrolled, and pictures of each.
+        develop: people that the calibration learns from, and pictures of each.
+        pixels: side of a picture.
+        align: steps of stage A.
+        identity: steps of stage B.
+    """
+
+    train: tuple[int, int]
+    test: tuple[int, int]
+    strangers: tuple[int, int]
+    develop: tuple[int, int]
+    pixels: int
+    align: int
+    identity: int
+
+
+SIZES = {
+    "quick": Size((8, 4), (6, 4), (3, 2), (6, 3), 96, 6, 6),
+    "default": Size((50, 10), (40, 6), (20, 3), (15, 4), 160, 700, 250),
+    "full": Size((60, 10), (60, 8), (60, 4), (30, 5), 160, 1500, 500),
+}
+
+
+def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
+    """The settings of every arm; only what it looks at and its losses differ."""
+    size = SIZES[level]
+    return CompareSettings(
+        data="hands",
+        people=4 if level == "quick" else 12,
+        views=2 if level == "quick" else 4,
+        steps=size.identity,
+        device="cpu",
+        log_every=100,
+        checkpoint_every=10**6,
+        reading=HandReading(size=size.pixels),
+        aligner=AlignerSettings(
+            backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=1.5e-3, turns=False
+        ),
+        recognizer=RecognizerSettings(
+            palm=network, finger=network, dim=64, palm_size=56, finger_size=(48, 16), jitter=0.01
+        ),
+        losses=LossSettings(),
+        optimizer=Optimizer(lr=2e-3 if network.startswith("hand:") else 1e-3, weight_decay=1e-4),
+    )
+
+
+WHOLE_SIZE = 64
+"""Side of what the arms without an aligner see."""
+PARTS = ("train", "test", "strangers", "develop", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The people of one seed; no part shares a person with another, but ``other``, which is the test people in domain b."""
+
+    train: Hands
+    test: Hands
+    strangers: Hands
+    develop: Hands
+    other: Hands
+
+
+def _rendered(people: int, views: int, pixels: int, seed: int, first: int, domain: Domain = "a") -> dict[str, Any]:
+    made = SyntheticHands(people, views, pixels, seed, first, domain)
+    r = made.rendered
+    return {"images": r.images, "points": r.points, "visibility": r.visibility, "labels": made.labels}
+
+
+def world(folder: Path, level: str, seed: int) -> World:
+    """The people of a seed, rendered once and kept in the folder."""
+    size = SIZES[level]
+    path = folder / f"worlds/seed-{seed}.npz"
+
+    def make() -> None:
+        arrays: dict[str, Any] = {}
+        first = 0
+        for name in PARTS:
+            people, views = getattr(size, "test" if name == "other" else name)
+            start = size.train[0] if name == "other" else first
+            domain: Domain = "b" if name == "other" else "a"
+            made = _rendered(people, views, size.pixels, seed, start, domain)
+            first += people if name != "other" else 0
+            arrays.update({f"{name}_{key}": value for key, value in made.items()})
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    cached(path, make)
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    return World(**{name: _hands(name, arrays) for name in PARTS})
+
+
+def _hands(name: str, arrays: dict[str, Any]) -> Hands:
+    labels = arrays[f"{name}_labels"]
+    number = np.concatenate([np.arange(c) for c in np.unique(labels, return_counts=True)[1]])
+    return hands_of(
+        [f"{name}/{label:04d}/{view:02d}" for label, view in zip(labels, number, strict=True)],
+        [f"{label:04d}" for label in labels],
+        DATA,
+        sides=["right"] * len(labels),
+        splits=["gallery" if view < 2 else "probe" for view in number],
+        points=arrays[f"{name}_points"],
+        visibility=arrays[f"{name}_visibility"],
+        images=torch.from_numpy(arrays[f"{name}_images"]),
+    )
+
+
+def aligner(folder: Path, level: str, seed: int, people: Hands) -> MultiSpatialTransformer:
+    """The aligner of a seed, trained once and kept in the folder; every arm that aligns has this one."""
+    settings = settings_of(level)
+    path = folder / f"worlds/aligner-{seed}.safetensors"
+
+    def make() -> None:
+        trained = train_aligner(people, settings, seed, quiet=True)
+        assert trained is not None
+        checkpoints.save(path, trained.state_dict(), method=METHOD, config={})
+
+    cached(path, make)
+    fresh = build_aligner(settings, seed)
+    assert fresh is not None
+    checkpoints.load_into(fresh, path, method=METHOD)
+    return fresh.eval()
+
+
+def cached(path: Path, make: Callable[[], None]) -> None:
+    """Let one process make a file that several need, and the others wait for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while not path.exists():
+        lock = Lock(path.parent / f"{path.name}.lock")
+        if lock.acquire():
+            try:
+                if not path.exists():
+                    make()
+            finally:
+                lock.release()
+        else:
+            time.sleep(0.3)

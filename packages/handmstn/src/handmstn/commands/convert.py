@@ -1,0 +1,94 @@
+"""`handmstn convert`: other people's lists and landmarks -> a CSV that every command takes."""
+
+import csv
+import dataclasses
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from handmstn.config import DATA_KINDS, LANDMARK_KINDS, ConvertSettings
+from handmstn.data import as_rows, listed, picture_size, with_landmark_files
+from handmstn.parts import preset
+from handmstn.records import Hands
+from tenfold import UserError, readers
+from tenfold.cli import Invocation
+
+
+def run(settings: ConvertSettings, invocation: Invocation) -> None:
+    """Write ``hands.csv``; its paths are absolute, so that it can be moved."""
+    readers.parse_source(settings.data, kinds=DATA_KINDS)
+    parts = preset(settings.preset)
+    hands = listed(settings.data, settings.reading, parts)
+    if settings.landmarks is not None:
+        hands = _with_landmarks(hands, settings)
+    if not hands.has_points:
+        raise UserError(
+            f"--data {settings.data}: no landmarks: --landmarks {', '.join(f'{k}:PATH' for k in LANDMARK_KINDS)}"
+        )
+    names = np.asarray([str(file.resolve()) for file in hands.files], dtype=np.str_)
+    sizes = [picture_size(file) for file in hands.files]
+    headers, rows = as_rows(dataclasses.replace(hands, names=names), sizes)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([headers, *rows])
+    invocation.folder.write_text("hands.csv", text.getvalue())
+    with_points = int(np.isfinite(hands.points).all((1, 2)).sum())
+    sys.stdout.write(
+        f"{len(hands)} pictures, {with_points} with all points of {settings.preset},"
+        f" in {invocation.folder.path / 'hands.csv'}\n"
+    )
+
+
+def _with_landmarks(hands: Hands, settings: ConvertSettings) -> Hands:
+    assert settings.landmarks is not None
+    kind, path = readers.parse_source(settings.landmarks, kinds=LANDMARK_KINDS, option="--landmarks")
+    assert path is not None
+    parts = preset(settings.preset)
+    if kind != "csv":
+        return with_landmark_files(hands, path, kind, parts)
+    reading = dataclasses.replace(settings.reading, points=settings.unit, skip_bad=False)
+    own = _ids(hands)
+    with _Joined(path, own) as whole:
+        return listed(f"csv:{whole}", reading, parts)
+
+
+def _ids(hands: Hands) -> dict[str, tuple[str, str, str, str]]:
+    """Known facts of a picture by its file name."""
+    found: dict[str, tuple[str, str, str, str]] = {}
+    for file, person, side, split in zip(hands.files, hands.persons, hands.sides, hands.splits, strict=True):
+        if file.name in found:
+            raise UserError(f"two pictures are called {file.name}: put the ids into the CSV of landmarks")
+        found[file.name] = (str(file.resolve()), str(person), "" if side == "unknown" else str(side), str(split))
+    return found
+
+
+class _Joined:
+    """A CSV of path, x1, y1, ... with the ids of the data, in a temporary file."""
+
+    def __init__(self, path: Path, known: dict[str, tuple[str, str, str, str]]) -> None:
+        self.path, self.known = path, known
+
+    def __enter__(self) -> Path:
+        import tempfile
+
+        lines = self.path.read_text(encoding="utf-8-sig").splitlines()
+        table = csv.reader(lines)
+        headers = [cell.strip().lower() for cell in next(table, [])]
+        if "path" not in headers:
+            raise UserError(f"--landmarks {self.path}: no column 'path'")
+        at = headers.index("path")
+        spots = [i for i, name in enumerate(headers) if name[:1] in {"x", "y"} and name[1:].isdigit()]
+        rows = [["path", "id", "side", "split", *(headers[i] for i in spots)]]
+        for number, row in enumerate(table, 2):
+            known = self.known.get(Path(row[at].strip()).name) if len(row) > at else None
+            if known is None:
+                raise UserError(f"--landmarks {self.path}, row {number}: no picture of the data is called so")
+            rows.append([*known, *(row[i] for i in spots)])
+        self.file = tempfile.NamedTemporaryFile("w", suffix=".csv", delete=False, encoding="utf-8", newline="")
+        with self.file as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        return Path(self.file.name)
+
+    def __exit__(self, *error: object) -> None:
+        Path(self.file.name).unlink(missing_ok=True)

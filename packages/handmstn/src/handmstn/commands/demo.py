@@ -1,0 +1,244 @@
+"""`handmstn demo`: rendered hands at any angle, partly covered; what do alignment, fingers and losses bring?
+
+For each seed, networks of equal size learn 60 invented people: from the whole picture, from a box around the hand, from
+the aligned palm, and from palm and fingers. Other people are enrolled with two pictures each and searched for; strangers
+are searched for, too. One aligner per seed, trained from the free points, serves all arms that align.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from handmstn.commands import _pictures
+from handmstn.commands._demo_arms import Points, half_width, joined, measure_aligner, measure_arm
+from handmstn.commands._world import DATA, aligner, world
+from handmstn.config import Arm, DemoSettings
+from handmstn.data import hand6_like
+from handmstn.metrics import bootstrap
+from handmstn.training import found_points
+from tenfold import executors
+from tenfold.claims import Study
+from tenfold.cli import Invocation
+from tenfold.errors import installed
+from tenfold.figures import Curve, Panel, image_grid, line_chart
+from tenfold.models import PACKAGED
+from tenfold.report import write_report
+from tenfold.terminal import show_claims, track
+
+SHOWN: dict[str, tuple[Arm, ...]] = {
+    "quick": ("whole", "palm", "all"),
+    "default": ("whole", "palm", "all"),
+    "full": ("whole", "box", "palm", "fingers-ce", "all", "oracle"),
+}
+"""Arms of each level."""
+NETWORK, PRETRAINED = "hand:cnn4", "packaged:lite0"
+
+
+def run(settings: DemoSettings, invocation: Invocation) -> int:
+    """Render, train, measure, decide; write results, figures and ``report.html``."""
+    sys.stdout.write(f"data: {DATA}\n")
+    sys.stdout.flush()
+    folder, level = invocation.folder, settings.level
+    seeds = settings.seeds_of({"quick": 1, "default": 1, "full": 3})
+    for seed in seeds:
+        for name in (f"seed-{seed}.npz", f"aligner-{seed}.safetensors"):
+            folder.own(f"worlds/{name}", result=False)
+    study = Study(folder, level=level, data=DATA, seeds=seeds)
+    where = str(folder.path)
+    tasks: dict[str, Any] = {"aligner": functools.partial(measure_aligner, where, level)}
+    tasks |= {arm: functools.partial(measure_arm, where, level, arm, NETWORK) for arm in SHOWN[level]}
+    first = Study(folder, level=level, data=DATA, seeds=seeds[:1])
+    pretrained: dict[str, Any] = {}
+    if level == "full" and installed(PACKAGED["lite0"].distribution.replace("-", "_")):
+        arms: tuple[Arm, ...] = ("palm", "fingers-ce", "all")
+        pretrained = {f"{a}-lite0": functools.partial(measure_arm, where, level, a, PRETRAINED) for a in arms}
+    show: Any = functools.partial(track, description="arms", quiet=invocation.quiet)
+    alone = settings.processes == 1 or level == "quick"  # a further process takes longer to start than all that work
+    with executors.make(None if alone else f"processes:{settings.processes}") as pool:
+        study.over_arms(tasks, pool, show)
+        if pretrained:
+            first.over_arms(pretrained, pool, show)
+    _decide(study, level)
+    _note(study, first if pretrained else None, level)
+    captions = _draw(study, level, seeds[0])
+    summary = study.finish()
+    write_report(folder, "handmstn: whose hand is this?", captions)
+    return show_claims(summary, strict=invocation.strict)
+
+
+Columns = Mapping[str, np.ndarray]
+
+
+def _columns(study: Study, arm: str, key: str) -> np.ndarray:
+    """A result per probe of every seed, one after another."""
+    return np.concatenate([study.arrays(arm, seed)[key] for seed in study.seeds])
+
+
+class _Claims:
+    """Claims about probes, by a bootstrap over the persons of all seeds."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.persons = _columns(study, "whole", "persons")
+
+    def add(
+        self,
+        id: str,
+        text: str,
+        kind: Any,
+        columns: Sequence[np.ndarray],
+        statistic: Callable[[np.ndarray], np.ndarray],
+        required: str,
+        *,
+        where: np.ndarray | None = None,
+        main: bool = False,
+    ) -> None:
+        """Add one; with ``where``, over some of the probes."""
+        table = np.stack([np.asarray(c, np.float64) for c in columns], 1)
+        kept = np.ones(len(table), np.bool_) if where is None else where
+        persons = self.persons[kept]
+        estimate, ci95 = bootstrap(table[kept], persons, statistic=statistic)
+        method = f"bootstrap over {len(np.unique(persons))} persons, {int(kept.sum())} probes"
+        self.study.claim(id, text, kind, estimate, ci95, method=method, required=required, main=main)
+
+
+def _difference(means: np.ndarray) -> np.ndarray:
+    out: np.ndarray = 100 * (means[:, 0] - means[:, 1])
+    return out
+
+
+def _ratio(means: np.ndarray) -> np.ndarray:
+    out: np.ndarray = means[:, 0] / np.maximum(means[:, 1], 1e-3)
+    return out
+
+
+def _decide(study: Study, level: str) -> None:
+    claims = _Claims(study)
+    hits = {arm: _columns(study, arm, "rank") <= 1 for arm in SHOWN[level]}
+    pair = [hits["palm"], hits["whole"]]
+    claims.add(
+        "palm_times_whole",
+        "rank-1 of the aligned palm / of the whole picture",
+        "ratio",
+        pair,
+        _ratio,
+        ">= 3",
+        main=True,
+    )
+    text = "rank-1, aligned palm - whole picture (points)"
+    claims.add("palm_over_whole", text, "difference", pair, _difference, ">= 20", main=True)
+    text = "rank-1, palm and fingers with all losses - palm alone"
+    claims.add("all_over_palm", text, "difference", [hits["all"], hits["palm"]], _difference, ">= 0")
+    covered = _columns(study, "whole", "covered")
+    if covered.any():
+        text = "the same, where more than 15 % of the palm is covered"
+        pair = [hits["all"], hits["palm"]]
+        claims.add("all_over_palm_covered", text, "difference", pair, _difference, ">= 2", where=covered)
+    if "oracle" in hits:
+        text = "rank-1 with found points / with true points"
+        claims.add("all_of_oracle", text, "ratio", [hits["all"], hits["oracle"]], _ratio, ">= 0.6")
+        text = "rank-1, all losses - cross-entropy alone"
+        claims.add("losses", text, "difference", [hits["all"], hits["fingers-ce"]], _difference, ">= 0")
+    error = [np.concatenate([study.arrays("aligner", s)[k] for s in study.seeds]) for k in ("error", "naive")]
+    drawn = np.random.default_rng(0).integers(0, len(error[0]), (1000, len(error[0])))
+    ratios = np.median(error[0][drawn], 1) / np.median(error[1][drawn], 1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    text = "median error of the points / of their mean over the training pictures"
+    estimate = float(np.median(error[0]) / np.median(error[1]))
+    method = f"bootstrap over {len(error[0])} pictures"
+    study.claim("aligner", text, "ratio", estimate, (float(low), float(high)), method=method, required="<= 1/5")
+    blind = _columns(study, "all", "rank, all visible") <= 1
+    if covered.any():
+        text = "rank-1 on covered hands, matching that leaves covered parts out - that takes all as seen"
+        claims.add("visible", text, "difference", [hits["all"], blind], _difference, ">= 0", where=covered)
+    other = [_columns(study, arm, "rank, other domain") <= 1 for arm in ("all", "whole")]
+    text = "another camera, skin and light than trained on: rank-1 of all / of the whole picture"
+    claims.add("other_domain", text, "ratio", other, _ratio, ">= 2")
+    found = [_columns(study, arm, "found") for arm in ("all", "whole")]
+    text = "open set: found at 1 % false positives, all - whole picture (points)"
+    claims.add("open_set", text, "difference", found, _difference, ">= 10")
+    values = study.values(("all", "Cllr"))
+    text = "Cllr after calibration on other people (1 says nothing)"
+    study.claim(
+        "cllr", text, "ratio", float(values.mean()), None, method=f"mean of {len(values)} seeds", required="<= 0.7"
+    )
+
+
+def _note(study: Study, first: Study | None, level: str) -> None:
+    told = "; ".join(
+        f"{arm} {study.values((arm, 'rank-1')).mean():.1f} (covered {study.values((arm, 'rank-1, covered')).mean():.1f})"
+        for arm in SHOWN[level]
+    )
+    study.note(f"Rank-1 in percent: {told}.")
+    error, naive = (study.values(("aligner", k)).mean() for k in ("error", "mean pose"))
+    study.note(f"Median error of the points {error:.3f} halves of the palm's width; of the mean pose {naive:.3f}.")
+    study.note(
+        f"Learned weight of the palm {study.values(('all', 'palm weight')).mean():.2f}, of a finger the rest / 5."
+    )
+    if first is not None:
+        seed = study.seeds[0]
+        parts = []
+        for arm in ("palm", "fingers-ce", "all"):
+            there = 100 * float((first.arrays(f"{arm}-lite0", seed)["rank"] <= 1).mean())
+            here = 100 * float((study.arrays(arm, seed)["rank"] <= 1).mean())
+            parts.append(f"{arm} {there:.1f} - {here:.1f} = {there - here:+.1f}")
+        study.note(
+            f"ImageNet's weights ({PRETRAINED}) - from scratch ({NETWORK}), rank-1, one seed: {'; '.join(parts)}; reported, not"
+            " required."
+        )
+    elif level == "full":
+        study.note(f"{PRETRAINED} is not installed, so no network with ImageNet's weights was tried.")
+
+
+def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
+    """Pictures of the first seed."""
+    folder = study.run
+    people = world(folder.path, level, seed)
+    both = joined(people.test, people.strangers)
+    assert both.images is not None
+    assert people.other.images is not None
+    assert people.test.images is not None
+    parts = hand6_like(both)
+    points = study.arrays("aligner", seed)["points"]
+    chosen = np.linspace(0, len(people.test) - 1, 5).astype(int)
+    rows = _pictures.overlays(people.test.images[chosen].numpy(), points[chosen], parts)
+    titles = ["picture", "found points", "six aligned crops"]
+    image_grid(folder.figure("aligned"), rows, column_titles=titles, cell=1.6)
+    curves: dict[str, Curve] = {}
+    persons = _columns(study, "whole", "persons")
+    for arm in SHOWN[level]:
+        rank = _columns(study, arm, "rank")
+        ks = list(range(1, 11))
+        found = [bootstrap(rank <= k, persons, draws=300) for k in ks]
+        mean, bands = [100 * f[0] for f in found], [f[1] for f in found]
+        curves[arm] = Curve(ks, mean, [100 * b[0] for b in bands], [100 * b[1] for b in bands])
+    line_chart(folder.figure("cmc"), [Panel("people that nobody trained on", "rank", "probes found (%)", curves)])
+    found_aligner = aligner(folder.path, level, seed, people.train)
+    spots, _ = found_points(Points(found_aligner), people.other.part(chosen % len(people.other)))  # type: ignore[arg-type]
+    rows = _pictures.overlays(people.other.images[chosen % len(people.other)].numpy(), spots.numpy(), parts)
+    image_grid(folder.figure("other-domain"), rows, column_titles=titles, cell=1.6)
+    _draw_probes(study, seed, both, folder)
+    width = float(np.median(half_width(people.test.points)))
+    return {
+        "aligned": "Test people: the points that were found, and the crops."
+        f" Half a palm is {width:.2f} of a picture's half width.",
+        "cmc": "Share of the probes found within a rank; bands are 95 % of a bootstrap over persons.",
+        "other-domain": "The same aligner on another rendered domain (skin, light, background, camera) that it never saw.",
+        "probes": "Palm and fingers with all losses, first seed: each probe above the enrolled picture that it is most like."
+        " Above: probes with the best ranks. Below: those with the worst.",
+    }
+
+
+def _draw_probes(study: Study, seed: int, both: Any, folder: Any) -> None:
+    arrays = study.arrays("all", seed)
+    order = np.argsort(arrays["rank"], kind="stable")
+    rows: list[Any] = []
+    titles = []
+    for name, chosen in (("best", order[:8]), ("worst", order[-8:])):
+        for which, index in (("probe", arrays["rows"][chosen]), ("most alike", arrays["best"][chosen])):
+            rows.append([np.ascontiguousarray(both.images[int(i)].permute(1, 2, 0).numpy()) for i in index])
+            titles.append(f"{name}: {which}")
+    image_grid(folder.figure("probes"), rows, row_titles=titles)

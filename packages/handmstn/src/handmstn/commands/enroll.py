@@ -1,0 +1,65 @@
+"""`handmstn enroll`: pictures of known people -> vectors in a gallery; pictures without a hand are left out and named."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from handmstn.commands._files import embedded, read, trained, wanted
+from handmstn.config import EnrollSettings
+from handmstn.gallery import Gallery
+from handmstn.models import head_of
+from tenfold import UserError
+from tenfold.cli import Invocation
+from tenfold.terminal import table
+
+
+def run(settings: EnrollSettings, invocation: Invocation) -> None:
+    """Enroll, and write ``enrolled.json``."""
+    model, card, _ = trained(settings.run)
+    hands = wanted(settings.reading, read(settings, card, model), settings.split, "gallery")
+    names, counts = np.unique(hands.persons, return_counts=True)
+    if counts.min() < settings.images_each:
+        name = names[int(counts.argmin())]
+        raise UserError(
+            f"'{name}' has {counts.min()} pictures, --images_each asks for {settings.images_each}: add pictures or lower it"
+        )
+    head = head_of(model, card)
+    gallery = Gallery(head, path=Path(settings.gallery).expanduser())
+    found = embedded(settings, model, hands)
+    _warn_of_mixed_sides(found.hands.persons, found.hands.sides, found.right)
+    kept = found.part(found.shown)
+    if not len(kept.hands):
+        raise UserError(f"--data {settings.data}: no hand can be seen in any of {len(hands)} pictures")
+    added = gallery.enroll(kept.enrolled, purpose=settings.purpose, image_source=settings.data)
+    people = sorted(set(kept.hands.persons.tolist()))
+    left_out = hands.names[~found.shown].tolist()
+    answer = {
+        "added": added,
+        "already there": len(kept.hands) - added,
+        "not assessable": left_out,
+        "people": people,
+        "guessed": {n: g for n, g in zip(kept.hands.names.tolist(), kept.hands.guessed.tolist(), strict=True) if g},
+    }
+    invocation.folder.write_json("enrolled.json", answer)
+    rows = [[name, int((kept.hands.persons == name).sum())] for name in people[:20]]
+    sys.stdout.write(table(["person", "pictures"], rows) + "\n")
+    sys.stdout.write(
+        f"{added} pictures added to {settings.gallery} ({answer['already there']} were there already), now {len(gallery)}\n"
+    )
+    if left_out:
+        sys.stdout.write(f"not assessable, not enrolled: {len(left_out)} pictures, the first: {left_out[0]}\n")
+
+
+def _warn_of_mixed_sides(persons: object, sides: object, right: object) -> None:
+    """Warn of pictures whose told side does not look like it."""
+    told = np.asarray(sides) != "unknown"
+    odd = told & (np.asarray(right) < 0.1)
+    if odd.any():
+        name = np.asarray(persons)[odd][0]
+        warnings.warn(
+            f"{int(odd.sum())} pictures look like the other side than they are listed as (guessed), the first of '{name}':"
+            " are left and right mixed up, or are they mirrored (--reading.mirrored true)?",
+            stacklevel=2,
+        )

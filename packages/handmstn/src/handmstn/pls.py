@@ -1,0 +1,147 @@
+"""One-vs-all partial least squares for all classes at once, exact.
+
+The coefficients of PLS1 with k components minimize |X b - y| over the Krylov space of X^T X and X^T y of dimension k. Golub-
+Kahan bidiagonalization builds an orthonormal basis of it. With X = U S V^T once, each class has to multiply by the diagonal S
+alone. Without re-orthogonalization the basis loses its rank on clustered data (relative error 0.04 at k = 30, 0.5 at k = 50),
+so it is orthogonalized in full, in blocks of classes that stay in the processor's cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+_CACHE = 4 * 2**20
+"""Bytes that the two bases of a block of classes may take."""
+
+
+def krylov_coefficients(singular: Array, right_side: Array, components: int) -> Array:
+    """Minimizers of |diag(s) b - c| over the Krylov space of diag(s)^2 and diag(s) c.
+
+    Args:
+        singular: singular values s, (R,), positive.
+        right_side: c of each class, (C, R).
+        components: dimension k of the space; beyond the rank of the problem it changes nothing.
+
+    Returns:
+        (C, R); a class whose space is exhausted early has its least-squares solution.
+
+    Source: Golub and Kahan 1965; Manne 1987 for its equality with PLS1.
+    """
+    classes, rank = right_side.shape
+    steps = min(components, rank)
+    block = max(1, _CACHE // (16 * max(1, steps * rank)))
+    found = np.empty_like(right_side)
+    for start in range(0, classes, block):
+        found[start : start + block] = _block(singular, right_side[start : start + block], steps)
+    return found
+
+
+def _unit(vectors: Array, scale: Array) -> tuple[Array, Array]:
+    """Vectors of unit length and their lengths; a vector that has vanished against ``scale`` becomes zero, of length 0."""
+    length = np.linalg.norm(vectors, axis=1)
+    length = np.where(length > 1e-13 * scale, length, 0.0)
+    return vectors / np.where(length > 0, length, 1.0)[:, None], length
+
+
+def _orthogonal(vectors: Array, basis: Array) -> Array:
+    """Vectors (C, R) without their parts along the bases (C, i, R); twice, which is enough."""
+    for _ in range(2):
+        along = basis @ vectors[..., None]
+        vectors = vectors - (basis.swapaxes(1, 2) @ along)[..., 0]
+    return vectors
+
+
+def _block(s: Array, c: Array, steps: int) -> Array:
+    classes, rank = c.shape
+    right = np.zeros((classes, steps, rank))
+    left = np.zeros((classes, steps, rank))
+    diagonal, above = np.zeros((classes, steps)), np.zeros((classes, steps))
+    scale = np.full(classes, s[0])
+    right[:, 0], _ = _unit(s * c, s[0] * np.linalg.norm(c, axis=1))
+    left[:, 0], diagonal[:, 0] = _unit(s * right[:, 0], scale)
+    for i in range(1, steps):
+        vector = _orthogonal(s * left[:, i - 1] - diagonal[:, i - 1, None] * right[:, i - 1], right[:, :i])
+        right[:, i], above[:, i] = _unit(vector, scale)
+        vector = _orthogonal(s * right[:, i] - above[:, i, None] * left[:, i - 1], left[:, :i])
+        left[:, i], diagonal[:, i] = _unit(vector, scale)
+    target = (left @ c[..., None])[..., 0]
+    solution = np.zeros((classes, steps))
+    for i in reversed(range(steps)):
+        rest = target[:, i] - (above[:, i + 1] * solution[:, i + 1] if i + 1 < steps else 0.0)
+        solution[:, i] = np.where(diagonal[:, i] > 0, rest / np.where(diagonal[:, i] > 0, diagonal[:, i], 1.0), 0.0)
+    return (solution[:, None] @ right)[:, 0]
+
+
+class OneVsAllPLS:
+    """One PLS1 regression per class on +1 / -1, embeddings and targets standardized over the whole gallery.
+
+    Args:
+        k: number of components (50 in the predecessor's settings).
+
+    Attributes:
+        classes_: sorted labels, (C,).
+        coef_: coefficients per class on the embeddings as they are given, (C, D).
+        intercept_: (C,).
+
+    Source: "Palmprint Recognition in Uncontrolled and Uncooperative Environment", TIFS 2020, matching by released code.
+    """
+
+    def __init__(self, k: int = 50) -> None:
+        if k < 1:
+            raise ValueError(f"k: expected 1 or more, got {k}")
+        self.k = k
+
+    def fit(self, X: Any, labels: Sequence[Any] | NDArray[Any]) -> "OneVsAllPLS":
+        """Fit all classes.
+
+        Args:
+            X: embeddings, (N, D).
+            labels: class of each, (N,).
+
+        Raises:
+            ValueError: fewer than two classes, NaN, or another number of labels.
+        """
+        x = np.asarray(X, np.float64)
+        self.classes_, index = np.unique(np.asarray(labels), return_inverse=True)
+        if len(index) != len(x) or x.ndim != 2:
+            raise ValueError(f"expected embeddings (N, D) and N labels, got {x.shape} and {len(index)}")
+        if len(self.classes_) < 2:
+            raise ValueError(f"one against all needs two classes or more, got {len(self.classes_)}")
+        if not np.isfinite(x).all():
+            raise ValueError(f"embedding {int(np.argwhere(~np.isfinite(x))[0, 0])} is not finite")
+        mean, std = x.mean(0), x.std(0, ddof=1)
+        std = np.where(std > 0, std, 1.0)
+        z = (x - mean) / std
+        count = np.bincount(index).astype(np.float64)
+        n = len(x)
+        y_mean = 2 * count / n - 1
+        y_std = np.sqrt((1 - y_mean**2) * n / (n - 1))
+        u, s, vt = np.linalg.svd(z, full_matrices=False)
+        keep = s > s[0] * max(x.shape) * np.finfo(np.float64).eps
+        u, s, vt = u[:, keep], s[keep], vt[keep]
+        sums = np.zeros((len(self.classes_), u.shape[1]))
+        np.add.at(sums, index, u)  # U^T y of class c, whose y is 2 [label = c] - 1
+        right_side = (2 * sums - u.sum(0) - y_mean[:, None] * u.sum(0)) / y_std[:, None]
+        beta = krylov_coefficients(s, right_side, self.k) @ vt
+        self.coef_: Array = beta * y_std[:, None] / std
+        self.intercept_: Array = y_mean - self.coef_ @ mean
+        return self
+
+    def decision_function(self, Z: Any) -> Array:
+        """Score of each class for each embedding, (M, C).
+
+        Raises:
+            ValueError: another number of dimensions than it was fitted on.
+        """
+        z = np.asarray(Z, np.float64)
+        if z.ndim != 2 or z.shape[1] != self.coef_.shape[1]:
+            raise ValueError(f"expected embeddings (M, {self.coef_.shape[1]}), got {z.shape}")
+        return z @ self.coef_.T + self.intercept_
+
+    def predict(self, Z: Any) -> NDArray[Any]:
+        """The class of the highest score, (M,)."""
+        best: NDArray[Any] = self.classes_[self.decision_function(Z).argmax(1)]
+        return best
