@@ -124,3 +124,14 @@ def test_a_command_that_adds_nothing_leaves_no_folder(tmp_path):
     with Growing.open(tmp_path / "g", kind=KIND, writing=True):
         pass
     assert not (tmp_path / "g").exists()
+
+
+def test_files_may_have_names_of_their_own_and_a_killed_first_command_may_have_left_one(tmp_path):
+    def naming(number):
+        return "base" if number == 1 else f"session-{number - 1:02d}"
+
+    tmp_path.joinpath("base.txt").write_text("left by a killed command")
+    for text in ("one", "two"):
+        add(tmp_path, text, naming=naming)
+    assert [entry.path.name for entry in Growing.open(tmp_path, kind=KIND).entries] == ["base.txt", "session-01.txt"]
+    assert texts(tmp_path) == ["one", "two"]
