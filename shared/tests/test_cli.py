@@ -234,7 +234,7 @@ def test_an_interrupt_is_130():
 def test_help_lists_verbs_and_options_with_their_descriptions(capsys):
     assert APP.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "train    Train it." in out
+    assert "train      Train it." in out
     assert APP.main([]) == 0
     assert capsys.readouterr().out == out
     assert APP.main(["train", "--help"]) == 0
