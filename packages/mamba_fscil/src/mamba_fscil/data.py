@@ -27,7 +27,7 @@ PRESETS: Mapping[str, tuple[int, int, int, int]] = {
     "digits": (6, 2, 5, 2),
     "glyphs": (40, 5, 5, 4),
 }
-"""Base classes, new classes per session, pictures of each, sessions: the protocols of CEC and TOPIC, and ours for ten classes."""
+"""Base classes, new classes per session, pictures of each, sessions: those of TOPIC and CEC, and ours for ten classes."""
 SIZES = {"imagefolder": 224, "cub200": 224, "miniimagenet": 84, "glyphs": 32}
 """Side of an image by kind, where the images come in no size of their own."""
 HELD_OUT = 0.2
@@ -377,6 +377,9 @@ def _session_folders(root: Path, protocol: ProtocolConfig, reading: DataSettings
 
 
 def _plain(name: str) -> str:
+    """A name without case, spaces and hyphens; a single letter keeps its case."""
+    if len(name.strip()) == 1:
+        return name.strip()
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 

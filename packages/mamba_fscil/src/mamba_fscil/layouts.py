@@ -79,7 +79,7 @@ def _csv_layout(root: Path, size: int) -> Layout:
             rows.append((_inside(root / "images", words[0]), words[1], name == "train"))
     wnids = sorted({row[1] for row in rows})
     numbered = [(path, wnids.index(wnid), training) for path, wnid, training in rows]
-    names, train, test = _split(numbered, size, root)
+    _, train, test = _split(numbered, size, root)
     return tuple(wnids), train, test
 
 

@@ -220,7 +220,9 @@ def learn(
         if sensitive and dual and out.gate is not None and out.params is not None:
             loss = loss + loss_of(out.gate, out.params, labels, base_classes).total
         if not bool(loss.isfinite()):
-            raise NonFiniteError(f"session {session}, step {step}: the loss is {float(loss)}; lower --session.lr")
+            raise NonFiniteError(
+                f"session {session}, step {step}: the loss is {float(loss.detach())}; lower --session.lr"
+            )
         optimizer.zero_grad()
         loss.backward()
         if config.clip_norm is not None:

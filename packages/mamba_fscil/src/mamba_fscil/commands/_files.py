@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mamba_fscil.data import Part, SessionData, load, match_classes, read_maps
+from mamba_fscil.data import Part, SessionData, match_classes, read_maps
 from mamba_fscil.training.learner import IncrementalLearner
 from tenfold import UserError, checkpoints
 from tenfold.config import Device

@@ -43,6 +43,7 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
         show = partial(track, description=f"session {number}", quiet=invocation.quiet)
         learner.learn_session(maps, names, show=show)
         with opened(settings.learner, writing=True, option="--learner") as growing:
+            learner.files = number
             if len(growing.entries) <= number:  # else a killed run has written it
                 append(growing, learner, option="--learner")
         scores.append(learner.evaluate(data.test_until(number)))

@@ -123,7 +123,7 @@ def augmented(images: Tensor, config: BaseConfig) -> Tensor:
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     if not config.padding:
         return images
-    b, c, h, w = images.shape
+    b, _, h, w = images.shape
     pad = config.padding
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
     top, left = torch.randint(2 * pad + 1, (2, b), device="cpu").to(images.device)

@@ -73,6 +73,8 @@ class IncrementalLearner:
         self._projector: Projector | None = None
         self._head: ETFHead | None = None
         self.stored: Stored | None = None
+        self.files = 0  # of the folder that it was read from or written to
+        self._saved = 0  # sessions that are in it
 
     @property
     def projector(self) -> Projector:
@@ -350,16 +352,22 @@ class IncrementalLearner:
     # Its folder
 
     def save(self, folder: str | os.PathLike[str], *, option: str = "") -> Path:
-        """Write what the folder does not hold yet: the base session into a new one, else the last session.
+        """Write what the folder does not hold yet: into a new one all that the learner is, else what it learned since.
+
+        Returns:
+            The file that was written.
 
         Raises:
             UserError: the folder holds another learner, or another command is adding to it.
         """
-        if not self.sessions or not Path(folder).exists():
+        if not self.files:
             path = write_base(self, folder, option=option)
-            if not self.sessions:
-                return path
-        return write_session(self, folder, option=option)
+        elif self.sessions == self._saved:
+            raise UserError(f"{option} {folder}: nothing was learned since the learner was saved".strip())
+        else:
+            path = write_session(self, folder, option=option)
+        self._saved = self.sessions
+        return path
 
     @classmethod
     def load(
@@ -372,13 +380,13 @@ class IncrementalLearner:
         """
         stored = read(Path(path), option=option)
         learner = cls(stored.card["method"], stored.session, stored.card["seed"])
-        learner.stored = stored
+        learner.stored, learner.files = stored, stored.number
         card = stored.card
         learner.classes, learner.base_classes = list(card["classes"]), card["base_classes"]
         learner.statistics, learner.size, learner.scale = (card["mean"], card["std"]), card["size"], card["scale"]
         learner.backbone_spec, learner.sessions = card["backbone"], card["sessions"]
         learner.backbone, learner._projector, learner._head = stored.modules()
-        learner.memory = stored.memory
+        learner.memory, learner._saved = stored.memory, learner.sessions
         return learner.to(choose_device(device))
 
 

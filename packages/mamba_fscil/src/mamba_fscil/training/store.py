@@ -42,7 +42,7 @@ def opened(path: str | os.PathLike[str], *, writing: bool = False, option: str =
 def _card(learner: "IncrementalLearner") -> dict[str, Any]:
     """Whatever the learner knows besides its tensors."""
     projector = learner.projector
-    digest = "" if learner.backbone is None else checkpoints.digest(learner.backbone.model.state_dict())
+    digest = "" if learner.backbone is None else _digest(learner.backbone.model.state_dict())
     hf = learner.backbone_spec is not None and learner.backbone_spec.startswith("hf:")
     config = learner.backbone.model.config.to_dict() if hf and learner.backbone is not None else None  # type: ignore[union-attr, operator]
     return {
@@ -68,6 +68,11 @@ def _card(learner: "IncrementalLearner") -> dict[str, Any]:
     }
 
 
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """A digest that does not depend on the order of names."""
+    return checkpoints.digest(dict(sorted(tensors.items())))
+
+
 def _base_tensors(learner: "IncrementalLearner") -> dict[str, Tensor]:
     found = {f"projector.{name}": x for name, x in learner.projector.state_dict().items()}
     found["head.W"] = learner.head.W
@@ -77,7 +82,7 @@ def _base_tensors(learner: "IncrementalLearner") -> dict[str, Tensor]:
 
 
 def write_base(learner: "IncrementalLearner", folder: str | os.PathLike[str], *, option: str = "") -> Path:
-    """Write the first file of a new learner.
+    """Write the first file of a new learner: all that it is now, also where it has learned sessions already.
 
     Raises:
         UserError: the folder holds a learner already, or another command is adding to it.
@@ -86,10 +91,11 @@ def write_base(learner: "IncrementalLearner", folder: str | os.PathLike[str], *,
         if growing.entries:
             raise UserError(f"{option} {folder}: a learner is there already; give another folder".strip())
         card = _card(learner)
-        tensors = {**_base_tensors(learner), **learner.memory.tensors(list(range(learner.base_classes)))}
+        tensors = {**_base_tensors(learner), **learner.memory.tensors(list(range(len(learner.classes))))}
         about = {"classes": card["classes"], "method": card["method"], "digest": checkpoints.digest(tensors)}
         with growing.adding(".safetensors", about) as path:
             checkpoints.save(path, tensors, method=BASE, config=card)
+        learner.files = 1
         return growing.entries[-1].path
 
 
@@ -115,10 +121,10 @@ def write_session(learner: "IncrementalLearner", folder: str | os.PathLike[str],
 def append(growing: Growing, learner: "IncrementalLearner", *, option: str = "") -> Path:
     """Write the learner's last session into an opened folder."""
     card = _card(learner)
-    if len(growing.entries) != learner.sessions:
+    if len(growing.entries) != learner.files:
         raise UserError(
-            f"{option} {growing.path}: {len(growing.entries)} files are there, expected {learner.sessions} before session"
-            f" {learner.sessions}: another command has changed it meanwhile"
+            f"{option} {growing.path}: {len(growing.entries)} files are there, expected {learner.files}: another command has"
+            " changed it meanwhile".strip()
         )
     tensors = changes(learner)
     before = set(growing.entries[-1].about["classes"])
@@ -126,6 +132,7 @@ def append(growing: Growing, learner: "IncrementalLearner", *, option: str = "")
     new = [name for name in card["classes"] if name not in before]
     with growing.adding(".safetensors", {**about, "new": new}) as path:
         checkpoints.save(path, tensors, method=SESSION, config=card)
+    learner.files += 1
     return growing.entries[-1].path
 
 
@@ -197,7 +204,7 @@ class Stored:
         card, weights = self.card, self._part("backbone.")
         if card["backbone"] is None:
             return None
-        found = checkpoints.digest(weights)
+        found = _digest(weights)
         if found != card["backbone_digest"]:
             raise UserError(
                 f"{self.folder}: the backbone has digest {found}, the learner was made with {card['backbone_digest']}:"
@@ -224,7 +231,7 @@ def read(path: Path, *, option: str = "learner") -> Stored:
         UserError: no learner there, of a newer version, or files that do not belong together.
     """
     path = path.expanduser()
-    if not path.exists():
+    if not path.exists() and not (path.parent / "index.json").exists():
         raise UserError(f"{option} {path}: no such file or folder")
     folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
     growing = opened(folder, option=option)
