@@ -19,7 +19,8 @@ from mamba_fscil.memory import FeatureMemory
 from mamba_fscil.projector import DualSSMProjector
 from mamba_fscil.session import SessionRows, learn, learning_rate, parameter_groups
 from mamba_fscil.training.learner import IncrementalLearner
-from mamba_fscil.training.store import append, copy as copy_learner, opened
+from mamba_fscil.training.store import append, opened
+from mamba_fscil.training.store import copy as copy_learner
 
 from tenfold import UserError
 from tenfold.errors import NonFiniteError
