@@ -128,11 +128,12 @@ class MambaBlock(nn.Module):
         """
         x_BLD, z_BLD = self.in_proj(tokens).chunk(2, dim=-1)
         orders = [scan_order(path, size).to(tokens.device) for path in paths]
-        along = torch.cat([x_BLD[:, order] for order in orders])
-        y, params = self._scan(along)
-        parts = [part[:, order.argsort()] for part, order in zip(y.chunk(len(paths)), orders, strict=True)]
-        y_BLD = torch.stack(parts).sum(dim=0)
+        along = torch.stack([x_BLD[:, order] for order in orders]).flatten(0, 1)
         first = tokens.shape[0]
+        y, params = self._scan(along)
+        paths_y = y.view(len(paths), first, *y.shape[1:]).unbind(0)
+        back = [part[:, order.argsort()] for part, order in zip(paths_y, orders, strict=True)]
+        y_BLD = torch.stack(back).sum(dim=0)
         means = (params[0][:first].mean(dim=1), params[1][:first].mean(dim=1), params[2][:first].mean(dim=1))
         return BlockOutput(y_BLD * F.silu(z_BLD), len(paths) * z_BLD, means)
 
