@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mamba_fscil.backbones import MapBackbone, build_backbone
-from mamba_fscil.config import BaseConfig, ProjectorConfig, TrainSettings
+from mamba_fscil.config import TRAINING_FREE, BaseConfig, ProjectorConfig, TrainSettings
 from mamba_fscil.data import Part, SessionData, normalized
 from mamba_fscil.head import ETFHead, dot_regression_loss
 from mamba_fscil.projector import DualSSMProjector, MLPProjector, Projector
@@ -292,7 +292,8 @@ def train_base(
         resident=resident,
         beside=base.beside,
     )
-    fit(module, loader, settings, run, seed=settings.seed, stage=stage, quiet=quiet)
+    if not (settings.freeze and settings.method in TRAINING_FREE and not beside):  # else nothing is there to be trained
+        fit(module, loader, settings, run, seed=settings.seed, stage=stage, quiet=quiet)
     if base.backbone is not None:
         base.backbone.freeze().to(device)
     for projector in (base.projector, base.beside):
