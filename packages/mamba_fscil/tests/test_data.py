@@ -172,7 +172,7 @@ def test_every_recipe_runs_end_to_end_on_a_stand_in_of_its_layout(name, parity, 
     if name == "cifar100":
         write_cifar(where, monkeypatch, classes=100, each=2)
         words += ["--protocol.base", "95", "--protocol.way", "2", "--protocol.shot", "2", "--capacity", "100"]
-        words += ["--projector.width", "104"]
+        words += ["--projector.width", "104", "--batch_size", "64"]
     else:
         words += ["--reading.size", "16"]
     assert main([*words, "--learner", str(tmp_path / "l"), "--out", str(tmp_path / "r")]) == 0

@@ -141,7 +141,7 @@ class MambaBlock(nn.Module):
         """Convolution and scan; also the low-rank delta, B and C of each token."""
         length = x_BLD.shape[1]
         x_BLD = F.silu(self.conv1d(x_BLD.transpose(1, 2))[..., :length]).transpose(1, 2)
-        low_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split([self.rank, self.states, self.states], dim=-1)
+        low_BLR, B_BLN, C_BLN = torch.split(self.x_proj(x_BLD), [self.rank, self.states, self.states], dim=-1)
         y_BDL = selective_scan(
             x_BLD.transpose(1, 2),
             F.linear(low_BLR, self.dt_proj.weight).transpose(1, 2),
@@ -219,7 +219,7 @@ class SS2D(nn.Module):
         orders = [scan_order(path, size).to(tokens.device) for path in self.paths]
         along = torch.stack([x_BDL[..., order] for order in orders], dim=1)  # (b, K, D, L)
         rows = torch.einsum("bkdl,kcd->bkcl", along, self.x_proj_weight)
-        low, B, C = rows.split([self.rank, self.states, self.states], dim=2)
+        low, B, C = torch.split(rows, [self.rank, self.states, self.states], dim=2)
         delta = torch.einsum("bkrl,kdr->bkdl", low, self.dt_projs_weight)
         y = selective_scan(
             along.reshape(b, -1, length),

@@ -160,13 +160,13 @@ def _whole(kind: str, path: Path | None, protocol: ProtocolConfig, reading: Data
     size = reading.size or SIZES[kind]
     if kind == "imagefolder":
         first, second = readers.image_folders(path, reading)
-        train, test = in_files(first, size), None if second is None else in_files(second, size)
+        training, testing = in_files(first, size), None if second is None else in_files(second, size)
         names, what = first.classes, f"the user's images ({path.name})"
     else:
-        names, train, test = (cub200 if kind == "cub200" else miniimagenet)(path, size)
+        names, training, testing = (cub200 if kind == "cub200" else miniimagenet)(path, size)
         what = f"real: {'CUB-200-2011' if kind == 'cub200' else 'miniImageNet'} (the user's copy)"
-    parts = _parted(Part(train.labels, train), None if test is None else Part(test.labels, test))
-    return _Whole(*map(_resident, parts), tuple(names), *IMAGENET, size, what)
+    parts = _parted(Part(training.labels, training), None if testing is None else Part(testing.labels, testing))
+    return _Whole(_resident(parts[0]), _resident(parts[1]), tuple(names), *IMAGENET, size, what)
 
 
 def _resident(part: Part) -> Part:
@@ -363,7 +363,7 @@ def _session_folders(root: Path, protocol: ProtocolConfig, reading: DataSettings
         names += found.classes
     if protocol.shot is not None:
         for number, part in enumerate(parts[1:], 1):
-            for k in part.labels.unique().tolist():
+            for k in torch.unique(part.labels).tolist():
                 if (count := int((part.labels == k).sum())) != protocol.shot:
                     raise UserError(
                         f"{later[number] / names[k]}: {count} pictures, --protocol.shot asks for {protocol.shot}"

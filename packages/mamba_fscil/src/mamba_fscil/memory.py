@@ -43,7 +43,7 @@ class FeatureMemory:
             UserError: maps of another size than before.
         """
         check_maps(maps)
-        for label in labels.unique().tolist():
+        for label in torch.unique(labels).tolist():
             rows = maps[labels == label].double()
             known = next(iter(self._sums.values()), None)
             if known is not None and known.shape != rows.shape[1:]:

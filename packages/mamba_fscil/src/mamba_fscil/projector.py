@@ -110,13 +110,14 @@ class StaticBranch(nn.Module):
     def __init__(self, channels: int, width: int, *, closed: bool = False) -> None:
         super().__init__()
         hidden = 2 * channels
+        last = nn.Linear(hidden, width, bias=False)
         self.mlp = nn.Sequential(
             *(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1)),
             *(nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1)),
-            nn.Linear(hidden, width, bias=False),
+            last,
         )
         if closed:
-            nn.init.zeros_(self.mlp[-1].weight)
+            nn.init.zeros_(last.weight)
 
     def forward(self, maps: Tensor) -> BranchOutput:
         """Shapes: ``maps`` (b, c, H, W) -> see ``BranchOutput``."""

@@ -291,9 +291,8 @@ class _Work:
         self.u = self.cut(u)
         self.du = self.delta * self.u
         self.B, self.C = self.cut_states(B), self.cut_states(C)
-        like = {"dtype": u.dtype, "device": u.device}
-        self._scratch = [torch.empty(0, **like) for _ in range(3)]
-        self.like: Any = like
+        self.like: Any = {"dtype": u.dtype, "device": u.device}
+        self._scratch = [torch.empty(0, **self.like) for _ in range(3)]
 
     def cut(self, x: Tensor) -> Tensor:
         """(b, D, L) as (G, T, S b, c); what is added behind the end is 0."""

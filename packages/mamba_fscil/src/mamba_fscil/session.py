@@ -120,7 +120,7 @@ def look(projector: Projector, maps: Tensor, labels: Tensor, base_classes: int) 
     base = labels < base_classes
     if bool(base.all()) or not bool(base.any()):
         return None
-    found = [projector(part) for part in maps.split(_ROWS)]
+    found = [projector(part) for part in torch.split(maps, _ROWS)]
     if found[0].gate is None or found[0].params is None:
         return None
     gate = torch.cat([out.gate for out in found if out.gate is not None])
@@ -210,7 +210,7 @@ def learn(
     )
     kept = None
     if dual and not trains_base and config.cache:
-        kept = torch.cat([projector.frozen_output(part) for part in rows.maps.split(_ROWS)])
+        kept = torch.cat([projector.frozen_output(part) for part in torch.split(rows.maps, _ROWS)])
     found = Mechanism()
     for step, index in enumerate(show(rows.batches(config.batch_size, steps, seed, session)), 1):
         where = index.to(rows.maps.device)
@@ -224,7 +224,7 @@ def learn(
                 f"session {session}, step {step}: the loss is {float(loss.detach())}; lower --session.lr"
             )
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip_norm)
         for group in optimizer.param_groups:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from mamba_fscil.data import SessionData
 from mamba_fscil.metrics import SessionScores
@@ -22,7 +23,7 @@ def _curve(rows: Sequence[Sequence[float]], first: int = 0) -> Curve:
     return Curve(x, [mean for mean, _ in columns], [low for low, _ in intervals], [high for _, high in intervals])
 
 
-def draw_sessions(run: Run, scores: Mapping[str, Sequence[Sequence[SessionScores]]], name: str = "sessions") -> None:
+def draw_sessions(run: Run, scores: Mapping[Any, Sequence[Sequence[SessionScores]]], name: str = "sessions") -> None:
     """Draw accuracy over the sessions: all classes seen, base classes, novel classes; per arm one row per seed."""
     panels = []
     for title, key, first in (
@@ -47,7 +48,7 @@ def draw_shots(run: Run, data: SessionData, name: str = "shots", most: int = 8) 
     for number, part in enumerate(data.shots, 1):
         if part.split is None:
             return
-        for k in part.labels.unique().tolist():
+        for k in torch.unique(part.labels).tolist():
             index = (part.labels == k).nonzero()[:8, 0]
             rows.append(part.split.pixels(index).permute(0, 2, 3, 1).numpy())
             titles.append(f"session {number}: {data.classes[k]}")

@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def run(settings: AddClassSettings, invocation: Invocation) -> None:
     with opened(target, writing=True, option="--save_as" if settings.save_as else "--learner") as growing:
         if settings.save_as is None and len(growing.entries) != stored.number:
             raise UserError(f"--learner {settings.learner}: another command has changed it meanwhile: try again")
-    maps = torch.cat([learner.maps(part) for part in inputs.split(64)])
+    maps = torch.cat([learner.maps(part) for part in torch.split(inputs, 64)])
     before = _answers(learner, tested)
     show = partial(track, description="learning", quiet=invocation.quiet)
     old_classes = list(learner.classes)
@@ -130,7 +131,7 @@ def _report(
     after: tuple[Tensor, Tensor],
     tested: Part | None,
     old_classes: list[str],
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Tables: accuracy of base, earlier and new classes, the old classes that lost most, and what the new ones resemble."""
     base, known = learner.base_classes, len(old_classes)
     rows = []
@@ -151,11 +152,13 @@ def _report(
     if tested is not None:
         for k in sorted(set(own.tolist())):
             missed = after[0][(after[1] == k) & (after[0] != k)]
-            wrong += [[learner.classes[k], learner.classes[int(v)], int((missed == v).sum())] for v in missed.unique()]
+            wrong += [
+                [learner.classes[k], learner.classes[int(v)], int((missed == v).sum())] for v in torch.unique(missed)
+            ]
     alike = []
     for k in sorted(set(own.tolist())):
         near = others[own == k].argmax(dim=1)
-        values, counts = near.unique(return_counts=True)
+        values, counts = torch.unique(near, return_counts=True)
         for value, count in sorted(zip(values.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1])[:3]:
             alike.append([learner.classes[k], learner.classes[value], f"{count} of {int((own == k).sum())}"])
     mechanism = learner.mechanism

@@ -15,6 +15,8 @@ from tenfold.cli import Invocation
 class Classifier(nn.Module):
     """From normalized images (or maps) to logits over the classes seen: the scale of the confidence times cosines."""
 
+    vectors: Tensor
+
     def __init__(self, learner: IncrementalLearner) -> None:
         super().__init__()
         self.backbone = learner.backbone

@@ -1,6 +1,7 @@
 """`mamba-fscil extract`: the backbone's maps of all pictures, once."""
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +36,11 @@ def run(settings: ExtractSettings, invocation: Invocation) -> None:
         statistics = expected_statistics(backbone.model) or (data.mean, data.std)
         if settings.backbone_weights is None and settings.backbone.startswith(("timm:", "tv:", "fscil:")):
             raise UserError("--backbone_weights is missing: maps of random weights would tell nothing")
-    found: dict[str, list[np.ndarray]] = {"train_maps": [], "train_labels": [], "test_maps": [], "test_labels": []}
+    found: dict[str, list[Any]] = {"train_maps": [], "train_labels": [], "test_maps": [], "test_labels": []}
 
     def add(part: Part, name: str) -> None:
         assert part.split is not None
-        for index in track(torch.arange(len(part)).split(settings.batch_size), name, quiet=invocation.quiet):
+        for index in track(torch.split(torch.arange(len(part)), settings.batch_size), name, quiet=invocation.quiet):
             images = normalized(part.split.pixels(index).to(device), *statistics)
             with torch.no_grad():
                 found[f"{name}_maps"].append(backbone(images).cpu().numpy())
@@ -48,7 +49,7 @@ def run(settings: ExtractSettings, invocation: Invocation) -> None:
     for part in (data.base, *data.shots):
         add(part, "train")
     add(data.test, "test")
-    arrays = {name: np.concatenate(rows) for name, rows in found.items()}
+    arrays: dict[str, Any] = {name: np.concatenate(rows) for name, rows in found.items()}
     arrays["classes"] = np.asarray(data.classes)
     folder = invocation.folder
     with folder.replacing("maps.npz") as path, path.open("wb") as file:

@@ -17,7 +17,7 @@ def run(settings: PredictSettings, invocation: Invocation) -> None:
     inputs, names = inputs_of(learner, settings.images)
     top = min(settings.top, len(learner.classes))
     rows = []
-    parts = torch.arange(len(names)).split(settings.batch_size)
+    parts = torch.split(torch.arange(len(names)), settings.batch_size)
     for index in track(parts, "pictures", quiet=invocation.quiet):
         batch = inputs[index] if isinstance(inputs, Tensor) else inputs.pixels(index)
         found = learner.predict_proba(batch).topk(top, dim=1)

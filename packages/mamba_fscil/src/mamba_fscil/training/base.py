@@ -308,7 +308,7 @@ def maps_of(
     base: Base, part: Part, *, batch_size: int = 64, device: str | torch.device = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Maps and labels of a part, batch by batch, with the images as they are for testing."""
-    for index in torch.arange(len(part)).split(batch_size):
+    for index in torch.split(torch.arange(len(part)), batch_size):
         labels = part.labels[index]
         if part.maps is not None:
             yield part.maps[index].to(device), labels

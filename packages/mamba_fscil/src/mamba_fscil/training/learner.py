@@ -190,7 +190,7 @@ class IncrementalLearner:
     @torch.no_grad()
     def maps_of(self, part: Part, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
         """Maps and labels of a part of the data, batch by batch."""
-        for index in torch.arange(len(part)).split(batch_size):
+        for index in torch.split(torch.arange(len(part)), batch_size):
             if part.maps is not None:
                 yield self.maps(part.maps[index]), part.labels[index]
             else:
@@ -229,7 +229,7 @@ class IncrementalLearner:
         if self.method in TRAINING_FREE:
             classifier = baselines.NearestClassMean(self.prototypes().to(maps))
             return classifier(maps.mean(dim=(2, 3)))
-        parts = [self.head(self.projector.eval()(part).mu, seen) for part in maps.split(256)]
+        parts = [self.head(self.projector.eval()(part).mu, seen) for part in torch.split(maps, 256)]
         return torch.cat(parts) if parts else maps.new_zeros(0, seen)
 
     def prototypes(self) -> Tensor:
@@ -239,7 +239,9 @@ class IncrementalLearner:
 
     def predict_proba(self, inputs: Tensor) -> Tensor:
         """Probabilities of the classes seen, (N, K), for images or maps."""
-        parts = [torch.softmax(self.scale * self.logits(self.maps(part)), dim=1).cpu() for part in inputs.split(64)]
+        parts = [
+            torch.softmax(self.scale * self.logits(self.maps(part)), dim=1).cpu() for part in torch.split(inputs, 64)
+        ]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
 
     def predict(self, inputs: Tensor) -> list[str]:
@@ -317,7 +319,7 @@ class IncrementalLearner:
         if len(inputs) != len(names):
             raise UserError(f"{len(inputs)} pictures, but {len(names)} names")
         self.check_names(names, update=update)
-        maps = torch.cat([self.maps(part) for part in inputs.split(64)])
+        maps = torch.cat([self.maps(part) for part in torch.split(inputs, 64)])
         classes = [*self.classes, *(name for name in dict.fromkeys(names) if name not in self.classes)]
         labels = torch.tensor([classes.index(name) for name in names])
         old = [k for k in range(len(self.classes)) if k not in set(labels.tolist())]
@@ -340,7 +342,7 @@ class IncrementalLearner:
                 projector.load_state_dict(before)
                 projector.eval().requires_grad_(False)
                 raise
-        for k in labels.unique().tolist():
+        for k in torch.unique(labels).tolist():
             self.memory.forget(k)
         self.memory.update(maps.cpu(), labels)
         self.classes, self.sessions = classes, session

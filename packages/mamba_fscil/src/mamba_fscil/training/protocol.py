@@ -86,8 +86,8 @@ def run_arm(
     quiet: bool = True,
 ) -> ArmResult:
     """All sessions of one method, from a copy of the base session."""
-    static = arm in {"mlp", "frozen-mlp"} and base.beside is not None
-    own = dataclasses.replace(base, projector=copy.deepcopy(base.beside if static else base.projector))
+    static = base.beside if arm in {"mlp", "frozen-mlp"} else None
+    own = dataclasses.replace(base, projector=copy.deepcopy(base.projector if static is None else static))
     learner = IncrementalLearner(arm, session, seed)
     learner.memory = copy.deepcopy(maps.memory)
     device = base.head.W.device
@@ -132,6 +132,10 @@ def load_base(path: Path, data: SessionData, settings: TrainSettings, *, beside:
 
 
 def _modules(base: Base) -> Sequence[tuple[str, torch.nn.Module]]:
-    named = [("projector", base.projector), ("beside", base.beside), ("head", base.head)]
+    named: list[tuple[str, torch.nn.Module | None]] = [
+        ("projector", base.projector),
+        ("beside", base.beside),
+        ("head", base.head),
+    ]
     named += [("backbone", None if base.backbone is None else base.backbone.model)]
     return [(name, module) for name, module in named if module is not None]
