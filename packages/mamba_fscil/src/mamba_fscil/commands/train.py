@@ -54,7 +54,7 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
         f"{len(learner.classes)} classes of at most {learner.capacity}; confidence is softmax of {learner.scale:g} cos."
     )
     _pictures.draw_sessions(folder, {settings.method: [scores]})
-    if data.shots:
+    if data.shots and data.size:
         _pictures.draw_shots(folder, data)
     study.finish(time.perf_counter() - start)
     checkpoints.save(folder.own("learner.safetensors"), changes(learner), method="mamba_fscil.changes", config={})
@@ -62,7 +62,7 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
         "config.json", {"learner": settings.learner, "classes": learner.classes, "method": learner.method}
     )
     captions = {"sessions": "Accuracy on the test pictures of all classes seen, of base classes and of novel ones."}
-    captions |= {"shots": "The pictures that each session learns from."} if data.shots else {}
+    captions |= {"shots": "The pictures that each session learns from."} if data.shots and data.size else {}
     write_report(folder, f"mamba-fscil train: {settings.method} on {settings.data}", captions)
     rows = [
         [number, data.seen(number), *(f"{x:.2f}" if x == x else "-" for x in vars(s).values())]
