@@ -1,9 +1,9 @@
 """The selective scan, forward and backward, against the textbook, mambapy and the loop of transformers' slow mixer.
 
-The textbook is a literal one: exp(delta A) and delta u B over the whole sequence in one tensor each, one state per step, autograd
-behind it. mambapy is its parallel scan ``pscan`` on the same tensors. The loop of transformers' mixer is written here as that
-library has it (one exponential over all steps, a product of matrices per step); its module holds projections that are not
-compared. Sessions are compared on maps of the miniImageNet preset's kind at a tenth of its width.
+The textbook is a literal one: exp(delta A) and delta u B over the whole sequence in one tensor each, one state per step,
+autograd behind it. mambapy is its parallel scan ``pscan`` on the same tensors. The loop of transformers' mixer is written
+here as that library has it (one exponential over all steps, a product of matrices per step); its module holds projections,
+which are not compared. Sessions are compared on maps of the miniImageNet preset's kind at a tenth of its width.
 """
 
 import copy

@@ -232,6 +232,7 @@ def test_photographs_as_phones_and_tools_write_them_are_read(learner, tmp_path):
     Image.fromarray(rng.integers(0, 65536, (20, 30)).astype(np.uint16)).save(folder / "deep.png")
     image.rotate(40).save(folder / "still.gif")
     image.rotate(60).convert("LA").save(folder / "alpha.png")
+    (folder / "._alpha.png").write_bytes(b"of macOS, no picture")
     assert main(add(learner, folder, "phone", tmp_path / "a")) == 0
     assert learner_of(str(learner)).memory.counts[3] == 6
 

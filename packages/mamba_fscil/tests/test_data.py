@@ -1,6 +1,7 @@
 """Readers and protocols: what they take, what they refuse, and every recipe on a stand-in of its data's layout."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_lists_of_few_shot_pictures_are_read_by_row_or_by_file_name(cub, tmp_pat
     folder = tmp_path / "lists"
     folder.mkdir()
     lines = [f"CUB_200_2011/images/{k + 1:03d}.Bird_{k}/bird_{k}_2.jpg" for k in (6, 7)]
-    (folder / "session_2.txt").write_text("\n".join(lines) + "\n")
+    (folder / "session_2.txt").write_bytes("\r\n".join(lines).encode() + b"\r\n\r\n")
     protocol = ProtocolConfig(base=6, way=2, sessions=1, index_list=str(folder))
     found = load(f"cub200:{cub}", protocol, DataSettings(size=16))
     assert [p.name for p in found.shots[0].split.paths] == ["bird_6_2.jpg", "bird_7_2.jpg"]
@@ -208,3 +209,21 @@ def test_a_pretrained_vision_transformer_by_file_with_the_nearest_mean_is_a_reci
     images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
     own = model.eval().forward_features((images / 255 - 0.5) / 0.5)[:, 1:].mean(dim=1)
     assert torch.allclose(learner.maps(images).mean(dim=(2, 3)), own, atol=1e-4)
+
+
+def test_pictures_of_another_release_of_cub_are_missed_by_name_and_any_line_end_is_read(cub, tmp_path):
+    root = tmp_path / "CUB_200_2011"
+    shutil.copytree(cub, root)
+    for name in ("images", "image_class_labels", "train_test_split"):
+        (root / f"{name}.txt").write_bytes((root / f"{name}.txt").read_bytes().replace(b"\n", b"\r\n"))
+    check(load(f"cub200:{root}", TEN, DataSettings(size=16)))
+    (root / "images/003.Bird_2/bird_2_1.jpg").unlink()
+    with pytest.raises(UserError, match=r"bird_2_1.jpg: no such file"):
+        load(f"cub200:{root}", TEN, DataSettings(size=16))
+
+
+def test_an_empty_class_folder_is_refused_by_name_and_shifts_no_label(tmp_path):
+    source = folders(tmp_path / "x")
+    (tmp_path / "x/test/aa").mkdir()
+    with pytest.raises(UserError, match=r"aa: no picture in this class"):
+        load(source, reading=DataSettings(size=16))
