@@ -96,3 +96,24 @@ def test_models_that_people_bring_give_a_map_that_depends_on_the_place(name):
         moved = (backbone(images) - maps).abs().sum(dim=1)
     assert moved[0].max() > 0
     assert moved[1].max() < 1e-3 * float(maps.abs().sum(dim=1).max())
+
+
+def test_a_learner_on_a_transformers_model_loads_where_that_models_folder_is_gone(tmp_path):
+    import shutil
+
+    from mamba_fscil.training.learner import IncrementalLearner
+    from transformers import ViTConfig, ViTForImageClassification
+
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(ViTConfig(**shape, image_size=32, patch_size=8, num_labels=5)).save_pretrained(
+        tmp_path / "vit"
+    )
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    learner = IncrementalLearner("ncm")
+    how = {"backbone": f"hf:{tmp_path / 'vit'}", "freeze": True, "capacity": 8, "batch_size": 4, "device": "cpu"}
+    learner.fit_base(images, torch.arange(6) % 2, ["a", "b"], **how)
+    learner.save(tmp_path / "l")
+    shutil.rmtree(tmp_path / "vit")
+    again = IncrementalLearner.load(tmp_path / "l")
+    assert learner.projector.size == (4, 4)
+    assert torch.equal(again.predict_proba(images), learner.predict_proba(images))
