@@ -164,7 +164,8 @@ def test_declared_dependencies_are_those_that_are_imported(distribution):
                 continue
             names = {name.lower().replace("_", "-") for name in provides.get(root, [])}
             if not names:  # an extra that is not installed here: by name
-                names = {name for name in declared if name == root or name.startswith(f"{root}-")}
+                shown = root.lower().replace("_", "-")
+                names = {name for name in declared if name == shown or name.startswith(f"{shown}-")}
             assert names & declared, f"{path.name} imports {root}, which is not declared"
             used |= names & declared
     # what only `bench` declares may be there for a peer's sake

@@ -84,6 +84,7 @@ APP = App(
         Verb("train", Settings),
         Verb("inspect", Settings, out=False),
         Verb("demo", Settings, out=False, claims=True),
+        Verb("add-class", Settings, out=False),
     ),
 )
 
@@ -97,7 +98,7 @@ def _package(monkeypatch, tmp_path_factory):
     for name in ("__init__", "commands/__init__"):
         (folder / f"example/{name}.py").write_text("")
     for verb in APP.verbs:
-        (folder / f"example/commands/{verb.name}.py").write_text("from what_commands_do import run as run\n")
+        (folder / f"example/commands/{verb.name.replace('-', '_')}.py").write_text("from what_commands_do import run as run\n")
     for name in [name for name in sys.modules if name.partition(".")[0] == "example"]:
         monkeypatch.delitem(sys.modules, name)
     module = ModuleType("what_commands_do")
@@ -233,7 +234,7 @@ def test_an_interrupt_is_130():
 def test_help_lists_verbs_and_options_with_their_descriptions(capsys):
     assert APP.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "train    Train it." in out
+    assert "train      Train it." in out
     assert APP.main([]) == 0
     assert capsys.readouterr().out == out
     assert APP.main(["train", "--help"]) == 0
@@ -320,3 +321,8 @@ def test_track_draws_a_bar_with_rate_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     assert list(track(range(3), "work")) == [0, 1, 2]
     assert "3/3" in screen.getvalue()
+
+
+def test_a_verb_with_a_hyphen_lies_in_a_file_with_an_underscore():
+    assert APP.main(["add-class", "--data", "x"]) == 0
+    assert seen[0][0].data == "x"

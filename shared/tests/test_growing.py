@@ -150,3 +150,14 @@ def test_a_file_that_the_index_had_forgotten_before_a_kill_is_deleted_by_the_nex
     assert texts(tmp_path) == ["two"]
     add(tmp_path, "three")
     assert sorted(p.name for p in tmp_path.glob("*.txt")) == ["000002.txt", "000003.txt"]
+
+
+def test_files_may_have_names_of_their_own_and_a_killed_first_command_may_have_left_one(tmp_path):
+    def naming(number):
+        return "base" if number == 1 else f"session-{number - 1:02d}"
+
+    tmp_path.joinpath("base.txt").write_text("left by a killed command")
+    for text in ("one", "two"):
+        add(tmp_path, text, naming=naming)
+    assert [entry.path.name for entry in Growing.open(tmp_path, kind=KIND).entries] == ["base.txt", "session-01.txt"]
+    assert texts(tmp_path) == ["one", "two"]

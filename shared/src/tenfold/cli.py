@@ -63,7 +63,7 @@ class Invocation:
 class Verb:
     """One command of a package; its function is ``run(settings, invocation)`` in ``<package>.commands.<name>``.
 
-    What ``run`` returns is the exit code (None is 0).
+    The file of a verb such as ``add-class`` is ``add_class.py``. What ``run`` returns is the exit code (None is 0).
 
     Args:
         name: name as typed.
@@ -198,7 +198,7 @@ class App:
                     sys.stdout.write(f"{options.out}: this run has finished; nothing is left to do\n")
                     return 0
             invocation = Invocation(run, options.quiet or not first, verb.claims and options.strict)
-            command = importlib.import_module(f"{self.package}.commands.{verb.name}")
+            command = importlib.import_module(f"{self.package}.commands.{verb.name.replace('-', '_')}")
             code = command.run(settings, invocation)
             if run is not None:
                 run.finish()

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,8 +47,17 @@ class Growing:
         entries: its files, by number; of several parts, part by part in the order of their names.
     """
 
-    def __init__(self, path: Path, kind: str, part: str, head: dict[str, Any], lock: Lock | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        part: str,
+        head: dict[str, Any],
+        lock: Lock | None,
+        naming: Callable[[int], str] = "{:06d}".format,
+    ) -> None:
         self.path = path
+        self._naming = naming
         self.kind = kind
         self.head = head
         self._part = part
@@ -73,6 +82,7 @@ class Growing:
         head: Mapping[str, Any] | None = None,
         part: str = "",
         option: str = "",
+        naming: Callable[[int], str] = "{:06d}".format,
     ) -> "Growing":
         """Open the thing for reading, or for one command that adds to it.
 
@@ -85,6 +95,7 @@ class Growing:
             part: name of this writer's share of a thing that is made for several writers at once; each has its own
                 numbers, index and lock.
             option: option that the path came from, which a message begins with.
+            naming: gives a file's name without its suffix from its number, counted from 1; default: six digits.
 
         Raises:
             UserError: nothing is there to be read, another kind or another head, a broken index, or (writing) another
@@ -108,7 +119,7 @@ class Growing:
             if wrong:
                 raise UserError(f"{start} holds a {wrong[0]}, expected a {kind}")
             if writing and not there:
-                names = [p.name for p in path.iterdir() if not p.name.startswith(TEMPORARY) and not _numbered(p)]
+                names = [p.name for p in path.iterdir() if not p.name.startswith(TEMPORARY) and not _begun(p, naming)]
                 if names:
                     raise UserError(f"{start} is not empty and holds no {kind} ({', '.join(sorted(names)[:3])})")
             known = there[0]["head"] if there else None
@@ -117,7 +128,7 @@ class Growing:
                 changed = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
                 differences = "; ".join(f"{key}: {known.get(key)!r} there, {asked.get(key)!r} here" for key in changed)
                 raise UserError(f"{start} was made with something else ({differences})")
-            return cls(path, kind, part, asked, lock)
+            return cls(path, kind, part, asked, lock, naming)
         except BaseException:
             if lock is not None:
                 _free(lock, path)
@@ -149,7 +160,7 @@ class Growing:
             UserError: the disk is full or the folder cannot be written.
         """
         assert self._lock is not None, "opened for reading"
-        path = self.path / f"{self._part + '-' if self._part else ''}{self._next:06d}{suffix}"
+        path = self.path / f"{self._part + '-' if self._part else ''}{self._naming(self._next)}{suffix}"
         with replacing(path) as temporary:
             yield temporary
         self._own.append(Entry(path, json.loads(json.dumps(plain(dict(about or {}))))))
@@ -228,8 +239,12 @@ def _index(path: Path, part: str) -> Path:
     return path / f"{INDEX}{_suffix(part)}.json"
 
 
-def _numbered(path: Path) -> bool:
+def _begun(path: Path, naming: Callable[[int], str]) -> bool:
     """Whether a file could be one that a killed first command has left."""
+    return path.stem == naming(1) or _numbered(path)
+
+
+def _numbered(path: Path) -> bool:
     return path.stem.rpartition("-")[2].isdigit() and len(path.stem.rpartition("-")[2]) == 6
 
 

@@ -1,0 +1,495 @@
+"""The selective scan in plain torch: blocks that stay in the cache, a backward pass that recomputes, chunks for long sequences.
+
+Notable: nothing of the size (batch, channels, length, state) is ever stored. The work is cut into blocks of some rows and some
+channels; a block's decays and states are computed for up to 64 steps at once in scratch that is used again, and the backward
+pass saves the inputs alone. Where a sequence is longer, its chunks are rows of their own once their first states are known.
+
+Legend of shapes: b batch, G groups of channels that share B and C, D channels, N states per channel, L length, S chunks,
+T steps of a chunk, r rows and c channels of a block.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tenfold.errors import MissingExtraError
+
+Backend = Literal["auto", "torch", "reference", "mamba_ssm"]
+CHUNK = 64
+"""Steps that a block holds at once."""
+BLOCK = 2**18
+"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 1 MiB in single precision."""
+PARALLEL = 2**16
+"""States of all rows (b x D x N) below which the chunks of a long sequence are computed side by side."""
+INSTALL = 'MAMBA_KEEP_CUDA_BUILD=TRUE pip install "mamba-fscil[cuda]" --no-build-isolation'
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    backend: Backend = "auto",
+    block: int | None = None,
+    chunk: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The output of a selective state space model, by channel.
+
+        a_t = exp(delta_t A),   h_t = a_t h_{t-1} + delta_t u_t B_t,   y_t = <C_t, h_t> + D u_t,   out = y SiLU(z)
+
+    with the state of zeros, or a given one, before the first step. It is differentiable in all tensors, once.
+
+    Args:
+        u: inputs.
+        delta: step sizes.
+        A: decays, none of which is positive.
+        B: how an input enters the state.
+        C: how the state is read.
+        D: weight of the input in the output.
+        z: gate.
+        delta_bias: added to ``delta`` per channel.
+        delta_softplus: take softplus(delta + bias) as the step size.
+        return_last_state: give the state after the last step, too.
+        initial_state: state before the first step.
+        backend: ``torch`` is ours; ``reference`` one step after another, slow, for tests and for tracing;
+            ``mamba_ssm`` the CUDA kernels of that library; ``auto`` takes those where they import and the inputs fit.
+        block: elements of a block; changes nothing but speed and memory.
+        chunk: steps of a chunk, likewise.
+
+    Shapes: ``u``, ``delta``, ``z`` (b, D, L); ``A`` (D, N); ``B``, ``C`` (D, N), (b, N, L) or (b, G, N, L) where G divides D;
+    ``D``, ``delta_bias`` (D,); ``initial_state`` (b, D, N) -> (b, D, L) in the dtype of ``u``, and the last state (b, D, N).
+
+    Raises:
+        ValueError: shapes that do not fit each other, a positive decay, or inputs that ``mamba_ssm`` does not take.
+        TypeError: a complex tensor.
+        MissingExtraError: ``mamba_ssm`` is asked for and not installed.
+
+    Source: Mamba, arXiv 2312.00752, Algorithm 2; B by Euler's rule and A exactly, as in its code. Blocks and chunks are ours.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if backend == "mamba_ssm" or (backend == "auto" and u.is_cuda and not tracing):
+        kernel = _kernel(u, A, initial_state, asked=backend == "mamba_ssm")
+        if kernel is not None:
+            found: Tensor | tuple[Tensor, Tensor] = kernel(
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+            )
+            return found
+    compute = torch.promote_types(u.dtype, torch.float32)
+    steps = delta.to(compute)
+    if delta_bias is not None:
+        steps = steps + delta_bias.to(compute)[:, None]
+    if delta_softplus:
+        steps = F.softplus(steps)
+    x, decay = u.to(compute), A.to(compute)
+    write, read = _grouped(B.to(compute), u.shape), _grouped(C.to(compute), u.shape)
+    state = None if initial_state is None else initial_state.to(compute)
+    if backend == "reference" or tracing:
+        y, last = _one_by_one(x, steps, decay, write, read, state)
+    else:
+        if not bool((A <= 0).all()):
+            worst = float(A.max())
+            raise ValueError(f"A must not be positive, since the state would explode; its largest entry is {worst:.3g}")
+        with torch.autocast(u.device.type, enabled=False):
+            y, last = _Scan.apply(x, steps, decay, write, read, state, block or BLOCK, chunk or CHUNK)
+    if D is not None:
+        y = y + D.to(compute)[:, None] * x
+    if z is not None:
+        y = y * F.silu(z.to(compute))
+    return (y.to(u.dtype), last) if return_last_state else y.to(u.dtype)
+
+
+def selective_scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same as ``selective_scan``, one step after another with autograd's backward pass.
+
+    Shapes: as for ``selective_scan``.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+        TypeError: a complex tensor.
+
+    Source: Mamba, arXiv 2312.00752, Algorithm 2.
+    """
+    return selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
+        initial_state=initial_state, backend="reference",
+    )  # fmt: skip
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    for name, tensor in {**given, "initial_state": initial_state}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} must hold real floating-point numbers, got {tensor.dtype}")
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(f"u must be (b, D, L) and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}")
+    b, d, length = u.shape
+    n = A.shape[1]
+    expected = {
+        "delta": (b, d, length), "A": (d, n), "D": (d,), "z": (b, d, length), "delta_bias": (d,),
+        "initial_state": (b, d, n),
+    }  # fmt: skip
+    for name, shape in expected.items():
+        tensor = initial_state if name == "initial_state" else given[name]
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} to go with u {tuple(u.shape)}, got {tuple(tensor.shape)}")
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.ndim == 2:
+            fits = tuple(tensor.shape) == (d, n)
+        else:
+            fits = tensor.ndim in {3, 4} and (tensor.shape[0], *tensor.shape[-2:]) == (b, n, length)
+        if not fits:
+            forms = f"({d}, {n}), ({b}, {n}, {length}) or ({b}, G, {n}, {length})"
+            raise ValueError(f"{name} must be {forms}, got {tuple(tensor.shape)}")
+        if tensor.ndim == 4 and d % tensor.shape[1]:
+            raise ValueError(f"{name} has {tensor.shape[1]} groups, which do not divide the {d} channels of u")
+
+
+def _grouped(x: Tensor, shape: torch.Size) -> Tensor:
+    """B or C as (b, G, N, L)."""
+    b, d, length = shape
+    if x.ndim == 2:
+        return x[None, :, :, None].expand(b, d, x.shape[1], length)
+    return x[:, None] if x.ndim == 3 else x
+
+
+def _one_by_one(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    b, d, length = u.shape
+    B, C = (x.repeat_interleave(d // x.shape[1], dim=1) for x in (B, C))
+    h = u.new_zeros(b, d, A.shape[1]) if state is None else state
+    ys = []
+    for t in range(length):
+        h = torch.exp(delta[:, :, t, None] * A) * h + (delta[:, :, t] * u[:, :, t])[..., None] * B[..., t]
+        ys.append((h * C[..., t]).sum(dim=-1))
+    return torch.stack(ys, dim=2), h
+
+
+_WARNED: set[str] = set()
+
+
+def _kernel(u: Tensor, A: Tensor, initial_state: Tensor | None, *, asked: bool) -> Any:
+    """mamba-ssm's function where it can be used; else None, or an error where it was asked for."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        if asked:
+            raise MissingExtraError(f"backend mamba_ssm needs mamba-ssm, which is not installed: {INSTALL}")
+        return None
+    reason = ""
+    if A.shape[1] > 256:
+        reason = f"it takes at most 256 states per channel, got {A.shape[1]}"
+    elif initial_state is not None:
+        reason = "it takes no initial state"
+    elif not u.is_cuda or u.dtype == torch.float64:
+        reason = f"it takes float32, float16 and bfloat16 on a GPU, got {u.dtype} on {u.device}"
+    if reason:
+        if asked:
+            raise ValueError(f"backend mamba_ssm: {reason}")
+        return None
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except (ImportError, OSError, RuntimeError) as error:
+        line = f"mamba-ssm does not import ({str(error).splitlines()[0]}); the scan in plain torch is used: {INSTALL}"
+        if asked:
+            raise MissingExtraError(line) from error
+        if line not in _WARNED:
+            _WARNED.add(line)
+            warnings.warn(line, stacklevel=3)
+        return None
+    return selective_scan_fn
+
+
+class _Scan(torch.autograd.Function):
+    """y without D and z, and the last state; saves the inputs and the first state of each chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        state: Tensor | None,
+        block: int,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        groups = max(B.shape[1], C.shape[1])
+        work = _Work(u, delta, A, B, C, groups, block, chunk)
+        firsts = work.first_states(state)
+        y, last = work.forward(firsts)
+        ctx.save_for_backward(u, delta, A, B, C, state if firsts is None or work.chunks == 1 else firsts)
+        ctx.how = groups, block, chunk, state is not None
+        return y, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, A, B, C, state = ctx.saved_tensors
+        groups, block, chunk, given = ctx.how
+        work = _Work(u, delta, A, B, C, groups, block, chunk)
+        firsts = state if state is None or work.chunks > 1 else work.rows_of(state)
+        du, ddelta, dA, dB, dC, dstate = work.backward(firsts, grads[0], grads[1])
+        return du, ddelta, dA, dB, dC, dstate if given else None, None, None
+
+
+class _Work:
+    """The inputs of one scan cut into chunks and blocks; all tensors are (G, T, S b, ...), contiguous in the last dimension.
+
+    A row is one chunk of one sequence of the batch, chunk by chunk: row k b + i is chunk k of sequence i.
+    """
+
+    def __init__(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, groups: int, block: int, chunk: int
+    ) -> None:
+        self.b, channels, self.length = u.shape
+        self.groups, self.c, self.n = groups, channels // groups, A.shape[1]
+        self.chunks = max(1, -(-self.length // chunk))
+        self.t = -(-self.length // self.chunks)
+        self.rows = self.chunks * self.b
+        self.block = block
+        self.parallel = self.chunks > 1 and self.b * channels * self.n <= PARALLEL
+        self.b_groups, self.c_groups = B.shape[1], C.shape[1]
+        self.A = A.view(groups, self.c, self.n)
+        self.delta = self.cut(delta)
+        self.u = self.cut(u)
+        self.du = self.delta * self.u
+        self.B, self.C = self.cut_states(B), self.cut_states(C)
+        self.like: Any = {"dtype": u.dtype, "device": u.device}
+        self._scratch = [torch.empty(0, **self.like) for _ in range(3)]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(b, D, L) as (G, T, S b, c); what is added behind the end is 0."""
+        x = F.pad(x, (0, self.t * self.chunks - self.length))
+        x = x.reshape(self.b, self.groups, self.c, self.chunks, self.t).permute(1, 4, 3, 0, 2)
+        return x.reshape(self.groups, self.t, self.rows, self.c).contiguous()
+
+    def join(self, x: Tensor) -> Tensor:
+        """(G, T, S b, c) as (b, D, L)."""
+        x = x.view(self.groups, self.t, self.chunks, self.b, self.c).permute(3, 0, 4, 2, 1)
+        return x.reshape(self.b, self.groups * self.c, self.chunks * self.t)[..., : self.length].contiguous()
+
+    def cut_states(self, x: Tensor) -> Tensor:
+        """(b, G, N, L) as (G, T, S b, N)."""
+        x = x.expand(-1, self.groups, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(self.groups // x.shape[1], 1)
+        x = F.pad(x, (0, self.t * self.chunks - self.length))
+        x = x.reshape(self.b, self.groups, self.n, self.chunks, self.t).permute(1, 4, 3, 0, 2)
+        return x.reshape(self.groups, self.t, self.rows, self.n).contiguous()
+
+    def join_states(self, x: Tensor, groups: int) -> Tensor:
+        """(G, T, S b, N) as (b, G, N, L), summed over what shared one of ``groups``."""
+        x = x.view(groups, -1, *x.shape[1:]).sum(dim=1)
+        x = x.view(groups, self.t, self.chunks, self.b, self.n).permute(3, 0, 4, 2, 1)
+        return x.reshape(self.b, groups, self.n, self.chunks * self.t)[..., : self.length]
+
+    def rows_of(self, state: Tensor) -> Tensor:
+        """(b, D, N) as (G, b, c, N)."""
+        return state.view(self.b, self.groups, self.c, self.n).transpose(0, 1).contiguous()
+
+    def state_of(self, rows: Tensor) -> Tensor:
+        """(G, b, c, N) as (b, D, N)."""
+        return rows.transpose(0, 1).reshape(self.b, self.groups * self.c, self.n)
+
+    def spans(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and channels of each block: whole rows where a row is small, else a part of the channels of some rows."""
+        rows = self.rows if self.parallel or self.chunks == 1 else self.b
+        per_row = self.t * self.c * self.n
+        c = self.c if per_row <= self.block else max(1, self.block // (self.t * self.n))
+        r = min(rows, max(1, self.block // (self.t * c * self.n)))
+        for first in range(0, rows, r):
+            for channel in range(0, self.c, c):
+                yield slice(first, min(first + r, rows)), slice(channel, min(channel + c, self.c))
+
+    def scratch(self, number: int, *shape: int) -> Tensor:
+        """A tensor of this shape in memory that is used again for each block."""
+        size = 1
+        for length in shape:
+            size *= length
+        if self._scratch[number].numel() < size:
+            self._scratch[number] = torch.empty(size, **self.like)
+        return self._scratch[number][:size].view(shape)
+
+    def parts(self) -> Iterator[int]:
+        """First row of what is computed at once: all rows, or one chunk of all sequences after another."""
+        yield from range(0, self.rows, self.rows if self.parallel or self.chunks == 1 else self.b)
+
+    def decays(self, g: int, at: slice, channels: slice, out: Tensor) -> None:
+        """exp(delta A) of a block, (T, r, c, N)."""
+        torch.mul(self.delta[g, :, at, channels, None], self.A[g, channels], out=out)
+        # below this the decay is 0 in every sum, and a denormal number would be slow
+        out.clamp_(min=-80 if out.dtype == torch.float32 else -700).exp_()
+
+    def states(self, g: int, at: slice, channels: slice, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Decays and states of a block, (T, r, c, N), in scratch 0 and 1."""
+        shape = (self.t, at.stop - at.start, channels.stop - channels.start, self.n)
+        decay, state = self.scratch(0, *shape), self.scratch(1, *shape)
+        self.decays(g, at, channels, decay)
+        torch.mul(self.du[g, :, at, channels, None], self.B[g, :, at, None, :], out=state)
+        steps, factors = state.unbind(0), decay.unbind(0)
+        if first is not None:
+            steps[0].addcmul_(factors[0], first)
+        for t in range(1, self.t):
+            steps[t].addcmul_(factors[t], steps[t - 1])
+        return decay, state
+
+    def first_states(self, state: Tensor | None) -> Tensor | None:
+        """The state before each chunk, (G, S b, c, N); None where it is 0 for all of them.
+
+        Chunks that are computed one after another get theirs in ``forward``; then only the first is known here.
+        """
+        first = None if state is None else self.rows_of(state)
+        if self.chunks == 1:
+            return first
+        firsts = torch.zeros(self.groups, self.rows, self.c, self.n, **self.like)
+        if first is not None:
+            firsts[:, : self.b] = first
+        if self.parallel:
+            ends = torch.empty_like(firsts)
+            for g in range(self.groups):
+                for at, channels in self.spans():
+                    ends[g, at, channels] = self.states(g, at, channels, None)[1][-1]
+            whole = self.whole_decays()
+            for k in range(1, self.chunks):
+                before, here = slice((k - 1) * self.b, k * self.b), slice(k * self.b, (k + 1) * self.b)
+                firsts[:, here] = ends[:, before] + whole[:, before] * firsts[:, before]
+        return firsts
+
+    def whole_decays(self) -> Tensor:
+        """The decay over each chunk, (G, S b, c, N)."""
+        return (self.delta.sum(dim=1)[..., None] * self.A[:, None]).exp_()
+
+    def forward(self, firsts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y (b, D, L) and the last state (b, D, N); writes the first states of chunks that come one after another."""
+        y = torch.empty(self.groups, self.t, self.rows, self.c, **self.like)
+        last = torch.empty(self.groups, self.b, self.c, self.n, **self.like)
+        for start in self.parts():
+            for g in range(self.groups):
+                for at, channels in self.spans():
+                    at = slice(at.start + start, at.stop + start)
+                    first = None if firsts is None else firsts[g, at, channels]
+                    _, state = self.states(g, at, channels, first)
+                    read = self.C[g, :, at, :, None]
+                    y[g, :, at, channels] = torch.matmul(state, read)[..., 0]
+                    end = self.rows - self.b
+                    if not self.parallel and self.chunks > 1 and start < end:
+                        assert firsts is not None
+                        firsts[g, at.start + self.b : at.stop + self.b, channels] = state[-1]
+                    if at.stop > end:
+                        skip = max(0, end - at.start)
+                        last[g, at.start + skip - end : at.stop - end, channels] = state[-1, skip:]
+        return self.join(y), self.state_of(last)
+
+    def backward(self, firsts: Tensor | None, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of u, delta, A, B, C and of the first state."""
+        dy = self.cut(dy)
+        dlast = self.rows_of(dlast.contiguous())
+        q, wa = torch.empty_like(self.du), torch.empty_like(self.du)
+        dA = torch.zeros_like(self.A)
+        dB, dC = torch.zeros_like(self.B), torch.zeros_like(self.C)
+        # adjoint that enters each row from behind: of the last state, or of the next chunk's first one
+        enters = torch.zeros(self.groups, self.rows, self.c, self.n, **self.like)
+        enters[:, self.rows - self.b :] = dlast
+        if self.parallel:
+            self.adjoints(dy, enters)
+        dfirst = torch.empty(self.groups, self.b, self.c, self.n, **self.like)
+        for start in reversed(list(self.parts())):
+            for g in range(self.groups):
+                for at, channels in self.spans():
+                    at = slice(at.start + start, at.stop + start)
+                    first = None if firsts is None else firsts[g, at, channels]
+                    decay, state = self.states(g, at, channels, first)
+                    adjoint = self.scratch(2, *decay.shape)
+                    torch.mul(dy[g, :, at, channels, None], self.C[g, :, at, None, :], out=adjoint)
+                    steps, factors = adjoint.unbind(0), decay.unbind(0)
+                    steps[-1].add_(enters[g, at, channels])
+                    for t in range(self.t - 2, -1, -1):
+                        steps[t].addcmul_(factors[t + 1], steps[t + 1])
+                    dC[g, :, at] += torch.matmul(dy[g, :, at, None, channels], state)[..., 0, :]
+                    dB[g, :, at] += torch.matmul(self.du[g, :, at, None, channels], adjoint)[..., 0, :]
+                    q[g, :, at, channels] = torch.matmul(adjoint, self.B[g, :, at, :, None])[..., 0]
+                    adjoint.mul_(decay)
+                    self.pass_on(adjoint[0], at, g, channels, dfirst, enters)
+                    adjoint[1:].mul_(state[:-1])
+                    if first is None:
+                        adjoint[0].zero_()
+                    else:
+                        adjoint[0].mul_(first)
+                    flat = adjoint.flatten(0, 1)
+                    # by channel: (c, T r, N) @ (c, N, 1), and (c, 1, T r) @ (c, T r, N)
+                    by_channel = flat.transpose(0, 1)
+                    found = torch.matmul(by_channel, self.A[g, channels, :, None])[..., 0]
+                    wa[g, :, at, channels] = found.t().view(self.t, -1, found.shape[0])
+                    weights = self.delta[g, :, at, channels].flatten(0, 1).t()[:, None]
+                    dA[g, channels] += torch.matmul(weights, by_channel)[:, 0]
+        du = q * self.delta
+        ddelta = q * self.u + wa
+        return (
+            self.join(du),
+            self.join(ddelta),
+            dA.view(-1, self.n),
+            self.join_states(dB, self.b_groups),
+            self.join_states(dC, self.c_groups),
+            self.state_of(dfirst),
+        )
+
+    def pass_on(self, found: Tensor, at: slice, g: int, channels: slice, dfirst: Tensor, enters: Tensor) -> None:
+        """Give the adjoint of the rows' first states to the chunk before, or keep it as the first state's gradient."""
+        if at.start < self.b:
+            stop = min(at.stop, self.b)
+            dfirst[g, at.start : stop, channels] = found[: stop - at.start]
+        elif not self.parallel:
+            enters[g, at.start - self.b : at.stop - self.b, channels] = found
+
+    def adjoints(self, dy: Tensor, enters: Tensor) -> None:
+        """Fill in what enters each chunk from behind: its successor's own part, and what passes through that."""
+        own = torch.empty_like(enters)
+        for g in range(self.groups):
+            for at, channels in self.spans():
+                decay = self.scratch(0, self.t, at.stop - at.start, channels.stop - channels.start, self.n)
+                adjoint = self.scratch(2, *decay.shape)
+                self.decays(g, at, channels, decay)
+                torch.mul(dy[g, :, at, channels, None], self.C[g, :, at, None, :], out=adjoint)
+                steps, factors = adjoint.unbind(0), decay.unbind(0)
+                for t in range(self.t - 2, -1, -1):
+                    steps[t].addcmul_(factors[t + 1], steps[t + 1])
+                own[g, at, channels] = steps[0] * factors[0]
+        whole = self.whole_decays()
+        for k in range(self.chunks - 1, 0, -1):
+            here, before = slice(k * self.b, (k + 1) * self.b), slice((k - 1) * self.b, k * self.b)
+            enters[:, before] = own[:, here] + whole[:, here] * enters[:, here]
