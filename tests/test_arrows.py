@@ -78,7 +78,7 @@ def forbidden(module: str) -> bool:
 
 def test_every_verb_is_a_file_and_every_file_a_verb(package):
     there = {path.stem for path in (package.source / "commands").glob("*.py") if not path.stem.startswith("_")}
-    assert there == {verb.name for verb in package.app.verbs}
+    assert there == {verb.module for verb in package.app.verbs}
 
 
 def test_imports_stand_at_the_top_of_a_command(package):

@@ -63,6 +63,8 @@ class Invocation:
 class Verb:
     """One command of a package; its function is ``run(settings, invocation)`` in ``<package>.commands.<name>``.
 
+    A ``-`` in the name is a ``_`` in the module's.
+
     What ``run`` returns is the exit code (None is 0).
 
     Args:
@@ -81,6 +83,11 @@ class Verb:
     def help(self) -> str:
         """One line: the first of the settings' docstring."""
         return (inspect.getdoc(self.settings) or "").partition("\n")[0]
+
+    @property
+    def module(self) -> str:
+        """Name of the module of its function."""
+        return self.name.replace("-", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +205,7 @@ class App:
                     sys.stdout.write(f"{options.out}: this run has finished; nothing is left to do\n")
                     return 0
             invocation = Invocation(run, options.quiet or not first, verb.claims and options.strict)
-            command = importlib.import_module(f"{self.package}.commands.{verb.name}")
+            command = importlib.import_module(f"{self.package}.commands.{verb.module}")
             code = command.run(settings, invocation)
             if run is not None:
                 run.finish()
