@@ -1,0 +1,1 @@
+"""`genview demo`."""
