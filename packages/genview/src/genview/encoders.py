@@ -130,7 +130,7 @@ class HFCLIPTokens(Encoder):
         model = cast(Any, self.model)
         out = model(pixel_values=x)
         tower = getattr(model, "vision_model", model)
-        tokens = tower.post_layernorm(out.last_hidden_state[:, 1:])
+        tokens = getattr(tower, "post_layernorm", nn.Identity())(out.last_hidden_state[:, 1:])
         vector = out.image_embeds if hasattr(out, "image_embeds") else out.pooler_output
         side = int(tokens.shape[1] ** 0.5)
         return Tokens(tokens.float(), vector.float(), (side, side))
@@ -195,10 +195,16 @@ def clip_encoder(folder: Path, name: str, option: str = "--encoder") -> HFCLIPTo
     from transformers import CLIPVisionModelWithProjection
     from transformers.utils import logging
 
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if about.get("_class_name") == "ConvEncoder":
+        from genview.patches import ConvEncoder
+
+        return clip_of(ConvEncoder.from_pretrained(folder, use_safetensors=True), name)
+
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(folder)
+        model = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{option} {folder}: not a CLIP vision model ({' '.join(str(error).split())[:200]})") from error
     finally:

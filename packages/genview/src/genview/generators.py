@@ -139,7 +139,7 @@ def quietly() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    both = (diffusers_logging, transformers_logging)
+    both: tuple[Any, ...] = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in both]
     try:
         for library in both:

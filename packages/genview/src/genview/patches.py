@@ -1,9 +1,10 @@
-"""Patches of pixels where a pipeline of diffusers has the latents of an autoencoder.
+"""Parts of a tiny pipeline: patches of pixels as latents, and a convolutional image encoder.
 
-A folder of ``genview train-tiny`` names this module and this class; diffusers loads it only where the module has been
+A folder of ``genview train-tiny`` names this module and its classes; diffusers loads them only where the module has been
 imported, as ``UnCLIPGenerator.from_pretrained`` sees to.
 """
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,3 +44,37 @@ class PatchVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # what they are 
         """Images of patches."""
         images = F.pixel_shuffle(latents, self.patch)
         return SimpleNamespace(sample=images) if return_dict else (images,)
+
+
+class ConvEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # what they are is Any
+    """Stands where a pipeline has CLIP's vision model, with its outputs; learns from few pictures, as transformers do not.
+
+    Args:
+        image_size: side of a picture in pixels, a multiple of 4.
+        width: channels of the tokens, a multiple of 4; there is one token per 2 x 2 pixels.
+        projection_dim: entries of the embedding.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, image_size: int = 16, width: int = 64, projection_dim: int = 32) -> None:
+        super().__init__()
+        widths = (3, width // 2, width * 3 // 4, width)
+        layers: list[nn.Module] = []
+        for number, (a, b) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(a, b, 3, 2 if number == 1 else 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.top = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU())
+        self.projection = nn.Linear(4 * width, projection_dim)
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """Tokens behind one for the whole picture, and the embedding.
+
+        Shapes: (N, 3, S, S) -> last_hidden_state (N, 1 + S S / 4, width), image_embeds (N, D).
+        """
+        maps = self.body(pixel_values)
+        tokens = maps.flatten(2).transpose(1, 2)
+        high = self.top(maps)
+        vector = self.projection(torch.cat([high.mean(dim=(2, 3)), high.amax(dim=(2, 3))], dim=1))
+        return SimpleNamespace(
+            last_hidden_state=torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1), image_embeds=vector
+        )

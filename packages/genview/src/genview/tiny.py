@@ -16,11 +16,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImg2ImgPipeline
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor
 
 from genview.generators import UnCLIPGenerator, noised, quietly
 from genview.losses import QDNTXentLoss
-from genview.patches import PatchVAE
+from genview.patches import ConvEncoder, PatchVAE
 from tenfold.randomness import generator
 
 CONTEXT = 8
@@ -34,39 +34,25 @@ class TinySize:
     Attributes:
         image: side of a picture in pixels.
         embedding: D.
-        patch: side of the encoder's patches.
-        width: channels of the encoder's tokens.
-        depth: layers of the encoder.
+        width: channels of the encoder's tokens, of which there is one per 2 x 2 pixels.
         channels: channels of the denoiser at each resolution.
     """
 
     image: int = 16
     embedding: int = 32
-    patch: int = 2
     width: int = 64
-    depth: int = 2
     channels: tuple[int, ...] = (32, 64)
 
 
-def build_encoder(size: TinySize, seed: int = 0) -> CLIPVisionModelWithProjection:
-    """A CLIP vision model with random weights."""
+def build_encoder(size: TinySize, seed: int = 0) -> ConvEncoder:
+    """An image encoder with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                hidden_size=size.width,
-                intermediate_size=2 * size.width,
-                num_hidden_layers=size.depth,
-                num_attention_heads=4,
-                image_size=size.image,
-                patch_size=size.patch,
-                projection_dim=size.embedding,
-            )
-        ).eval()
+        return ConvEncoder(size.image, size.width, size.embedding).eval()
 
 
 def build_tiny_unclip(
-    size: TinySize | None = None, *, encoder: CLIPVisionModelWithProjection | None = None, seed: int = 0
+    size: TinySize | None = None, *, encoder: Any = None, seed: int = 0
 ) -> StableUnCLIPImg2ImgPipeline:
     """The pipeline with random weights.
 
@@ -123,6 +109,7 @@ class Training:
         rate: largest learning rate.
         dropped: share of pictures whose condition is all zeros, for guidance.
         average: decay of the average of weights that is kept.
+        most_level: largest noise level that the denoiser learns for.
     """
 
     steps: int = 1500
@@ -130,6 +117,7 @@ class Training:
     rate: float = 2e-3
     dropped: float = 0.1
     average: float = 0.995
+    most_level: int = 999
 
 
 def embed_all(pipe: Any, images: Tensor, batch: int = 512) -> Tensor:
@@ -179,7 +167,7 @@ def train_denoiser(
     for step in show(range(t.steps)):
         index = torch.randint(len(images), (t.batch,), generator=draw)
         latents = pipe.vae.encode(images[index].float() / 127.5 - 1).latents * pipe.vae.config.scaling_factor
-        levels = torch.randint(1000, (t.batch,), generator=draw)
+        levels = torch.randint(t.most_level + 1, (t.batch,), generator=draw)
         noise = torch.randn(t.batch, embeddings.shape[1], generator=draw)
         y = noised(embeddings[index], levels, noise, abar_level, mean, std)
         y = torch.where(torch.rand(t.batch, 1, generator=draw) < t.dropped, 0.0, y)
@@ -204,7 +192,7 @@ def train_denoiser(
 
 
 def train_encoder(
-    encoder: CLIPVisionModelWithProjection,
+    encoder: Any,
     images: Tensor,
     pairs: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]],
     *,

@@ -58,7 +58,7 @@ def run(settings: GenerateSettings, invocation: Invocation) -> None:
                 batch_size=settings.batch_size,
                 show=lambda batches: track(batches, part, quiet=invocation.quiet),
             )
-    invocation.folder.write_json("summary.json", {"made": made, "failed": failed, "generator": generator.id})
+    invocation.folder.write_json("generated.json", {"made": made, "failed": failed, "generator": generator.id})
     if not made and not failed:
         sys.stdout.write(f"{settings.views}: all views of this share are there\n")
         return

@@ -64,7 +64,7 @@ def run(settings: MergeSettings, invocation: Invocation) -> None:
     if settings.tars:
         write_tars(folder, rows, store.path, settings.tars)
     counts = {s: sum(row["status"] == s for row in rows) for s in ("ok", "error", "missing", "dropped")}
-    folder.write_json("summary.json", {"counts": counts, "scored": scored, "head": head})
+    folder.write_json("merged.json", {"counts": counts, "scored": scored, "head": head})
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     sys.stdout.write(
         f"{len(rows)} rows: {told}; {scored} scored; {dropped} dropped; {folder.path / 'manifest.jsonl'}\n"

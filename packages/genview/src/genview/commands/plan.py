@@ -62,7 +62,7 @@ def run(settings: PlanSettings, invocation: Invocation) -> None:
     plans.write(folder, rows, embeddings)
     known = [r for i, r in enumerate(ratios) if i not in errors and r >= 0]
     folder.write_json(
-        "summary.json",
+        "plan.json",
         {
             "rows": len(rows),
             "errors": sum(bool(row.error) for row in rows),

@@ -43,7 +43,7 @@ def run(settings: TrainTinySettings, invocation: Invocation) -> None:
     with folder.replacing_folder("generator") as temporary:
         tiny.save(pipe, temporary)
     folder.write_json(
-        "summary.json", {"encoder_loss": first[-1], "denoiser_loss": sum(second[-50:]) / len(second[-50:])}
+        "training.json", {"encoder_loss": first[-1], "denoiser_loss": sum(second[-50:]) / len(second[-50:])}
     )
     sys.stdout.write(
         f"generator of {settings.size} x {settings.size} pictures in {folder.path / 'generator'}: loss of the encoder"
