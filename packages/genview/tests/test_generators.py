@@ -115,10 +115,11 @@ def test_an_index_that_leaves_the_text_encoder_out_is_read(generator, tmp_path):
     assert UnCLIPGenerator.from_pretrained(copy, steps=1).embed(torch.rand(1, 3, 20, 30)).shape == (1, 8)
 
 
-def test_files_of_a_variant_alone_are_found(generator, tmp_path):
+@pytest.mark.parametrize("part", [".", "unet"])
+def test_parts_that_have_files_of_a_variant_alone_are_found(generator, tmp_path, part):
     copy = tmp_path / "copy"
     shutil.copytree(generator, copy)
-    for file in list(copy.rglob("*.safetensors")):
+    for file in list((copy / part).rglob("*.safetensors")):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     assert UnCLIPGenerator.from_pretrained(copy, steps=1).id != UnCLIPGenerator.from_pretrained(generator, steps=1).id
 

@@ -61,7 +61,8 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name, self.size, self.dtype = name, size, dtype
-        self.model = model.eval().requires_grad_(False).to(dtype)
+        model = model.eval().requires_grad_(False)
+        self.model = model if next(model.parameters()).dtype == dtype else model.to(dtype)
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     def to(self, device: torch.device | str) -> "Encoder":

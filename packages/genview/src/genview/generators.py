@@ -124,12 +124,14 @@ def _read_folder(path: str | os.PathLike[str], expected: Sequence[str], option: 
         absent = not isinstance(entry, list) or entry[0] is None or not (folder / name).is_dir()
         if absent and name in index and name not in expected:
             options[name] = None
-    weights = [p.name for p in folder.rglob("*.safetensors")]
-    if not weights:
+    parts: dict[Path, list[str]] = {}
+    for path in folder.rglob("*.safetensors"):
+        parts.setdefault(path.parent, []).append(path.name)
+    if not parts:
         raise UserError(f"{shown}: no weights in safetensors; other formats would have to be unpickled: convert them")
     for variant in ("fp16", "bf16"):
-        if all(f".{variant}." in name for name in weights):
-            options["variant"] = variant
+        if any(all(f".{variant}." in name for name in names) for names in parts.values()):
+            options["variant"] = variant  # diffusers takes the plain file of a part that has no such one
     return _Folder(str(folder), index, options, digest_of(folder))
 
 

@@ -41,6 +41,7 @@ class Lengths:
         test: target scenes per test glyph.
         glyphs: target training glyphs, from the first one.
         student: steps of a student.
+        batch: pictures per step of a student.
     """
 
     scenes: int
@@ -50,6 +51,7 @@ class Lengths:
     test: int
     glyphs: int
     student: int
+    batch: int = 128
 
 
 class Captions(nn.Module):
@@ -103,6 +105,7 @@ def train_external_encoder(world: Scenes, steps: int, *, quiet: bool, named: flo
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         optimizer.step()
         schedule.step()
+    tiny.unit_spread(encoder, images, mean, std)
     return encoder.eval()
 
 
@@ -110,7 +113,7 @@ def build_generator(world: Scenes, lengths: Lengths, *, quiet: bool) -> Any:
     """The pipeline, trained on the external scenes."""
     encoder = train_external_encoder(world, lengths.encoder, quiet=quiet)
     pipe = tiny.build_tiny_unclip(SIZE, encoder=encoder, seed=0)
-    training = tiny.Training(steps=lengths.denoiser, batch=64, rate=3e-3)
+    training = tiny.Training(steps=lengths.denoiser, batch=64, rate=4e-3, most_level=800)
     show = partial(track, description="external generator", quiet=quiet)
     tiny.train_denoiser(pipe, as_images(world.images), training, seed=0, show=show)
     return pipe

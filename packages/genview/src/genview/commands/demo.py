@@ -44,7 +44,7 @@ from tenfold.terminal import show_claims, table, track
 
 DATA = "real digits of scikit-learn on rendered backgrounds, 16 x 16 pixels"
 LENGTHS = {
-    "quick": Lengths(1, 8, 8, 1, 1, 40, 6),
+    "quick": Lengths(1, 8, 8, 1, 1, 40, 6, 20),
     "default": Lengths(4, 300, 300, 3, 6, 449, 300),
     "full": Lengths(6, 800, 1200, 3, 6, 449, 400),
 }
@@ -60,7 +60,7 @@ PROBE = ProbeSettings(epochs=40, rates=12, batch_size=256)
 SEMI = ProbeSettings(epochs=60, batch_size=64, lr=0.4, backbone_lr=0.2)
 
 
-def student_settings(work: str, seed: int, steps: int, *, weighted: bool) -> TrainSettings:
+def student_settings(work: str, seed: int, lengths: Lengths, *, weighted: bool) -> TrainSettings:
     """The training of a student; the same for all arms but for its views."""
     return TrainSettings(
         data=f"npz:{work}/target.npz",
@@ -68,9 +68,9 @@ def student_settings(work: str, seed: int, steps: int, *, weighted: bool) -> Tra
         backbone="conv:32",
         method="simclr",
         size=scenes.SIZE,
-        batch_size=128,
+        batch_size=lengths.batch,
         epochs=10_000,
-        steps=steps,
+        steps=lengths.student,
         view=ViewSettings(least_area=0.3, flip=0.0, blur=0.0, generated=0.5),
         heads=Heads(hidden=128, out=64),
         optimizer=Optimizer(name="adamw", lr=3e-3, weight_decay=1e-4),
@@ -97,12 +97,12 @@ def views_of(work: str, arm: str) -> GeneratedViews | None:
     return read_manifest(Path(work) / f"{arm.removesuffix('-qd')}-merged")
 
 
-def measure(work: str, arm: str, steps: int, semi: bool, seed: int) -> Measured:
+def measure(work: str, arm: str, lengths: Lengths, semi: bool, seed: int) -> Measured:
     """Train the student of an arm and a seed, and measure it on the test scenes."""
     data = world_of(work)
     if arm == "naive":
         data = PictureData(load(f"npz:{work}/more.npz").train, data.test, data.classes, data.source)
-    settings = student_settings(work, seed, steps, weighted=arm.endswith("-qd"))
+    settings = student_settings(work, seed, lengths, weighted=arm.endswith("-qd"))
     backbone = pretrain(settings, prepare(settings, data, views_of(work, arm)), quiet=True)
     found = _measures.read(world_of(work), scenes.SIZE)
     values = _measures.quick(backbone, found, PROBE, IMAGENET, seed)
@@ -126,7 +126,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     with executors.make(spec) as pool:
         target = build_world(folder, work, level, lengths, arms, pool, quiet=invocation.quiet)
         study = Study(folder, level=level, data=DATA, seeds=seeds)
-        todo = {arm: partial(measure, str(work), arm, lengths.student, level != "quick") for arm in arms}
+        todo = {arm: partial(measure, str(work), arm, lengths, level != "quick") for arm in arms}
         show = partial(track, description="students", quiet=invocation.quiet)
         study.over_arms(todo, pool, show)
     folder.adopt("world")

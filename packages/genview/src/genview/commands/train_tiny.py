@@ -37,6 +37,7 @@ def run(settings: TrainTinySettings, invocation: Invocation) -> None:
     first = tiny.train_encoder(
         encoder, images, pairs, steps=settings.encoder_steps, seed=settings.seed, show=show("encoder")
     )
+    tiny.unit_spread(encoder, images, mean, std)
     pipe = tiny.build_tiny_unclip(size, encoder=encoder, seed=settings.seed)
     training = tiny.Training(steps=settings.steps, batch=settings.batch_size, rate=settings.lr)
     second = tiny.train_denoiser(pipe, images, training, seed=settings.seed, show=show("denoiser"))
