@@ -106,7 +106,7 @@ def test_backbones_of_other_libraries_give_one_vector(spec):
 
 def test_a_size_that_a_backbone_does_not_take_is_refused():
     with pytest.raises(UserError, match="--size 32"):
-        width_of(build_backbone("timm:test_vit"), 32)
+        width_of(build_backbone("timm:vit_tiny_patch16_224"), 32)
 
 
 @pytest.mark.parametrize("mode", ["online", "cached", "static"])

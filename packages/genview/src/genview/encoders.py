@@ -203,14 +203,14 @@ def clip_encoder(folder: Path, name: str, option: str = "--encoder") -> HFCLIPTo
         return clip_of(ConvEncoder.from_pretrained(folder, use_safetensors=True), name)
 
     shows = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types for it
     try:
         model = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{option} {folder}: not a CLIP vision model ({' '.join(str(error).split())[:200]})") from error
     finally:
         if shows:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return clip_of(model, name)
 
 

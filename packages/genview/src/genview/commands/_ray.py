@@ -87,7 +87,11 @@ def run(plan: Plan, settings: GenerateSettings, head: Mapping[str, Any], *, quie
     gpus = 1 if choose_device(settings.device) == "cuda" else 0
     values = {name: getattr(settings, name) for name in vars(settings)}
     values |= {"plan": os.path.abspath(settings.plan), "views": os.path.abspath(settings.views)}
-    workers = [actor.options(num_gpus=gpus).remote(values, dict(head)) for _ in range(settings.ray_workers)]
+    group = uuid.uuid4().hex[:8]
+    workers = [
+        actor.options(num_gpus=gpus, name=f"genview-{group}-{i}").remote(values, dict(head))
+        for i in range(settings.ray_workers)
+    ]
     numbers = [unit[0].unit for unit in plan.units()]
     results = ActorPool(workers).map_unordered(lambda worker, number: worker.unit.remote(number), numbers)
     made = failed = 0

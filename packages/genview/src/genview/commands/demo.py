@@ -159,7 +159,7 @@ def build_world(
     keep = lengths.glyphs * lengths.train
     train = scenes.Scenes(train.images[:keep], train.labels[:keep], train.ratio[:keep], train.attributes[:keep])
     if level == "quick":
-        test = scenes.Scenes(*(part[:100] for part in (test.images, test.labels, test.ratio, test.attributes)))
+        test = scenes.Scenes(test.images[:100], test.labels[:100], test.ratio[:100], test.attributes[:100])
     _save(folder, "world/target.npz", train, test)
     if "naive" in arms:
         more = np.concatenate([train.images, external.images[: len(train.images)]])
