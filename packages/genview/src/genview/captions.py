@@ -10,7 +10,7 @@ GUIDANCE = {1: 8.0, 2: 6.0, 3: 4.0, 4: 2.0}
 """Guidance scale of each class of complexity, as in GenView++'s script."""
 _BOUNDS = (0, 3, 6)
 _NUMBERS = "one two three four five six seven eight nine ten several many few pair couple dozen"
-_COLORS = "red green blue yellow orange purple pink brown black white gray grey golden silver beige teal turquoise"
+_COLORS = "red green blue yellow orange purple pink brown black white gray golden silver beige teal turquoise"
 _MATERIALS = "wooden wood metal metallic stone brick glass plastic leather concrete cotton silk paper marble steel iron"
 _PLACES = "on under above below behind beside near over between inside outside beneath atop against along across around"
 _ADJECTIVES = (

@@ -270,6 +270,17 @@ class InspectSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TinyOptimizer(Settings):
+    """The optimizer of the tiny generator's denoiser, AdamW.
+
+    Args:
+        lr: largest learning rate; it rises over a tenth of the steps and falls along a cosine.
+    """
+
+    lr: Positive = 4e-3
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainTinySettings(Settings):
     """Train a small generator on your own unlabeled pictures, on a CPU, where no checkpoint may be used.
 
@@ -281,8 +292,8 @@ class TrainTinySettings(Settings):
         encoder_steps: steps of the image encoder.
         steps: steps of the denoiser.
         batch_size: pictures per step.
-        lr: largest learning rate of the denoiser.
         seed: seed of weights and order.
+        optimizer: settings of the denoiser's optimizer.
     """
 
     data: str
@@ -292,8 +303,8 @@ class TrainTinySettings(Settings):
     encoder_steps: Count = 300
     steps: Count = 1500
     batch_size: Count = 64
-    lr: Positive = 2e-3
     seed: Seed = 0
+    optimizer: TinyOptimizer = field(default_factory=TinyOptimizer)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -506,7 +517,7 @@ class EvaluateSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(PretrainSettings):
-    """Compare plain augmentation, generated views and weighted views over seeds, by the linear probe and nearest neighbors.
+    """Compare plain augmentation, generated views and weighted views over seeds.
 
     Args:
         method: simclr, mocov2, mocov3, simsiam, byol or swav.

@@ -9,6 +9,7 @@ from genview.commands import _files
 from genview.config import ExportSettings
 from tenfold import UserError
 from tenfold.cli import Invocation
+from tenfold.errors import needs
 
 
 def run(settings: ExportSettings, invocation: Invocation) -> None:
@@ -36,6 +37,7 @@ def as_torchvision(weights: dict[str, torch.Tensor], spec: str) -> dict[str, tor
     Raises:
         UserError: another architecture, or a ResNet of timm that torchvision does not have.
     """
+    needs("torchvision", "torchvision", "genview", why="--names torchvision")
     from torchvision import models
 
     name = spec.partition(":")[2].partition(".")[0]
