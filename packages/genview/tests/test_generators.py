@@ -157,7 +157,11 @@ def img2img(tmp_path_factory):
     )
     parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     pipe = StableDiffusionImg2ImgPipeline(
-        vae=vae, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **parts
+        vae=vae,
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        requires_safety_checker=False,
+        **parts,
     )
     folder = tmp_path_factory.mktemp("img2img") / "tiny"
     pipe.save_pretrained(folder)

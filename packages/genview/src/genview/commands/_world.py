@@ -24,7 +24,7 @@ from tenfold import UserError
 from tenfold.randomness import generator
 from tenfold.terminal import track
 
-SIZE = tiny.TinySize(image=scenes.SIZE, embedding=32, width=48, channels=(24, 48))
+SIZE = tiny.TinySize(image=scenes.SIZE, embedding=32, width=48, channels=(64,))
 GUIDANCE, STEPS = 2.0, 10
 """Guidance scale and denoising steps of the views."""
 
@@ -113,7 +113,7 @@ def build_generator(world: Scenes, lengths: Lengths, *, quiet: bool) -> Any:
     """The pipeline, trained on the external scenes."""
     encoder = train_external_encoder(world, lengths.encoder, quiet=quiet)
     pipe = tiny.build_tiny_unclip(SIZE, encoder=encoder, seed=0)
-    training = tiny.Training(steps=lengths.denoiser, batch=64, rate=4e-3, most_level=800)
+    training = tiny.Training(steps=lengths.denoiser, batch=48, rate=2.5e-3, most_level=800)
     show = partial(track, description="external generator", quiet=quiet)
     tiny.train_denoiser(pipe, as_images(world.images), training, seed=0, show=show)
     return pipe

@@ -45,8 +45,8 @@ from tenfold.terminal import show_claims, table, track
 DATA = "real digits of scikit-learn on rendered backgrounds, 16 x 16 pixels"
 LENGTHS = {
     "quick": Lengths(1, 8, 8, 1, 1, 40, 6, 20),
-    "default": Lengths(4, 300, 300, 3, 6, 449, 300),
-    "full": Lengths(6, 800, 1200, 3, 6, 449, 400),
+    "default": Lengths(4, 300, 450, 3, 6, 449, 300),
+    "full": Lengths(6, 800, 2400, 3, 6, 449, 400),
 }
 ARMS = {
     "quick": ("plain", "adaptive-qd"),
