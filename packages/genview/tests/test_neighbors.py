@@ -1,0 +1,76 @@
+"""Nearest neighbors and probes against literal loops and scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from genview.neighbors import knn_accuracy, knn_votes
+from genview.probes import few_labels, linear_sweep, rates_of, standardized, train_heads
+from sklearn.linear_model import LogisticRegression
+
+
+def blobs(n=120, d=6, classes=3, spread=1.0, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    centers = 3 * torch.eye(classes, d)
+    return centers[y] + spread * torch.randn(n, d, generator=draw), y
+
+
+def test_votes_are_those_of_a_loop_for_every_chunk():
+    (bank, y), (x, _) = blobs(40), blobs(9, seed=1)
+    b, q = F.normalize(bank, dim=1), F.normalize(x, dim=1)
+    expected = torch.zeros(9, 3)
+    for i in range(9):
+        s = b @ q[i]
+        near = sorted(range(40), key=lambda j: -float(s[j]))[:7]
+        for j in near:
+            expected[i, y[j]] += math.exp((float(s[j]) - float(s[near[0]])) / 0.07)
+    for chunk in (1, 4, 100):
+        assert torch.allclose(knn_votes(x, bank, y, 3, k=7, chunk=chunk), expected, rtol=1e-4)
+
+
+def test_the_nearest_neighbor_of_a_training_picture_is_itself():
+    x, y = blobs()
+    assert knn_accuracy(x, y, x, y, k=1) == {1: 100.0, 5: 100.0}
+
+
+def test_more_neighbors_than_there_are_are_clipped_with_a_warning():
+    x, y = blobs(10)
+    with pytest.warns(UserWarning, match="k is 50, but the bank holds 10"):
+        knn_votes(x, x, y, 3, k=50)
+    with pytest.raises(ValueError, match="no fit"):
+        knn_votes(x, x[:0], y[:0], 3)
+
+
+def test_a_probe_separates_what_can_be_separated():
+    (x, y), (t, z) = blobs(spread=0.1), blobs(60, spread=0.1, seed=1)
+    assert linear_sweep(x, y, t, z, rates=5, epochs=20).top1 == 100
+
+
+def test_a_probe_is_as_good_as_logistic_regression():
+    (x, y), (t, z) = blobs(600, 20, 5, 1.6), blobs(2000, 20, 5, 1.6, seed=1)
+    found = linear_sweep(x, y, t, z, rates=12, epochs=40)
+    a, b = standardized(x, t)
+    theirs = 100 * LogisticRegression(max_iter=2000).fit(a.numpy(), y.numpy()).score(b.numpy(), z.numpy())
+    assert abs(found.top1 - theirs) <= 1.0 + 100 / 2000
+    assert found.rate in found.rates
+
+
+def test_many_rates_at_once_are_each_rate_alone():
+    x, y = blobs(64, 4)
+    rates = rates_of(4)
+    w, b = train_heads(x, y, 3, rates, epochs=3, batch_size=16)
+    for i, rate in enumerate(rates):
+        single = train_heads(x, y, 3, (rate,), epochs=3, batch_size=16)
+        assert torch.allclose(w[i], single[0][0], atol=1e-5)
+        assert torch.allclose(b[i], single[1][0], atol=1e-5)
+
+
+def test_a_share_of_the_labels_is_stratified_and_the_same_again():
+    y = torch.arange(200) % 10
+    chosen = few_labels(y, 0.1)
+    assert np.bincount(y[chosen].numpy()).tolist() == [2] * 10
+    assert chosen == few_labels(y, 0.1)
+    assert len(few_labels(y, 0.01)) == 10
