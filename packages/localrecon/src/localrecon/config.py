@@ -26,7 +26,7 @@ from tenfold.reading import Reading
 
 Method = Literal["bp", "ckpt", "accum", "local", "sgr", "bpfree"]
 Feedback = Literal["transpose", "fa", "sign"]
-HeadKind = Literal["auto", "linear", "gap_linear", "conv_gap", "mlp_sr", "aug", "token", "token_block", "lm"]
+HeadKind = Literal["auto", "linear", "gap_linear", "conv_gap", "mlp_sr", "aug", "token", "token_block", "lm", "dense"]
 Part = Annotated[float, Interval(ge=0, lt=1)]
 """A part of a whole that may be nothing, and not all of it."""
 
@@ -62,6 +62,11 @@ class SGRConfig(Settings):
     reg_to_head: bool = True
     math_attention: bool = False
 
+    @property
+    def needs_length(self) -> bool:
+        """Whether the weight depends on the length of the training."""
+        return bool(self.lam and (self.ramp or self.anneal_last))
+
     def strength(self, step: int, total_steps: int | None) -> float:
         """Weight of the reconciliation at a step (counted from 0); 0 where it is off."""
         if self.lam == 0 or step % self.every:
@@ -70,7 +75,7 @@ class SGRConfig(Settings):
         if total_steps and self.ramp:
             weight *= min(1.0, (step + 1) / (self.ramp * total_steps))
         if total_steps and self.anneal_last:
-            weight *= min(1.0, (total_steps - step) / (self.anneal_last * total_steps))
+            weight *= max(0.0, min(1.0, (total_steps - step) / (self.anneal_last * total_steps)))
         return weight
 
 
@@ -82,7 +87,8 @@ class HeadSpec(Settings):
         kind: kind of head. auto is conv_gap for feature maps, token for tokens, lm for language models, linear for vectors.
             gap_linear (pool, linear), conv_gap (3 x 3 convolution, pool, two layers: InfoPro's), mlp_sr (DGL's), aug
             (AugLocal's layers of the rest of the network), token (LayerNorm, pooled tokens, linear), token_block (a
-            transformer block before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given).
+            transformer block before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given), dense
+            (convolutions and resizing, for a loss of the user's per position).
         hidden: width of the hidden layer of conv_gap.
         channels: maximum number of channels of conv_gap's convolution, which has twice the module's (InfoPro's has no
             limit; in wide networks its weights would outweigh what is saved).
