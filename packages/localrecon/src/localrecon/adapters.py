@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from localrecon.chain import Block, Chain, Context, UnsplittableModelError, merge_without_parameters
+from localrecon.equality import leaking_cuts
 from localrecon.inputs import Inputs
 from localrecon.routes import Route
 from localrecon.segments import NAME, SegmentChain, segmented
@@ -144,6 +145,8 @@ def _along_forward(model: nn.Module, sample: Inputs | None, route: Route | None)
             f"a {type(model).__name__} is cut along its own forward pass, which needs a batch: give a sample"
         )
     chain, unused = segmented(model, sample)
+    if leaking := leaking_cuts(chain, sample):
+        chain, unused = segmented(model, sample, leaking)
     if unused:
         warnings.warn(
             f"the output of {type(model).__name__} does not depend on {len(unused)} trained parameters, which stay as they"

@@ -42,6 +42,26 @@ def check_same(chain: Chain, sample: Inputs) -> None:
                 module.training = training
 
 
+def leaking_cuts(chain: SegmentChain, sample: Inputs) -> list[str]:
+    """Cuts behind which more is needed than what crosses: something that autograd does not see, such as a detached feature."""
+    model, count = chain.model, len(chain.blocks)
+    with evaluating(model), _drawn(model), _keyed_blocks(chain, tensors_of(sample)[0].device):
+        whole = logits_of(call(model, sample, **chain.options))
+
+        def same(parts: Tensor) -> bool:
+            return parts.shape == whole.shape and bool(((parts - whole).norm() <= 0.01 * whole.norm()))
+
+        if same(_parts(chain, sample)) or not bool(torch.isfinite(whole).all()):
+            return []
+        leaking = []
+        for number in range(1, count + 1):
+            context = chain.context(sample)
+            x = chain.run(0, number, sample, context)
+            if not same(chain.run(number, count + 1, x, context)):
+                leaking.append(chain.route.cuts[number - 1])
+    return leaking
+
+
 def shorter(sample: Inputs) -> list[Inputs]:
     """A smaller batch, of shorter rows where it is tokens; none where the batch has one or two samples of another kind."""
     first = tensors_of(sample)[0]

@@ -307,7 +307,7 @@ def _finite(value: Tensor | None) -> bool:
 
 def _of_checkpoints(stage: Stage, error: RuntimeError) -> Exception:
     """What reentrant checkpoints within a module raise, in our words; another error as it is."""
-    if "Checkpointing is not compatible" not in str(error):
+    if "use_reentrant" not in str(error) and "Checkpointing is not compatible" not in str(error):
         return error
     return UserError(
         f"{stage.name} uses reentrant activation checkpoints, which give no gradient of an input: checkpoint with"

@@ -8,7 +8,7 @@ possible, whatever lies on either side.
 import bisect
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,8 @@ def calling(model: nn.Module, calls: dict[str, Callable[[Callable[..., Any]], Ca
 
 def _now() -> int:
     """The number that autograd gives to the next node."""
-    probe: Any = torch.zeros((), requires_grad=True).view(())
+    with torch.enable_grad():  # a model may be within no_grad here
+        probe: Any = torch.zeros((), requires_grad=True).view(())
     return int(probe.grad_fn._sequence_nr())
 
 
@@ -180,13 +181,16 @@ def _graph(model: nn.Module, output: Tensor) -> tuple[dict[Any, int], dict[str, 
     return last, dict(uses)
 
 
-def find_route(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> tuple[Route, list[str]]:
+def find_route(
+    model: nn.Module, inputs: Inputs, options: dict[str, Any], without: Collection[str] = ()
+) -> tuple[Route, list[str]]:
     """Where a model can be cut, in both modes; and the names of the trained parameters that its output does not use.
 
     Args:
         model: in training mode, as the user has set its submodules.
         inputs: one batch.
         options: further arguments of the model.
+        without: submodules behind which there is to be no cut.
 
     Raises:
         UnsplittableModelError: there are fewer than two blocks with parameters; the message says what crosses where.
@@ -199,7 +203,7 @@ def find_route(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> tup
     finally:
         for module, training in modes:
             module.training = training
-    both = {name: main for name, main in train.possible.items() if test.possible.get(name) == main}
+    both = {n: main for n, main in train.possible.items() if test.possible.get(n) == main and n not in without}
     names = _chosen(model, train, both)
     groups = _grouped(model, train, names)
     if len(groups) < 2:

@@ -8,7 +8,7 @@ is left. So masks, positions, modes, caps and whatever else happens between subm
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,11 +242,11 @@ def _shape(value: Any) -> Any:
     return Shape(tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
-def segmented(model: nn.Module, inputs: Inputs) -> tuple[SegmentChain, list[str]]:
+def segmented(model: nn.Module, inputs: Inputs, without: Collection[str] = ()) -> tuple[SegmentChain, list[str]]:
     """The chain of any model, found by running it on a batch; and the trained parameters that its output does not use.
 
     Raises:
         UnsplittableModelError: there is no cut.
     """
-    route, unused = find_route(model, inputs, options_of(model))
+    route, unused = find_route(model, inputs, options_of(model), without)
     return SegmentChain(model, route), unused

@@ -203,24 +203,16 @@ def _check_gradients(stage: Stage, step: int) -> None:
     gradients = [p.grad for p in stage.parameters() if p.grad is not None and not p.grad.is_sparse]
     if not gradients or math.isfinite(float(nn.utils.get_total_norm(gradients))):
         return
-    for name, parameter in stage.chain.parameters_of(*stage.blocks, stage.chain.tail).items():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            break
-    else:
-        name = next(
-            (f"{n} of its head" for n, p in (stage.head or stage).named_parameters() if not _finite(p.grad)), ""
-        )
-        if not name:
-            return  # the norm of large numbers alone is too large
+    own = stage.chain.parameters_of(*stage.blocks, *([stage.chain.tail] if stage.is_last else []))
+    named = [*own.items(), *((f"{n} of its head", p) for n, p in (stage.head or nn.Identity()).named_parameters())]
+    name = next((name for name, p in named if p.grad is not None and not bool(torch.isfinite(p.grad).all())), "")
+    if not name:
+        return  # the norm of large numbers alone is too large
     raise NonFiniteLossError(
         f"{stage.name}: the loss is finite at step {step}, but its gradient is not; first in {name}",
         module=stage.index + 1,
         step=step,
     )
-
-
-def _finite(gradient: Tensor | None) -> bool:
-    return gradient is None or bool(torch.isfinite(gradient).all())
 
 
 def drop_gradients(stage: Stage) -> None:

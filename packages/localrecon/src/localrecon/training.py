@@ -29,8 +29,9 @@ class LocalReconModule(pl.LightningModule):
     """Local training under Lightning: manual optimization, one optimizer per module.
 
     It logs ``m{k}/loss``, ``m{k}/acc`` of each module, ``b{k}/cos``, ``b{k}/R`` of each boundary, and in validation and test
-    ``val/acc`` and ``val/loss``, ``test/acc`` and ``test/loss``. ``global_step`` counts batches. Clipping, accumulation and mixed precision are options here, since Lightning's own do
-    not reach into a module's turn. Several devices: strategy "localrecon_ddp" (gradients are averaged module by module).
+    ``val/acc`` and ``val/loss``, ``test/acc`` and ``test/loss``. ``global_step`` counts batches. Clipping, accumulation and
+    mixed precision are options here, since Lightning's own do not reach into a module's turn. Several devices: strategy
+    "localrecon_ddp" (gradients are averaged module by module).
 
     Args:
         net: the net; batches are (inputs, labels), (input, input, labels), or mappings with ``labels``.
