@@ -96,7 +96,8 @@ def build_arm(
         settings: model, split, heads and reconciliation.
         method: name of the method.
         form: what the model has to know of its data.
-        items: training items, a batch of which decides the split; None where the plan is given and weights are loaded.
+        items: training items, a batch of which decides the split; None where the plan is given and weights are loaded,
+            also in place of pretrained ones.
         seed: seed of the weights.
         accumulate: parts that a batch is computed in.
         feedback: feedback of bpfree.
@@ -109,7 +110,7 @@ def build_arm(
         with keyed(seed):
             return Arm(build_bpfree(settings, form, feedback), settings.sgr, 1)
     with keyed(seed):
-        model = build_model(settings, form)
+        model = build_model(settings, form, pretrained=items is not None)
     sgr = settings.sgr if method == "sgr" else dataclasses.replace(settings.sgr, lam=0.0)
     if plan is None:
         if items is None:

@@ -153,6 +153,8 @@ class ModelSettings(Settings):
         data: digits, glyphs, topics, imagefolder:DIR, cifar10:DIR, npz:FILE or text:FILE.
         width: channels or features of the built-in models; default: that of the model.
         depth: blocks of mlp, convnet, vit and gpt; default: that of the model.
+        weights: file of pretrained weights that the model starts from (safetensors, or a state dict of torch; nothing is
+            unpickled); a classifier for other classes stays fresh.
         reading: how image files are read.
         image_size: side of the images of an imagefolder.
         window: tokens (bytes) in a row of text.
@@ -163,6 +165,7 @@ class ModelSettings(Settings):
     data: str
     width: Count | None = None
     depth: Count | None = None
+    weights: str | None = None
     reading: Reading = field(default_factory=Reading)
     image_size: Count = 224
     window: Count = 128
