@@ -127,7 +127,7 @@ NETWORKS = {
     "torchvision squeezenet1_1": tv("squeezenet1_1"),
     "torchvision mnasnet0_5": tv("mnasnet0_5"),
     "torchvision googlenet": tv("googlenet", 64, aux_logits=False, init_weights=False),
-    "torchvision inception_v3": tv("inception_v3", 96, aux_logits=True, init_weights=False),
+    "torchvision inception_v3": tv("inception_v3", 128, aux_logits=False, init_weights=False),
     "torchvision ConvNeXt, stochastic depth": tv_convnext,
     "torchvision SwinTransformer": tv_swin,
     "torchvision VisionTransformer": tv_vit,
@@ -154,15 +154,19 @@ NETWORKS = {
     "timm deit_tiny_distilled": timm("deit_tiny_distilled_patch16_224", 32, **VIT),
     "timm cait_xxs24": timm("cait_xxs24_224", 32, img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2),
     "timm eva02_tiny": timm("eva02_tiny_patch14_224", 28, img_size=28, depth=3, embed_dim=32, num_heads=2),
-    "timm swin_tiny": timm("swin_tiny_patch4_window7_224", 56, img_size=56, embed_dim=24, depths=(1, 2), num_heads=(2, 4)),
+    "timm swin_tiny": timm(
+        "swin_tiny_patch4_window7_224", 56, img_size=56, embed_dim=24, depths=(1, 2), num_heads=(2, 4)
+    ),
     "timm xcit_nano": timm("xcit_nano_12_p16_224", 64, img_size=64, depth=3, embed_dim=32, num_heads=2),
-    "timm mixer_s32": timm("mixer_s32_224", 64, img_size=64, num_blocks=3, embed_dim=32),
-    "timm resmlp_12": timm("resmlp_12_224", 64, img_size=64, num_blocks=3, embed_dim=32),
+    "timm mixer_s32": timm("mixer_s32_224", 64, img_size=64),
+    "timm resmlp_12": timm("resmlp_12_224", 64, img_size=64),
     "timm pvt_v2_b0": timm("pvt_v2_b0"),
     "timm rexnet_100": timm("rexnet_100"),
     "timm starnet_s1": timm("starnet_s1"),
     "timm crossvit_tiny_240": timm("crossvit_tiny_240", 240, 2),
-    "transformers GPT-2": hf("GPT2Config", "GPT2LMHeadModel", vocab_size=40, n_positions=16, n_embd=16, n_layer=3, n_head=2),
+    "transformers GPT-2": hf(
+        "GPT2Config", "GPT2LMHeadModel", vocab_size=40, n_positions=16, n_embd=16, n_layer=3, n_head=2
+    ),
     "transformers Llama": hf("LlamaConfig", "LlamaForCausalLM", **DECODER),
     "transformers Qwen2, full and sliding attention": hf(
         "Qwen2Config", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=3, max_window_layers=2, **DECODER
@@ -172,31 +176,63 @@ NETWORKS = {
     "transformers BERT": hf("BertConfig", "BertForSequenceClassification", num_labels=5, **TEXT),
     "transformers RoBERTa": hf("RobertaConfig", "RobertaForSequenceClassification", num_labels=5, **TEXT),
     "transformers DistilBERT": hf(
-        "DistilBertConfig", "DistilBertForSequenceClassification", vocab_size=40, dim=16, n_layers=3, n_heads=2, hidden_dim=24, num_labels=5
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        vocab_size=40,
+        dim=16,
+        n_layers=3,
+        n_heads=2,
+        hidden_dim=24,
+        num_labels=5,
     ),
     "transformers ALBERT (one layer, used again and again)": hf(
         "AlbertConfig", "AlbertForSequenceClassification", embedding_size=8, num_labels=5, **TEXT
     ),
     "transformers T5 (encoder)": t5,
     "transformers Whisper (encoder)": whisper,
-    "transformers ViT": hf_images("ViTConfig", "ViTForImageClassification", image_size=32, patch_size=8, **{k: v for k, v in TEXT.items() if k != "vocab_size"}),
-    "transformers ConvNeXt": hf_images("ConvNextConfig", "ConvNextForImageClassification", hidden_sizes=[8, 16], depths=[2, 2], num_stages=2),
-    "transformers Swin": hf_images("SwinConfig", "SwinForImageClassification", image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4),
-}  # fmt: skip
+    "transformers ViT": hf_images(
+        "ViTConfig",
+        "ViTForImageClassification",
+        image_size=32,
+        patch_size=8,
+        **{k: v for k, v in TEXT.items() if k != "vocab_size"},
+    ),
+    "transformers ConvNeXt": hf_images(
+        "ConvNextConfig", "ConvNextForImageClassification", hidden_sizes=[8, 16], depths=[2, 2], num_stages=2
+    ),
+    "transformers Swin": hf_images(
+        "SwinConfig",
+        "SwinForImageClassification",
+        image_size=32,
+        patch_size=4,
+        embed_dim=8,
+        depths=[2, 2],
+        num_heads=[1, 2],
+        window_size=4,
+    ),
+}
+
+
+def varied(model):
+    """The model without weights that are zero at the start, behind which nothing would learn in one step."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and float(parameter.abs().max()) < 1e-3:
+                parameter.normal_(std=0.05)
+    return model
 
 
 def outcome(name):
     """What a network gives: (blocks, "all methods"), or (0, the line that refuses it)."""
     torch.manual_seed(0)
     model, x = NETWORKS[name]()
-    model.train()
+    varied(model).train()
     reference = copy.deepcopy(model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*trained parameters, which stay")
             plan = plan_split(model, x, k=1, measure=False)
     except (UnsplittableModelError, SharedParameterError) as refusal:
-        assert "\n" not in str(refusal)
         return 0, str(refusal)
     whole = LocalNet(model, plan).eval()
     with torch.no_grad():
@@ -232,8 +268,9 @@ def main() -> int:
             blocks, found = -1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         trained += blocks > 0
         rows.append(f"| {name} | {blocks or '-'} | {found} |")
-        print(rows[-1], flush=True)
-    print(f"{trained} of {len(names)} train with all methods")
+        sys.stdout.write(rows[-1] + "\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{trained} of {len(names)} train with all methods\n")
     return 0
 
 

@@ -187,10 +187,10 @@ def test_folders_of_images_train_a_model_of_timm(pictures, tmp_path, capsys):
 
 
 def test_a_convnext_and_an_efficientnet_with_stochastic_depth_train_from_the_command_line(pictures, tmp_path):
-    words = f"train --data imagefolder:{pictures} --image_size 64 --batch_size 4 --epochs 1 --k 3 --log_every 1 --device cpu --quiet"
+    words = f"train --data imagefolder:{pictures} --image_size 64 --batch_size 4 --epochs 1 --k 3 --log_every 1"
     for model in ("timm:convnext_atto", "tv:efficientnet_b0"):
         out = tmp_path / model.partition(":")[2]
-        assert main([*words.split(), "--model", model, "--out", str(out)]) == 0
+        assert main([*words.split(), "--model", model, "--device", "cpu", "--quiet", "--out", str(out)]) == 0
         assert (out / "backbone.safetensors").exists()
         assert "m3/loss" in (out / "metrics.csv").read_text()
 

@@ -127,7 +127,7 @@ def test_validation_counts_the_tokens_that_count(tmp_path):
     labels[:, 2:] = -100
     trainer = lightning(tmp_path, max_epochs=1, enable_checkpointing=False)
     (found,) = trainer.validate(
-        LocalReconModule(net), DataLoader(list(zip(tokens, labels)), batch_size=2), verbose=False
+        LocalReconModule(net), DataLoader(list(zip(tokens, labels, strict=True)), batch_size=2), verbose=False
     )
     with torch.no_grad():
         right = (model.eval()(tokens)[:, :2].argmax(2) == tokens[:, :2]).float().mean()

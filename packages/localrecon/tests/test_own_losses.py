@@ -92,9 +92,8 @@ def test_parts_of_a_batch_are_the_whole_also_for_a_loss_of_the_users():
 
 
 def test_token_classification_and_masked_language_models_are_the_loss_per_token():
-    from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
-
     from localrecon import untie
+    from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
 
     config = BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=5

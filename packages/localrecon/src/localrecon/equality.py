@@ -49,7 +49,7 @@ def leaking_cuts(chain: SegmentChain, sample: Inputs) -> list[str]:
         whole = logits_of(call(model, sample, **chain.options))
 
         def same(parts: Tensor) -> bool:
-            return parts.shape == whole.shape and bool(((parts - whole).norm() <= 0.01 * whole.norm()))
+            return parts.shape == whole.shape and bool((parts - whole).norm() <= 0.01 * whole.norm())
 
         if same(_parts(chain, sample)) or not bool(torch.isfinite(whole).all()):
             return []

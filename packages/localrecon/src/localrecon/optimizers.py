@@ -29,7 +29,7 @@ def make_optimizers(net: Net, factory: OptimizerFactory) -> list[torch.optim.Opt
     Raises:
         UserError: a factory that does not give each module's optimizer exactly that module's parameters.
     """
-    made = [factory(own) if (own := net.parameters_of(k)) else _nothing() for k in range(net.k)]
+    made = [factory(trained) if (trained := net.parameters_of(k)) else _nothing() for k in range(net.k)]
     for k, optimizer in enumerate(made):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own = {id(p) for p in net.parameters_of(k)}

@@ -138,7 +138,8 @@ def _trace(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> _Trace:
     last, uses = _graph(model, output)
     # a tensor is alive from the moment it was made to the last moment at which something used it
     made, dropped = sorted(node._sequence_nr() for node in last), sorted(last.values())
-    possible, fewest = {}, (1 << 60, "", [])
+    possible: dict[str, int] = {}
+    fewest: tuple[int, str, list[str]] = (1 << 60, "", [])
     for name, found in once.items():
         alive = bisect.bisect_left(made, found.at) - bisect.bisect_left(dropped, found.at)
         own = [i for i, node in enumerate(found.nodes) if node in last and last[node] >= found.at]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localrecon.boundary import Boundary, StepOptions, first_boundary
 from localrecon.config import SGRConfig
