@@ -6,7 +6,6 @@ else.
 
 import copy
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -69,13 +68,22 @@ def split_of(settings: SplitSettings, model: nn.Module, sample: Inputs, sgr: SGR
 
 
 def run_as(
-    method: str, model: nn.Module, plan: SplitPlan, heads: HeadSpec | None = None, seed: int | None = None
+    method: str,
+    model: nn.Module,
+    plan: SplitPlan,
+    heads: HeadSpec | None = None,
+    seed: int | None = None,
+    *,
+    checkpointing: bool = False,
 ) -> LocalNet:
-    """The net of a method other than bpfree: with ``ckpt``, in checkpointed segments of sqrt(N) blocks."""
+    """The net of a method other than bpfree: with ``ckpt``, in checkpointed segments of sqrt(N) blocks.
+
+    With ``checkpointing``, so is each module of a net of several.
+    """
     net = LocalNet(model, plan, heads or HeadSpec(), seed=seed)
-    if method == "ckpt":
-        stage = net.segments[0]
-        stage.checkpointing = max(1, round(math.sqrt(len(stage.blocks))))  # where memory is least
+    if method == "ckpt" or checkpointing:
+        for stage in net.segments:
+            stage.checkpointing = stage.checkpointed_blocks()
     return net
 
 
@@ -120,7 +128,8 @@ def build_arm(
         plan = plan_split(model, sample, k=1, adapter=settings.adapter, measure=False)
     elif plan is None:
         plan = split_of(settings, model, sample, sgr)
-    net = run_as(method, model, plan, settings.head, seed)
+    again = settings.checkpointing and method in {"local", "sgr"}
+    net = run_as(method, model, plan, settings.head, seed, checkpointing=again)
     return Arm(net, sgr, max(accumulate, settings.k) if method == "accum" else accumulate)
 
 

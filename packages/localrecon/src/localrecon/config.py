@@ -178,8 +178,10 @@ class SplitSettings(ModelSettings):
 
     Args:
         k: number of modules (4 is ours).
-        budget: peak bytes of a training step, such as 2GB; the smallest number of modules that fits is taken, not k.
+        budget: peak bytes of a training step, such as 2GB, in place of k; train takes the smallest number of modules that
+            fits, plan finds the method of the least computation that does.
         balance: what the modules have equal shares of. memory (of their activations), flops, params or blocks.
+        checkpointing: whether local and sgr compute the activations within a module a second time, in place of keeping them.
         cuts: numbers of the blocks, from 1 on, after which to cut, in place of k and balance.
         adapter: how the model is taken apart; auto tries all of them.
         head: the local heads.
@@ -190,6 +192,7 @@ class SplitSettings(ModelSettings):
     k: Count = 4
     budget: str | None = None
     balance: Literal["memory", "flops", "params", "blocks"] = "memory"
+    checkpointing: bool = False
     cuts: Annotated[list[Count], Length(1), Distinct()] | None = None
     adapter: str = "auto"
     head: HeadSpec = field(default_factory=HeadSpec)
@@ -204,7 +207,7 @@ class SplitSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(SplitSettings):
-    """Decide where a model is cut, and predict the peak memory of a step."""
+    """Decide where a model is cut, and predict the peak memory of a step; with a budget, which method to train by."""
 
 
 @dataclass(frozen=True, kw_only=True)

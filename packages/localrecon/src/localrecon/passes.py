@@ -209,10 +209,10 @@ class Pass:
             assert probed is not None
             self._hand_on(probed, g_out)
         del g_out
-        with frozen_statistics(self.stage.norms):
+        with frozen_statistics(self.stage.norms):  # also backward, where checkpoints compute again
             _, loss, _ = self._forward(x, trains=True, apart=None if self.sgr.reg_to_head else probed)
-        del x, probed, _
-        self._backward(loss)
+            del x, probed, _
+            self._backward(loss)
 
     def _learn_mixed(self, x: Tensor, g_out: Tensor | None, probed: Tensor | None, chosen: Tensor) -> None:
         """With a fraction: the chosen samples learn shifted and go on as probed, the others in one ordinary pass."""

@@ -84,7 +84,7 @@ def plan_split(
     with in_training(model):
         chain = build_chain(model, adapter, sample)
         base = _profile(chain, sample, loss)
-        finish = partial(_measured, model, sample=sample, heads=heads, sgr=sgr, states=optimizer_states)
+        finish = partial(measured, model, sample=sample, heads=heads, sgr=sgr, states=optimizer_states)
         finish = partial(finish, loss=loss, labels=labels)
         if cuts is not None:
             edges = [0, *cuts, len(base.blocks)]
@@ -236,7 +236,7 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
     return cost
 
 
-def _measured(
+def measured(
     model: nn.Module,
     plan: SplitPlan,
     *,
@@ -244,10 +244,25 @@ def _measured(
     heads: HeadSpec,
     sgr: SGRConfig,
     states: int,
-    loss: Loss | None,
-    labels: Labels | None,
+    loss: Loss | None = None,
+    labels: Labels | None = None,
+    checkpointing: bool = False,
+    accumulate: int = 1,
 ) -> SplitPlan:
-    """The plan with the peak of a step, module by module."""
+    """The plan with the peak of a step, module by module.
+
+    Args:
+        model: the model, in training mode.
+        plan: the plan.
+        sample: one batch.
+        heads: local heads.
+        sgr: reconciliation.
+        states: tensors of a parameter's size that the optimizer keeps.
+        loss: loss of the user's.
+        labels: labels of the sample; default: zeros.
+        checkpointing: whether activations within modules are computed again.
+        accumulate: parts that the batch is computed in.
+    """
     device = next(model.parameters()).device
     net = LocalNet(model, plan, heads, loss=loss, seed=0)
     if labels is None:
@@ -259,8 +274,9 @@ def _measured(
     sgr = dataclasses.replace(sgr, ramp=0.0, every=1)
     peaks = []
     with keyed(0, device=device):
-        boundary = first_boundary(net, sample, labels)
+        boundary = first_boundary(net, sample, labels, accumulate)
         for stage in net.segments:
+            stage.checkpointing = stage.checkpointed_blocks() if checkpointing else 0
             with MemoryProbe(model, net.heads, sample, labels, vars(copy.copy(boundary))) as probe:
                 train_stage(stage, boundary, None, sgr, StepOptions())
             peaks.append(probe.peak_bytes + kept)

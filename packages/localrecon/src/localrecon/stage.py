@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -61,6 +62,11 @@ def without_parameter_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a layer of it normalizes by the batch in training."""
+    return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
 
 
 class Buffers:
@@ -156,6 +162,10 @@ class Stage(nn.Module):
             past = min(start + self.checkpointing, self.past)
             x = checkpoint(self.chain.run, start, past, x, context, use_reentrant=False, context_fn=contexts)
         return torch.as_tensor(x)
+
+    def checkpointed_blocks(self) -> int:
+        """Blocks in a checkpointed segment where memory is least: the square root of their number."""
+        return max(1, round(math.sqrt(len(self.blocks))))
 
     def logits(self, x: Tensor, context: Context) -> Tensor:
         """What the head says of x_k."""
