@@ -307,6 +307,44 @@ def test_layers_that_transformers_checkpoints_train_as_without():
         torch.testing.assert_close(ends[0][name], ends[1][name], msg=name)
 
 
+class Scales(nn.Module):
+    """Two scales that go through each block; with ``bias``, one of them is made once and used at once."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.bias = bias
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)]) for _ in range(3))
+        self.first, self.out = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.steps = nn.ModuleList(Step(pair, bias and i) for i, pair in enumerate(self.blocks))
+
+    def forward(self, x):
+        pair = self.first(x), None
+        for step in self.steps:
+            pair = step(*pair)
+        return self.out(pair[0] + pair[1])
+
+
+class Step(nn.Module):
+    def __init__(self, pair, given):
+        super().__init__()
+        self.pair, self.given = pair, given
+
+    def forward(self, a, b):
+        new = b if self.given else torch.tanh(self.pair[1](a if b is None else b))
+        return torch.tanh(self.pair[0](a)) + (new if self.given is not False else 0), new
+
+
+def test_constants_go_over_a_cut_where_all_that_made_them_learns_without_them_and_else_there_is_none():
+    x, _ = vectors()
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="does not depend on 4 trained parameters"):
+        one = plan_split(Scales(bias=True), x, k=2, measure=False)
+    assert any(name.startswith("steps") for name in one.blocks)
+    assert not any(
+        name.startswith("steps") for name in plan_split(Scales(bias=False), x, k=1, measure=False).blocks[:-1]
+    )
+
+
 def test_one_object_in_two_blocks_is_shared():
     class Twice(nn.Module):
         def __init__(self):

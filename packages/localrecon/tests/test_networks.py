@@ -10,7 +10,7 @@ networks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(networks)
 
 FEW = ["torchvision resnet18", "transformers Llama"]
-REFUSED = {}
+REFUSED = {"timm crossvit_tiny_240": "one block"}
 """Name -> words of the line that refuses it."""
 
 
@@ -29,8 +29,8 @@ def test_a_network_trains_by_all_methods_and_gives_its_own_outputs(name):
 def test_each_of_sixty_networks_trains_by_all_methods_or_is_refused_in_one_line(name):
     blocks, found = networks.outcome(name)
     if name in REFUSED:
-        assert blocks == 0
+        assert blocks < 2
         assert "\n" not in found
         assert REFUSED[name] in found
     else:
-        assert (blocks > 0, found) == (True, "all methods")
+        assert (blocks > 1, found) == (True, "all methods")

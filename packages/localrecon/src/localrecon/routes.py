@@ -143,12 +143,38 @@ def _trace(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> _Trace:
     for name, found in once.items():
         alive = bisect.bisect_left(made, found.at) - bisect.bisect_left(dropped, found.at)
         own = [i for i, node in enumerate(found.nodes) if node in last and last[node] >= found.at]
-        if alive == len({found.nodes[i] for i in own}) and own:
+        others = {found.nodes[i] for i in own} - {found.nodes[own[0]]} if own else set()
+        if (
+            own
+            and alive == len(others) + 1
+            and (not others or _learned_from(others) <= _learned_from({found.nodes[own[0]]}))
+        ):
             possible[name] = own[0]
         elif found.nodes and 0 < alive < fewest[0]:
             crossing = [n.name() for n in last if n._sequence_nr() < found.at <= last[n]]
             fewest = (alive, name, crossing)
     return _Trace(tuple(calls), once, possible, uses, (fewest[1], fewest[2]))
+
+
+def _learned_from(nodes: set[Any]) -> set[int]:
+    """The parameters that tensors made by these nodes depend on.
+
+    Behind a cut the other tensors are constants. What they alone depend on (the second scale of a network of two) would not
+    learn in front of it, so there is no cut then; a position bias that is used at once as well may go on.
+    """
+    if not nodes:
+        return set()
+    seen, waiting, found = set(nodes), list(nodes), set()
+    while waiting:
+        for before, _ in waiting.pop().next_functions:
+            if before is None or before in seen:
+                continue
+            seen.add(before)
+            if hasattr(before, "variable"):
+                found.add(id(before.variable))
+            else:
+                waiting.append(before)
+    return found
 
 
 def _graph(model: nn.Module, output: Tensor) -> tuple[dict[Any, int], dict[str, list[int]]]:
