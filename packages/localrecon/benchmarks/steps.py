@@ -13,12 +13,13 @@ from functools import partial
 import timm
 import torch
 from localrecon import LocalNet, PipelineTrainer, SGRConfig, StepOptions, local_step, plan_split
+from localrecon.allocation import allocated_peak
 from localrecon.commands._machine import memory_net, pipeline_net
 from localrecon.models import convnet, gpt, vit
 from torch import nn
 
 from tenfold.bench import compare, counted, main, resident
-from tenfold.memory import MemoryProbe
+from tenfold.memory import MemoryProbe, tensors_in
 
 K = 4
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -90,6 +91,30 @@ def memory_rows():
                     )
                 )
     return rows
+
+
+def allocator_rows():
+    """The convolutions again, by the allocator's account: what operators take for a moment counts."""
+    model, x, y, shape = networks(("conv",))["conv"]
+    bytes_of = {}
+    for how, sgr in {"split": RECONCILED, "whole": PLAIN, "ckpt": PLAIN}.items():
+        step, known = stepper(model, x, y, how, sgr)
+        step()
+        there = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(known)}
+        bytes_of[how] = sum(there.values()) + allocated_peak(step)
+    return [
+        counted(
+            f"allocator_conv_{peer}",
+            bytes_of["split"] / 2**20,
+            bytes_of[how] / 2**20,
+            shape=f"{shape}, AdamW",
+            unit="MiB",
+            required=required,
+            equal="same model and batch",
+            statistic="the allocator's events in one step, temporaries of operators included",
+        )
+        for how, peer, required in (("whole", "bp", ">= 2.222"), ("ckpt", "ckpt", ">= 0.909"))
+    ]
 
 
 def budget_rows():
@@ -212,7 +237,7 @@ def child(how: str) -> None:
 
 def measure():
     """All rows."""
-    return [*memory_rows(), *budget_rows(), *rss_rows(), *time_rows(), pipeline_row()]
+    return [*memory_rows(), *allocator_rows(), *budget_rows(), *rss_rows(), *time_rows(), pipeline_row()]
 
 
 if __name__ == "__main__":

@@ -377,6 +377,8 @@ def test_faults_are_named():
         local_step(net, x, y, optimizers, None, StepOptions(accumulate=32))
     with pytest.raises(TypeError, match="expected a tensor"):
         local_step(net, [x], y, optimizers)
+    with pytest.raises(TypeError, match="got str"):
+        local_step(net, "text", y, optimizers)
     with torch.no_grad():
         net.model[3][0].weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteLossError, match=r"module 2 .* a weight is not finite; .* block 3") as caught:

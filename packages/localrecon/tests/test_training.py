@@ -3,13 +3,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, SGRConfig, StepOptions, local_step
+from localrecon import step as step_module
 from localrecon.cli import main
 from localrecon.commands.compare import arms_of, measure
 from localrecon.config import CompareSettings
@@ -18,6 +19,7 @@ from localrecon.evaluation import evaluate
 from localrecon.optimizers import make_optimizers
 from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
+from PIL import Image
 from safetensors.torch import load_file
 
 from tenfold import UserError
@@ -188,26 +190,57 @@ def test_language_models_are_trained_on_text(tmp_path):
     assert found["bits"] < 8
 
 
-SCRIPT = "import sys; from localrecon.cli import main; sys.exit(main(sys.argv[1:]))"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as many as here
 
 
-def test_killed_before_and_after_its_first_checkpoint_and_resumed_it_ends_with_the_same_files(tmp_path):
-    words = "train --model mlp --data digits --k 3 --depth 4 --epochs 12 --checkpoint_every 7 --device cpu --quiet"
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            (folder / part / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
+    return folder
+
+
+def killed(arguments, turns):
+    """``main`` in a copy of this process, which kills itself (SIGKILL) at a module's turn of that number."""
+    process = os.fork()
+    if not process:
+        signal.alarm(100)
+        count, train_stage = iter(range(10**9)), step_module.train_stage
+
+        def counting(*args, **kwargs):
+            if next(count) == turns:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return train_stage(*args, **kwargs)
+
+        step_module.train_stage = counting
+        main(arguments)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("model", ["mlp", "timm:test_vit"])
+def test_killed_before_and_after_its_first_checkpoint_and_resumed_it_ends_with_the_same_files(
+    model, tmp_path, pictures
+):
+    small = {"mlp": "--data digits --depth 4 --epochs 1", "timm:test_vit": f"--data imagefolder:{pictures} --epochs 6"}
+    sizes = "--batch_size 64" if model == "mlp" else "--batch_size 4 --image_size 32 --augment crop"
+    words = f"train --model {model} {small[model]} {sizes} --k 2 --checkpoint_every 7 --device cpu --quiet".split()
 
     def arguments(name, *more):
-        return [*words.split(), "--out", str(tmp_path / name), *more]
+        return [*words, "--out", str(tmp_path / name), *more]
 
-    def killed_at(file, *more):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments("killed", *more)], env=ENVIRONMENT)
-        while process.poll() is None and not (tmp_path / "killed" / file).exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-
-    killed_at("plan.json")
+    killed(arguments("killed"), 2 * 4)
+    assert (tmp_path / "killed/plan.json").exists()
     assert not (tmp_path / "killed/checkpoints/last.ckpt").exists()
-    killed_at("checkpoints/last.ckpt", "--resume")
+    killed(arguments("killed", "--resume"), 2 * 5 + 1)  # once more, in the middle of a step
+    assert not (tmp_path / "killed/checkpoints/last.ckpt").exists()
+    killed(arguments("killed", "--resume"), 2 * 9)
+    assert (tmp_path / "killed/checkpoints/last.ckpt").exists()
     assert main(arguments("whole")) == 0
     assert main(arguments("killed", "--resume")) == 0
     for name in ("backbone.safetensors", "heads.safetensors", "metrics.csv", "plan.json"):

@@ -1,11 +1,13 @@
 """Train a network block by block with local losses: the activation memory of one block, not of all.
 
-Read in this order: ``chain`` and ``adapters`` (a model as blocks between which one tensor crosses), ``plan`` (which blocks
-form which module), ``losses`` and ``heads`` (the local classifiers), ``stage`` and ``net`` (modules with heads),
+Read in this order: ``chain`` and ``adapters`` (a model as blocks between which one tensor crosses), ``routes`` and
+``segments`` (any model, along its own forward pass), ``equality`` (is it still the model?), ``plan`` (which blocks form which
+module), ``losses`` and ``heads`` (the local classifiers), ``stage`` and ``net`` (modules with heads),
 ``reconcile`` (the term and its estimators, as pure functions), ``boundary``, ``passes`` and ``step`` (one training step),
-``profiling`` (choosing where to cut), ``trainer`` (a loop of its own) and ``training`` (Lightning). Beside the way:
-``bpfree`` (closed form, no graph), ``pipeline`` (several processes), ``diagnosis`` (do modules agree?), ``evaluation``
-(every head, early exits), ``arms`` (the methods that are compared).
+``profiling`` (choosing where to cut), ``choosing`` (choosing the method), ``trainer`` (a loop of its own) and ``training``
+(Lightning). Beside the way: ``bpfree`` (closed form, no graph), ``pipeline`` (several processes), ``diagnosis`` (do modules
+agree?), ``evaluation`` (every head, early exits), ``arms`` (the methods that are compared), ``allocation`` (the allocator's
+account of a step), ``inputs`` (what batches are).
 """
 
 from typing import TYPE_CHECKING

@@ -1,26 +1,19 @@
-"""Taking a model apart: an adapter for each kind of model, and the choice of one.
+"""Taking a model apart: an adapter for models that are a sequence already; all others along their own forward pass.
 
 An adapter returns the model's ``Chain``, or None where the model is of another kind.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from localrecon.chain import (
-    Block,
-    Chain,
-    Context,
-    Inputs,
-    UnsplittableModelError,
-    merge_without_parameters,
-    submodule,
-)
-from localrecon.tracing import traced_chain
+from localrecon.chain import Block, Chain, Context, UnsplittableModelError, merge_without_parameters
+from localrecon.equality import leaking_cuts
+from localrecon.inputs import Inputs
+from localrecon.routes import Route
+from localrecon.segments import NAME, SegmentChain, segmented
 from tenfold import UserError
 from tenfold.errors import did_you_mean
 
@@ -58,10 +51,16 @@ def list_adapter(model: nn.Module) -> Chain | None:
 
 
 def sequential_adapter(model: nn.Module) -> Chain | None:
-    """The chain of an ``nn.Sequential``: each child is a block; the last one with parameters is the classifier."""
-    if not isinstance(model, nn.Sequential):
+    """The chain of an ``nn.Sequential``: each child is a block; the last one with parameters is the classifier.
+
+    One with a ``forward`` or hooks of its own is more than a sequence.
+    """
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         return None
-    blocks = [Block(name, _plain(child), (name,)) for name, child in model.named_children()]
+    if model._forward_hooks or model._forward_pre_hooks:
+        return None
+    # not ``named_children``, which leaves out an object that comes again
+    blocks = [Block(name, _plain(child), (name,)) for name, child in model._modules.items() if child is not None]
     return _sequence(model, blocks, "sequential")
 
 
@@ -81,193 +80,8 @@ def _plain(call: Callable[[Any], Tensor]) -> Callable[[Any, Context], Tensor]:
     return run
 
 
-def resnet_adapter(model: nn.Module) -> Chain | None:
-    """The chain of a ResNet of torchvision or timm, or of what is built like it: stem, layer1 .. layerN, pooling, fc."""
-    if not all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")):
-        return None
-    net: Any = model
-    early = [name for name in ("conv1", "bn1", "act1", "relu", "maxpool") if hasattr(net, name)]
-
-    def stem(x: Any, context: Context) -> Tensor:
-        for name in early:
-            x = getattr(net, name)(x)
-        return torch.as_tensor(x)
-
-    def tail(x: Tensor, context: Context) -> Tensor:
-        if hasattr(net, "forward_head"):
-            return torch.as_tensor(net.forward_head(x))
-        return torch.as_tensor(net.fc(torch.flatten(net.avgpool(x), 1)))
-
-    blocks = [Block("stem", stem, tuple(early))]
-    for stage in (f"layer{i}" for i in range(1, 10) if hasattr(net, f"layer{i}")):
-        blocks += [
-            Block(f"{stage}.{name}", _plain(child), (f"{stage}.{name}",))
-            for name, child in getattr(net, stage).named_children()
-        ]
-    return Chain(model, tuple(blocks), Block("fc", tail, ("fc",)), "resnet")
-
-
-def timm_vit_adapter(model: nn.Module) -> Chain | None:
-    """The chain of a ViT or DeiT of timm: patches with positions, blocks, norm with pooling and classifier."""
-    if not all(hasattr(model, name) for name in ("patch_embed", "_pos_embed", "blocks", "forward_head")):
-        return None
-    net: Any = model
-
-    def embed(x: Any, context: Context) -> Tensor:
-        return torch.as_tensor(net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x)))))
-
-    def tail(x: Tensor, context: Context) -> Tensor:
-        return torch.as_tensor(net.forward_head(net.norm(x)))
-
-    blocks = [
-        Block(f"blocks.{name}", _plain(child), (f"blocks.{name}",)) for name, child in net.blocks.named_children()
-    ]
-    late = tuple(n for n in ("norm", "fc_norm", "head_drop", "head", "head_dist", "attn_pool") if _is_part(net, n))
-    early = _rest(model, [*(block.owns[0] for block in blocks), *late])
-    return Chain(model, (Block("embed", embed, early), *blocks), Block("head", tail, late), "timm_vit")
-
-
-def _is_part(model: Any, name: str) -> bool:
-    return isinstance(getattr(model, name, None), nn.Module)
-
-
-def _rest(model: nn.Module, taken: Sequence[str]) -> tuple[str, ...]:
-    """Names of the parameters that no name of ``taken`` covers, and of the modules that hold only such ones."""
-    ours = tuple(f"{name}." for name in taken)
-    loose = [name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(ours)]
-    whole: list[str] = []
-    for name, module in model.named_modules():
-        inside = [n for n, _ in model.named_parameters(remove_duplicate=False) if n.startswith(f"{name}.")]
-        covered = any(name.startswith(f"{w}.") for w in whole)
-        free = not name.startswith(ours) and name not in taken and not any(t.startswith(f"{name}.") for t in taken)
-        if name and free and not covered and (inside or not list(module.children())):
-            whole.append(name)
-    loose = [name for name in loose if not any(name.startswith(f"{w}.") for w in whole)]
-    return (*whole, *loose)
-
-
-class _Reached(Exception):
-    """Ends a forward pass where the first layer would begin."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.arguments = args, kwargs
-
-
-@contextlib.contextmanager
-def _stopping_at(layer: nn.Module) -> Iterator[None]:
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(args, kwargs)
-
-    hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Where a kind of model of transformers keeps its layers and what comes after them."""
-
-    layers: tuple[str, ...]  # the name differs between versions: the first that is there
-    before_head: str
-    head: tuple[str, ...]
-    pick: Callable[[Tensor], Tensor] = field(default=lambda x: x)
-
-
-_FAMILIES = (
-    _Family(("transformer.h",), "transformer.ln_f", ("lm_head",)),
-    _Family(("model.layers",), "model.norm", ("lm_head",)),
-    _Family(("bert.encoder.layer",), "bert.pooler", ("dropout", "classifier")),
-    _Family(("vit.layers", "vit.encoder.layer"), "vit.layernorm", ("classifier",), lambda x: x[:, 0]),
-)
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        return submodule(model, name) is not None
-    except AttributeError:
-        return False
-
-
-def transformers_adapter(model: nn.Module) -> Chain | None:
-    """The chain of a GPT-2, Llama-like, BERT or ViT model of transformers; masks and positions are computed once.
-
-    Raises:
-        UnsplittableModelError: a model of transformers of another kind.
-    """
-    if not hasattr(getattr(model, "config", None), "model_type"):
-        return None
-    found = [
-        (family, layers)
-        for family in _FAMILIES
-        for layers in family.layers
-        if all(_has(model, name) for name in (layers, family.before_head, *family.head))
-    ]
-    if not found:
-        raise UnsplittableModelError(
-            f"{type(model).__name__}: of transformers, GPT-2, Llama-like, BERT and ViT models with a head are known;"
-            " register an adapter for another kind"
-        )
-    family, layers = found[0]
-    net: Any = model
-    first: nn.Module = submodule(model, layers)[0]
-
-    def reach(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = dict(inputs) if isinstance(inputs, Mapping) else {net.main_input_name: inputs}
-        if "lm_head" in family.head:
-            given["use_cache"] = False
-        try:
-            with _stopping_at(first):
-                net(**given)
-        except _Reached as reached:
-            return reached.arguments
-        raise UnsplittableModelError(f"{type(model).__name__} did not call its first layer")
-
-    def context(inputs: Inputs) -> Context:
-        with torch.no_grad():
-            args, kwargs = reach(inputs)
-        kwargs.pop("hidden_states", None)
-        return args[1:], kwargs
-
-    def embed(x: Any, context: Context) -> Tensor:
-        args, kwargs = reach(x)
-        return torch.as_tensor(args[0] if args else kwargs["hidden_states"])
-
-    def layer(module: nn.Module) -> Callable[[Any, Context], Tensor]:
-        def run(x: Any, context: Context) -> Tensor:
-            args, kwargs = context
-            out = module(x, *args, **kwargs)
-            return torch.as_tensor(out[0] if isinstance(out, tuple) else out)  # a tuple before transformers 5
-
-        return run
-
-    def tail(x: Tensor, context: Context) -> Tensor:
-        x = family.pick(submodule(model, family.before_head)(x))
-        for name in family.head:
-            x = getattr(net, name)(x)
-        return x
-
-    blocks = [
-        Block(f"{layers}.{name}", layer(child), (f"{layers}.{name}",))
-        for name, child in submodule(model, layers).named_children()
-    ]
-    late = (family.before_head, *family.head)
-    early = _rest(model, [*(block.owns[0] for block in blocks), *late])
-    return Chain(
-        model, (Block("embeddings", embed, early), *blocks), Block("head", tail, late), "transformers", context
-    )
-
-
-# Asked from the last to the first: the most general one first
-_ADAPTERS: dict[str, Adapter] = {
-    "fx": traced_chain,
-    "list": list_adapter,
-    "sequential": sequential_adapter,
-    "resnet": resnet_adapter,
-    "timm_vit": timm_vit_adapter,
-    "transformers": transformers_adapter,
-}
+# Asked from the last to the first; a model that none takes is cut along its own forward pass
+_ADAPTERS: dict[str, Adapter] = {"list": list_adapter, "sequential": sequential_adapter}
 
 
 def register_adapter(name: str) -> Callable[[Adapter], Adapter]:
@@ -286,23 +100,57 @@ def register_adapter(name: str) -> Callable[[Adapter], Adapter]:
     return register
 
 
-def build_chain(model: nn.Module, adapter: str = "auto") -> Chain:
+def build_chain(
+    model: nn.Module, adapter: str = "auto", sample: Inputs | None = None, route: Route | None = None
+) -> Chain:
     """The chain of a model.
 
     Args:
         model: the model.
-        adapter: name of an adapter, or auto: the first that takes the model.
+        adapter: name of an adapter, or auto: the first that takes the model, or else its own forward pass ("segments").
+        sample: one batch, which the model is run on where no adapter takes it.
+        route: what an earlier run has found, in place of a sample.
 
     Raises:
-        UnsplittableModelError: no adapter takes it; the message says why.
+        UnsplittableModelError: the model cannot be cut; the message says why.
         SharedParameterError: two blocks hold one parameter.
         UserError: an unknown adapter.
     """
-    if adapter != "auto" and adapter not in _ADAPTERS:
-        raise UserError(f"unknown adapter '{adapter}': {did_you_mean(adapter, ['auto', *_ADAPTERS])}")
+    names = [*_ADAPTERS, NAME]
+    if adapter != "auto" and adapter not in names:
+        raise UserError(f"unknown adapter '{adapter}': {did_you_mean(adapter, ['auto', *names])}")
+    chain = None if adapter == NAME else _adapted(model, adapter)
+    if chain is None:
+        chain = _along_forward(model, sample, route)
+    chain.check_ownership()
+    return chain
+
+
+def _adapted(model: nn.Module, adapter: str) -> Chain | None:
     for name in reversed(_ADAPTERS) if adapter == "auto" else [adapter]:
         chain = _ADAPTERS[name](model)
         if chain is not None:
-            chain.check_ownership()
+            chain.check_complete()
             return chain
-    raise UnsplittableModelError(f"adapter '{adapter}' does not take a {type(model).__name__}")
+    if adapter != "auto":
+        raise UnsplittableModelError(f"adapter '{adapter}' does not take a {type(model).__name__}")
+    return None
+
+
+def _along_forward(model: nn.Module, sample: Inputs | None, route: Route | None) -> Chain:
+    if route is not None:
+        return SegmentChain(model, route)
+    if sample is None:
+        raise UserError(
+            f"a {type(model).__name__} is cut along its own forward pass, which needs a batch: give a sample"
+        )
+    chain, unused = segmented(model, sample)
+    if leaking := leaking_cuts(chain, sample):
+        chain, unused = segmented(model, sample, leaking)
+    if unused:
+        warnings.warn(
+            f"the output of {type(model).__name__} does not depend on {len(unused)} trained parameters, which stay as they"
+            f" are: {', '.join(unused[:3])}",
+            stacklevel=4,
+        )
+    return chain

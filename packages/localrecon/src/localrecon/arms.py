@@ -6,24 +6,24 @@ else.
 
 import copy
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from localrecon.boundary import StepOptions
-from localrecon.chain import Inputs
 from localrecon.config import Feedback, HeadSpec, Method, OptimizerSettings, SGRConfig, SplitSettings
+from localrecon.inputs import Inputs
 from localrecon.models import DataForm, build_bpfree, build_model
 from localrecon.net import LocalNet
 from localrecon.optimizers import Net, make_optimizers, optimizer_of
 from localrecon.plan import SplitPlan
 from localrecon.profiling import plan_split
 from localrecon.trainer import train_step
+from tenfold import UserError
 from tenfold.memory import MemoryProbe
+from tenfold.randomness import keyed
 
 WHOLE = ("bp", "ckpt", "accum")
 """Methods that do not cut the model."""
@@ -45,8 +45,9 @@ class Arm:
 
 
 def first_batch(items: Dataset[Any], count: int) -> tuple[Inputs, Tensor]:
-    """The first ``count`` items as one batch; like any loader's, it draws once from torch's global generator."""
-    inputs, labels = next(iter(DataLoader(items, batch_size=count)))
+    """The first ``count`` items as one batch; what they draw at random is keyed."""
+    with keyed(0):
+        inputs, labels = next(iter(DataLoader(items, batch_size=count)))
     return inputs, labels
 
 
@@ -66,12 +67,23 @@ def split_of(settings: SplitSettings, model: nn.Module, sample: Inputs, sgr: SGR
     )
 
 
-def run_as(method: str, model: nn.Module, plan: SplitPlan, heads: HeadSpec | None = None) -> LocalNet:
-    """The net of a method other than bpfree: with ``ckpt``, in checkpointed segments of sqrt(N) blocks."""
-    net = LocalNet(model, plan, heads or HeadSpec())
-    if method == "ckpt":
-        stage = net.segments[0]
-        stage.checkpointing = max(1, round(math.sqrt(len(stage.blocks))))  # where memory is least
+def run_as(
+    method: str,
+    model: nn.Module,
+    plan: SplitPlan,
+    heads: HeadSpec | None = None,
+    seed: int | None = None,
+    *,
+    checkpointing: bool = False,
+) -> LocalNet:
+    """The net of a method other than bpfree: with ``ckpt``, in checkpointed segments of sqrt(N) blocks.
+
+    With ``checkpointing``, so is each module of a net of several.
+    """
+    net = LocalNet(model, plan, heads or HeadSpec(), seed=seed)
+    if method == "ckpt" or checkpointing:
+        for stage in net.segments:
+            stage.checkpointing = stage.checkpointed_blocks()
     return net
 
 
@@ -92,7 +104,8 @@ def build_arm(
         settings: model, split, heads and reconciliation.
         method: name of the method.
         form: what the model has to know of its data.
-        items: training items, a batch of which decides the split; None where the plan is given and weights are loaded.
+        items: training items, a batch of which decides the split; None where the plan is given and weights are loaded,
+            also in place of pretrained ones.
         seed: seed of the weights.
         accumulate: parts that a batch is computed in.
         feedback: feedback of bpfree.
@@ -101,18 +114,22 @@ def build_arm(
     Raises:
         UserError: model, data, heads and split do not go together.
     """
-    torch.manual_seed(seed)
     if method == "bpfree":
-        return Arm(build_bpfree(settings, form, feedback), settings.sgr, 1)
-    model = build_model(settings, form)
+        with keyed(seed):
+            return Arm(build_bpfree(settings, form, feedback), settings.sgr, 1)
+    with keyed(seed):
+        model = build_model(settings, form, pretrained=items is not None)
     sgr = settings.sgr if method == "sgr" else dataclasses.replace(settings.sgr, lam=0.0)
-    # a batch is taken also where the plan is known: it draws from the generator that the heads' weights come from
-    sample = None if items is None else first_batch(items, settings.batch_size)[0]
+    if plan is None:
+        if items is None:
+            raise UserError("the plan of this run is missing")
+        sample = first_batch(items, settings.batch_size)[0]
     if plan is None and method in WHOLE:
         plan = plan_split(model, sample, k=1, adapter=settings.adapter, measure=False)
     elif plan is None:
         plan = split_of(settings, model, sample, sgr)
-    net = run_as(method, model, plan, settings.head)
+    again = settings.checkpointing and method in {"local", "sgr"}
+    net = run_as(method, model, plan, settings.head, seed, checkpointing=again)
     return Arm(net, sgr, max(accumulate, settings.k) if method == "accum" else accumulate)
 
 

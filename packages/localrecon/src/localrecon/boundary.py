@@ -1,13 +1,13 @@
 """What a training step is given, and what crosses from one module to the next in it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from localrecon.chain import Context, Inputs
+from localrecon.chain import Context
+from localrecon.inputs import Inputs, Labels, check_inputs, parts_of, samples_in, tensors_of
 from localrecon.losses import IGNORED
 from localrecon.net import LocalNet
 from tenfold import UserError
@@ -24,6 +24,11 @@ class StepOptions:
         accumulate: parts that the batch is computed in, with the result of the whole (but for BatchNorm).
         clip_norm: largest norm of a module's gradient. Each module is clipped on its own.
         dtype: number format of mixed precision; None computes in the weights' own.
+        together: whether gradients are kept until all modules have run, so that all are updated or, where one is not finite,
+            none. That costs the memory of all gradients; else a module is updated as soon as it has run.
+
+    Raises:
+        UserError: a length below 1, or a part or step that cannot be.
     """
 
     step: int = 0
@@ -32,6 +37,13 @@ class StepOptions:
     accumulate: int = 1
     clip_norm: float | None = None
     dtype: torch.dtype | None = None
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("total_steps", 1), ("accumulate", 1), ("step", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}: expected {least} or more, got {value}")
 
 
 @dataclass
@@ -49,46 +61,62 @@ class Boundary:
     x: list[Any]
     target: list[Tensor | None]
     context: list[Context]
-    labels: list[Tensor]
+    labels: list[Labels]
     loss_average: float | None = None
 
 
-def first_boundary(net: LocalNet, inputs: Inputs, labels: Tensor, accumulate: int = 1) -> Boundary:
+def first_boundary(net: LocalNet, inputs: Inputs, labels: Labels, accumulate: int = 1) -> Boundary:
     """What the first module starts from.
 
     Raises:
-        UserError: labels out of range, or fewer samples than parts.
-        TypeError: the input of the net is no tensor and no dict of tensors.
+        UserError: labels that do not go with the model, or fewer samples than parts.
+        TypeError: the input is no tensor, and no tuple or mapping of tensors.
     """
-    if not isinstance(inputs, Tensor | Mapping):
-        raise TypeError(f"expected a tensor, or a dict of tensors, as input; got {type(inputs).__name__}")
-    check_labels(net, labels)
+    check_inputs(inputs)
+    if net.chain.adapter in {"list", "sequential"} and not isinstance(inputs, Tensor):
+        raise TypeError(f"expected a tensor as input of a sequence of layers; got {type(inputs).__name__}")
+    labels = checked_labels(net, labels)
+    if samples_in(labels) != samples_in(inputs):
+        raise UserError(f"{samples_in(labels)} labels for {samples_in(inputs)} samples: expected one for each")
     parts = [inputs] if accumulate == 1 else parts_of(inputs, accumulate)
     rows = [labels] if accumulate == 1 else parts_of(labels, accumulate)
     return Boundary(parts, [None] * len(parts), [net.chain.context(part) for part in parts], rows)
 
 
-def parts_of(value: Any, count: int) -> list[Any]:
-    """A batch (a tensor, or a dict of tensors) cut into ``count`` parts along its first dimension."""
-    if isinstance(value, Mapping):
-        columns = {key: parts_of(item, count) for key, item in value.items()}
-        return [{key: column[i] for key, column in columns.items()} for i in range(count)]
-    if value.shape[0] < count:
-        raise UserError(f"accumulate is {count}, but the batch has {value.shape[0]} samples")
-    return list(torch.tensor_split(value, count))
-
-
-def check_labels(net: LocalNet, labels: Tensor) -> None:
-    """Refuse labels that a head has no output for.
+def checked_labels(net: LocalNet, labels: Labels) -> Labels:
+    """The labels, class numbers as int64.
 
     Raises:
-        UserError: a label is negative, and not the one that does not count, or too large.
+        UserError: they are of another shape or kind than the loss takes, or a head has no output for one.
     """
-    if labels.device.type != "cpu" or labels.is_floating_point() or not labels.numel():
-        return
+    task, classes = net.plan.task, net.plan.classes
+    if task == "custom":
+        if not tensors_of(labels):
+            raise UserError(f"labels are {type(labels).__name__}: expected a tensor, or several in a tuple or mapping")
+        return labels
+    wanted = (
+        "(B, T) int64, -100 where a token does not count" if task == "lm" else f"(B,) int64, or (B, {classes}) float"
+    )
+    given = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+    soft = isinstance(labels, Tensor) and labels.is_floating_point()
+    fits = isinstance(labels, Tensor) and labels.dtype != torch.bool and not labels.is_complex()
+    if fits and soft:
+        fits = task == "classify" and labels.ndim == 2 and labels.shape[1] == classes
+    elif fits:
+        fits = labels.ndim == (2 if task == "lm" else 1)
+    if not fits:
+        raise UserError(
+            f"labels are {given.replace('torch.', '')}: expected {wanted}; for other ones give LocalNet a loss of yours"
+        )
+    if soft:
+        return labels
+    labels = labels.long()
+    if labels.device.type != "cpu" or not labels.numel():
+        return labels
     low, high = int(labels[labels != IGNORED].amin()) if (labels != IGNORED).any() else 0, int(labels.amax())
-    if low < 0 or high >= net.plan.classes:
+    if low < 0 or high >= classes:
         raise UserError(
             f"label {low if low < 0 else high} is out of range: the heads of modules 1 to {net.plan.k} have outputs 0 to"
-            f" {net.plan.classes - 1}"
+            f" {classes - 1}"
         )
+    return labels

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from localrecon.inputs import Inputs
 from tenfold import UserError
 
-Inputs = Any
-"""What the model takes: a tensor, or for transformers also a dict of tensors."""
 Context = Any
-"""What all blocks share and no gradient passes: masks, positions."""
-Task = Literal["classify", "lm"]
+"""What all blocks share and no gradient passes."""
+Task = Literal["classify", "lm", "custom"]
+"""Cross-entropy per sample, cross-entropy per token, or a loss of the user's."""
 
 
 class UnsplittableModelError(UserError):
@@ -64,6 +64,24 @@ class Chain:
     adapter: str
     context: Callable[[Inputs], Context] = field(default=_no_context)
 
+    def run(self, first: int, past: int, x: Any, context: Context) -> Tensor:
+        """Blocks ``first`` to ``past - 1`` one after another; behind the last one comes the tail."""
+        for block in (*self.blocks, self.tail)[first:past]:
+            x = block.run(x, context)
+        return torch.as_tensor(x)
+
+    def select(self, context: Context, rows: Tensor) -> Context:
+        """The context of some samples alone.
+
+        Raises:
+            UserError: the blocks share something of which that is not known.
+        """
+        if context is None:
+            return None
+        raise UserError(
+            f"samples of a batch cannot be taken apart in a model that the adapter {self.adapter} took apart"
+        )
+
     def parameters_of(self, *blocks: Block) -> dict[str, nn.Parameter]:
         """Parameters of some blocks by their names in the model, each once."""
         names: dict[str, nn.Parameter] = {}
@@ -85,7 +103,6 @@ class Chain:
 
         Raises:
             SharedParameterError: two blocks hold it; the message names both and the two remedies.
-            UnsplittableModelError: no block holds it.
         """
         owner: dict[int, tuple[str, str]] = {}
         for block in (*self.blocks, self.tail):
@@ -97,7 +114,15 @@ class Chain:
                         " would train: call localrecon.untie(model), or localrecon.detach_tied(model) to train it in the first"
                         " block alone"
                     )
-        lost = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in owner]
+
+    def check_complete(self) -> None:
+        """Refuse a chain that leaves out a trained parameter.
+
+        Raises:
+            UnsplittableModelError: no block holds it.
+        """
+        held = {id(p) for p in self.parameters_of(*self.blocks, self.tail).values()}
+        lost = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
         if lost:
             raise UnsplittableModelError(f"no block of the {self.adapter} adapter holds {', '.join(lost[:3])}")
 

@@ -26,7 +26,7 @@ from tenfold.reading import Reading
 
 Method = Literal["bp", "ckpt", "accum", "local", "sgr", "bpfree"]
 Feedback = Literal["transpose", "fa", "sign"]
-HeadKind = Literal["auto", "linear", "gap_linear", "conv_gap", "mlp_sr", "aug", "token", "token_block", "lm"]
+HeadKind = Literal["auto", "linear", "gap_linear", "conv_gap", "mlp_sr", "aug", "token", "token_block", "lm", "dense"]
 Part = Annotated[float, Interval(ge=0, lt=1)]
 """A part of a whole that may be nothing, and not all of it."""
 
@@ -62,6 +62,11 @@ class SGRConfig(Settings):
     reg_to_head: bool = True
     math_attention: bool = False
 
+    @property
+    def needs_length(self) -> bool:
+        """Whether the weight depends on the length of the training."""
+        return bool(self.lam and (self.ramp or self.anneal_last))
+
     def strength(self, step: int, total_steps: int | None) -> float:
         """Weight of the reconciliation at a step (counted from 0); 0 where it is off."""
         if self.lam == 0 or step % self.every:
@@ -70,7 +75,7 @@ class SGRConfig(Settings):
         if total_steps and self.ramp:
             weight *= min(1.0, (step + 1) / (self.ramp * total_steps))
         if total_steps and self.anneal_last:
-            weight *= min(1.0, (total_steps - step) / (self.anneal_last * total_steps))
+            weight *= max(0.0, min(1.0, (total_steps - step) / (self.anneal_last * total_steps)))
         return weight
 
 
@@ -82,7 +87,8 @@ class HeadSpec(Settings):
         kind: kind of head. auto is conv_gap for feature maps, token for tokens, lm for language models, linear for vectors.
             gap_linear (pool, linear), conv_gap (3 x 3 convolution, pool, two layers: InfoPro's), mlp_sr (DGL's), aug
             (AugLocal's layers of the rest of the network), token (LayerNorm, pooled tokens, linear), token_block (a
-            transformer block before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given).
+            transformer block before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given), dense
+            (convolutions and resizing, for a loss of the user's per position).
         hidden: width of the hidden layer of conv_gap.
         channels: maximum number of channels of conv_gap's convolution, which has twice the module's (InfoPro's has no
             limit; in wide networks its weights would outweigh what is saved).
@@ -147,6 +153,8 @@ class ModelSettings(Settings):
         data: digits, glyphs, topics, imagefolder:DIR, cifar10:DIR, npz:FILE or text:FILE.
         width: channels or features of the built-in models; default: that of the model.
         depth: blocks of mlp, convnet, vit and gpt; default: that of the model.
+        weights: file of pretrained weights that the model starts from (safetensors, or a state dict of torch; nothing is
+            unpickled); a classifier for other classes stays fresh.
         reading: how image files are read.
         image_size: side of the images of an imagefolder.
         window: tokens (bytes) in a row of text.
@@ -157,6 +165,7 @@ class ModelSettings(Settings):
     data: str
     width: Count | None = None
     depth: Count | None = None
+    weights: str | None = None
     reading: Reading = field(default_factory=Reading)
     image_size: Count = 224
     window: Count = 128
@@ -169,8 +178,10 @@ class SplitSettings(ModelSettings):
 
     Args:
         k: number of modules (4 is ours).
-        budget: peak bytes of a training step, such as 2GB; the smallest number of modules that fits is taken, not k.
+        budget: peak bytes of a training step, such as 2GB, in place of k; train takes the smallest number of modules that
+            fits, plan finds the method of the least computation that does.
         balance: what the modules have equal shares of. memory (of their activations), flops, params or blocks.
+        checkpointing: whether local and sgr compute the activations within a module a second time, in place of keeping them.
         cuts: numbers of the blocks, from 1 on, after which to cut, in place of k and balance.
         adapter: how the model is taken apart; auto tries all of them.
         head: the local heads.
@@ -181,6 +192,7 @@ class SplitSettings(ModelSettings):
     k: Count = 4
     budget: str | None = None
     balance: Literal["memory", "flops", "params", "blocks"] = "memory"
+    checkpointing: bool = False
     cuts: Annotated[list[Count], Length(1), Distinct()] | None = None
     adapter: str = "auto"
     head: HeadSpec = field(default_factory=HeadSpec)
@@ -195,7 +207,7 @@ class SplitSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(SplitSettings):
-    """Decide where a model is cut, and predict the peak memory of a step."""
+    """Decide where a model is cut, and predict the peak memory of a step; with a budget, which method to train by."""
 
 
 @dataclass(frozen=True, kw_only=True)

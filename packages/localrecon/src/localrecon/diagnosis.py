@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localrecon.boundary import check_labels
-from localrecon.chain import Inputs
+from localrecon.boundary import checked_labels
+from localrecon.inputs import Inputs
 from localrecon.losses import terms_of
 from localrecon.net import LocalNet
+from localrecon.profiling import in_training
 from localrecon.stage import frozen_statistics
+from tenfold import UserError
 from tenfold.randomness import keyed
 
 COPYING_COSINE = 0.75
@@ -87,14 +89,19 @@ def diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int = 0) -> Re
         inputs: inputs, as for ``local_step``.
         labels: labels, as for ``local_step``.
         seed: seed of dropout.
+
+    Raises:
+        UserError: labels that do not fit, or a net with a loss of the user's.
     """
-    check_labels(net, labels)
-    mode = net.training
-    net.train()
-    try:
-        return _diagnose(net, inputs, labels, seed)
-    finally:
-        net.train(mode)
+    labels = checked_labels(net, labels)
+    if net.loss is not None:
+        raise UserError("diagnose knows cross-entropy alone, not a loss of yours")
+    with in_training(net.model):
+        net.heads.train()
+        try:
+            return _diagnose(net, inputs, labels, seed)
+        finally:
+            net.heads.train(net.training)
 
 
 def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> ReconReport:
@@ -109,7 +116,7 @@ def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> Recon
             x = x.detach().requires_grad_()
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         backbone = [p for p in stage.trained() if id(p) not in head]
-        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms):
+        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms), stage.probing():
             out = stage.run_blocks(x, context)
             loss, correct = stage.judge(out, context, labels)
         asked = [out, *([x] if before is not None else []), *backbone]
@@ -181,7 +188,7 @@ def _bp_gradient(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> li
     for stage in net.segments:
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         parameters += [p for p in stage.trained() if id(p) not in head]
-        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms):
+        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms), stage.probing():
             x = stage.run_blocks(x, context)
             if stage.is_last:
                 loss, _ = stage.judge(x, context, labels)

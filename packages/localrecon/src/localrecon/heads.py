@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localrecon.config import HeadSpec
+from localrecon.plan import SplitPlan
 from tenfold import UserError
 
 
@@ -125,49 +126,97 @@ def _lm(features: int, vocabulary: int, spec: HeadSpec) -> nn.Module:
     return nn.Sequential(nn.RMSNorm(features), low, nn.Linear(spec.rank, vocabulary, bias=False))
 
 
-def build_head(
-    spec: HeadSpec, shapes: Sequence[Sequence[int]], place: int, modules: tuple[int, int], classes: int, task: str
-) -> nn.Module:
+class _Dense(nn.Module):
+    """3 x 3 convolution, BatchNorm, ReLU, 1 x 1 convolution, resized: (B, C, H, W) -> (B, C', s_h H, s_w W)."""
+
+    def __init__(self, shape: Sequence[int], output: Sequence[int], channels: int) -> None:
+        super().__init__()
+        hidden = min(channels, shape[0])
+        self.layers = nn.Sequential(*_conv(shape[0], hidden), nn.Conv2d(hidden, output[0], 1))
+        self.scale = output[1] / shape[1], output[2] / shape[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One row of numbers per position of the model's output."""
+        size = [round(scale * side) for scale, side in zip(self.scale, x.shape[2:], strict=True)]
+        return F.interpolate(self.layers(x), size=size, mode="bilinear", align_corners=False)
+
+
+def _kind_of(spec: HeadSpec, shape: Sequence[int], plan: SplitPlan) -> str:
+    """The kind that auto stands for."""
+    if spec.kind != "auto":
+        return spec.kind
+    if plan.task == "lm" or (plan.task == "custom" and len(plan.output) == len(shape) == 2):
+        return "lm"
+    if plan.task == "custom" and len(plan.output) == 3:
+        return "dense"
+    if _channels_last(shape):
+        return "token"
+    return {1: "linear", 2: "token", 3: "conv_gap"}.get(len(shape), "linear")
+
+
+def _channels_last(shape: Sequence[int]) -> bool:
+    """Whether a map is (H, W, C), as in Swin: its first two sides are equal, its last two are not."""
+    return len(shape) == 3 and shape[0] == shape[1] != shape[2]
+
+
+def build_head(spec: HeadSpec, plan: SplitPlan, k: int, place: int | None = None) -> nn.Module:
     """The head of one module.
 
     Args:
         spec: which head.
-        shapes: shapes of the blocks' outputs, without the batch.
-        place: number of the module's last block.
-        modules: number of the module, from 0 on, and how many there are.
-        classes: number of classes, or size of the vocabulary.
-        task: classify or lm.
+        plan: shapes of the blocks' outputs and of the model's own.
+        k: number of the module, from 0 on.
+        place: number of the module's last block; default: as planned.
 
     Raises:
         UserError: the head does not fit the module's output.
     """
+    place = plan.ranges[k][1] - 1 if place is None else place
+    shapes, classes, modules = plan.shapes, plan.classes, plan.k
     shape = shapes[place]
-    kind: str = spec.kind
-    if kind == "auto":
-        kind = "lm" if task == "lm" else {1: "linear", 2: "token", 3: "conv_gap"}.get(len(shape), "linear")
-    needs = {"linear": 1, "gap_linear": 3, "conv_gap": 3, "mlp_sr": 3, "aug": 3, "token": 2, "token_block": 2, "lm": 2}
-    if len(shape) != needs[kind] or (kind == "lm") != (task == "lm"):
+    kind = _kind_of(spec, shape, plan)
+    if kind.startswith("token") and _channels_last(shape):
+        tokens = (shape[0] * shape[1], shape[2])
+        return nn.Sequential(nn.Flatten(1, 2), _single(kind, spec, [tokens], 0, (k, modules), classes))
+    single = {"linear": 1, "gap_linear": 3, "conv_gap": 3, "mlp_sr": 3, "aug": 3, "token": 2, "token_block": 2}
+    needs = {**single, "lm": 2, "dense": 3}
+    custom = plan.task == "custom"
+    outputs = {"lm": 2, "dense": 3}.get(kind, 1)
+    fits = outputs == max(1, len(plan.output)) if custom else (kind == "lm") == (plan.task == "lm") and kind != "dense"
+    if len(shape) != needs[kind] or not fits:
         expected = {1: "(B, D)", 2: "(B, T, D)", 3: "(B, C, H, W)"}[needs[kind]]
-        goal = "a language model" if kind == "lm" else "a classifier"
-        found = ", ".join(map(str, shape))
+        goal = {"lm": "one output per token", "dense": "one output per position"}.get(kind, "a classifier")
+        found, output = (", ".join(map(str, sizes)) for sizes in (shape, plan.output))
         raise UserError(
-            f"head {kind} of module {modules[0] + 1} does not fit: it needs {expected} and {goal}; the module gives"
-            f" (B, {found}) and the task is {task}"
+            f"head {kind} of module {k + 1} does not fit: it needs {expected} and {goal}; the module gives (B, {found}), the"
+            f" model (B, {output}) and the task is {plan.task}: choose another kind, or give LocalNet heads of yours"
         )
+    if kind == "lm":
+        return _lm(shape[1], classes, spec)
+    if kind == "dense":
+        return _Dense(shape, plan.output, spec.channels)
+    head = _single(kind, spec, shapes, place, (k, modules), classes)
+    return nn.Sequential(head, nn.Flatten(0)) if custom and not plan.output else head
+
+
+def _single(
+    kind: str, spec: HeadSpec, shapes: Sequence[Sequence[int]], place: int, modules: tuple[int, int], classes: int
+) -> nn.Module:
+    """A head that gives one row of numbers per sample."""
+    shape = shapes[place]
     if kind == "linear":
         return _norm_linear(shape[0], classes, spec)
     if kind == "gap_linear":
         return _gap_linear(shape[0], classes, spec)
     if kind == "conv_gap":
-        return _conv_gap(shape, classes, spec, last_stage=list(shape) == list(shapes[-1]) and shape[1] <= 8)
+        last = [s for s in shapes if len(s) == 3][-1]
+        return _conv_gap(shape, classes, spec, last_stage=list(shape) == list(last) and shape[1] <= 8)
     if kind == "mlp_sr":
         return _mlp_sr(shape, classes, spec)
     if kind == "aug":
         left = 1 - modules[0] / max(1, modules[1] - 1)
         later = [s for s in shapes[place + 1 :] if len(s) == 3] or [shape]
         return _aug(later, shape, max(1, round(spec.depth * left)), classes, spec)
-    if kind == "lm":
-        return _lm(shape[1], classes, spec)
     block = []
     if kind == "token_block":
         heads = max(h for h in range(1, 9) if shape[1] % h == 0)

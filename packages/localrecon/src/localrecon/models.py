@@ -1,5 +1,6 @@
 """The models that the command line knows by name: our own, all plain ``nn.Sequential``, and those of ``tenfold.models``."""
 
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from localrecon.config import Feedback, ModelSettings
 from localrecon.heads import TokenPool, TransformerBlock
 from localrecon.tying import untie
 from tenfold import UserError, models
+from tenfold.checkpoints import read_foreign
 from tenfold.errors import did_you_mean
 
 NAMES = ("mlp", "convnet", "resnet20", "resnet32", "resnet110", "vit", "gpt")
@@ -142,13 +144,85 @@ class DataForm:
         return f"{shape} bytes of text" if self.task == "lm" else f"images of {shape} in {self.classes} classes"
 
 
-def build_model(settings: ModelSettings, form: DataForm) -> nn.Module:
+def build_model(settings: ModelSettings, form: DataForm, *, pretrained: bool = True) -> nn.Module:
     """The model that the settings name, for data of that form.
 
+    Args:
+        settings: name, sizes and file of weights.
+        form: what the model has to know of the data.
+        pretrained: whether the file of weights is read.
+
     Raises:
-        UserError: an unknown name, or one that does not go with the data.
+        UserError: an unknown name, one that does not go with the data, or weights of another model.
         MissingExtraError: the library of the model is not installed.
     """
+    model = _fresh(settings, form)
+    if settings.weights is not None and pretrained:
+        load_pretrained(model, settings.weights)
+    if ":" in settings.model and form.task == "classify":
+        _fit_size(model, settings.model, form.shape)
+    return model
+
+
+def load_pretrained(model: nn.Module, path: str) -> None:
+    """Load other people's weights; those of a classifier for another number of classes are left out.
+
+    Raises:
+        UserError: the file cannot be read, or it holds the weights of another model.
+    """
+    own = model.state_dict()
+    found = read_foreign(path, option="--weights", names=own.keys()).tensors
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    last = layers[-1] if layers else ""
+    other = [n for n, t in found.items() if n in own and t.shape != own[n].shape]
+    missing = [n for n in own if n not in found and not n.endswith("num_batches_tracked")]
+    spare = [n for n in found if n not in own]
+    wrong = [n for n in other if n.rpartition(".")[0] != last]
+    for what, names in (("of other shapes", wrong), ("missing", missing), ("unknown", spare)):
+        if names:
+            raise UserError(
+                f"--weights {path}: not the weights of this {type(model).__name__}: {len(names)} are {what}, such as"
+                f" {names[0]}"
+            )
+    model.load_state_dict({n: t for n, t in found.items() if n not in other}, strict=False)
+    if other:
+        sys.stderr.write(f"--weights {path}: {last} is for {found[other[0]].shape[0]} classes, and stays fresh\n")
+
+
+def _fit_size(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Tell a model of fixed size what size the images have.
+
+    Raises:
+        UserError: it takes another size, and cannot be told.
+    """
+    size = shape[1:]
+    told = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), None)
+    fixed: Any = told or getattr(getattr(model, "config", None), "image_size", None)
+    fixed = (fixed, fixed) if isinstance(fixed, int) else fixed
+    if not fixed or tuple(fixed) == size:
+        return
+    tell: Any = getattr(model, "set_input_size", None)
+    why = ""
+    if tell is not None:
+        try:
+            tell(img_size=size)
+            return
+        except (AssertionError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+            why = f" ({' '.join(str(error).split())[:80] or type(error).__name__})"
+    elif told is None and not _has_positions(model):  # a configuration states a size that convolutions do not mind
+        return
+    raise UserError(
+        f"--model {name} takes images of {fixed[0]} x {fixed[1]}, the data have {size[0]} x {size[1]}{why}: give"
+        f" --image_size {fixed[0]}, or another model"
+    )
+
+
+def _has_positions(model: nn.Module) -> bool:
+    """Whether a model of transformers has a parameter per patch."""
+    return any("position" in name for name, _ in model.named_parameters())
+
+
+def _fresh(settings: ModelSettings, form: DataForm) -> nn.Module:
     name = settings.model
     named = ":" in name
     if not named and name not in NAMES:

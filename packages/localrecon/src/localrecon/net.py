@@ -1,5 +1,6 @@
 """A user's model as gradient-isolated modules with local heads."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -7,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from localrecon.adapters import build_chain
-from localrecon.chain import Chain, Inputs
+from localrecon.chain import Chain
 from localrecon.config import HeadSpec
 from localrecon.heads import build_head
+from localrecon.inputs import Inputs, call
+from localrecon.losses import Loss
 from localrecon.plan import SplitPlan
 from localrecon.stage import Stage
 from tenfold import UserError
+from tenfold.randomness import keyed
 
 
 class LocalNet(nn.Module):
@@ -25,6 +29,9 @@ class LocalNet(nn.Module):
         plan: where it is cut, from ``plan_split``.
         heads: "auto", a ``HeadSpec`` for all local heads, or a list of K - 1, each a ``HeadSpec`` or a module of yours that
             maps a module's output to logits. The last module's head is the model's own classifier.
+        loss: loss of yours, (output of a head, labels) -> mean over the batch, in place of cross-entropy; needed where the
+            plan was made with one.
+        seed: seed of the heads' weights; default: torch's global generator, as anywhere in torch.
 
     Attributes:
         model: the model.
@@ -33,7 +40,7 @@ class LocalNet(nn.Module):
 
     Raises:
         PlanMismatchError: the plan is for another model.
-        UserError: a head does not fit, or there are not K - 1 of them.
+        UserError: a head does not fit, there are not K - 1 of them, or plan and loss do not go together.
     """
 
     def __init__(
@@ -41,10 +48,22 @@ class LocalNet(nn.Module):
         model: nn.Module,
         plan: SplitPlan,
         heads: str | HeadSpec | Sequence[HeadSpec | nn.Module] = "auto",
+        *,
+        loss: Loss | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        chain = build_chain(model, plan.adapter)
+        if (loss is None) == (plan.task == "custom"):
+            raise UserError(
+                "the plan is for a loss of yours: give LocalNet that loss"
+                if loss is None
+                else "the plan was made for cross-entropy: give plan_split(loss=...) your loss as well"
+            )
+        if plan.route is not None:
+            plan.check_names([name for name, _ in model.named_modules()])
+        chain = build_chain(model, plan.adapter, route=plan.route)
         plan.check([block.name for block in chain.blocks])
+        self.loss = loss
         self.plan = plan
         self.model = model
         specs = _specs(heads, plan.k)
@@ -53,19 +72,23 @@ class LocalNet(nn.Module):
         for k, given in enumerate(specs):
             head = given
             if isinstance(given, HeadSpec):
-                last = plan.ranges[k][1] - 1
-                head = build_head(given, plan.shapes, last, (k, plan.k), plan.classes, plan.task)
+                with contextlib.nullcontext() if seed is None else keyed(seed, k):
+                    head = build_head(given, plan, k)
             built.append(cast("nn.Module", head).to(device=own.device, dtype=own.dtype))
         self.heads = nn.ModuleList(built)
         stages = []
         for k, (a, b) in enumerate(plan.ranges):
             given = specs[k] if k < len(specs) else HeadSpec()
             spec = given if isinstance(given, HeadSpec) else HeadSpec()
-            stage = Stage(chain, chain.blocks[a:b], self.heads[k] if k < len(specs) else None, k, spec)
-            stage.task = plan.task
+            stage = Stage(chain, a, b, self.heads[k] if k < len(specs) else None, k, spec)
+            stage.task, stage.loss, stage.by_token = plan.task, loss, plan.by_token
             stages.append(stage)
         self.__dict__["chain"] = chain  # not registered: the model and the heads are, once
         self.__dict__["segments"] = stages
+        self.training = model.training  # and the submodules as the user has set them
+        self.heads.train(model.training)
+        for stage in stages:
+            stage.training = model.training
 
     chain: Chain
     segments: list[Stage]
@@ -77,12 +100,12 @@ class LocalNet(nn.Module):
 
     def forward(self, x: Inputs) -> Any:
         """What the model gives."""
-        return self.model(**x) if isinstance(x, dict) else self.model(x)
+        return call(self.model, x)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What ``copy.deepcopy`` and other processes are sent: the model, the heads and the plan; the rest is built again."""
         kept = [(stage.spec, stage.loss_average, stage.checkpointing) for stage in self.segments]
-        return _rebuild, (self.model, self.plan, list(self.heads), kept, self.training)
+        return _rebuild, (self.model, self.plan, list(self.heads), self.loss, kept)
 
     def train(self, mode: bool = True) -> "LocalNet":
         """Training or evaluation mode, of the model and the heads alike."""
@@ -117,22 +140,25 @@ class LocalNet(nn.Module):
             stage.__dict__["parallel"] = DistributedDataParallel(stage)
 
     def compile_segments(self, **options: Any) -> None:
-        """``torch.compile`` each module; the options are torch's."""
+        """``torch.compile`` the submodules of each module, one by one, and the heads; the options are torch's.
+
+        What is compiled stays so when the model is used elsewhere. Its weights and their names do not change.
+        """
         for stage in self.segments:
-            stage.compile(**options)
+            stage.compile_parts(**options)
 
 
 def _rebuild(
     model: nn.Module,
     plan: SplitPlan,
     heads: list[nn.Module],
+    loss: Loss | None,
     kept: list[tuple[HeadSpec, float | None, int]],
-    training: bool,
 ) -> LocalNet:
-    net = LocalNet(model, plan, heads)
+    net = LocalNet(model, plan, heads, loss=loss)
     for stage, (spec, average, checkpointing) in zip(net.segments, kept, strict=True):
         stage.spec, stage.loss_average, stage.checkpointing = spec, average, checkpointing
-    return net.train(training)
+    return net
 
 
 def _specs(heads: str | HeadSpec | Sequence[HeadSpec | nn.Module], k: int) -> list[HeadSpec | nn.Module]:

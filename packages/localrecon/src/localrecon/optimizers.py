@@ -29,11 +29,11 @@ def make_optimizers(net: Net, factory: OptimizerFactory) -> list[torch.optim.Opt
     Raises:
         UserError: a factory that does not give each module's optimizer exactly that module's parameters.
     """
-    made = [factory(net.parameters_of(k)) for k in range(net.k)]
+    made = [factory(trained) if (trained := net.parameters_of(k)) else _nothing() for k in range(net.k)]
     for k, optimizer in enumerate(made):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own = {id(p) for p in net.parameters_of(k)}
-        if held != own or any(optimizer is other for other in made[:k]):
+        if (own and held != own) or any(optimizer is other for other in made[:k]):
             others = [j + 1 for j in range(net.k) if j != k and held & {id(p) for p in net.parameters_of(j)}]
             shared = f" and parameters of module {others[0]}" if others else ""
             raise UserError(
@@ -41,6 +41,11 @@ def make_optimizers(net: Net, factory: OptimizerFactory) -> list[torch.optim.Opt
                 " has to make a new optimizer of exactly the parameters that it is given"
             )
     return made
+
+
+def _nothing() -> torch.optim.Optimizer:
+    """For a module in which nothing is trained."""
+    return torch.optim.SGD([nn.Parameter(torch.zeros(0))], lr=0.0)
 
 
 def optimizer_of(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

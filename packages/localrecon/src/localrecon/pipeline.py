@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from localrecon.boundary import Boundary, StepOptions, first_boundary
-from localrecon.chain import Inputs
 from localrecon.config import SGRConfig
+from localrecon.inputs import Inputs
 from localrecon.net import LocalNet
 from localrecon.optimizers import OptimizerFactory, SchedulerFactory
 from localrecon.plan import partition

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from localrecon.routes import Route
 from tenfold import UserError
 
 Balance = Literal["memory", "flops", "params", "blocks"]
@@ -23,8 +24,11 @@ class SplitPlan:
         adapter: name of the adapter that took the model apart.
         blocks: names of the blocks, in order.
         cuts: number of blocks before the end of each module but the last, rising.
-        task: classify or lm.
+        task: classify, lm, or custom (a loss of the user's).
         classes: number of classes, or size of the vocabulary.
+        output: shape of the model's output, without the batch.
+        route: how the model's forward goes, where it is cut along that; else None.
+        by_token: whether the tail gives a token's logits from that token alone, so that they can be computed in chunks.
         shapes: shape of each block's output, without the batch.
         saved_bytes: bytes that each block saves for backward, on the sample (its output included, its input not).
         flops: operations of each block's forward on the sample.
@@ -38,7 +42,7 @@ class SplitPlan:
     adapter: str
     blocks: tuple[str, ...]
     cuts: tuple[int, ...]
-    task: Literal["classify", "lm"]
+    task: Literal["classify", "lm", "custom"]
     classes: int
     shapes: tuple[tuple[int, ...], ...]
     saved_bytes: tuple[int, ...]
@@ -46,6 +50,9 @@ class SplitPlan:
     parameters: tuple[int, ...]
     predicted_peak: int | None = None
     module_peaks: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    route: Route | None = None
+    by_token: bool = True
 
     @property
     def k(self) -> int:
@@ -75,6 +82,8 @@ class SplitPlan:
             values = {key: _tuples(value) for key, value in values.items()}
             if set(values) - known:
                 raise ValueError(f"unknown {', '.join(sorted(set(values) - known))}")
+            if values.get("route") is not None:
+                values["route"] = Route(**{key: _tuples(value) for key, value in values["route"].items()})
             plan = cls(**values)
             edges = [0, *plan.cuts, len(plan.blocks)]
             if sorted(set(edges)) != edges:
@@ -96,6 +105,19 @@ class SplitPlan:
                 f"the plan is for {len(self.blocks)} blocks, the model has {len(blocks)}; first difference at block"
                 f" {i + 1}: {planned} in the plan, {found} in the model"
             )
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuse a model without the submodules that the plan's route calls.
+
+        Raises:
+            PlanMismatchError: with the first one that is missing.
+        """
+        if self.route is None:
+            return
+        known = set(names)
+        missing = [name for name, *_ in (*self.route.train, *self.route.eval) if name not in known]
+        if missing:
+            raise PlanMismatchError(f"the plan is for another model: this one has no submodule {missing[0]}")
 
     def difference(self, other: "SplitPlan") -> str:
         """What differs between two splits of a model, in one line; empty where nothing does."""

@@ -1,8 +1,9 @@
 """Choosing where to cut: profile every block once, partition exactly, measure the step that results."""
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from localrecon.adapters import build_chain
 from localrecon.boundary import StepOptions, first_boundary
-from localrecon.chain import Chain, Inputs, UnsplittableModelError
+from localrecon.chain import Chain, Task
 from localrecon.config import HeadSpec, SGRConfig
+from localrecon.equality import check_same, tail_is_by_token
 from localrecon.heads import build_head
+from localrecon.inputs import Inputs, Labels, check_inputs, samples_in, tensors_of
+from localrecon.losses import Loss
 from localrecon.net import LocalNet
 from localrecon.plan import Balance, SplitPlan, partition
+from localrecon.segments import SegmentChain
 from localrecon.stage import Stage, frozen_statistics
 from localrecon.step import train_stage
 from tenfold import UserError
@@ -38,6 +43,8 @@ def plan_split(
     sgr: SGRConfig | None = None,
     optimizer_states: int = 2,
     measure: bool = True,
+    loss: Loss | None = None,
+    labels: Labels | None = None,
 ) -> SplitPlan:
     """The split of a model: which blocks form which module.
 
@@ -46,7 +53,8 @@ def plan_split(
     BatchNorm's statistics and random states are put back.
 
     Args:
-        model: any model that an adapter takes; put into training mode and back.
+        model: any model; where it is in evaluation mode, it is put into training mode and back. In training mode its
+            submodules keep the modes that they have (a frozen BatchNorm).
         sample: one batch of inputs as in training; its size decides the bytes.
         k: number of modules.
         budget: maximum bytes of live tensors in a training step ("2GB"); the smallest number of modules that fits is taken,
@@ -59,34 +67,40 @@ def plan_split(
         sgr: reconciliation that will be used.
         optimizer_states: tensors of a parameter's size that the optimizer keeps: 2 for Adam, 1 for SGD with momentum.
         measure: whether the peak of a step is predicted, which needs a backward pass.
+        loss: loss of yours, (output, labels) -> mean over the batch, in place of cross-entropy.
+        labels: labels of the sample, which a loss of yours needs where the peak is measured.
 
     Raises:
         UnsplittableModelError: the model cannot be cut, or its parts give another result than itself.
-        UserError: k beyond the number of blocks, cuts that do not rise, or a budget below the least that is possible, which
-            the message gives.
+        UserError: an output that cross-entropy has no meaning for, k beyond the number of blocks, cuts that do not rise, or
+            a budget below the least that is possible, which the message gives.
     """
     heads, sgr = heads or HeadSpec(), sgr or SGRConfig()
-    chain = build_chain(model, adapter)
-    mode = model.training
-    model.train()
-    try:
-        base = _profile(chain, sample)
+    check_inputs(sample)
+    if loss is not None and measure and labels is None:
+        raise UserError(
+            "plan_split measures a step: give it the labels of the sample beside your loss, or measure=False"
+        )
+    with in_training(model):
+        chain = build_chain(model, adapter, sample)
+        base = _profile(chain, sample, loss)
+        finish = partial(measured, model, sample=sample, heads=heads, sgr=sgr, states=optimizer_states)
+        finish = partial(finish, loss=loss, labels=labels)
         if cuts is not None:
             edges = [0, *cuts, len(base.blocks)]
             if sorted(set(edges)) != edges:
                 raise UserError(f"cuts must rise from 1 to {len(base.blocks) - 1}, got {list(cuts)}")
             plan = dataclasses.replace(base, cuts=tuple(cuts))
-            return _measured(model, plan, sample, heads, sgr, optimizer_states) if measure else plan
+            return finish(plan) if measure else plan
         cost = _costs(base, sample, balance, heads)
         if budget is None:
             plan = dataclasses.replace(base, cuts=partition(len(base.blocks), k, partial(cost, k)))
-            return _measured(model, plan, sample, heads, sgr, optimizer_states) if measure else plan
+            return finish(plan) if measure else plan
         limit = parse_bytes(budget) if isinstance(budget, str) else budget
         floor = None
         for count in range(1, len(base.blocks) + 1):
             cuts_of_count = partition(len(base.blocks), count, partial(cost, count))
-            plan = dataclasses.replace(base, cuts=cuts_of_count)
-            plan = _measured(model, plan, sample, heads, sgr, optimizer_states)
+            plan = finish(dataclasses.replace(base, cuts=cuts_of_count))
             assert plan.predicted_peak is not None
             if plan.predicted_peak <= limit:
                 return plan
@@ -95,21 +109,32 @@ def plan_split(
             f"budget {limit / 2**20:.1f} MiB is below what this model needs on this batch: the least is"
             f" {(floor or 0) / 2**20:.1f} MiB; take a smaller batch or accumulate"
         )
+
+
+@contextlib.contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Within the block, training mode where the whole model is in evaluation mode; then each submodule as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
     finally:
-        model.train(mode)
+        for module, training in modes:
+            module.training = training
 
 
-def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
+def _profile(chain: Chain, sample: Inputs, loss: Loss | None) -> SplitPlan:
     """What each block saves, computes and gives; as a plan of one module."""
     model = chain.model
-    probe = Stage(chain, chain.blocks, None, 0, HeadSpec())
+    probe = Stage(chain, 0, len(chain.blocks), None, 0, HeadSpec())
     device = next(model.parameters()).device
     known = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     saved, flops, shapes, numbers = [], [], [], []
-    with keyed(0, device=device), frozen_statistics(probe.norms):
+    with keyed(0, device=device), frozen_statistics(probe.norms), probe.probing():
         context = chain.context(sample)
         x: Any = sample
-        for block in chain.blocks:
+        for number, block in enumerate(chain.blocks):
             if isinstance(x, Tensor) and x.is_floating_point():
                 x = x.detach().requires_grad_().clone()  # no leaf, since blocks may begin in place
             kept: dict[int, Tensor] = {}
@@ -119,7 +144,7 @@ def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), FlopCounterMode(display=False) as counter:
-                out = block.run(x, context)
+                out = chain.run(number, number + 1, x, context)
             if not isinstance(out, Tensor) or not out.is_floating_point():
                 kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
                 raise TypeError(f"block {block.name} gives {kind}: expected one tensor of real numbers")
@@ -131,41 +156,42 @@ def _profile(chain: Chain, sample: Inputs) -> SplitPlan:
             numbers.append(sum(p.numel() for p in chain.parameters_of(block).values()))
             x = out
             del out, kept
-        logits = chain.tail.run(x.detach(), context)
-    if logits.ndim not in (2, 3):
-        raise UnsplittableModelError(
-            f"the model gives {tuple(logits.shape)}: expected (B, classes) or (B, T, vocabulary)"
-        )
-    _check_same(chain, sample, probe)
+        logits = chain.run(len(chain.blocks), len(chain.blocks) + 1, x.detach(), context)
+    task = _task_of(logits, loss)
+    check_same(chain, sample)
     return SplitPlan(
         adapter=chain.adapter,
         blocks=tuple(block.name for block in chain.blocks),
         cuts=(),
-        task="classify" if logits.ndim == 2 else "lm",
-        classes=logits.shape[-1],
+        task=task,
+        classes=logits.shape[-1] if task != "custom" or logits.ndim in (2, 3) else int(logits.shape[1:2].numel()),
+        output=tuple(logits.shape[1:]),
         shapes=tuple(shapes),
         saved_bytes=tuple(saved),
         flops=tuple(flops),
         parameters=tuple(numbers),
+        route=chain.route if isinstance(chain, SegmentChain) else None,
+        by_token=task != "lm" or tail_is_by_token(chain, sample),
     )
 
 
-@torch.no_grad()
-def _check_same(chain: Chain, sample: Inputs, probe: Stage) -> None:
-    """The blocks one after another give what the model gives, in evaluation mode."""
-    chain.model.eval()
-    try:
-        whole = chain.model(**sample) if isinstance(sample, dict) else chain.model(sample)
-        whole = whole if isinstance(whole, Tensor) else whole["logits"]
-        context = chain.context(sample)
-        parts = probe.logits(probe.run_blocks(sample, context), context)
-        if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-4, atol=1e-5, equal_nan=True):
-            raise UnsplittableModelError(
-                f"the blocks that the adapter {chain.adapter} finds in {type(chain.model).__name__} do not give what the"
-                " model gives: register an adapter for it"
-            )
-    finally:
-        chain.model.train()
+def _task_of(logits: Tensor, loss: Loss | None) -> Task:
+    """What the loss is computed from.
+
+    Raises:
+        UserError: cross-entropy has no meaning for such an output.
+    """
+    if loss is not None:
+        return "custom"
+    shape = ", ".join(map(str, logits.shape[1:]))
+    ours = "give plan_split and LocalNet a loss of yours (loss=...)"
+    if logits.ndim not in (2, 3):
+        raise UserError(
+            f"the model gives (B, {shape}): cross-entropy expects (B, classes) or (B, T, vocabulary); {ours}"
+        )
+    if logits.shape[-1] == 1:
+        raise UserError(f"the model gives one number each, (B, {shape}), of which cross-entropy is always 0; {ours}")
+    return "classify" if logits.ndim == 2 else "lm"
 
 
 def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -> Any:
@@ -173,8 +199,7 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
     if balance != "memory":
         values = {"flops": base.flops, "params": base.parameters, "blocks": (1,) * len(base.blocks)}[balance]
         return lambda count, a, b: sum(values[a:b])
-    first = next(iter(sample.values())) if isinstance(sample, dict) else sample
-    batch, sums = first.shape[0], [0]
+    batch, sums = samples_in(sample), [0]
     for value in base.saved_bytes:
         sums.append(sums[-1] + value)
     sizes = [4 * batch * int(torch.Size(shape).numel()) for shape in base.shapes]
@@ -186,10 +211,10 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
         key = base.shapes[place]
         if key not in known:
             with keyed(0):
-                module = build_head(heads, base.shapes, place, (0, count), base.classes, base.task)
+                module = build_head(heads, dataclasses.replace(base, cuts=tuple(range(1, count))), 0, place)
             x = torch.zeros(max(2, batch), *base.shapes[place], requires_grad=True)
             if base.task == "lm":
-                x = x.flatten(0, 1)[: heads.chunk]
+                x = x[:, : max(1, heads.chunk // x.shape[0])]
             own = {p.untyped_storage()._cdata for p in module.parameters()} | {x.untyped_storage()._cdata}
             kept: dict[int, Tensor] = {}
 
@@ -211,25 +236,50 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
     return cost
 
 
-def _measured(
-    model: nn.Module, plan: SplitPlan, sample: Inputs, heads: HeadSpec, sgr: SGRConfig, optimizer_states: int
+def measured(
+    model: nn.Module,
+    plan: SplitPlan,
+    *,
+    sample: Inputs,
+    heads: HeadSpec,
+    sgr: SGRConfig,
+    states: int,
+    loss: Loss | None = None,
+    labels: Labels | None = None,
+    checkpointing: bool = False,
+    accumulate: int = 1,
 ) -> SplitPlan:
-    """The plan with the peak of a step, module by module."""
+    """The plan with the peak of a step, module by module.
+
+    Args:
+        model: the model, in training mode.
+        plan: the plan.
+        sample: one batch.
+        heads: local heads.
+        sgr: reconciliation.
+        states: tensors of a parameter's size that the optimizer keeps.
+        loss: loss of the user's.
+        labels: labels of the sample; default: zeros.
+        checkpointing: whether activations within modules are computed again.
+        accumulate: parts that the batch is computed in.
+    """
     device = next(model.parameters()).device
-    with keyed(0, device=device):
-        net = LocalNet(model, plan, heads)
-    first = next(iter(sample.values())) if isinstance(sample, dict) else sample
-    shape = tuple(first.shape[:2]) if plan.task == "lm" else (first.shape[0],)
-    labels = torch.zeros(shape, dtype=torch.int64, device=first.device)
+    net = LocalNet(model, plan, heads, loss=loss, seed=0)
+    if labels is None:
+        first = tensors_of(sample)[0]
+        shape = (first.shape[0], *plan.output[:-1]) if plan.task == "lm" else (first.shape[0],)
+        labels = torch.zeros(shape, dtype=torch.int64, device=first.device)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    states = optimizer_states * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    kept = states * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
     sgr = dataclasses.replace(sgr, ramp=0.0, every=1)
-    boundary = first_boundary(net, sample, labels)
     peaks = []
-    for stage in net.segments:
-        with MemoryProbe(model, net.heads, sample, labels, vars(copy.copy(boundary))) as probe:
-            train_stage(stage, boundary, None, sgr, StepOptions())
-        peaks.append(probe.peak_bytes + states)
+    with keyed(0, device=device):
+        boundary = first_boundary(net, sample, labels, accumulate)
+        for stage in net.segments:
+            stage.checkpointing = stage.checkpointed_blocks() if checkpointing else 0
+            with MemoryProbe(model, net.heads, sample, labels, vars(copy.copy(boundary))) as probe:
+                train_stage(stage, boundary, None, sgr, StepOptions())
+            peaks.append(probe.peak_bytes + kept)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return dataclasses.replace(plan, predicted_peak=max(peaks), module_peaks=tuple(peaks))

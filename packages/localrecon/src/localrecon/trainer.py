@@ -2,7 +2,7 @@
 
 import dataclasses
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from localrecon.boundary import StepOptions
 from localrecon.bpfree import BPFreeNet
-from localrecon.chain import Inputs
 from localrecon.config import SGRConfig
-from localrecon.evaluation import evaluate, moved
+from localrecon.evaluation import evaluate
+from localrecon.inputs import Inputs, Labels, moved, split_batch
 from localrecon.net import LocalNet
 from localrecon.optimizers import Net, OptimizerFactory, SchedulerFactory, adamw, make_optimizers
 from localrecon.plan import PlanMismatchError, SplitPlan
@@ -26,7 +26,7 @@ from tenfold.loading import KeyedLoader
 def train_step(
     net: Net,
     inputs: Inputs,
-    labels: Tensor,
+    labels: Labels,
     optimizers: Sequence[torch.optim.Optimizer],
     sgr: SGRConfig,
     options: StepOptions,
@@ -34,7 +34,7 @@ def train_step(
 ) -> StepReport:
     """``local_step``, or the closed form of a BP-free net."""
     if isinstance(net, BPFreeNet):
-        if isinstance(inputs, Mapping):
+        if not isinstance(inputs, Tensor):
             raise TypeError("a BP-free net takes a tensor")
         return net.step(inputs, labels, optimizers, sgr, options.step, options.total_steps)
     return local_step(net, inputs, labels, optimizers, sgr, options, scalers)
@@ -64,7 +64,7 @@ class Stepper:
     def step(
         self,
         inputs: Inputs,
-        labels: Tensor,
+        labels: Labels,
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
         number: int,
@@ -104,11 +104,40 @@ class Stepper:
             scaler.load_state_dict(saved)
 
 
+def needs_length(sgr: SGRConfig, total_steps: int | None) -> None:
+    """Refuse a ramp of a training whose length is not known.
+
+    Raises:
+        UserError: with what to give.
+    """
+    if total_steps is None and sgr.needs_length:
+        name = "ramp" if sgr.ramp else "anneal_last"
+        raise UserError(
+            f"{name} is a share of the training, whose length is not known here: give StepOptions(total_steps=...), or"
+            f" SGRConfig({name}=0)"
+        )
+
+
+def _endless(loader: Any) -> bool:
+    """Whether a loader has ``len`` by its class, but no length."""
+    try:
+        len(loader)
+    except TypeError:
+        return True
+    return False
+
+
+def set_training(net: Net) -> None:
+    """Training mode where the whole is in evaluation mode; else each submodule keeps its own, such as a frozen BatchNorm."""
+    if not net.training or (isinstance(net, LocalNet) and not net.model.training):
+        net.train()
+
+
 class LocalTrainer:
     """A plain training loop around ``local_step``; it needs no other trainer's library.
 
     Args:
-        net: the net.
+        net: the net; put into training mode where the model is in evaluation mode, else its submodules stay as they are.
         sgr: the reconciliation; default ``SGRConfig()``.
         optim: parameters of a module -> its optimizer; default AdamW at 1e-3.
         scheduler: optimizer -> learning-rate scheduler, stepped after each step.
@@ -133,7 +162,8 @@ class LocalTrainer:
         compile: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.net = net.to(self.device).train()
+        self.net = net.to(self.device)
+        set_training(self.net)
         self.stepper = Stepper(self.net, sgr, options)
         self.stepper.place(self.device)
         self.optimizers = make_optimizers(net, optim)
@@ -142,30 +172,34 @@ class LocalTrainer:
         if compile and isinstance(net, LocalNet):
             net.compile_segments()
 
-    def step(self, inputs: Inputs, labels: Tensor) -> StepReport:
+    def step(self, inputs: Inputs, labels: Labels) -> StepReport:
         """One step on a batch."""
         return self._step(inputs, labels, None)
 
-    def _step(self, inputs: Inputs, labels: Tensor, total: int | None) -> StepReport:
-        self.net.train()
-        batch = moved(inputs, self.device), labels.to(self.device)
+    def _step(self, inputs: Inputs, labels: Labels, total: int | None) -> StepReport:
+        set_training(self.net)
+        batch = moved(inputs, self.device), moved(labels, self.device)
         report = self.stepper.step(*batch, self.optimizers, self.schedulers, self.step_count, total)
         self.step_count += 1
         return report
 
     def fit(
         self,
-        loader: KeyedLoader,
+        loader: Iterable[Any],
         epochs: int,
         *,
         on_step: Callable[[int, StepReport], None] | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 500,
     ) -> None:
-        """Train for so many epochs; with a checkpoint, go on from it where it is there, bit for bit on a CPU.
+        """Train for so many epochs; with a checkpoint, go on from it where it is there.
+
+        With a ``KeyedLoader`` that goes on bit for bit (on a CPU). Of another loader, batches that were trained on are
+        passed over; whether it gives the same ones again is up to it.
 
         Args:
-            loader: its batches depend on seed, epoch and index alone, so the position is a number.
+            loader: any loader, of (inputs, labels), (input, input, labels), or mappings with labels. Without a length
+                (an ``IterableDataset``), ramps of ``SGRConfig`` need ``StepOptions(total_steps=...)``.
             epochs: epochs in all, those of a checkpoint included.
             on_step: called after each step with its number and its report.
             checkpoint: file that the state is kept in, whole at any moment.
@@ -173,20 +207,32 @@ class LocalTrainer:
 
         Raises:
             PlanMismatchError: the checkpoint is of another split.
-            UserError: the checkpoint cannot be read.
+            UserError: the checkpoint cannot be read, a batch has no labels, or the length is not known and needed.
         """
-        total = epochs * len(loader)
+        length = len(loader) if isinstance(loader, Sized) and not _endless(loader) else None
+        total = None if length is None else epochs * length
+        needs_length(self.stepper.sgr, self.stepper.options.total_steps or total)
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
-        while self.step_count < total:
-            epoch, start = divmod(self.step_count, len(loader))
-            loader.seek(epoch, start)
-            for inputs, labels in loader:
-                report = self._step(inputs, labels, total)
+        done = 0  # steps before the batch at hand
+        for epoch in range(epochs):
+            if length is not None and done + length <= self.step_count:
+                done += length
+                continue
+            if isinstance(loader, KeyedLoader):
+                loader.seek(epoch, max(0, self.step_count - done))
+                done = max(done, self.step_count)
+            for batch in loader:
+                done += 1
+                if done <= self.step_count:
+                    continue
+                report = self._step(*split_batch(batch), total)
                 if on_step is not None:
                     on_step(self.step_count, report)
                 if checkpoint is not None and (self.step_count % checkpoint_every == 0 or self.step_count == total):
                     self.save(checkpoint)
+        if checkpoint is not None and total is None:
+            self.save(checkpoint)
 
     def evaluate(self, loader: Any) -> dict[str, float]:
         """Accuracy and loss of every head over the batches of a loader: ``localrecon.evaluation.evaluate``."""

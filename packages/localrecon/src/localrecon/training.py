@@ -1,6 +1,7 @@
 """Local training under Lightning: manual optimization, DDP of each module on its own, and a monitor of memory."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from localrecon.boundary import StepOptions
 from localrecon.bpfree import BPFreeNet
 from localrecon.config import SGRConfig
+from localrecon.evaluation import evaluate_batch
+from localrecon.inputs import samples_in, split_batch
 from localrecon.optimizers import Net, OptimizerFactory, SchedulerFactory, adamw, make_optimizers
-from localrecon.trainer import Stepper
+from localrecon.trainer import Stepper, needs_length, set_training
 from tenfold import UserError
 from tenfold.errors import MissingExtraError
 from tenfold.memory import MemoryProbe
@@ -25,17 +28,18 @@ except ImportError as error:
 class LocalReconModule(pl.LightningModule):
     """Local training under Lightning: manual optimization, one optimizer per module.
 
-    It logs ``m{k}/loss``, ``m{k}/acc`` of each module, ``b{k}/cos``, ``b{k}/R`` of each boundary, and in validation
-    ``val/acc`` and ``val/loss``. Clipping, accumulation and mixed precision are options here, since Lightning's own do
-    not reach into a module's turn. Several devices: strategy "localrecon_ddp" (gradients are averaged module by module).
+    It logs ``m{k}/loss``, ``m{k}/acc`` of each module, ``b{k}/cos``, ``b{k}/R`` of each boundary, and in validation and test
+    ``val/acc`` and ``val/loss``, ``test/acc`` and ``test/loss``. ``global_step`` counts batches. Clipping, accumulation and
+    mixed precision are options here, since Lightning's own do not reach into a module's turn. Several devices: strategy
+    "localrecon_ddp" (gradients are averaged module by module).
 
     Args:
-        net: the net; batches are (inputs, labels).
+        net: the net; batches are (inputs, labels), (input, input, labels), or mappings with ``labels``.
         sgr: the reconciliation; default ``SGRConfig()``.
         optim: parameters of a module -> its optimizer; default AdamW at 1e-3.
         scheduler: optimizer -> learning-rate scheduler, stepped after each step.
         options: seed, accumulation, clipping, number format and the like; default ``StepOptions()``. The length of the
-            training is what the trainer expects, where it is not given.
+            training is what the trainer expects, where it is not given; where that is not known either, ramps are refused.
         batch_transform: applied to (inputs, labels) of a training batch, such as mixup.
     """
 
@@ -63,34 +67,68 @@ class LocalReconModule(pl.LightningModule):
         optimizers = make_optimizers(self.net, self.optim)
         return optimizers, [self.scheduler(optimizer) for optimizer in optimizers] if self.scheduler else []
 
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the model gives."""
+        if named:
+            return self.net(named)
+        return self.net(inputs[0] if len(inputs) == 1 else inputs)
+
     def on_fit_start(self) -> None:
-        """Refuse what Lightning would do to the whole, and make the loss scales."""
+        """Refuse what Lightning would do to the whole, and make the loss scales.
+
+        Raises:
+            UserError: Lightning's own half precision or clipping, or a ramp of a training whose length is not known.
+        """
         if str(self.trainer.precision).startswith("16"):
             raise UserError(
                 'Lightning\'s precision "16" scales one loss: give StepOptions(dtype=torch.float16) to LocalReconModule'
             )
+        needs_length(self.stepper.sgr, self._length())
+        set_training(self.net)
         if self.stepper.scalers is None:
             self.stepper.place(self.device)
 
+    def _length(self) -> int | None:
+        """Steps of the training; None where neither the options nor the trainer say."""
+        if self.stepper.options.total_steps:
+            return self.stepper.options.total_steps
+        expected = self.trainer.estimated_stepping_batches
+        return int(expected) if math.isfinite(expected) and expected > 0 else None
+
     def training_step(self, batch: Any, index: int) -> None:
         """One step of all modules."""
-        inputs, labels = batch
+        inputs, labels = split_batch(batch)
         if self.batch_transform is not None:
             inputs, labels = self.batch_transform(inputs, labels)
-        total = self.stepper.options.total_steps or int(self.trainer.estimated_stepping_batches)
         optimizers = _listed(self.optimizers(use_pl_optimizer=False))
         schedulers = _listed(self.lr_schedulers())
-        report = self.stepper.step(inputs, labels, optimizers, schedulers, int(self.steps), total)
+        report = self.stepper.step(inputs, labels, optimizers, schedulers, int(self.steps), self._length())
         self.steps += 1
-        self.log_dict(report.metrics())
+        # Lightning counts calls of its optimizers, of which there is one per module; ``max_steps``, ``ModelCheckpoint`` and
+        # loggers go by this number
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+        self.log_dict(report.metrics(), batch_size=samples_in(labels))
 
     def validation_step(self, batch: Any, index: int) -> None:
         """Loss and accuracy of the last head."""
-        inputs, labels = batch
-        logits = self.net.forward_exits(inputs)[-1].flatten(0, -2).float()
-        loss = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100)
-        right = (logits.argmax(dim=1) == labels.flatten()).float().mean()
-        self.log_dict({"val/loss": loss, "val/acc": right}, on_epoch=True, batch_size=labels.shape[0], sync_dist=True)
+        self._measure(batch, "val")
+
+    def test_step(self, batch: Any, index: int) -> None:
+        """Loss and accuracy of the last head."""
+        self._measure(batch, "test")
+
+    def _measure(self, batch: Any, name: str) -> None:
+        inputs, labels = split_batch(batch)
+        found = evaluate_batch(self.net, inputs, labels)
+        values = {f"{name}/{key}": value for key, value in found.items() if key != "terms"}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=int(found["terms"]), sync_dist=True)
+
+    def predict_step(self, batch: Any, index: int) -> Any:
+        """What the model gives for a batch as in training, or for inputs alone (a tensor or a mapping)."""
+        whole = isinstance(batch, list | tuple) or (isinstance(batch, Mapping) and "labels" in batch)
+        return self.net(split_batch(batch)[0] if whole and len(batch) > 1 else batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add plan, averages of the gate and loss scales."""
