@@ -16,13 +16,13 @@ from tenfold.testing import assert_user_error
 
 
 def test_ways_come_by_their_computation_and_exact_ones_first():
-    x, _ = images(count=16)
-    found = list(choices(convs(6), x, sgr=SGRConfig(ramp=0)))
+    x, _ = images(count=8, size=4)
+    found = list(choices(convs(4), x, sgr=SGRConfig(ramp=0)))
     assert [way.method for way in found[:3]] == ["bp", "accum", "accum"]
     assert [way.cost for way in found] == sorted(way.cost for way in found)
     assert {way.method for way in found} == {"bp", "accum", "ckpt", "sgr", "sgr + ckpt"}
     assert found[1].note == "BatchNorm sees the parts"
-    lazy = [way.method for way in choices(convs(6), x, sgr=SGRConfig(ramp=0, every=8))]
+    lazy = [way.method for way in choices(convs(4), x, sgr=SGRConfig(ramp=0, every=8))]
     assert lazy.index("sgr") < lazy.index("ckpt")
 
 
@@ -78,7 +78,7 @@ def test_the_allocator_counts_temporaries_that_live_tensors_do_not_show():
 
 
 def test_plan_with_a_budget_says_what_to_run_and_that_runs(tmp_path, capsys):
-    words = ["--model", "convnet", "--depth", "6", "--width", "8", "--data", "digits", "--batch_size", "64"]
+    words = ["--model", "convnet", "--depth", "4", "--width", "4", "--data", "digits", "--batch_size", "256"]
     assert main(["plan", *words, "--k", "1", "--out", str(tmp_path / "whole")]) == 0
     whole = json.loads((tmp_path / "whole/plan.json").read_text())["predicted_peak"]
     capsys.readouterr()

@@ -9,7 +9,7 @@ _spec = importlib.util.spec_from_file_location("localrecon_networks", Path(__fil
 networks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(networks)
 
-FEW = ["torchvision resnet18", "transformers Llama"]
+FEW = ["torchvision ConvNeXt, stochastic depth", "transformers Llama"]
 REFUSED = {"timm crossvit_tiny_240": "one block"}
 """Name -> words of the line that refuses it."""
 

@@ -108,8 +108,8 @@ def test_the_weight_of_the_reconciliation_is_never_negative():
         assert SGRConfig(lam=2, anneal_last=0.5, ramp=0.1).strength(step, 10) >= 0
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", ["layers", "convolutions"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["layers", pytest.param("convolutions", marks=pytest.mark.slow)])
 def test_compiled_modules_give_the_eager_numbers(backend, kind):
     x, y = vectors() if kind == "layers" else images(count=4)
     net = split(mlp(depth=2) if kind == "layers" else convs(depth=2, width=4), x, 2)
