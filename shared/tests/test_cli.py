@@ -98,7 +98,9 @@ def _package(monkeypatch, tmp_path_factory):
     for name in ("__init__", "commands/__init__"):
         (folder / f"example/{name}.py").write_text("")
     for verb in APP.verbs:
-        (folder / f"example/commands/{verb.name.replace('-', '_')}.py").write_text("from what_commands_do import run as run\n")
+        (folder / f"example/commands/{verb.name.replace('-', '_')}.py").write_text(
+            "from what_commands_do import run as run\n"
+        )
     for name in [name for name in sys.modules if name.partition(".")[0] == "example"]:
         monkeypatch.delitem(sys.modules, name)
     module = ModuleType("what_commands_do")
