@@ -287,6 +287,9 @@ class _Work:
         self.parallel = self.chunks > 1 and self.b * channels * self.n <= PARALLEL
         self.b_groups, self.c_groups = B.shape[1], C.shape[1]
         self.A = A.view(groups, self.c, self.n)
+        # below this a decay is 0 in every sum, and a denormal number would be slow
+        lowest = -80.0 if u.dtype == torch.float32 else -700.0
+        self.lowest = lowest if u.numel() and float(delta.abs().max() * A.abs().max()) > -lowest else None
         self.delta = self.cut(delta)
         self.u = self.cut(u)
         self.du = self.delta * self.u
@@ -349,17 +352,19 @@ class _Work:
         """First row of what is computed at once: all rows, or one chunk of all sequences after another."""
         yield from range(0, self.rows, self.rows if self.parallel or self.chunks == 1 else self.b)
 
-    def decays(self, g: int, at: slice, channels: slice, out: Tensor) -> None:
-        """exp(delta A) of a block, (T, r, c, N)."""
-        torch.mul(self.delta[g, :, at, channels, None], self.A[g, channels], out=out)
-        # below this the decay is 0 in every sum, and a denormal number would be slow
-        out.clamp_(min=-80 if out.dtype == torch.float32 else -700).exp_()
+    def decays(self, g: int, at: slice, channels: slice, out: Tensor, begin: int = 0) -> None:
+        """exp(delta A) of a block from step ``begin`` on, (T - begin, r, c, N)."""
+        torch.mul(self.delta[g, begin:, at, channels, None], self.A[g, channels], out=out)
+        if self.lowest is not None:
+            out.clamp_(min=self.lowest)
+        out.exp_()
 
     def states(self, g: int, at: slice, channels: slice, first: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Decays and states of a block, (T, r, c, N), in scratch 0 and 1."""
+        """Decays and states of a block, (T, r, c, N), in scratch 0 and 1; without a first state, no decay of the first step."""
         shape = (self.t, at.stop - at.start, channels.stop - channels.start, self.n)
         decay, state = self.scratch(0, *shape), self.scratch(1, *shape)
-        self.decays(g, at, channels, decay)
+        begin = 0 if first is not None else 1
+        self.decays(g, at, channels, decay[begin:], begin)
         torch.mul(self.du[g, :, at, channels, None], self.B[g, :, at, None, :], out=state)
         steps, factors = state.unbind(0), decay.unbind(0)
         if first is not None:
@@ -443,12 +448,12 @@ class _Work:
                     dC[g, :, at] += torch.matmul(dy[g, :, at, None, channels], state)[..., 0, :]
                     dB[g, :, at] += torch.matmul(self.du[g, :, at, None, channels], adjoint)[..., 0, :]
                     q[g, :, at, channels] = torch.matmul(adjoint, self.B[g, :, at, :, None])[..., 0]
-                    adjoint.mul_(decay)
-                    self.pass_on(adjoint[0], at, g, channels, dfirst, enters)
-                    adjoint[1:].mul_(state[:-1])
+                    adjoint[1:].mul_(decay[1:]).mul_(state[:-1])
                     if first is None:
                         adjoint[0].zero_()
                     else:
+                        adjoint[0].mul_(decay[0])
+                        self.pass_on(adjoint[0], at, g, channels, dfirst, enters)
                         adjoint[0].mul_(first)
                     flat = adjoint.flatten(0, 1)
                     # by channel: (c, T r, N) @ (c, N, 1), and (c, 1, T r) @ (c, T r, N)

@@ -12,7 +12,7 @@ from mamba_fscil.commands._files import decoded, learner_of, pictures_in, refuse
 from mamba_fscil.config import AddClassSettings, DataSettings
 from mamba_fscil.data import Part, load, read_maps
 from mamba_fscil.training.learner import IncrementalLearner
-from mamba_fscil.training.store import append, copy, opened
+from mamba_fscil.training.store import append, copy, missing_in, opened
 from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.terminal import table, track
@@ -34,7 +34,9 @@ def run(settings: AddClassSettings, invocation: Invocation) -> None:
     tested = None if settings.data is None else _tests(learner, settings.data, names)
     target = settings.save_as or stored.folder
     with opened(target, writing=True, option="--save_as" if settings.save_as else "--learner") as growing:
-        if settings.save_as is None and len(growing.entries) != stored.number:
+        if settings.save_as is not None:
+            missing_in(stored.folder, growing, stored.number)
+        elif len(growing.entries) != stored.number:
             raise UserError(f"--learner {settings.learner}: another command has changed it meanwhile: try again")
     maps = torch.cat([learner.maps(part) for part in torch.split(inputs, 64)])
     before = _answers(learner, tested)

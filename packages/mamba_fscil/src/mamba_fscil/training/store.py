@@ -16,7 +16,7 @@ from mamba_fscil.head import ETFHead
 from mamba_fscil.memory import FeatureMemory
 from mamba_fscil.projector import DualSSMProjector, MLPProjector, Projector
 from tenfold import UserError, checkpoints, models
-from tenfold.growing import Growing
+from tenfold.growing import Entry, Growing
 from tenfold.runs import from_plain, plain
 
 if TYPE_CHECKING:
@@ -136,18 +136,26 @@ def append(growing: Growing, learner: "IncrementalLearner", *, option: str = "")
     return growing.entries[-1].path
 
 
+def missing_in(source: Path, target: Growing, until: int) -> list[Entry]:
+    """Which of the first ``until`` files of a learner a folder does not hold yet, as a killed copy may have left it.
+
+    Raises:
+        UserError: the folder holds another learner.
+    """
+    old, there = opened(source).entries[:until], target.entries
+    if [entry.about for entry in there] != [entry.about for entry in old[: len(there)]] or len(there) > until:
+        raise UserError(f"--save_as {target.path}: another learner is there already; give another folder")
+    return old[len(there) :]
+
+
 def copy(source: Path, target: str | os.PathLike[str], until: int) -> None:
     """Copy the first ``until`` files of a learner into a new folder; goes on where a killed command has left off.
 
     Raises:
         UserError: the folder holds something else.
     """
-    old = opened(source)
     with opened(target, writing=True, option="--save_as") as growing:
-        there = [entry.about for entry in growing.entries]
-        if there != [entry.about for entry in old.entries[: len(there)]] or len(there) > until:
-            raise UserError(f"--save_as {target}: another learner is there already; give another folder")
-        for entry in old.entries[len(there) : until]:
+        for entry in missing_in(source, growing, until):
             with growing.adding(".safetensors", entry.about) as path:
                 path.write_bytes(entry.path.read_bytes())
 
