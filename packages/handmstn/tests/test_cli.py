@@ -75,6 +75,7 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     page = (tmp_path / "s/sheets/0001.html").read_text()
     assert "no proof of identity" in page
     assert "http" not in page
+    assert "not at hand" not in page
     with Image.open(tmp_path / "s/sheets/0002.png") as sheet:
         assert sheet.width > 800
     person = found["answers"][0]["candidates"][0]["person"]
