@@ -75,6 +75,7 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     page = (tmp_path / "s/sheets/0001.html").read_text()
     assert "no proof of identity" in page
     assert "http" not in page
+    assert "not at hand" not in page
     with Image.open(tmp_path / "s/sheets/0002.png") as sheet:
         assert sheet.width > 800
     person = found["answers"][0]["candidates"][0]["person"]
@@ -367,7 +368,7 @@ def unbroken(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("task", "after"), [("AlignTask", 1), ("AlignTask", 3), ("IdentityTask", 3)])
+@pytest.mark.parametrize(("task", "after"), [("AlignTask", 1), ("IdentityTask", 3)])
 def test_a_stage_killed_before_or_after_its_checkpoint_resumes_to_the_same_weights(unbroken, tmp_path, task, after):
     killed = [*RESUMED, "--out", str(tmp_path / "killed")]
     script = SCRIPT.format(task=task, after=after, words=killed)

@@ -127,8 +127,8 @@ def verdict(probe: Probe, candidates: Sequence[Candidate], threshold: float | No
     if threshold is None:
         return f"best candidate: {best.person}, score {best.score:.3f}; no threshold was set"
     if best.score < threshold:
-        return f"none of them: the best score {best.score:.3f} is below the threshold {threshold:.3f}"
-    return f"candidate: {best.person}, score {best.score:.3f} (threshold {threshold:.3f})"
+        return f"none of them: the best score {best.score:.4f} is below the threshold {threshold:.4f}"
+    return f"candidate: {best.person}, score {best.score:.4f} (threshold {threshold:.4f})"
 
 
 def _number(value: float) -> str:

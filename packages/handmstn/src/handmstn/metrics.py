@@ -196,13 +196,15 @@ class Verification:
     def update(self, scores: NDArray[Any], same: NDArray[np.bool_]) -> None:
         """Count pairs: scores of any shape, and whether each is genuine."""
         flat = np.asarray(scores).ravel()
+        genuine = np.asarray(same, np.bool_).ravel()
         place = ((flat - self.low) * (self.bins / (self.high - self.low))).astype(np.int64)
         np.clip(place, 0, self.bins - 1, out=place)
-        genuine = np.asarray(same).ravel()
-        for row, part in enumerate((~genuine, genuine)):
-            self.counts[row] += np.bincount(place[part], minlength=self.bins)
-            chosen = flat[part].astype(np.float64)
-            self.sums[row] += chosen.sum(), np.square(chosen).sum()
+        place += self.bins * genuine
+        self.counts += np.bincount(place, minlength=2 * self.bins).reshape(2, self.bins)
+        chosen = flat.astype(np.float64)
+        share = genuine.astype(np.float64)
+        whole, own = (np.asarray([w @ chosen, (w * chosen) @ chosen]) for w in (np.ones_like(share), share))
+        self.sums += np.stack([whole - own, own])
 
     def merge(self, other: "Verification") -> "Verification":
         """Add what another one has counted.

@@ -1,5 +1,6 @@
 """`handmstn enroll`: pictures of known people -> vectors in a gallery; pictures without a hand are left out and named."""
 
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -32,7 +33,10 @@ def run(settings: EnrollSettings, invocation: Invocation) -> None:
     kept = found.part(found.shown)
     if not len(kept.hands):
         raise UserError(f"--data {settings.data}: no hand can be seen in any of {len(hands)} pictures")
-    added = gallery.enroll(kept.enrolled, purpose=settings.purpose, image_source=settings.data)
+    held = kept.enrolled
+    if kept.hands.files:  # so that a sheet can show the picture as long as it is there
+        held = dataclasses.replace(held, names=np.asarray([str(f.resolve()) for f in kept.hands.files], dtype=np.str_))
+    added = gallery.enroll(held, purpose=settings.purpose, image_source=settings.data)
     people = sorted(set(kept.hands.persons.tolist()))
     left_out = hands.names[~found.shown].tolist()
     answer = {

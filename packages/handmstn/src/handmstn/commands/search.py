@@ -1,19 +1,25 @@
 """`handmstn search`: who in the gallery could this hand be, or is it none of them; with evidence sheets."""
 
+import hashlib
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from handmstn.commands._files import embedded, read, trained, wanted
 from handmstn.commands._pictures import percent
 from handmstn.commands._ratios import calibration_of
 from handmstn.config import SearchSettings
 from handmstn.evidence import Probe, evidence_sheet, verdict
-from handmstn.gallery import MILLION, Gallery
+from handmstn.gallery import MILLION, Candidate, Gallery
 from handmstn.models import head_of
-from tenfold import UserError
+from handmstn.recognizer import HandMSTN
+from handmstn.records import letterboxed
+from tenfold import UserError, readers
 from tenfold.cli import Invocation
+from tenfold.modules import evaluating
 from tenfold.terminal import table
 
 
@@ -77,7 +83,8 @@ def run(settings: SearchSettings, invocation: Invocation) -> None:
         best = kept[0] if kept else None
         rows.append([probe.name, answer, "-" if best is None else percent(best.common)])
         if number < settings.sheets:
-            sheet = evidence_sheet(probe, kept, model.parts, threshold=threshold, llr=ratios)
+            pictures = [_enrolled_picture(gallery, c, model, int(card["size"])) for c in kept]
+            sheet = evidence_sheet(probe, kept, model.parts, threshold=threshold, llr=ratios, pictures=pictures)
             name = f"sheets/{number + 1:04d}"
             with invocation.folder.replacing(f"{name}.png") as path:
                 sheet.png.save(path, "PNG")
@@ -101,3 +108,23 @@ def run(settings: SearchSettings, invocation: Invocation) -> None:
     shown = min(settings.sheets, len(lines))
     where = f"; evidence sheets in {Path(invocation.folder.path) / 'sheets'}" if shown else ""
     sys.stdout.write(f"{len(lines)} pictures against {len(gallery)} enrolled, threshold {threshold:.3f}{where}\n")
+
+
+def _enrolled_picture(
+    gallery: Gallery, candidate: Candidate, model: HandMSTN, size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+    """The enrolled picture with its points; None where the file is gone, is another one now, or points were given."""
+    path = Path(candidate.name)
+    if model.aligner is None or not path.is_absolute() or not path.is_file():
+        return None
+    try:
+        image = letterboxed(readers.read_image(path), size)
+    except UserError:
+        return None
+    if candidate.side == "left":
+        image = np.ascontiguousarray(image[:, :, ::-1])
+    if hashlib.sha256(image.tobytes()).hexdigest()[:32] != gallery.enrolled.digests[candidate.row]:
+        return None
+    with evaluating(model):
+        found = model.locate(torch.from_numpy(image)[None].float() / 255, None, None)
+    return image, found.points[0].numpy()
