@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from pckd import DataError
 from pckd.config import DataSettings
-from pckd.data import load
+from pckd.data import DataError, load
 from PIL import Image
 
 from tenfold import UserError

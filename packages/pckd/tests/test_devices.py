@@ -78,8 +78,8 @@ def test_timms_training_loop_takes_the_task(tmp_path):
         task.update_ema(step=epoch)
     assert not torch.equal(heads, before)  # the heads of the loss are trained
     assert task.get_eval_model() is student
-    evaluator = task.create_evaluator()
-    assert evaluator is not None
+    if hasattr(task, "create_evaluator"):  # from 1.0.31 on
+        assert task.create_evaluator() is not None
     state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
     assert set(state["state_dict"]) == set(student.state_dict()) == set(state["state_dict_ema"])
     torch.save(state, tmp_path / "checkpoint.pth")

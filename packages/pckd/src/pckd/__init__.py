@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pckd.config import Preview as Preview
     from pckd.config import Views as Views
     from pckd.contrast import category_contrast as category_contrast
-    from pckd.data import DataError as DataError
     from pckd.distiller import Distiller as Distiller
     from pckd.losses import CategoryContrastLoss as CategoryContrastLoss
     from pckd.losses import CenterAlignLoss as CenterAlignLoss

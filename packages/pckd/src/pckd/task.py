@@ -11,7 +11,9 @@ from tenfold.errors import MissingExtraError
 try:
     from timm.task import TrainingTask
 except ImportError as error:
-    raise MissingExtraError('PCKDTask needs timm.task of timm 1.0.23 or later: pip install -U "pckd[timm]"') from error
+    raise MissingExtraError(
+        'PCKDTask needs the training tasks of timm 1.0.27 or later: pip install -U "pckd[timm]"'
+    ) from error
 
 
 class PCKDTask(TrainingTask):
