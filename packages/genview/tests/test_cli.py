@@ -270,10 +270,6 @@ def test_a_recipe_runs_on_a_tiny_stand_in(recipe, world, data, tmp_path):
         "auto",
     ]
     small += [
-        "--devices",
-        1,
-        "--strategy",
-        "auto",
         "--heads.hidden",
         16,
         "--heads.out",

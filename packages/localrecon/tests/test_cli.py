@@ -5,10 +5,12 @@ import pytest
 import torch
 import yaml
 from localrecon.cli import main
+from localrecon.config import TrainSettings
 from localrecon.models import convnet
 from PIL import Image
 from safetensors.torch import load_file
 
+from tenfold import UserError
 from tenfold.testing import assert_user_error
 
 SMALL = [
@@ -372,3 +374,9 @@ def test_the_quick_demo_runs_whole(tmp_path, capsys):
     assert summary["level"] == "quick"
     assert {claim["holds"] for claim in summary["claims"]} == {None}
     assert len(list((tmp_path / "demo/figures").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("method", ["bp", "ckpt", "accum", "bpfree"])
+def test_checkpoints_within_modules_are_refused_for_methods_without_modules(method):
+    with pytest.raises(UserError, match=f"--checkpointing is for local and sgr; --method {method}"):
+        TrainSettings(data="digits", model="mlp", epochs=1, method=method, checkpointing=True)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from mamba_fscil.cli import main
 from mamba_fscil.commands._files import learner_of
+from mamba_fscil.config import TrainSettings
 from mamba_fscil.data import normalized
 from PIL import Image
 
+from tenfold import UserError
 from tenfold.images import read_square
 from tenfold.testing import assert_user_error
 
@@ -322,3 +324,8 @@ def test_compare_measures_every_arm(pictures, tmp_path, capsys):
     assert "cosine" in summary["arms"]["mamba-fscil"]
     assert "harmonic of mamba-fscil - harmonic of ncm" in capsys.readouterr().out
     assert main([*words, "--arms", "ncm,mlp,mamba-fscil", "--out", str(tmp_path / "c"), "--resume"]) == 0
+
+
+def test_an_option_without_effect_is_refused():
+    with pytest.raises(UserError, match="--validate_every: nothing is validated within a base session"):
+        TrainSettings(data="digits", learner="x", validate_every=5)

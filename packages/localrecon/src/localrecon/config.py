@@ -294,6 +294,10 @@ class TrainSettings(TrainingSettings, RecordSettings):
         super().__post_init__()
         if self.validate_every and not self.validation:
             raise UserError("--validate_every needs --validation, the share of the data that is held out")
+        if self.checkpointing and self.method not in {"local", "sgr"}:
+            raise UserError(
+                f"--checkpointing is for local and sgr; --method {self.method} decides what is kept by itself"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

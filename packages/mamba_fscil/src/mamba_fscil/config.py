@@ -231,6 +231,8 @@ class RunSettings(TrainerConfig):
         super().__post_init__()
         if self.backbone_weights is not None and self.backbone is None:
             raise UserError("--backbone_weights needs --backbone")
+        if self.validate_every:
+            raise UserError("--validate_every: nothing is validated within a base session; evaluate tests a learner")
 
 
 @dataclass(frozen=True, kw_only=True)
