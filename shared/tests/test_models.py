@@ -156,6 +156,7 @@ def test_image_classifiers_of_transformers_give_logits_and_get_a_new_head(tiny_v
     images = torch.rand(2, 3, 16, 16)
     theirs = ViTForImageClassification.from_pretrained(tiny_vit).eval()
     with torch.no_grad():
+        assert models.build(f"hf:{tiny_vit}").training  # as every kind: what was set is kept by those who train
         same = models.build(f"hf:{tiny_vit}").eval()
         assert torch.equal(same(images), theirs(images).logits)
         assert torch.equal(models.build(f"hf:{tiny_vit}", num_classes=3).eval()(images), theirs(images).logits)

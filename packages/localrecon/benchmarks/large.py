@@ -31,14 +31,14 @@ WAYS = {
 def gpt2():
     """GPT-2 small, untied."""
     config = transformers.GPT2Config(attn_implementation="sdpa")
-    tokens = torch.randint(50257, (4, 1024))
+    tokens = torch.randint(50257, (2, 1024))
     return untie(transformers.GPT2LMHeadModel(config)), tokens, tokens
 
 
 MODELS = {
-    "resnet50": ("ResNet-50, 224 px, B 16", lambda: images("resnet50", 16)),
-    "vit_small": ("ViT-S/16, 224 px, B 16", lambda: images("vit_small_patch16_224", 16)),
-    "gpt2": ("GPT-2 small, 1,024 tokens, B 4", gpt2),
+    "resnet50": ("ResNet-50, 224 px, B 8", lambda: images("resnet50", 8)),
+    "vit_small": ("ViT-S/16, 224 px, B 8", lambda: images("vit_small_patch16_224", 8)),
+    "gpt2": ("GPT-2 small, 1,024 tokens, B 2", gpt2),
 }
 
 

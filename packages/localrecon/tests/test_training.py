@@ -13,10 +13,10 @@ from localrecon import LocalReconModule, LocalTrainer, MemoryMonitor, SGRConfig,
 from localrecon import step as step_module
 from localrecon.cli import main
 from localrecon.commands.compare import arms_of, measure
-from localrecon.config import CompareSettings
+from localrecon.config import CompareSettings, OptimizerSettings
 from localrecon.data import load_data
 from localrecon.evaluation import evaluate
-from localrecon.optimizers import make_optimizers
+from localrecon.optimizers import make_optimizers, optimizer_of, state_bytes
 from localrecon.plan import PlanMismatchError
 from localrecon_test_nets import convs, dropout_mlp, images, mlp, same, sgds, split, vectors, weights
 from PIL import Image
@@ -245,6 +245,41 @@ def test_killed_before_and_after_its_first_checkpoint_and_resumed_it_ends_with_t
     assert main(arguments("killed", "--resume")) == 0
     for name in ("backbone.safetensors", "heads.safetensors", "metrics.csv", "plan.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adamw8bit"])
+def test_the_bytes_foreseen_for_an_optimizers_states_are_those_that_it_keeps(name):
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((4095,), (64, 64), (300, 70), (3,))]
+    optimizer = optimizer_of(OptimizerSettings(name=name), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    kept = {
+        state.untyped_storage().data_ptr(): state.nbytes
+        for states in optimizer.state.values()
+        for key, state in states.items()
+        if isinstance(state, torch.Tensor) and state.dim() and "qmap" not in key  # the quantiles are shared by all
+    }
+    assert sum(kept.values()) == sum(state_bytes(name, parameter) for parameter in parameters)
+
+
+def test_states_of_eight_bits_train_like_those_of_thirty_two_and_resume_to_the_same_files(tmp_path):
+    settings = "--model mlp --data digits --depth 3 --k 2 --epochs 1 --checkpoint_every 7 --device cpu --quiet"
+    words = ["train", *settings.split()]
+
+    def arguments(name, optimizer, *more):
+        return [*words, "--optimizer.name", optimizer, "--out", str(tmp_path / name), *more]
+
+    killed(arguments("killed", "adamw8bit"), 2 * 9)
+    assert main(arguments("killed", "adamw8bit", "--resume")) == 0
+    assert main(arguments("whole", "adamw8bit")) == 0
+    assert main(arguments("plain", "adamw")) == 0
+    for name in ("backbone.safetensors", "metrics.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    ends = [load_file(tmp_path / name / "backbone.safetensors") for name in ("whole", "plain")]
+    moved = [torch.cat([end[key].flatten() for key in end]) for end in ends]
+    assert not torch.equal(*moved)
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.99
 
 
 @pytest.mark.slow

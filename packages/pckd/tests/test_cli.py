@@ -13,6 +13,7 @@ from pckd.cli import main
 from pckd.models import build
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from tenfold.testing import assert_user_error
 
@@ -87,6 +88,20 @@ def test_evaluate(student, teacher, pictures, tmp_path, capsys):
         (other / part / "red").rename(other / part / "rose")
     words = ["evaluate", "--run", str(student), "--data", f"imagefolder:{other}", "--out", str(tmp_path / "f")]
     assert_user_error(main, words, capsys, "differing: red, rose")
+
+
+def test_a_student_that_began_with_weights_of_other_classes_is_read_again(pictures, tmp_path):
+    """As a teacher, too: what its name brings (here a folder of two classes) is replaced by its own file."""
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 16], "depths": [1, 1], "layer_type": "basic"}
+    begun = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=2))
+    begun.save_pretrained(tmp_path / "begun")
+    words, data = ["--student", f"hf:{tmp_path / 'begun'}"], ["--data", f"imagefolder:{pictures}"]
+    assert main(["train", *data, *words, *SMALL, "--out", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "e"), "--device", "cpu"]) == 0
+    assert main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x"), "--quiet"]) == 0
+    words = ["--teacher", f"hf:{tmp_path / 'begun'}", "--student", "cifar:plain4", "--method", "kd"]
+    words += ["--teacher_weights", str(tmp_path / "run")]
+    assert main(["train", *data, *words, *SMALL, "--out", str(tmp_path / "taught")]) == 0
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch-export", "onnx"])

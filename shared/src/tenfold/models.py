@@ -338,6 +338,7 @@ def _transformers(
             _same_classes(theirs, num_classes, shown)
         with _one_line(shown):  # no code of a model's author is run, and none of its pickles
             model = factory.from_pretrained(source, trust_remote_code=False, weights_only=True, **options)
+        model.train()  # as every other kind is; transformers gives these in evaluation mode
         channels_of = getattr(model.config, "num_channels", in_chans)
         if channels_of != in_chans:
             raise UserError(f"{shown}: it takes {channels_of} channels, the data have {in_chans}")

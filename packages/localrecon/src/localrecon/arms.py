@@ -17,7 +17,7 @@ from localrecon.config import Feedback, HeadSpec, Method, OptimizerSettings, SGR
 from localrecon.inputs import Inputs
 from localrecon.models import DataForm, build_bpfree, build_model
 from localrecon.net import LocalNet
-from localrecon.optimizers import Net, make_optimizers, optimizer_of
+from localrecon.optimizers import Net, make_optimizers, optimizer_of, state_bytes
 from localrecon.plan import SplitPlan
 from localrecon.profiling import plan_split
 from localrecon.trainer import train_step
@@ -63,7 +63,7 @@ def split_of(settings: SplitSettings, model: nn.Module, sample: Inputs, sgr: SGR
         adapter=settings.adapter,
         heads=settings.head,
         sgr=sgr,
-        optimizer_states=2 if settings.optimizer.name == "adamw" else 1,
+        optimizer_states=partial(state_bytes, settings.optimizer.name),
     )
 
 

@@ -1,11 +1,11 @@
 """Which method fits into a budget of memory at the least computation: the cut alone is not the only way to save."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from localrecon.config import HeadSpec, SGRConfig
 from localrecon.inputs import Inputs, samples_in
@@ -51,7 +51,7 @@ def choices(
     *,
     heads: HeadSpec | None = None,
     sgr: SGRConfig | None = None,
-    optimizer_states: int = 2,
+    optimizer_states: int | Callable[[Tensor], int] = 2,
     adapter: str = "auto",
 ) -> Iterator[Choice]:
     """All ways, those of the least computation first; each is measured when it is asked for.
@@ -64,7 +64,7 @@ def choices(
         sample: one batch of inputs as in training.
         heads: local heads of SGR.
         sgr: its reconciliation.
-        optimizer_states: tensors of a parameter's size that the optimizer keeps.
+        optimizer_states: as for `plan_split`.
         adapter: how the model is taken apart.
     """
     heads, sgr = heads or HeadSpec(), sgr or SGRConfig()

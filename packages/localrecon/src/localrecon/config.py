@@ -118,10 +118,10 @@ class OptimizerKind(Settings):
     """The optimizer of each module.
 
     Args:
-        name: sgd (with Nesterov momentum; one state per weight) or adamw (two).
+        name: sgd (with Nesterov momentum; one state per weight), adamw (two), or adamw8bit (two of 8 bits, by bitsandbytes).
     """
 
-    name: Literal["sgd", "adamw"] = "adamw"
+    name: Literal["sgd", "adamw", "adamw8bit"] = "adamw"
 
 
 @dataclass(frozen=True, kw_only=True)

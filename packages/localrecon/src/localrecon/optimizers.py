@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localrecon.bpfree import BPFreeNet
 from localrecon.config import OptimizerSettings
 from localrecon.net import LocalNet
 from tenfold import UserError
+from tenfold.errors import needs
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -43,6 +44,18 @@ def make_optimizers(net: Net, factory: OptimizerFactory) -> list[torch.optim.Opt
     return made
 
 
+def state_bytes(name: str, parameter: Tensor) -> int:
+    """Bytes that the optimizer of that name keeps of a parameter.
+
+    bitsandbytes has a byte per weight and state, and a number of 32 bits for each 256 of them; it leaves tensors of fewer than
+    4096 weights in 32 bits.
+    """
+    count = parameter.numel()
+    if name == "adamw8bit":
+        return 2 * (count + 4 * math.ceil(count / 256) if count >= 4096 else 4 * count)
+    return {"sgd": 1, "adamw": 2}[name] * count * parameter.element_size()
+
+
 def _nothing() -> torch.optim.Optimizer:
     """For a module in which nothing is trained."""
     return torch.optim.SGD([nn.Parameter(torch.zeros(0))], lr=0.0)
@@ -52,6 +65,12 @@ def optimizer_of(settings: OptimizerSettings, parameters: list[nn.Parameter]) ->
     """The optimizer that the settings name; with ``partial``, a factory that processes can be sent."""
     if settings.name == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.name == "adamw8bit":
+        needs("bitsandbytes", "bitsandbytes", "localrecon", why="AdamW with states of 8 bits")
+        from bitsandbytes.optim import AdamW8bit
+
+        made: torch.optim.Optimizer = AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        return made
     momentum = settings.momentum
     decay = settings.weight_decay
     return torch.optim.SGD(parameters, lr=settings.lr, momentum=momentum, weight_decay=decay, nesterov=momentum > 0)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ def plan_split(
     adapter: str = "auto",
     heads: HeadSpec | None = None,
     sgr: SGRConfig | None = None,
-    optimizer_states: int = 2,
+    optimizer_states: int | Callable[[Tensor], int] = 2,
     measure: bool = True,
     loss: Loss | None = None,
     labels: Labels | None = None,
@@ -65,7 +65,8 @@ def plan_split(
         adapter: how the model is taken apart.
         heads: local heads that will be used.
         sgr: reconciliation that will be used.
-        optimizer_states: tensors of a parameter's size that the optimizer keeps: 2 for Adam, 1 for SGD with momentum.
+        optimizer_states: tensors of a parameter's size that the optimizer keeps (2 for Adam, 1 for SGD with momentum), or a
+            function of a parameter that returns their bytes.
         measure: whether the peak of a step is predicted, which needs a backward pass.
         loss: loss of yours, (output, labels) -> mean over the batch, in place of cross-entropy.
         labels: labels of the sample, which a loss of yours needs where the peak is measured.
@@ -243,7 +244,7 @@ def measured(
     sample: Inputs,
     heads: HeadSpec,
     sgr: SGRConfig,
-    states: int,
+    states: int | Callable[[Tensor], int],
     loss: Loss | None = None,
     labels: Labels | None = None,
     checkpointing: bool = False,
@@ -257,7 +258,7 @@ def measured(
         sample: one batch.
         heads: local heads.
         sgr: reconciliation.
-        states: tensors of a parameter's size that the optimizer keeps.
+        states: as ``optimizer_states`` of `plan_split`.
         loss: loss of the user's.
         labels: labels of the sample; default: zeros.
         checkpointing: whether activations within modules are computed again.
@@ -270,7 +271,8 @@ def measured(
         shape = (first.shape[0], *plan.output[:-1]) if plan.task == "lm" else (first.shape[0],)
         labels = torch.zeros(shape, dtype=torch.int64, device=first.device)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    kept = states * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    kept = sum(states(p) if callable(states) else states * p.numel() * p.element_size() for p in trained)
     sgr = dataclasses.replace(sgr, ramp=0.0, every=1)
     peaks = []
     with keyed(0, device=device):

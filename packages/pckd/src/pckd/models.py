@@ -62,7 +62,7 @@ def build(
         own=own,
         size=size,
         args=args,
-        whole=whole,
+        whole=whole and (weights is None or pretrained),  # a file replaces all that the name brings
         option=option,
     )
     if weights is not None and not pretrained:

@@ -1,6 +1,7 @@
 """``localrecon plan``: where a model is cut, and what a step of it needs."""
 
 import sys
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from localrecon.config import PlanSettings
 from localrecon.data import load_data
 from localrecon.inputs import Inputs
 from localrecon.models import build_model
+from localrecon.optimizers import state_bytes
 from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.config import parse_bytes
@@ -40,7 +42,7 @@ def _within(settings: PlanSettings, model: nn.Module, sample: Inputs, invocation
     """
     assert settings.budget is not None
     limit = parse_bytes(settings.budget, "--budget")
-    states = 2 if settings.optimizer.name == "adamw" else 1
+    states = partial(state_bytes, settings.optimizer.name)
     ways = choices(
         model, sample, heads=settings.head, sgr=settings.sgr, optimizer_states=states, adapter=settings.adapter
     )
