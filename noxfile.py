@@ -20,6 +20,7 @@ PROJECTS = {
 PACKAGES = {name: folder for name, folder in PROJECTS.items() if folder.parts[0] == "packages"}
 LINTERS = ("codespell>=2.4.1", "ruff>=0.15,<1")
 TYPE_CHECKERS = ("mypy>=1.20,<3", "types-PyYAML")
+SPREADER = "pytest-xdist>=3.8"
 
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
@@ -79,6 +80,14 @@ def pytest(session: nox.Session, *arguments: str, no_tests_is_fine: bool = False
     session.run("pytest", *arguments, *session.posargs, success_codes=[0, 5] if no_tests_is_fine else [0])
 
 
+def quick_tests(session: nox.Session, name: str) -> None:
+    """A distribution's tests but the slow ones, file by file on all cores, each process with one thread."""
+    session.install(SPREADER, env=UV)
+    session.env["OMP_NUM_THREADS"] = "1"
+    spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    pytest(session, str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu", *spread)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, lint rules, spelling."""
@@ -109,7 +118,7 @@ def contracts(session: nox.Session) -> None:
 def tests(session: nox.Session, name: str) -> None:
     """A distribution's tests, in an environment that holds what it declares plus its test group."""
     install(session, name, group=True)
-    pytest(session, str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu")
+    quick_tests(session, name)
 
 
 @nox.session
@@ -133,7 +142,7 @@ def gpu(session: nox.Session, name: str) -> None:
 def lowest(session: nox.Session, name: str) -> None:
     """The tests with exactly the lowest versions that are declared."""
     install(session, name, group=True, lowest=True)
-    pytest(session, str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu")
+    quick_tests(session, name)
 
 
 @nox.session

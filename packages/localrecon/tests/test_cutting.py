@@ -4,8 +4,9 @@ import copy
 import dataclasses
 
 import pytest
+import timm
 import torch
-from localrecon import LocalNet, SGRConfig, SplitPlan, local_step, plan_split, register_adapter
+from localrecon import HeadSpec, LocalNet, SGRConfig, SplitPlan, local_step, plan_split, register_adapter
 from localrecon.adapters import _ADAPTERS, build_chain, sequential_adapter
 from localrecon.chain import Chain, SharedParameterError, UnsplittableModelError
 from localrecon.inputs import call, logits_of
@@ -14,6 +15,7 @@ from localrecon_test_nets import sgds, vectors, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tenfold import UserError
 from tenfold.memory import MemoryProbe
 from tenfold.randomness import keyed
 
@@ -423,3 +425,42 @@ def test_users_adapters_that_leave_a_parameter_out_are_refused():
             build_chain(nn.Sequential(*[nn.Linear(6, 6) for _ in range(4)]), "partial")
     finally:
         del _ADAPTERS["partial"]
+
+
+@pytest.mark.parametrize("sides", [(28, 56), (56, 28)])
+def test_maps_of_a_swin_on_rectangular_images_have_their_channels_last(sides):
+    options = {"img_size": sides, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 7}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **options)
+    images = torch.randn(2, 3, *sides)
+    plan = plan_split(model, images, k=2, measure=False)
+    (height, width, channels), (last, *_) = plan.shapes[0], plan.channels_last
+    assert height != width
+    assert channels == 24
+    assert last is True
+    assert [p.shape[-1] for p in LocalNet(model, plan).heads[0].parameters() if p.ndim == 2] == [channels]
+
+
+def test_a_map_with_as_many_channels_as_rows_has_them_first():
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(2)]
+    model = nn.Sequential(*blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
+    plan = plan_split(model, torch.randn(2, 8, 8, 12), k=2, measure=False)
+    assert plan.channels_last[0] is False
+    assert any(isinstance(m, nn.Conv2d) and m.in_channels == 8 for m in LocalNet(model, plan).heads[0].modules())
+
+
+def test_where_the_channels_cannot_be_told_the_head_has_to_say():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.factor * x
+
+    model = nn.Sequential(Scaled(), Scaled(), nn.Sequential(nn.Flatten(), nn.Linear(4 * 6 * 9, 3)))
+    images = torch.randn(2, 4, 6, 9)
+    plan = plan_split(model, images, k=2, measure=False, balance="blocks", heads=HeadSpec(layout="channels_first"))
+    with pytest.raises(UserError, match=r"module 1 gives \(B, 4, 6, 9\), of which it cannot be told where"):
+        LocalNet(model, plan)
+    assert LocalNet(model, plan, HeadSpec(layout="channels_first")).heads[0](images).shape == (2, 3)
+    assert LocalNet(model, plan, HeadSpec(layout="channels_last")).heads[0](images).shape == (2, 3)

@@ -57,8 +57,7 @@ def test_losses_of_the_user_fall_in_every_module(kind, estimator):
     found = evaluate(net, [(x, y)])
     with torch.no_grad():
         assert found["loss"] == found["loss 2"] == pytest.approx(float(loss(net.model(x), y)), rel=1e-5)
-    with pytest.raises(UserError, match="loss of yours"):
-        diagnose(net, x, y)
+    assert len(diagnose(net, x, y).losses) == 2
 
 
 def test_with_one_module_it_is_the_users_loss_and_its_gradient_exactly():
@@ -199,3 +198,21 @@ def test_heads_of_the_users_that_do_not_fit_are_refused_in_our_words():
         stage.loss = lambda output, labels: output.squeeze(1) - labels
     with pytest.raises(UserError, match=r"loss of module 1 .* is a tensor of \(16,\): expected one number"):
         local_step(net, vectors()[0], torch.randn(16), sgds(net))
+
+
+def test_a_net_with_a_loss_of_its_own_is_diagnosed():
+    """Of one module its gradient is back-propagation's; of two, the table has a loss for each head and no accuracy."""
+    x, y = torch.randn(6, 8), torch.randn(6, 3)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    model = nn.Sequential(*blocks, nn.Linear(8, 3))
+    reports = []
+    for k in (1, 2):
+        plan = plan_split(model, x, k=k, loss=F.mse_loss, labels=y)
+        net = LocalNet(model, plan, loss=F.mse_loss, seed=0)
+        reports.append(diagnose(net, x, y))
+    assert reports[0].bp_alignment == pytest.approx(1, abs=1e-5)
+    assert reports[0].losses[0] == pytest.approx(F.mse_loss(model(x), y).item())
+    assert reports[1].bp_alignment < 0.999
+    assert reports[1].accuracies == (None, None)
+    assert len(reports[1].boundaries) == 1
+    assert "| - |" in reports[1].to_markdown()

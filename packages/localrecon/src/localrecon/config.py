@@ -89,6 +89,8 @@ class HeadSpec(Settings):
             (AugLocal's layers of the rest of the network), token (LayerNorm, pooled tokens, linear), token_block (a
             transformer block before that), lm (RMSNorm, linear to the vocabulary, of low rank where rank is given), dense
             (convolutions and resizing, for a loss of the user's per position).
+        layout: order of the dimensions of a module's map. auto goes by the width of the layers that make it, then by which of
+            its sides are equal, and asks where neither tells.
         hidden: width of the hidden layer of conv_gap.
         channels: maximum number of channels of conv_gap's convolution, which has twice the module's (InfoPro's has no
             limit; in wide networks its weights would outweigh what is saved).
@@ -102,6 +104,7 @@ class HeadSpec(Settings):
     """
 
     kind: HeadKind = "auto"
+    layout: Literal["auto", "channels_first", "channels_last"] = "auto"
     hidden: Count = 128
     channels: Count = 256
     classifier: Literal["trainable", "random", "etf"] = "trainable"

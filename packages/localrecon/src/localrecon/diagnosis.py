@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localrecon.boundary import checked_labels
-from localrecon.inputs import Inputs
+from localrecon.inputs import Inputs, Labels, tensors_of
 from localrecon.losses import terms_of
 from localrecon.net import LocalNet
 from localrecon.profiling import in_training
 from localrecon.stage import frozen_statistics
-from tenfold import UserError
 from tenfold.randomness import keyed
 
 COPYING_COSINE = 0.75
@@ -47,14 +46,14 @@ class ReconReport:
 
     Attributes:
         losses: loss of each head.
-        accuracies: accuracy of each head, in [0, 1].
+        accuracies: accuracy of each head, in [0, 1]; None with a loss of the user's.
         boundaries: what was found at each boundary.
         bp_alignment: cosine of the backbone's local gradients, all together, with the gradient of back-propagation.
         warnings: what looks wrong, in words.
     """
 
     losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
+    accuracies: tuple[float | None, ...]
     boundaries: tuple[BoundaryReport, ...]
     bp_alignment: float
     warnings: tuple[str, ...]
@@ -64,7 +63,7 @@ class ReconReport:
         headers = ["module", "loss", "accuracy", "gap to next", "cosine", "pooled cosine", "certificate"]
         rows: list[list[Any]] = []
         for k, (loss, accuracy) in enumerate(zip(self.losses, self.accuracies, strict=True)):
-            row: list[Any] = [k + 1, f"{loss:.4f}", f"{accuracy:.3f}"]
+            row: list[Any] = [k + 1, f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.3f}"]
             if k < len(self.boundaries):
                 b = self.boundaries[k]
                 row += [f"{value:.3f}" for value in (b.gap, b.cosine, b.pooled_cosine, b.certificate)]
@@ -79,7 +78,7 @@ class ReconReport:
         return "\n".join(lines + [f"\nWarning: {warning}." for warning in self.warnings]) + "\n"
 
 
-def diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int = 0) -> ReconReport:
+def diagnose(net: LocalNet, inputs: Inputs, labels: Labels, seed: int = 0) -> ReconReport:
     """What the modules of a net want on one batch, in training mode; the net is not changed (nor are random states).
 
     It holds the graph of the whole model once, for the gradient of back-propagation.
@@ -91,11 +90,9 @@ def diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int = 0) -> Re
         seed: seed of dropout.
 
     Raises:
-        UserError: labels that do not fit, or a net with a loss of the user's.
+        UserError: labels that do not fit.
     """
     labels = checked_labels(net, labels)
-    if net.loss is not None:
-        raise UserError("diagnose knows cross-entropy alone, not a loss of yours")
     with in_training(net.model):
         net.heads.train()
         try:
@@ -104,19 +101,21 @@ def diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int = 0) -> Re
             net.heads.train(net.training)
 
 
-def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> ReconReport:
-    losses, accuracies, boundaries = [], [], []
+def _diagnose(net: LocalNet, inputs: Inputs, labels: Labels, seed: int) -> ReconReport:
+    losses, boundaries = [], []
+    accuracies: list[float | None] = []
     local: list[Tensor] = []
     context = net.chain.context(inputs)
     x: Any = inputs
     terms = max(1, terms_of(labels, net.plan.task))
+    device = tensors_of(labels)[0].device
     before: tuple[Tensor, list[nn.Parameter], Tensor] | None = None  # output with its graph, parameters, g_out
     for stage in net.segments:
         if before is not None:
             x = x.detach().requires_grad_()
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         backbone = [p for p in stage.trained() if id(p) not in head]
-        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms), stage.probing():
+        with keyed(seed, stage.index, device=device), frozen_statistics(stage.norms), stage.probing():
             out = stage.run_blocks(x, context)
             loss, correct = stage.judge(out, context, labels)
         asked = [out, *([x] if before is not None else []), *backbone]
@@ -129,17 +128,18 @@ def _diagnose(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> Recon
         assert g_out is not None
         local += [_or_zero(g, p) for g, p in zip(grads, backbone, strict=True)]
         losses.append(float(loss.detach()))
-        accuracies.append(float(correct) / terms)
+        accuracies.append(float(correct) / terms if net.loss is None else None)
         before = (out, backbone, g_out)
         x = out
     del before
     alignment = _cosine(local, _bp_gradient(net, inputs, labels, seed))
     warnings = []
     cosine = sum(b.cosine for b in boundaries) / max(1, len(boundaries))
-    if cosine >= COPYING_COSINE and accuracies[-1] <= 1 - COPYING_ERROR:
+    right = accuracies[-1]
+    if right is not None and cosine >= COPYING_COSINE and right <= 1 - COPYING_ERROR:
         warnings.append(
             f"later modules copy the head before them: their gradients have a mean cosine of {cosine:.2f} with its, and the"
-            f" last head is right on {100 * accuracies[-1]:.0f} %; lower lam, or give stronger heads"
+            f" last head is right on {100 * right:.0f} %; lower lam, or give stronger heads"
         )
     against = [k + 1 for k, b in enumerate(boundaries) if b.certificate < 0]
     if against:
@@ -180,15 +180,16 @@ def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
     return product / (norms[0] * norms[1]) if norms[0] * norms[1] else 0.0
 
 
-def _bp_gradient(net: LocalNet, inputs: Inputs, labels: Tensor, seed: int) -> list[Tensor]:
+def _bp_gradient(net: LocalNet, inputs: Inputs, labels: Labels, seed: int) -> list[Tensor]:
     """The gradient of the last loss for the backbone's parameters, in the order of the modules."""
     context = net.chain.context(inputs)
     x: Any = inputs
     parameters: list[Tensor] = []
+    device = tensors_of(labels)[0].device
     for stage in net.segments:
         head = {id(p) for p in stage.head_parameters()} if not stage.is_last else set()
         parameters += [p for p in stage.trained() if id(p) not in head]
-        with keyed(seed, stage.index, device=labels.device), frozen_statistics(stage.norms), stage.probing():
+        with keyed(seed, stage.index, device=device), frozen_statistics(stage.norms), stage.probing():
             x = stage.run_blocks(x, context)
             if stage.is_last:
                 loss, _ = stage.judge(x, context, labels)

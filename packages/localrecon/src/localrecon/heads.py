@@ -141,7 +141,7 @@ class _Dense(nn.Module):
         return F.interpolate(self.layers(x), size=size, mode="bilinear", align_corners=False)
 
 
-def _kind_of(spec: HeadSpec, shape: Sequence[int], plan: SplitPlan) -> str:
+def _kind_of(spec: HeadSpec, shape: Sequence[int], plan: SplitPlan, *, last: bool) -> str:
     """The kind that auto stands for."""
     if spec.kind != "auto":
         return spec.kind
@@ -149,14 +149,29 @@ def _kind_of(spec: HeadSpec, shape: Sequence[int], plan: SplitPlan) -> str:
         return "lm"
     if plan.task == "custom" and len(plan.output) == 3:
         return "dense"
-    if _channels_last(shape):
+    if last:
         return "token"
     return {1: "linear", 2: "token", 3: "conv_gap"}.get(len(shape), "linear")
 
 
-def _channels_last(shape: Sequence[int]) -> bool:
-    """Whether a map is (H, W, C), as in Swin: its first two sides are equal, its last two are not."""
-    return len(shape) == 3 and shape[0] == shape[1] != shape[2]
+def _channels_last(spec: HeadSpec, plan: SplitPlan, k: int, place: int) -> bool:
+    """Whether a module gives a map (H, W, C), as in Swin.
+
+    Raises:
+        UserError: that is not known.
+    """
+    shape = plan.shapes[place]
+    if len(shape) != 3:
+        return False
+    if spec.layout != "auto":
+        return spec.layout == "channels_last"
+    known = plan.channels_last[place] if plan.channels_last else shape[0] == shape[1] != shape[2]  # plans of 0.1.0
+    if known is None:
+        raise UserError(
+            f"module {k + 1} gives (B, {', '.join(map(str, shape))}), of which it cannot be told where the channels are:"
+            " say so by the layout of its head (HeadSpec(layout=...), --head.layout channels_first or channels_last)"
+        )
+    return known
 
 
 def build_head(spec: HeadSpec, plan: SplitPlan, k: int, place: int | None = None) -> nn.Module:
@@ -174,8 +189,9 @@ def build_head(spec: HeadSpec, plan: SplitPlan, k: int, place: int | None = None
     place = plan.ranges[k][1] - 1 if place is None else place
     shapes, classes, modules = plan.shapes, plan.classes, plan.k
     shape = shapes[place]
-    kind = _kind_of(spec, shape, plan)
-    if kind.startswith("token") and _channels_last(shape):
+    last = _channels_last(spec, plan, k, place)
+    kind = _kind_of(spec, shape, plan, last=last)
+    if kind.startswith("token") and last:
         tokens = (shape[0] * shape[1], shape[2])
         return nn.Sequential(nn.Flatten(1, 2), _single(kind, spec, [tokens], 0, (k, modules), classes))
     single = {"linear": 1, "gap_linear": 3, "conv_gap": 3, "mlp_sr": 3, "aug": 3, "token": 2, "token_block": 2}

@@ -30,6 +30,8 @@ class SplitPlan:
         route: how the model's forward goes, where it is cut along that; else None.
         by_token: whether the tail gives a token's logits from that token alone, so that they can be computed in chunks.
         shapes: shape of each block's output, without the batch.
+        channels_last: whether each block's output has its channels last; None where it has no three dimensions, or where that
+            cannot be told.
         saved_bytes: bytes that each block saves for backward, on the sample (its output included, its input not).
         flops: operations of each block's forward on the sample.
         parameters: number of parameters of each block.
@@ -53,6 +55,7 @@ class SplitPlan:
     output: tuple[int, ...] = ()
     route: Route | None = None
     by_token: bool = True
+    channels_last: tuple[bool | None, ...] = ()
 
     @property
     def k(self) -> int:

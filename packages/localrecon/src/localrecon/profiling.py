@@ -173,7 +173,42 @@ def _profile(chain: Chain, sample: Inputs, loss: Loss | None) -> SplitPlan:
         parameters=tuple(numbers),
         route=chain.route if isinstance(chain, SegmentChain) else None,
         by_token=task != "lm" or tail_is_by_token(chain, sample),
+        channels_last=tuple(_channels_last(chain, place, shape) for place, shape in enumerate(shapes)),
     )
+
+
+def _channels_last(chain: Chain, place: int, shape: Sequence[int]) -> bool | None:
+    """Whether the output of a block is a map (H, W, C): by the last layer before it whose width is a side of it.
+
+    Where both ends have that size (64 channels of 64 x 64), by where such a layer has its channels.
+    """
+    if len(shape) != 3:
+        return None
+    layers = dict(chain.model.named_modules())
+    for block in reversed(chain.blocks[: place + 1]):
+        inner = [m for name in block.owns if name in layers for m in layers[name].modules()]
+        for layer in reversed(inner):
+            width = _width_of(layer)
+            if width in (shape[0], shape[2]):
+                return width == shape[2] if shape[0] != shape[2] else _works_on_the_last(layer)
+    if (shape[0] == shape[1]) != (shape[1] == shape[2]):
+        return shape[0] == shape[1]
+    return None
+
+
+def _works_on_the_last(layer: nn.Module) -> bool:
+    """Whether a layer's channels are the last dimension; of LayerNorm's subclasses that permute, they are not."""
+    return isinstance(layer, nn.Linear) or type(layer).forward is nn.LayerNorm.forward
+
+
+def _width_of(layer: nn.Module) -> int | None:
+    """Channels that a layer gives; None where it keeps those that it gets and has no weights for them."""
+    for name in ("out_channels", "out_features", "num_features", "num_channels"):
+        width = getattr(layer, name, None)
+        if isinstance(width, int):
+            return width
+    shape = getattr(layer, "normalized_shape", None)
+    return int(shape[-1]) if isinstance(shape, tuple) and len(shape) == 1 else None
 
 
 def _task_of(logits: Tensor, loss: Loss | None) -> Task:
@@ -204,12 +239,12 @@ def _costs(base: SplitPlan, sample: Inputs, balance: Balance, heads: HeadSpec) -
     for value in base.saved_bytes:
         sums.append(sums[-1] + value)
     sizes = [4 * batch * int(torch.Size(shape).numel()) for shape in base.shapes]
-    known: dict[tuple[int, ...], int] = {}
+    known: dict[tuple[int | None, ...], int] = {}
 
     def head(place: int, count: int) -> int:
         if place == len(sizes) - 1:
             return 0
-        key = base.shapes[place]
+        key = *base.shapes[place], *base.channels_last[place : place + 1]
         if key not in known:
             with keyed(0):
                 module = build_head(heads, dataclasses.replace(base, cuts=tuple(range(1, count))), 0, place)
