@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,13 @@ def optimizer_of(settings: OptimizerSettings, parameters: list[nn.Parameter]) ->
         return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     if settings.name == "adamw8bit":
         needs("bitsandbytes", "bitsandbytes", "localrecon", why="AdamW with states of 8 bits")
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes.optim
 
-        made: torch.optim.Optimizer = AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        return made
+        library: Any = bitsandbytes.optim  # without types
+        optimizer: torch.optim.Optimizer = library.AdamW8bit(
+            parameters, lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        return optimizer
     momentum = settings.momentum
     decay = settings.weight_decay
     return torch.optim.SGD(parameters, lr=settings.lr, momentum=momentum, weight_decay=decay, nesterov=momentum > 0)
