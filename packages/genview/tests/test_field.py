@@ -52,7 +52,10 @@ def test_backbones_of_many_kinds_take_a_weighted_step(name):
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_that_loses_a_worker_makes_the_same_views(world, generator, tmp_path):
+def test_a_ray_cluster_that_loses_a_worker_makes_the_same_views(world, generator, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")  # on a busy machine its agents start slowly
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "300")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     ray = pytest.importorskip("ray")
     killed = []
 
