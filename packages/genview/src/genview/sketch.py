@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 
-class SketchUNet(UNet2DConditionModel):  # type: ignore[misc]  # what it is is Any
+class SketchUNet(UNet2DConditionModel, ModelMixin):  # type: ignore[misc]  # diffusers looks for ModelMixin in this module
     """Predicts v of noisy latents, given a condition.
 
         v = v_G(x, mu(y), t) + UNet(x, mu(y), t, y)

@@ -25,6 +25,8 @@ from genview.patches import ConvEncoder, PatchVAE
 from genview.sketch import SketchUNet
 from tenfold.randomness import generator
 
+LOW = 100
+"""Largest level at which residuals beside sketches are measured: more noise blurs a sketch, and the blur would be drawn."""
 CONTEXT = 8
 """Width of the empty text that the pipeline hands to the denoiser."""
 
@@ -155,14 +157,18 @@ class _Conditions:
             pipe.image_normalizer.mean.copy_(self.mean[None])
             pipe.image_normalizer.std.copy_(self.std[None])
 
-    def batch(self, number: int, *, all_kept: bool = False) -> tuple[Tensor, Tensor]:
-        """Latents and conditions, none of them left out where all are kept. Shapes: -> (number, C, S, S), (number, 2 D)."""
+    def batch(self, number: int, *, most_level: int | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and conditions; none of them is left out where a largest level is given.
+
+        Shapes: -> (number, C, S, S), (number, 2 D).
+        """
         t, draw = self.training, self.draw
         index = torch.randint(len(self.latents), (number,), generator=draw)
-        levels = (torch.rand(number, generator=draw).square() * (t.most_level + 1)).long()
+        most = t.most_level if most_level is None else most_level
+        levels = (torch.rand(number, generator=draw).square() * (most + 1)).long()
         noise = torch.randn(number, self.embeddings.shape[1], generator=draw)
         y = noised(self.embeddings[index], levels, noise, self.products, self.mean, self.std)
-        left_out = torch.rand(number, 1, generator=draw) < (0.0 if all_kept else t.dropped)
+        left_out = torch.rand(number, 1, generator=draw) < (t.dropped if most_level is None else 0.0)
         return self.latents[index], torch.where(left_out, 0.0, y)
 
 
@@ -208,7 +214,7 @@ def train_denoiser(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         optimizer.step()
-    x, y = drawn.batch(min(8192, 4 * len(images)), all_kept=True)
+    x, y = drawn.batch(min(8192, 4 * len(images)), most_level=min(LOW, t.most_level))
     with torch.no_grad():
         unet.fit_residuals(x - unet.sketch(y))
     unet.layout.requires_grad_(False)

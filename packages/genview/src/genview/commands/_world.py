@@ -187,7 +187,7 @@ def ring(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     return images[:, ~inside].mean(axis=1).astype(np.float64)
 
 
-def gates(judge: Judge, target: Scenes, number: int = 200) -> dict[str, float]:
+def gates(judge: Judge, target: Scenes, number: int = 300) -> dict[str, float]:
     """What the generator can: agreement of labels at level 0, contrast, how much of a background it copies.
 
     Agreement is the share of views that the judge gets right, of those whose pictures it gets right, since the judge itself

@@ -46,7 +46,7 @@ DATA = "real digits of scikit-learn on rendered backgrounds, 16 x 16 pixels"
 LENGTHS = {
     "quick": Lengths(1, 8, 8, 8, 1, 1, 40, 6, 20),
     "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 300),
-    "full": Lengths(12, 600, 4000, 600, 3, 6, 449, 300),
+    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 300),
 }
 ARMS = {
     "quick": ("plain", "adaptive-qd"),
