@@ -48,7 +48,9 @@ def nt_xent() -> list[Comparison]:
     for n, required in ((256, ">= 0.8"), (1024, ">= 1.5")):
         a, b = torch.randn(n, DIM), torch.randn(n, DIM)
         shape = f"n={n}, D={DIM}"
-        peers = {"lightly": (theirs, required), "pml": (metric, ">= 1.2")}
+        peers = {"lightly": (theirs, required)}
+        if n == 256:
+            peers["pml"] = (metric, ">= 1.2")  # at n=1,024 it asks for a tensor of 34 GB
         for name, (peer, bound) in peers.items():
             rows.append(
                 compare(

@@ -1,11 +1,13 @@
 """The commands on tiny data, their files, and what they refuse."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from genview.cli import main
 
+from tenfold import UserError
 from tenfold.testing import assert_user_error
 
 TRAIN = ["--backbone", "conv:8", "--size", "16", "--batch_size", "8", "--heads.hidden", "16", "--heads.out", "8"]
@@ -158,7 +160,20 @@ def test_a_sheet_is_drawn_with_and_without_views(world, data, tmp_path):
 def test_a_generator_is_trained_on_the_users_own_pictures(data, tmp_path):
     from genview.generators import UnCLIPGenerator
 
-    steps = ["--steps", 3, "--encoder_steps", 3, "--batch_size", 8, "--channels", "16", "--embedding", 8]
+    steps = [
+        "--steps",
+        3,
+        "--encoder_steps",
+        3,
+        "--sketch_steps",
+        3,
+        "--batch_size",
+        8,
+        "--channels",
+        "16",
+        "--embedding",
+        8,
+    ]
     works("train-tiny", "--data", f"npz:{data}", *steps, "--out", tmp_path / "t")
     made = UnCLIPGenerator.from_pretrained(tmp_path / "t/generator", steps=1)
     assert made.generate(torch.randn(1, 8), 0, [1], guidance=1.0).shape == (1, 16, 16, 3)
@@ -182,6 +197,19 @@ def test_what_the_authors_code_wrote_is_taken_over(data, tmp_path):
         tmp_path / "r",
     )
     assert (tmp_path / "r/levels.csv").read_text() == "image,noise_level\na/x.png,0\na/y z.png,400\n"
+    # as pandas joins the two tables: a level of floating point, and nothing where one of them has no row
+    (tmp_path / "infos.csv").write_text(
+        "image,prompt,guidance_scale,noise_level\n"
+        '/data/a/x.png,"a cat, red",8.0,300.0\n/data/b/x.png,a dog,6,\n/data/c/x.png,a fox,4,100.0\n'
+    )
+    works("convert", "--data", f"folder:{tmp_path / 'd'}", "--table", tmp_path / "infos.csv", "--out", tmp_path / "i")
+    shutil.copy(tmp_path / "i/levels.csv", tmp_path / "d/levels.csv")
+    asked = load(f"csv:{tmp_path / 'd/levels.csv'}").train
+    assert (asked.keys, asked.captions) == (("a/x.png", "b/x.png"), ("a cat, red", "a dog"))
+    assert (asked.levels, asked.guidance) == ((300, -1), (8.0, 6.0))
+    (tmp_path / "d/levels.csv").write_text("image,noise_level\na/x.png,inf\n")
+    with pytest.raises(UserError, match="line 2: noise_level is 'inf', expected a number"):
+        load(f"csv:{tmp_path / 'd/levels.csv'}")
     (tmp_path / "tree/a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "tree/a/x.jpg")
     works("convert", "--data", f"folder:{tmp_path / 'd'}", "--tree", tmp_path / "tree", "--out", tmp_path / "t")
@@ -233,7 +261,7 @@ def test_broken_pictures_of_a_folder_become_rows_with_an_error(generator, tmp_pa
         (["train-tiny", "--data", "digits", "--size", "12"], "--size: expected a multiple of 8"),
         (["fit-foreground", "--data", "digits", "--encoder", "timm:resnet1"], "did you mean"),
         (["fit-foreground", "--data", "digits", "--encoder", "generator:none"], "config.json"),
-        (["convert", "--data", "digits"], "one of --ratios and --tree"),
+        (["convert", "--data", "digits"], "one of --ratios, --table and --tree"),
         (["evaluate", "--run", "none"], "no such folder"),
     ],
 )

@@ -277,7 +277,7 @@ class TinyOptimizer(Settings):
         lr: largest learning rate; it rises over a tenth of the steps and falls along a cosine.
     """
 
-    lr: Positive = 4e-3
+    lr: Positive = 2e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +290,7 @@ class TrainTinySettings(Settings):
         embedding: entries of an embedding.
         channels: channels of the denoiser at each resolution, multiples of 8.
         encoder_steps: steps of the image encoder.
+        sketch_steps: steps of the sketch that the denoiser starts from.
         steps: steps of the denoiser.
         batch_size: pictures per step.
         seed: seed of weights and order.
@@ -301,8 +302,9 @@ class TrainTinySettings(Settings):
     embedding: Annotated[int, Ge(4)] = 32
     channels: Annotated[list[Count], Length(1)] = field(default_factory=lambda: [32, 64])
     encoder_steps: Count = 300
+    sketch_steps: Count = 1500
     steps: Count = 1500
-    batch_size: Count = 64
+    batch_size: Count = 32
     seed: Seed = 0
     optimizer: TinyOptimizer = field(default_factory=TinyOptimizer)
 
@@ -318,24 +320,26 @@ class TrainTinySettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings(Settings):
-    """Take over what the authors' code wrote: ratios, trees of generated pictures.
+    """Take over what the authors' code wrote: ratios, tables of GenView++, trees of generated pictures.
 
     Args:
         data: the pictures that it was run on, as KIND:PATH.
         ratios: text file of the authors' foreground ratios, "path ratio" per line.
+        table: csv of GenView++ with a column image and any of prompt, noise_level, guidance_scale.
         tree: folder of generated pictures that mirrors the data's folder.
         suffix: what the authors' file names have after the source's name, before the file's own suffix.
     """
 
     data: str
     ratios: str | None = None
+    table: str | None = None
     tree: str | None = None
     suffix: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.ratios is None) == (self.tree is None):
-            raise UserError("expected one of --ratios and --tree")
+        if sum(found is not None for found in (self.ratios, self.table, self.tree)) != 1:
+            raise UserError("expected one of --ratios, --table and --tree")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,9 +231,12 @@ def _number(row: Mapping[str, str | None], name: str, where: str, default: float
     if not text:
         return default
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise UserError(f"{where}: {name} is '{text}', expected a number") from None
+        value = math.inf
+    if math.isinf(value):
+        raise UserError(f"{where}: {name} is '{text}', expected a number")
+    return default if math.isnan(value) else value
 
 
 def _tars(path: Path) -> Pictures:

@@ -21,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genview.encoders import Encoder, clip_of, digest_of, generator_encoder_name
+from genview.encoders import Encoder, clip_encoder, clip_of, digest_of, generator_encoder_name
 from genview.levels import MOST
 from tenfold import UserError
 
+OWN_PARTS = {"genview.patches", "genview.sketch"}
+"""Modules of ours whose classes a folder of ``genview train-tiny`` names."""
 Kind = Literal["unclip", "img2img", "ip-adapter"]
 Pixels = NDArray[np.uint8]
 
@@ -157,8 +159,9 @@ def quietly() -> Iterator[None]:
 
 
 def _load(kind: Any, found: _Folder, dtype: torch.dtype, option: str) -> Any:
-    if any(isinstance(entry, list) and entry[0] == "genview.patches" for entry in found.index.values()):
-        importlib.import_module("genview.patches")  # ours; diffusers imports no module that a folder names
+    named = {entry[0] for entry in found.index.values() if isinstance(entry, list)}
+    for module in OWN_PARTS & named:
+        importlib.import_module(module)  # ours; diffusers imports no module that a folder names
     with quietly():
         try:
             pipe = kind.from_pretrained(found.path, torch_dtype=dtype, **found.options)
@@ -187,16 +190,23 @@ def own_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def _pixels(images: Any) -> Pixels:
-    """uint8 out of what a pipeline gives in [0, 1]."""
-    return np.clip(np.rint(np.asarray(images, np.float32) * 255), 0, 255).astype(np.uint8)
+    """uint8 out of what a pipeline gives in [0, 1]; NaN, where a number format has overflowed, is black."""
+    return np.clip(np.rint(np.nan_to_num(np.asarray(images, np.float32)) * 255), 0, 255).astype(np.uint8)
 
 
 class _Diffusers:
-    """What the generators on pipelines of diffusers share."""
+    """What the generators on pipelines of diffusers share: texts, seeds, one call per batch.
+
+    Attributes:
+        usual_guidance: guidance scale of this kind where none is given.
+    """
+
+    usual_guidance = 7.5
 
     def __init__(self, pipe: Any, id: str, *, steps: int, size: int | None) -> None:
         self.pipe, self.id, self.steps, self.size = pipe, id, steps, size
         pipe.set_progress_bar_config(disable=True)
+        pipe.unet.to(memory_format=torch.channels_last)  # a third faster on a CPU, as diffusers advises for GPUs
         self._texts: dict[str, Tensor] = {}
 
     @property
@@ -231,6 +241,50 @@ class _Diffusers:
     def _sides(self) -> dict[str, int]:
         return {} if self.size is None else {"height": self.size, "width": self.size}
 
+    def _asked(self, conditions: Tensor, level: int, guidance: float) -> dict[str, Any]:
+        """What the pipeline is told of the conditions and the level."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(
+        self,
+        conditions: Tensor,
+        level: int,
+        seeds: Sequence[int],
+        *,
+        guidance: float | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> Pixels:
+        """Pictures of one level, each from its own condition and seed.
+
+        Args:
+            conditions: what ``embed`` gave: embeddings (N, D), or pictures (N, 3, S, S) in [0, 1].
+            level: noise level, 0..999.
+            seeds: one per picture.
+            guidance: guidance scale; default: the usual one of this kind.
+            prompts: text beside each picture; default: none.
+
+        Raises:
+            ValueError: a level outside of 0..999, or another number of seeds than of conditions.
+            UserError: prompts for a pipeline that has no text encoder.
+        """
+        if not 0 <= level <= MOST:
+            raise ValueError(f"a noise level must be in 0..{MOST}, got {level}")
+        if len(conditions) != len(seeds):
+            raise ValueError(f"{len(conditions)} conditions and {len(seeds)} seeds: one seed per picture")
+        guidance = self.usual_guidance if guidance is None else guidance
+        with quietly():
+            out = self.pipe(
+                prompt_embeds=self.texts(prompts or [""] * len(seeds)),
+                negative_prompt_embeds=self.texts([""] * len(seeds)),
+                generator=own_generators(seeds),
+                guidance_scale=guidance,
+                num_inference_steps=self.steps,
+                output_type="np",
+                **self._asked(conditions.to(self.device, self.dtype), level, guidance),
+            )
+        return _pixels(out.images)
+
 
 class UnCLIPGenerator(_Diffusers):
     """Variations of a picture from its noised CLIP embedding, by Stable unCLIP.
@@ -248,6 +302,7 @@ class UnCLIPGenerator(_Diffusers):
     """
 
     needs: Literal["embedding", "picture"] = "embedding"
+    usual_guidance = 10.0
 
     def __init__(
         self, pipe: Any, id: str = "unsaved", *, steps: int = 20, size: int | None = None, encoder_name: str = ""
@@ -290,37 +345,8 @@ class UnCLIPGenerator(_Diffusers):
         """CLIP embeddings (N, D), float32."""
         return self.encoder(images).pooled
 
-    @torch.no_grad()
-    def generate(
-        self,
-        conditions: Tensor,
-        level: int,
-        seeds: Sequence[int],
-        *,
-        guidance: float = 10.0,
-        prompts: Sequence[str] | None = None,
-    ) -> Pixels:
-        """Pictures from embeddings (N, D).
-
-        Raises:
-            ValueError: a level outside of 0..999, or another number of seeds than of embeddings.
-        """
-        _check(conditions, level, seeds)
-        texts = self.texts(prompts or [""] * len(seeds))
-        nothing = self.texts([""] * len(seeds))
-        with quietly():
-            out = self.pipe(
-                image_embeds=conditions.to(self.device, self.dtype),
-                noise_level=level,
-                generator=own_generators(seeds),
-                prompt_embeds=texts,
-                negative_prompt_embeds=nothing,
-                guidance_scale=guidance,
-                num_inference_steps=self.steps,
-                output_type="np",
-                **self._sides(),
-            )
-        return _pixels(out.images)
+    def _asked(self, conditions: Tensor, level: int, guidance: float) -> dict[str, Any]:
+        return {"image_embeds": conditions, "noise_level": level, **self._sides()}
 
 
 class Img2ImgGenerator(_Diffusers):
@@ -375,36 +401,17 @@ class Img2ImgGenerator(_Diffusers):
             images, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True
         ).clamp(0, 1)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        conditions: Tensor,
-        level: int,
-        seeds: Sequence[int],
-        *,
-        guidance: float = 7.5,
-        prompts: Sequence[str] | None = None,
-    ) -> Pixels:
-        """Pictures from pictures (N, 3, side, side) in [0, 1].
+    def _asked(self, conditions: Tensor, level: int, guidance: float) -> dict[str, Any]:
+        return {"image": conditions, "strength": max(level / 1000, 1 / self.steps)}
 
-        Raises:
-            ValueError: a level outside of 0..999, or another number of seeds than of pictures.
-        """
-        _check(conditions, level, seeds)
-        texts = self.texts(prompts or [""] * len(seeds))
-        nothing = self.texts([""] * len(seeds))
-        with quietly():
-            out = self.pipe(
-                image=conditions.to(self.device, self.dtype),
-                strength=max(level / 1000, 1 / self.steps),
-                generator=own_generators(seeds),
-                prompt_embeds=texts,
-                negative_prompt_embeds=nothing,
-                guidance_scale=guidance,
-                num_inference_steps=self.steps,
-                output_type="np",
-            )
-        return _pixels(out.images)
+
+def _one_each(images: Any, embeddings: list[Tensor], device: torch.device, number: int, guided: bool) -> list[Tensor]:
+    """Image prompts as they were given, one per picture, in place of the pipeline's own preparation.
+
+    diffusers repeats the prompts of a batch once per picture, so that every picture sees those of all others
+    (https://github.com/huggingface/diffusers/issues/9813).
+    """
+    return [part.to(device) for part in embeddings]
 
 
 class IPAdapterGenerator(_Diffusers):
@@ -428,6 +435,7 @@ class IPAdapterGenerator(_Diffusers):
         if getattr(pipe, "image_encoder", None) is None or not hasattr(pipe.unet, "encoder_hid_proj"):
             raise ValueError("the pipeline has no IP-Adapter: call its load_ip_adapter first")
         self.encoder: Encoder = clip_of(pipe.image_encoder, f"generator:{id}")
+        pipe.prepare_ip_adapter_image_embeds = _one_each
 
     @classmethod
     def from_pretrained(
@@ -447,24 +455,27 @@ class IPAdapterGenerator(_Diffusers):
             UserError: no such pipeline or adapter.
         """
         from diffusers import StableDiffusionPipeline
-        from transformers import CLIPVisionModelWithProjection
 
         weights = Path(adapter).expanduser()
         encoder = weights.parent / "image_encoder"
         if weights.suffix != ".safetensors" or not weights.is_file() or not encoder.is_dir():
             raise UserError(
-                f"{option} {adapter}: expected a .safetensors file of an IP-Adapter, image_encoder/ beside it"
+                f"--adapter {adapter}: expected a .safetensors file of an IP-Adapter, image_encoder/ beside it"
             )
         found = _read_folder(path, ("unet", "vae"), option)
         found.options.pop("image_encoder", None)
         kind = choose_dtype(dtype, device)
-        vision = CLIPVisionModelWithProjection.from_pretrained(encoder, torch_dtype=kind)
+        vision = clip_encoder(encoder, "", "--adapter").model.to(kind)
         options = {**found.options, "image_encoder": vision}
         loaded = _load(StableDiffusionPipeline, _Folder(found.path, found.index, options, found.id), kind, option)
         with quietly():
-            loaded.load_ip_adapter(
-                str(weights.parent), subfolder="", weight_name=weights.name, image_encoder_folder=None
-            )
+            try:
+                loaded.load_ip_adapter(
+                    str(weights.parent), subfolder="", weight_name=weights.name, image_encoder_folder=None
+                )
+            except (OSError, ValueError, KeyError, RuntimeError, IndexError, AttributeError) as error:
+                line = " ".join(str(error).split())[:200]
+                raise UserError(f"--adapter {adapter}: not an IP-Adapter for this pipeline ({line})") from error
         with weights.open("rb") as file:
             own = hashlib.file_digest(file, "blake2b").hexdigest()[:8]
         return cls(loaded.to(device), f"{found.id}-{own}", steps=steps, size=size)
@@ -473,44 +484,11 @@ class IPAdapterGenerator(_Diffusers):
         """CLIP embeddings (N, D), float32."""
         return self.encoder(images).pooled
 
-    @torch.no_grad()
-    def generate(
-        self,
-        conditions: Tensor,
-        level: int,
-        seeds: Sequence[int],
-        *,
-        guidance: float = 7.5,
-        prompts: Sequence[str] | None = None,
-    ) -> Pixels:
-        """Pictures from embeddings (N, D).
-
-        Raises:
-            ValueError: a level outside of 0..999, or another number of seeds than of embeddings.
-        """
-        _check(conditions, level, seeds)
+    def _asked(self, conditions: Tensor, level: int, guidance: float) -> dict[str, Any]:
         self.pipe.set_ip_adapter_scale(1 - level / 1000)
-        shown = conditions.to(self.device, self.dtype)[:, None]
+        shown = conditions[:, None]
         both = torch.cat([torch.zeros_like(shown), shown]) if guidance > 1 else shown
-        with quietly():
-            out = self.pipe(
-                prompt_embeds=self.texts(prompts or [""] * len(seeds)),
-                negative_prompt_embeds=self.texts([""] * len(seeds)),
-                ip_adapter_image_embeds=[both],
-                generator=own_generators(seeds),
-                guidance_scale=guidance,
-                num_inference_steps=self.steps,
-                output_type="np",
-                **self._sides(),
-            )
-        return _pixels(out.images)
-
-
-def _check(conditions: Tensor, level: int, seeds: Sequence[int]) -> None:
-    if not 0 <= level <= MOST:
-        raise ValueError(f"a noise level must be in 0..{MOST}, got {level}")
-    if len(conditions) != len(seeds):
-        raise ValueError(f"{len(conditions)} conditions and {len(seeds)} seeds: one seed per picture")
+        return {"ip_adapter_image_embeds": [both], **self._sides()}
 
 
 def load_generator(

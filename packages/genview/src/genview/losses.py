@@ -43,6 +43,22 @@ def _check_pairs(out0: Tensor, out1: Tensor) -> None:
         )
 
 
+def gathered(rows: Tensor) -> Tensor:
+    """Rows of all processes, in order of rank, with gradient; the rows themselves without a process group.
+
+    Raises:
+        ValueError: the processes hold different numbers of rows, so that nobody's place among them would be right.
+    """
+    if distributed.world_size() > 1:
+        counts = distributed.all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the processes hold {', '.join(map(str, counts))} pairs: a loss over all of them needs equal batches"
+                " (drop_last=True, or a sampler that pads)"
+            )
+    return distributed.all_gather(rows)
+
+
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be more than 0, got {temperature}")
@@ -78,7 +94,7 @@ class QDNTXentLoss(nn.Module):
         _check_pairs(out0, out1)
         z0, z1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         together = self.gather and distributed.world_size() > 1
-        all0, all1 = (distributed.all_gather(z0), distributed.all_gather(z1)) if together else (z0, z1)
+        all0, all1 = (gathered(z0), distributed.all_gather(z1)) if together else (z0, z1)
         n, total = len(z0), len(all0)
         first = torch.arange(n, device=z0.device) + (n * distributed.rank() if together else 0)
         own = torch.cat([first, first + total])
@@ -143,7 +159,7 @@ class QDMoCoLoss(nn.Module):
         """Put keys into the queue, the oldest ones out; of more keys than it holds, the last ones stay."""
         k = F.normalize(keys.detach().float(), dim=1)
         if distributed.world_size() > 1:
-            k = distributed.all_gather(k)
+            k = gathered(k)
         size = len(self.queue)
         where = (self.pointer + torch.arange(len(k), device=k.device)) % size
         self.queue[where[-size:]] = k[-size:].to(self.queue.dtype)
@@ -186,7 +202,7 @@ class QDMoCoV3Loss(nn.Module):
         _check_pairs(queries, keys)
         q, k = F.normalize(queries, dim=1), F.normalize(keys.detach(), dim=1)
         own = torch.arange(len(q), device=q.device) + len(q) * distributed.rank()
-        losses = info_nce(q, distributed.all_gather(k), own, temperature=self.temperature)
+        losses = info_nce(q, gathered(k), own, temperature=self.temperature)
         return 2 * self.temperature * losses
 
     def forward(self, queries: Tensor, keys: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -204,7 +220,8 @@ class QDNegativeCosine(nn.Module):
     Args:
         byol: BYOL's scale and offset.
 
-    Shapes: predictions (n, D), targets (n, D), weight (n,) -> scalar. No gradient goes into the targets.
+    Shapes: predictions (n, D), targets (n, D), weight (n,) -> scalar. No gradient goes into the targets. Where the first has no
+    gradient and the second has one, they change places: lightly's scripts give the target first.
 
     Raises:
         ValueError: predictions, targets or weights that do not fit.
@@ -219,6 +236,8 @@ class QDNegativeCosine(nn.Module):
     def per_pair(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Loss of each pair. Shapes: -> (n,)."""
         _check_pairs(predictions, targets)
+        if targets.requires_grad and not predictions.requires_grad:
+            predictions, targets = targets, predictions
         cosine = F.cosine_similarity(predictions, targets.detach(), dim=1)
         return 2 - 2 * cosine if self.byol else -cosine
 
@@ -348,7 +367,7 @@ class QDMultiPositiveLoss(nn.Module):
             )
         z = F.normalize(embeddings, dim=1)
         together = self.gather and distributed.world_size() > 1
-        all_z = distributed.all_gather(z) if together else z
+        all_z = gathered(z) if together else z
         all_labels = distributed.all_gather(labels) if together else labels
         offset = size * distributed.rank() if together else 0
         own = torch.arange(size, device=z.device)
@@ -405,6 +424,6 @@ def image_text_qd_loss(
     scale = torch.as_tensor(logit_scale, device=images.device).clamp(max=100.0)
     x, t = F.normalize(images, dim=1), F.normalize(texts, dim=1)
     own = torch.arange(len(x), device=x.device) + len(x) * distributed.rank()
-    to_text = F.cross_entropy(scale * x @ distributed.all_gather(t).T, own, reduction="none")
+    to_text = F.cross_entropy(scale * x @ gathered(t).T, own, reduction="none")
     to_image = F.cross_entropy(scale * t @ distributed.all_gather(x).T, own, reduction="none")
     return weighted_mean((to_text + to_image) / 2, weight)

@@ -16,6 +16,7 @@ from tenfold import UserError, distributed
 
 Conditions = Callable[[Sequence[PlanRow]], tuple[Tensor, dict[int, str]]]
 """Rows -> conditions of those that can be read, and why the others (by place) cannot."""
+BLACK = "black all over: blanked by the pipeline's safety checker, or its number format has overflowed (--dtype bf16)"
 RECENT = 300.0
 """Seconds over which the rate of workers is measured."""
 
@@ -72,7 +73,7 @@ def make_batch(
 ) -> tuple[int, int]:
     """Generate and store one batch of rows of one level; returns how many were made and how many failed.
 
-    A picture that cannot be read becomes a row with status error.
+    A picture that cannot be read becomes a row with status error, and so does a view that is black all over.
     """
     start = time.perf_counter()
     found, faults = conditions(rows)
@@ -89,8 +90,12 @@ def make_batch(
         )
         ms = 1000 * (time.perf_counter() - start) / len(good)
         for row, image in zip(good, pixels, strict=True):
-            store.add(row, image, ms=ms)
-    return len(good), len(faults)
+            if image.any():
+                store.add(row, image, ms=ms)
+            else:
+                store.fail(row, BLACK)
+    black = sum(not image.any() for image in pixels) if good else 0
+    return len(good) - black, len(faults) + black
 
 
 def batches(units: Iterable[Sequence[PlanRow]], done: set[tuple[str, int]], size: int) -> list[list[PlanRow]]:

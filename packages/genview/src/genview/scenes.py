@@ -16,8 +16,12 @@ PALETTE = np.asarray(
     [[220, 60, 50], [60, 170, 75], [60, 95, 220], [230, 200, 60], [160, 70, 190], [60, 190, 200]], np.float64
 )
 """Colors of glyphs and backgrounds, numbered."""
-ATTRIBUTES = (10, 3, 3, 6, 3, 6)
-"""Number of values of each attribute: digit, slant, stroke, color of the glyph, size, color of the background."""
+ATTRIBUTES = (10, 3, 3, 6, 4, 6, 5, 5)
+"""Number of values of each attribute: digit, slant, stroke, color of the glyph, size, color of the background, row, column."""
+FRONT, GROUND = 3, 5
+"""Columns of the colors."""
+SMALLEST = 11
+"""Side of the smallest glyph in pixels."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Scenes:
         images: (N, 16, 16, 3) uint8.
         labels: digit of each (N,).
         ratio: share of the picture that the glyph covers (N,).
-        attributes: numbers of each scene's attributes (N, 6), see ``ATTRIBUTES``.
+        attributes: numbers of each scene's attributes (N, 8), see ``ATTRIBUTES``.
     """
 
     images: NDArray[np.uint8]
@@ -80,7 +84,7 @@ def _slants(images: NDArray[np.float64]) -> NDArray[np.float64]:
 def render(name: str, each: int, seed: int) -> Scenes:
     """``each`` scenes per glyph of a part; equal arguments, equal pictures.
 
-    A glyph of 9 to 16 pixels stands at a random place, in a color that differs from its background's; the background is a
+    A glyph of 11 to 16 pixels stands at a random place, in a color that differs from its background's; the background is a
     color with slow changes of brightness and a wave.
     """
     images, labels = part(name)
@@ -91,12 +95,12 @@ def render(name: str, each: int, seed: int) -> Scenes:
     front = (ground + 1 + rng.integers(len(PALETTE) - 1, size=n)) % len(PALETTE)
     base = PALETTE[ground] * rng.uniform(0.45, 0.75, (n, 1)) + rng.normal(0, 8, (n, 3))
     low = _bilinear(rng.uniform(-127, 128, (n, 3, 3)), SIZE) * 0.35
-    place = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
-    wave = 22 * np.sin(np.tensordot(rng.normal(0, 0.6, (n, 2)), place, axes=1) + rng.uniform(0, 6.28, (n, 1, 1)))
-    side = rng.integers(9, SIZE + 1, size=n)
+    grid = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
+    wave = 22 * np.sin(np.tensordot(rng.normal(0, 0.6, (n, 2)), grid, axes=1) + rng.uniform(0, 6.28, (n, 1, 1)))
+    side = rng.integers(SMALLEST, SIZE + 1, size=n)
     corner = (rng.random((n, 2)) * (SIZE - side + 1)[:, None]).astype(int)
     mask = np.zeros((n, SIZE, SIZE))
-    for s in range(9, SIZE + 1):
+    for s in range(SMALLEST, SIZE + 1):
         chosen = np.flatnonzero(side == s)
         drawn = _bilinear(images[glyph[chosen]], s)
         for i, ink in zip(chosen, drawn, strict=True):
@@ -107,6 +111,8 @@ def render(name: str, each: int, seed: int) -> Scenes:
     canvas = canvas * (1 - mask[..., None]) + color[:, None, None] * mask[..., None]
     slant = np.digitize(_slants(images), (-0.01, 0.09))[glyph]
     stroke = np.digitize(images.mean(axis=(1, 2)), (0.28, 0.34))[glyph]
-    attributes = np.stack([labels[glyph], slant, stroke, front, np.digitize(side, (12, 14)), ground], axis=1)
+    place = np.digitize(corner.T + side / 2, (6.6, 7.6, 8.6, 9.6))
+    size = np.digitize(side, (12, 14, 15))
+    attributes = np.stack([labels[glyph], slant, stroke, front, size, ground, *place], axis=1)
     pictures = np.clip(np.round(canvas), 0, 255).astype(np.uint8)
     return Scenes(pictures, labels[glyph], (mask > 0.5).mean(axis=(1, 2)), attributes.astype(np.int64))

@@ -19,12 +19,14 @@ from genview import scenes, tiny
 from genview.encoders import CLIP
 from genview.generators import UnCLIPGenerator
 from genview.probes import standardized, train_heads
-from genview.scenes import ATTRIBUTES, Scenes
+from genview.scenes import ATTRIBUTES, FRONT, GROUND, Scenes
 from tenfold import UserError
 from tenfold.randomness import generator
 from tenfold.terminal import track
 
-SIZE = tiny.TinySize(image=scenes.SIZE, embedding=32, width=48, channels=(64,))
+SIZE = tiny.TinySize(image=scenes.SIZE, embedding=32, width=64, channels=(16, 32), hidden=384)
+NAMED = {FRONT: 0.3, GROUND: 0.0}
+"""Share of the captions that name the color of the glyph and of the background; everything else is in all."""
 GUIDANCE, STEPS = 2.0, 10
 """Guidance scale and denoising steps of the views."""
 
@@ -36,7 +38,8 @@ class Lengths:
     Attributes:
         scenes: external scenes per glyph.
         encoder: steps of the external encoder.
-        denoiser: steps of the generator.
+        sketch: steps of the generator's sketch.
+        denoiser: steps of the generator's denoiser.
         train: target scenes per training glyph.
         test: target scenes per test glyph.
         glyphs: target training glyphs, from the first one.
@@ -46,6 +49,7 @@ class Lengths:
 
     scenes: int
     encoder: int
+    sketch: int
     denoiser: int
     train: int
     test: int
@@ -68,7 +72,7 @@ class Captions(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.5))
 
     def forward(self, attributes: Tensor) -> Tensor:
-        """Shapes: (N, 6) int64 -> (N, dim)."""
+        """Shapes: (N, 8) int64 -> (N, dim)."""
         h = torch.stack([table(attributes[:, i]) for i, table in enumerate(self.tables)]).sum(dim=0)
         return F.normalize(h + self.mix(h), dim=1)
 
@@ -78,26 +82,27 @@ def as_images(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def train_external_encoder(world: Scenes, steps: int, *, quiet: bool, named: float = 0.3, seed: int = 0) -> Any:
+def train_external_encoder(world: Scenes, steps: int, *, quiet: bool, seed: int = 0) -> Any:
     """An image encoder that has learned captions of the external scenes.
 
-    Captions name digit, slant, stroke, color and size of the glyph; the background's color in a share of them alone, so that
-    the embedding keeps what the glyph looks like and little of its background.
+    Captions name digit, slant, stroke, size and place of the glyph, its color in some of them and the background's color in
+    none, so that the embedding keeps what the glyph looks like and little of its background.
     """
     encoder = tiny.build_encoder(SIZE, seed).train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         captions = Captions(SIZE.embedding)
     parameters = [*encoder.parameters(), *captions.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.15)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in CLIP)
     images, attributes = as_images(world.images), torch.from_numpy(world.attributes)
     draw, own = generator(seed, 3), torch.arange(128)
     for _ in track(range(steps), "external encoder", quiet=quiet):
         index = torch.randint(len(images), (128,), generator=draw)
         told = attributes[index].clone()
-        told[torch.rand(128, generator=draw) > named, 5] = ATTRIBUTES[5]
+        for column, share in NAMED.items():
+            told[torch.rand(128, generator=draw) >= share, column] = ATTRIBUTES[column]
         z = F.normalize(encoder(pixel_values=(images[index].float() / 255 - mean) / std).image_embeds, dim=1)
         logits = z @ captions(told).T * captions.scale.exp().clamp(max=50)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -109,13 +114,13 @@ def train_external_encoder(world: Scenes, steps: int, *, quiet: bool, named: flo
     return encoder.eval()
 
 
-def build_generator(world: Scenes, lengths: Lengths, *, quiet: bool) -> Any:
+def build_generator(world: Scenes, lengths: Lengths, *, quiet: bool, seed: int = 0) -> Any:
     """The pipeline, trained on the external scenes."""
-    encoder = train_external_encoder(world, lengths.encoder, quiet=quiet)
-    pipe = tiny.build_tiny_unclip(SIZE, encoder=encoder, seed=0)
-    training = tiny.Training(steps=lengths.denoiser, batch=48, rate=2.5e-3, most_level=800)
+    encoder = train_external_encoder(world, lengths.encoder, quiet=quiet, seed=seed)
+    pipe = tiny.build_tiny_unclip(SIZE, encoder=encoder, seed=seed)
+    training = tiny.Training(steps=lengths.denoiser, sketch_steps=lengths.sketch)
     show = partial(track, description="external generator", quiet=quiet)
-    tiny.train_denoiser(pipe, as_images(world.images), training, seed=0, show=show)
+    tiny.train_denoiser(pipe, as_images(world.images), training, seed=seed, show=show)
     return pipe
 
 
@@ -182,7 +187,7 @@ def ring(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     return images[:, ~inside].mean(axis=1).astype(np.float64)
 
 
-def gates(judge: Judge, target: Scenes, number: int = 200) -> dict[str, float]:
+def gates(judge: Judge, target: Scenes, number: int = 300) -> dict[str, float]:
     """What the generator can: agreement of labels at level 0, contrast, how much of a background it copies.
 
     Agreement is the share of views that the judge gets right, of those whose pictures it gets right, since the judge itself

@@ -1,5 +1,7 @@
 """`genview convert`: ratios and generated pictures of the authors' code, as ours."""
 
+import csv
+import io
 import json
 import os
 import sys
@@ -16,44 +18,80 @@ from tenfold.readers import IMAGE_SUFFIXES
 
 
 def run(settings: ConvertSettings, invocation: Invocation) -> None:
-    """Write a csv of levels (ratios) or a manifest (tree)."""
+    """Write a csv of levels (ratios, table) or a manifest (tree)."""
     keys = load(settings.data).train.keys
     if settings.ratios is not None:
-        ratios(settings.ratios, keys, invocation)
+        _write(levels(settings.ratios), keys, f"--ratios {settings.ratios}", invocation)
+    elif settings.table is not None:
+        _write(columns(settings.table), keys, f"--table {settings.table}", invocation)
     else:
         assert settings.tree is not None
         tree(Path(settings.tree).expanduser(), settings.suffix, keys, invocation)
 
 
-def ratios(path: str, keys: tuple[str, ...], invocation: Invocation) -> None:
-    """`path ratio` per line; a path may hold spaces, since the ratio is what stands after the last one."""
-    by_name = {tail: key for key in keys for tail in tails(key)}
-    policy, lines, unknown = AdaptivePolicy(), ["image,noise_level"], 0
+def _text(path: str, option: str) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--ratios {path}: cannot be read ({error})") from error
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+        raise UserError(f"{option} {path}: cannot be read ({error})") from error
+
+
+def levels(path: str) -> list[dict[str, str]]:
+    """Rows of image and noise level, of `path ratio` per line; a path may hold spaces, the ratio stands after the last one.
+
+    Raises:
+        UserError: a line that is none, a ratio outside of 0..1.
+    """
+    policy, rows = AdaptivePolicy(), []
+    for number, line in enumerate(_text(path, "--ratios").splitlines(), 1):
+        if not line.strip():
+            continue
         name, _, value = line.rstrip().rpartition(" ")
         try:
-            level = policy(float(value))
+            rows.append({"image": name, "noise_level": str(policy(float(value)))})
         except ValueError as error:
             raise UserError(
                 f"--ratios {path}, line {number}: expected 'path ratio' with a ratio in 0..1 ({error})"
             ) from error
-        key = next((by_name[tail] for tail in tails(name) if tail in by_name), None)
-        if key is None:
-            unknown += 1
-            continue
-        quoted = '"' + key.replace('"', '""') + '"' if any(c in key for c in ',"\n') else key
-        lines.append(f"{quoted},{level}")
-    if len(lines) == 1:
-        raise UserError(f"--ratios {path}: none of its paths is one of the data")
-    invocation.folder.write_text("levels.csv", "\n".join(lines) + "\n")
+    return rows
+
+
+def columns(path: str) -> list[dict[str, str]]:
+    """Rows of a csv of GenView++: image and those of prompt, noise_level and guidance_scale that it has.
+
+    Raises:
+        UserError: it has no column image, or none of the others.
+    """
+    reader = csv.DictReader(io.StringIO(_text(path, "--table")))
+    known = ("image", *(name for name in COLUMNS if name in (reader.fieldnames or ())))
+    if reader.fieldnames is None or "image" not in reader.fieldnames or len(known) == 1:
+        raise UserError(f"--table {path}: expected a header with image and any of {', '.join(COLUMNS)}")
+    return [{name: row[name] or "" for name in known} for row in reader]
+
+
+def _write(rows: list[dict[str, str]], keys: tuple[str, ...], what: str, invocation: Invocation) -> None:
+    """Write the rows whose pictures are of the data, under the names that the data has for them."""
+    by_name = {tail: key for key in keys for tail in tails(key)}
+    found = []
+    for row in rows:
+        key = next((by_name[tail] for tail in tails(row["image"]) if tail in by_name), None)
+        if key is not None:
+            found.append({**row, "image": key})
+    if not found:
+        raise UserError(f"{what}: none of its paths is one of the data, such as {keys[0]}")
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    invocation.folder.write_text("levels.csv", out.getvalue())
     sys.stdout.write(
-        f"{len(lines) - 1} levels in {invocation.folder.path / 'levels.csv'}, {unknown} paths are not of the data; put it"
-        " beside the pictures and plan --data csv:levels.csv\n"
+        f"{len(found)} rows in {invocation.folder.path / 'levels.csv'}, {len(rows) - len(found)} paths are not of the data; put"
+        " it beside the pictures and plan --data csv:levels.csv\n"
     )
+
+
+COLUMNS = ("prompt", "noise_level", "guidance_scale")
+"""What GenView++'s tables say of a picture."""
 
 
 def tails(name: str) -> list[str]:

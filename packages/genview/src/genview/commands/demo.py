@@ -44,15 +44,17 @@ from tenfold.terminal import show_claims, table, track
 
 DATA = "real digits of scikit-learn on rendered backgrounds, 16 x 16 pixels"
 LENGTHS = {
-    "quick": Lengths(1, 8, 8, 1, 1, 40, 6, 20),
-    "default": Lengths(4, 300, 450, 3, 6, 449, 300),
-    "full": Lengths(6, 800, 2400, 3, 6, 449, 400),
+    "quick": Lengths(1, 8, 8, 8, 1, 1, 40, 6, 20),
+    "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 300),
+    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 300),
 }
 ARMS = {
     "quick": ("plain", "adaptive-qd"),
     "default": ("plain", "adaptive-qd"),
     "full": ("plain", "naive", "constant", "random", "adaptive", "adaptive-qd", "swapped", "swapped-qd"),
 }
+BACKBONE = "conv:16"
+"""What the students are: small, so that five seeds of eight arms fit into a quarter of an hour."""
 SWAPPED = 0.3
 """Share of the views that the swapped arms exchange between pictures."""
 GAMMA = 2.0
@@ -65,7 +67,7 @@ def student_settings(work: str, seed: int, lengths: Lengths, *, weighted: bool) 
     return TrainSettings(
         data=f"npz:{work}/target.npz",
         views="of the demonstration" if weighted else None,
-        backbone="conv:32",
+        backbone=BACKBONE,
         method="simclr",
         size=scenes.SIZE,
         batch_size=lengths.batch,
@@ -335,7 +337,7 @@ def _note(study: Study, judge: _world.Judge, target: scenes.Scenes, work: Path) 
     own = [tiny.embed_all(judge.pipe, images) for images, _ in (data.train, data.test)]
     external = linear_sweep(own[0], data.train[1], own[1], data.test[1], rates=8, epochs=20).top1
     torch.manual_seed(0)
-    fresh = build_backbone("conv:32")
+    fresh = build_backbone(BACKBONE)
     features = [extract(fresh, images, IMAGENET) for images, _ in (data.train, data.test)]
     random = linear_sweep(features[0], data.train[1], features[1], data.test[1], rates=8, epochs=20).top1
     study.note(

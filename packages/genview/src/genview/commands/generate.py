@@ -63,5 +63,5 @@ def run(settings: GenerateSettings, invocation: Invocation) -> None:
         sys.stdout.write(f"{settings.views}: all views of this share are there\n")
         return
     if failed and not made:
-        raise UserError(f"{settings.views}: none of {failed} pictures can be read; genview status tells why")
+        raise UserError(f"{settings.views}: none of {failed} views could be made; genview status tells why")
     sys.stdout.write(f"{made} views made, {failed} failed; {settings.views}\n")

@@ -39,7 +39,12 @@ def run(settings: TrainTinySettings, invocation: Invocation) -> None:
     )
     tiny.unit_spread(encoder, images, mean, std)
     pipe = tiny.build_tiny_unclip(size, encoder=encoder, seed=settings.seed)
-    training = tiny.Training(steps=settings.steps, batch=settings.batch_size, rate=settings.optimizer.lr)
+    training = tiny.Training(
+        steps=settings.steps,
+        batch=settings.batch_size,
+        rate=settings.optimizer.lr,
+        sketch_steps=settings.sketch_steps,
+    )
     second = tiny.train_denoiser(pipe, images, training, seed=settings.seed, show=show("denoiser"))
     with folder.replacing_folder("generator") as temporary:
         tiny.save(pipe, temporary)
