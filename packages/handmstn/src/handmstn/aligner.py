@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from handmstn.backbones import build_map
 from handmstn.parts import PartSpec
-from handmstn.warping import ControlPointGrid, compose, similarity
+from handmstn.warping import ControlPointGrid, compose, fit_similarity, similarity
 
 
 @dataclasses.dataclass
@@ -78,6 +78,9 @@ class MultiSpatialTransformer(nn.Module):
         levels: 2, or 1 for points straight from the picture.
         loc_size: side of the coarse picture in pixels.
         normalize: per-pixel normalization of the backbone's map.
+        passes: how often level 1 looks in evaluation; each further time in the frame of the points that it found.
+        votes: quarter turns of the picture that level 0 looks at in evaluation, 1 or 4; the mean of what they say, turned
+            back, is taken where they agree. 4 is for an aligner that has learned from hands at any angle.
 
     Source: the two levels, the pose at the start and the visibility are choices of ours; the head is the predecessor's.
     """
@@ -92,12 +95,14 @@ class MultiSpatialTransformer(nn.Module):
         levels: int = 2,
         loc_size: int = 112,
         normalize: bool = True,
+        passes: int = 2,
+        votes: int = 4,
     ) -> None:
         super().__init__()
         if levels not in {1, 2}:
             raise ValueError(f"levels is 1 or 2, got {levels}")
         self.parts = tuple(parts)
-        self.levels, self.loc_size = levels, loc_size
+        self.levels, self.loc_size, self.passes, self.votes = levels, loc_size, passes, votes
         self.grid = ControlPointGrid(self.parts)
         pose = torch.cat([torch.from_numpy(part.start) for part in self.parts]).float()
         self.register_buffer("pose", pose, persistent=False)
@@ -125,11 +130,13 @@ class MultiSpatialTransformer(nn.Module):
             return images
         return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
-    def forward(self, images: Tensor) -> AlignedHand:
+    def forward(self, images: Tensor, frames: Tensor | None = None) -> AlignedHand:
         """Points and visibility.
 
         Args:
             images: pixels in [0, 1], (B, 3, H, W).
+            frames: frames in which level 1 looks, (B, 2, 3), for training it beside a level 0 that still learns; NaN, or None,
+                is level 0's.
 
         Raises:
             ValueError: pictures of another number of channels.
@@ -141,21 +148,48 @@ class MultiSpatialTransformer(nn.Module):
         coarse = (self.coarse(images) - 0.5) * 4
         batch = images.shape[0]
         transform = torch.eye(2, 3, device=images.device, dtype=images.dtype).expand(batch, 2, 3)
-        seen = coarse
-        if self.levels == 2:
-            five = self.heads[0](self.norm(self.nets[0](coarse)))
+        if self.levels == 1:
+            points, out = self._points(coarse)
+        else:
+            five = self._voted(coarse) if self.votes > 1 and not self.training else self._five(coarse)
             bounded = 1.5 * torch.tanh(five[:, 2] / 1.5)  # the hand neither vanishes nor leaves the picture
             transform = similarity(five[:, :2], bounded, 1.5 * torch.tanh(five[:, 3:5] / 1.5))
-            # level 1 learns in the frame that it is given; its loss does not move the frame
-            grid = compose(transform.detach(), self.view.expand(batch, -1, -1))
-            grid = grid.view(batch, self.loc_size, self.loc_size, 2)
-            seen = F.grid_sample(coarse, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-        out = self.heads[-1](self.norm(self.nets[-1](seen)))
-        pose = self.pose
-        offsets = out[:, : pose.numel()].view(batch, -1, 2)
-        points = compose(transform, pose + offsets)
-        logits = out[:, pose.numel() : pose.numel() + len(self.parts)]
+            frame = transform if frames is None else torch.where(torch.isfinite(frames), frames, transform)
+            points, out = self._in_frame(coarse, frame)
+            for _ in range(0 if self.training else self.passes - 1):
+                points, out = self._in_frame(coarse, fit_similarity(self.pose, points))
+        logits = out[:, self.pose.numel() : self.pose.numel() + len(self.parts)]
         return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform)
+
+    def _five(self, coarse: Tensor) -> Tensor:
+        """Cosine, sine, log scale and shift of level 0, (B, 5)."""
+        out: Tensor = self.heads[0](self.norm(self.nets[0](coarse)))
+        return out
+
+    def _voted(self, coarse: Tensor) -> Tensor:
+        """The mean over quarter turns of the picture; what the picture itself says where they cancel out."""
+        found = []
+        for turns in range(4):
+            x, y, log_scale, right, down = self._five(torch.rot90(coarse, turns, (2, 3))).unbind(1)
+            for _ in range(turns):  # back: the turn took (x, y) to (y, -x)
+                x, y, right, down = -y, x, -down, right
+            found.append(torch.stack([x, y, log_scale, right, down], 1))
+        every = torch.stack(found)
+        mean, lengths = every.mean(0), every[:, :, :2].norm(dim=2).mean(0)
+        agreed = mean[:, :2].norm(dim=1) > 0.5 * lengths
+        return torch.where(agreed[:, None], mean, found[0])
+
+    def _in_frame(self, coarse: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """What level 1 says of the coarse picture as seen in a frame; its loss does not move what it sees."""
+        batch, size = coarse.shape[0], self.loc_size
+        grid = compose(frame.detach(), self.view.expand(batch, -1, -1)).view(batch, size, size, 2)
+        points, out = self._points(F.grid_sample(coarse, grid, padding_mode="zeros", align_corners=True))
+        return compose(frame.detach() if self.training else frame, points), out
+
+    def _points(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Points in the frame of what is seen, and all outputs of the last level."""
+        out = self.heads[-1](self.norm(self.nets[-1](seen)))
+        return self.pose + out[:, : self.pose.numel()].view(seen.shape[0], -1, 2), out
 
     def placed(self, transform: Tensor) -> Tensor:
         """The pose carried by level 0 alone, (B, sum K, 2)."""
@@ -168,24 +202,37 @@ def _view(size: int) -> Tensor:
     return torch.stack([columns, rows], -1).view(1, -1, 2)
 
 
-def warped(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random similarities of pictures with their targets, for an aligner that has no points to learn from.
+def warped(
+    images: Tensor, generator: torch.Generator, scale: float = 0.22, shift: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Random similarities of pictures with their targets.
 
-    A picture of an upright hand in its middle is turned by any angle, scaled by 0.8 to 1.2 and shifted by up to 0.2.
+    A picture is turned by any angle, scaled by e^-scale to e^scale and shifted by up to ``shift``.
 
     Returns:
         The warped pictures, and the map from a place in the given picture to its place in the warped one, (B, 2, 3).
     """
     batch, size = images.shape[0], images.shape[-1]
     angle = (2 * torch.rand(batch, generator=generator) - 1) * math.pi
-    log_scale = (2 * torch.rand(batch, generator=generator) - 1) * 0.22
-    shift = (2 * torch.rand(batch, 2, generator=generator) - 1) * 0.2
-    forward = similarity(torch.stack([angle.cos(), angle.sin()], 1), log_scale, shift)
+    log_scale = (2 * torch.rand(batch, generator=generator) - 1) * scale
+    moved = (2 * torch.rand(batch, 2, generator=generator) - 1) * shift
+    forward = similarity(torch.stack([angle.cos(), angle.sin()], 1), log_scale, moved)
     linear = torch.linalg.inv(forward[:, :, :2])
     back = torch.cat([linear, -(linear @ forward[:, :, 2:])], 2).to(images)
     grid = compose(back, _view(size).to(images).expand(batch, -1, -1)).view(batch, size, size, 2)
     out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return out, forward.to(images)
+
+
+def near(transform: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames beside given ones: turned by 0.25 rad, scaled by 12 %, shifted by 0.1 of the hand's frame (deviations)."""
+    count = len(transform)
+    angle = 0.25 * torch.randn(count, generator=generator)
+    log_scale = 0.12 * torch.randn(count, generator=generator)
+    shift = 0.10 * torch.randn(count, 2, generator=generator)
+    noise = similarity(torch.stack([angle.cos(), angle.sin()], 1), log_scale, shift).to(transform)
+    linear = transform[:, :, :2]
+    return torch.cat([linear @ noise[:, :, :2], linear @ noise[:, :, 2:] + transform[:, :, 2:]], 2)
 
 
 def scrambled(images: Tensor, generator: torch.Generator, blocks: int = 8) -> Tensor:

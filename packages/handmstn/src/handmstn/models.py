@@ -37,8 +37,9 @@ def build_aligner(settings: ModelSettings, seed: int) -> MultiSpatialTransformer
     if settings.given_points or settings.preset not in PALMAR:
         return None
     a = settings.aligner
+    parts = parts_of(settings)
     with keyed(seed, 11):
-        return MultiSpatialTransformer(parts_of(settings), a.backbone, a.levels, a.loc_size)
+        return MultiSpatialTransformer(parts, a.backbone, a.levels, a.loc_size, passes=a.passes, votes=a.votes)
 
 
 def build_model(settings: ModelSettings, seed: int, aligner: MultiSpatialTransformer | None) -> HandMSTN:
