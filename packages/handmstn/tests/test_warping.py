@@ -237,9 +237,9 @@ def test_quarter_turns_of_a_picture_are_turned_back_before_they_vote(monkeypatch
         """A level 0 that knows the direction and the place of what is bright, whatever the angle."""
         weight = pictures.mean(1) - pictures.mean(1).amin((1, 2), keepdim=True)
         at = torch.stack([(weight * axis).sum((1, 2)) / weight.sum((1, 2)) for axis in (x, y)], 1)
-        return torch.cat([at, torch.zeros(len(at), 1), at], 1)
+        return compose(similarity(at, torch.zeros(len(at)), at), aligner.pose.expand(len(at), -1, -1))
 
-    monkeypatch.setattr(aligner, "_five", brightest)
+    monkeypatch.setattr(aligner, "_first", brightest)
     pictures = torch.rand(3, 3, 32, 32)
     pictures[:, :, 4:12, 20:28] += 3.0
     four, turned = aligner(pictures).transform, aligner(torch.rot90(pictures, 1, (2, 3))).transform

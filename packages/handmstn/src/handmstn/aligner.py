@@ -23,6 +23,7 @@ class AlignedHand:
         visibility_logits: their logits.
         side_logits: positive where the hand looks like a right one (or a mirrored left one), (B,).
         transform: the hand's similarity of level 0, (B, 2, 3); the identity with one level.
+        first: the points as level 0 has them, (B, sum K, 2).
     """
 
     points: Tensor
@@ -30,6 +31,7 @@ class AlignedHand:
     visibility_logits: Tensor
     side_logits: Tensor
     transform: Tensor
+    first: Tensor
 
 
 class ChannelNorm(nn.Module):
@@ -67,8 +69,9 @@ class _Head(nn.Module):
 class MultiSpatialTransformer(nn.Module):
     """Picture -> control points and visibility of every part.
 
-    Level 0 sees the coarse picture and predicts a similarity T (rotation as cosine and sine, scale, shift) of the whole hand;
-    level 1 sees the coarse picture warped by T and predicts the points in that frame; the points in the picture are T(points).
+    Level 0 sees the coarse picture and predicts all points, of which it keeps the similarity T (rotation, scale, shift) that
+    carries the upright hand nearest to them; cosine and sine as outputs begin on a saddle that takes a thousand steps to leave.
+    Level 1 sees the coarse picture warped by T and predicts the points in that frame; the points in the picture are T(points).
     Nothing is resampled twice: the crops are taken from the full picture by the composed grid. An untrained network puts every
     part where it lies on an upright hand in the middle of the picture, so the first crops are valid.
 
@@ -107,7 +110,7 @@ class MultiSpatialTransformer(nn.Module):
         pose = torch.cat([torch.from_numpy(part.start) for part in self.parts]).float()
         self.register_buffer("pose", pose, persistent=False)
         outputs = pose.numel() + len(self.parts) + 1
-        sizes = [5, outputs] if levels == 2 else [outputs]
+        sizes = [pose.numel(), outputs] if levels == 2 else [outputs]
         self.nets, self.heads = nn.ModuleList(), nn.ModuleList()
         for size in sizes:
             net = build_map(backbone, loc_size)
@@ -117,11 +120,6 @@ class MultiSpatialTransformer(nn.Module):
             self.heads.append(_Head(maps[0].numel(), size, math.sqrt(maps.shape[1]) if normalize else 1.0))
         self.norm = ChannelNorm() if normalize else nn.Identity()
         self.register_buffer("view", _view(loc_size), persistent=False)
-        if levels == 2:
-            first = self.heads[0]
-            assert isinstance(first, _Head)
-            with torch.no_grad():
-                first.last.bias[0] = 1.0
 
     def coarse(self, images: Tensor) -> Tensor:
         """The picture at ``loc_size``, each pixel the mean of what it covers."""
@@ -150,34 +148,34 @@ class MultiSpatialTransformer(nn.Module):
         transform = torch.eye(2, 3, device=images.device, dtype=images.dtype).expand(batch, 2, 3)
         if self.levels == 1:
             points, out = self._points(coarse)
+            first = points
         else:
-            five = self._voted(coarse) if self.votes > 1 and not self.training else self._five(coarse)
-            bounded = 1.5 * torch.tanh(five[:, 2] / 1.5)  # the hand neither vanishes nor leaves the picture
-            transform = similarity(five[:, :2], bounded, 1.5 * torch.tanh(five[:, 3:5] / 1.5))
+            first = self._voted(coarse) if self.votes > 1 and not self.training else self._first(coarse)
+            transform = _bounded(fit_similarity(self.pose, first))
             frame = transform if frames is None else torch.where(torch.isfinite(frames), frames, transform)
             points, out = self._in_frame(coarse, frame)
             for _ in range(0 if self.training else self.passes - 1):
                 points, out = self._in_frame(coarse, fit_similarity(self.pose, points))
         logits = out[:, self.pose.numel() : self.pose.numel() + len(self.parts)]
-        return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform)
+        return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform, first)
 
-    def _five(self, coarse: Tensor) -> Tensor:
-        """Cosine, sine, log scale and shift of level 0, (B, 5)."""
+    def _first(self, coarse: Tensor) -> Tensor:
+        """The points by level 0."""
         out: Tensor = self.heads[0](self.norm(self.nets[0](coarse)))
-        return out
+        return self.pose + out.view(coarse.shape[0], -1, 2)
 
     def _voted(self, coarse: Tensor) -> Tensor:
         """The mean over quarter turns of the picture; what the picture itself says where they cancel out."""
         found = []
         for turns in range(4):
-            x, y, log_scale, right, down = self._five(torch.rot90(coarse, turns, (2, 3))).unbind(1)
+            points = self._first(torch.rot90(coarse, turns, (2, 3)))
             for _ in range(turns):  # back: the turn took (x, y) to (y, -x)
-                x, y, right, down = -y, x, -down, right
-            found.append(torch.stack([x, y, log_scale, right, down], 1))
-        every = torch.stack(found)
-        mean, lengths = every.mean(0), every[:, :, :2].norm(dim=2).mean(0)
-        agreed = mean[:, :2].norm(dim=1) > 0.5 * lengths
-        return torch.where(agreed[:, None], mean, found[0])
+                points = torch.stack([-points[..., 1], points[..., 0]], -1)
+            found.append(points)
+        mean = torch.stack(found).mean(0)
+        extents = [(points - points.mean(1, keepdim=True)).square().mean((1, 2)).sqrt() for points in (mean, *found)]
+        agreed = extents[0] > 0.5 * torch.stack(extents[1:]).mean(0)
+        return torch.where(agreed[:, None, None], mean, found[0])
 
     def _in_frame(self, coarse: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
         """What level 1 says of the coarse picture as seen in a frame; its loss does not move what it sees."""
@@ -194,6 +192,13 @@ class MultiSpatialTransformer(nn.Module):
     def placed(self, transform: Tensor) -> Tensor:
         """The pose carried by level 0 alone, (B, sum K, 2)."""
         return compose(transform, self.pose.expand(transform.shape[0], -1, -1))
+
+
+def _bounded(transform: Tensor) -> Tensor:
+    """With a scale of 0.2 to 5: the hand neither vanishes nor leaves the picture."""
+    scale = transform[:, :, 0].norm(dim=1).clamp_min(1e-6)
+    factor = (scale.clamp(0.2, 5.0) / scale)[:, None, None]
+    return torch.cat([transform[:, :, :2] * factor, transform[:, :, 2:]], 2)
 
 
 def _view(size: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from handmstn.aligner import MultiSpatialTransformer, near, scrambled, warped
 from handmstn.config import Optimizer, RunSettings
 from handmstn.losses import IdentityLoss, point_loss, sum_weighted, visibility_loss
-from handmstn.models import _batches, build_aligner, build_model, given, level0_points, parts_of
+from handmstn.models import _batches, build_aligner, build_model, given, parts_of
 from handmstn.recognizer import HandMSTN, fuse
 from handmstn.records import Hands
 from handmstn.sampling import people_and_views
@@ -101,8 +101,7 @@ class AlignTask(pl.LightningModule):
         if config.point:
             terms["point"] = point_loss(found.points[kept], points[kept], counted)
             if self.aligner.levels == 2:
-                level0 = level0_points(self.aligner, found.transform[kept])
-                terms["point0"] = point_loss(level0, points[kept], counted)
+                terms["point0"] = point_loss(found.first[kept], points[kept], counted)
         if config.bending:
             terms["bending"] = self.aligner.grid.bending_energy(found.points[kept]).mean()
         if config.visibility:
