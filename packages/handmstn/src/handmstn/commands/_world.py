@@ -71,7 +71,9 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
         log_every=100,
         checkpoint_every=10**6,
         reading=HandReading(size=size.pixels),
-        aligner=AlignerSettings(backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=2e-3, turns=False),
+        aligner=AlignerSettings(
+            backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=2e-3, turns=False
+        ),
         recognizer=RecognizerSettings(
             palm=network, finger=network, dim=64, palm_size=48, finger_size=(48, 16), jitter=0.01
         ),
