@@ -118,6 +118,18 @@ def test_a_picture_without_a_hand_is_not_assessable_and_has_no_identity(folder, 
     assert all(a["answer"].startswith("not assessable") and not a["candidates"] for a in found["answers"])
 
 
+def as_torchreid_evaluates(distmat, q_pids, g_pids, q_camids, g_camids):
+    """Rank 1 and mAP of a distance matrix as re-identification toolboxes compute them: a loop over queries."""
+    firsts, precisions = [], []
+    for row, pid, camera in zip(distmat, q_pids, q_camids, strict=True):
+        order = np.argsort(row, kind="stable")
+        order = order[~((g_pids[order] == pid) & (g_camids[order] == camera))]
+        hits = g_pids[order] == pid
+        firsts.append(hits[0])
+        precisions.append((hits.cumsum() / np.arange(1, len(hits) + 1))[hits].mean())
+    return np.mean(firsts), np.mean(precisions)
+
+
 @pytest.mark.parametrize("protocol", ["closed", "open", "verify", "cross"])
 def test_evaluate_by_each_protocol(folder, tmp_path, protocol):
     more = ["--protocol", protocol, "--distances", "true"]
@@ -135,6 +147,9 @@ def test_evaluate_by_each_protocol(folder, tmp_path, protocol):
     if protocol == "closed":
         with np.load(tmp_path / "v/distances.npz") as file:
             assert file["distmat"].shape == (len(file["q_pids"]), len(file["g_pids"])) == (15, 5)
+            rank1, precision = as_torchreid_evaluates(**file)
+        assert found["closed"]["rank-1"]["value"] == pytest.approx(rank1)
+        assert found["closed"]["mAP (step)"]["value"] == pytest.approx(precision)
 
 
 def test_pls_random_galleries_and_a_refused_cross_evaluation(folder, tmp_path, capsys):
@@ -310,7 +325,7 @@ def test_compare_arms(tmp_path, capsys):
         "--arms",
         "whole,box,palm,all,oracle",
         "--seeds",
-        "0,1,2",
+        "0,1",
         "--steps",
         "1",
         "--aligner.steps",
@@ -320,7 +335,7 @@ def test_compare_arms(tmp_path, capsys):
     summary = json.loads((tmp_path / "c/summary.json").read_text())
     assert list(summary["arms"]) == ["whole", "box", "palm", "all", "oracle"]
     assert len(summary["claims"]) == 4
-    assert yaml.safe_load((tmp_path / "c/config.yaml").read_text())["seeds"] == [0, 1, 2]
+    assert yaml.safe_load((tmp_path / "c/config.yaml").read_text())["seeds"] == [0, 1]
     assert "rank-1 of all" in capsys.readouterr().out
 
 

@@ -167,6 +167,20 @@ def test_faiss_finds_the_same_as_the_exact_search():
     assert 0 < gallery.recall(probes.parts, probes.visibility, "faiss-hnsw", top=4) <= 1
 
 
+def test_a_removed_person_is_in_no_index_either(tmp_path):
+    """faiss issues 883 and 3281: ids that stayed, or another one that went; here no index outlives a search."""
+    pytest.importorskip("faiss")
+    made(tmp_path, people([f"{i % 20:02d}" for i in range(60)]))
+    gallery = Gallery.open(tmp_path / "g")
+    probe = gallery.enrolled.part(np.flatnonzero(gallery.enrolled.persons == "07")[:1])
+    gallery.remove("07", purpose="asked for it")
+    for held in (gallery, Gallery.open(tmp_path / "g")):
+        for index in ("exact", "faiss-flat", "faiss-hnsw"):
+            found = held.search(probe.parts, probe.visibility, 19, index=index)[0]
+            assert "07" not in {candidate.person for candidate in found}
+            assert len({candidate.person for candidate in found}) == len(found)
+
+
 def test_an_interrupted_enrollment_leaves_the_state_before_it_and_is_repeated_whole(tmp_path):
     made(tmp_path, people(list("ab")))
     code = """

@@ -140,3 +140,16 @@ def test_losses_mix_with_pytorch_metric_learnings_losses_and_miners():
         distance=__import__("pytorch_metric_learning.distances").distances.LpDistance(normalize_embeddings=False)
     )
     assert float(BatchHardTriplet()(x, y, hardest(x, y))) == pytest.approx(float(BatchHardTriplet()(x, y)), abs=1e-4)
+
+
+def test_batches_of_pytorch_metric_learnings_samplers_train_with_our_losses():
+    samplers = pytest.importorskip("pytorch_metric_learning.samplers")
+    labels = torch.arange(6).repeat_interleave(5)
+    data = torch.utils.data.TensorDataset(torch.randn(30, 3, 6, generator=torch.Generator().manual_seed(0)), labels)
+    losses = IdentityLoss({"identity": 1.0, "triplet": 1.0, "center": 1e-3}, 6, 6, 3)
+    for sampler in (samplers.MPerClassSampler(labels, 2, 12), samplers.FixedSetOfTriplets(labels, 30)):
+        for parts, classes in torch.utils.data.DataLoader(data, batch_size=12, sampler=sampler):
+            unit = torch.nn.functional.normalize(parts, dim=2).requires_grad_()
+            total = losses.total(losses(unit.flatten(1), unit, torch.ones(len(unit), 3), classes))
+            total.backward()
+            assert bool(torch.isfinite(unit.grad).all())

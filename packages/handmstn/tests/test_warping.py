@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from handmstn.aligner import MultiSpatialTransformer
+from handmstn.aligner import MultiSpatialTransformer, near
 from handmstn.parts import PartSpec, from_landmarks, landmarks_21, mirror_points, palm_part, preset
 from handmstn.warping import (
     ControlPointGrid,
@@ -225,6 +225,44 @@ def test_an_untrained_aligner_puts_every_part_where_an_upright_hand_has_it():
         assert found.visibility.shape == (2, 6)
     with pytest.raises(ValueError, match="gray ones need 3 channels"):
         aligner(torch.rand(2, 1, 64, 64))
+
+
+def test_quarter_turns_of_a_picture_are_turned_back_before_they_vote(monkeypatch):
+    parts = preset("eeprnet", 16)
+    aligner = MultiSpatialTransformer(parts, "hand:loc", 2, 32).eval()
+    line = torch.linspace(-1, 1, 32)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+
+    def brightest(pictures):
+        """A level 0 that knows the direction and the place of what is bright, whatever the angle."""
+        weight = pictures.mean(1) - pictures.mean(1).amin((1, 2), keepdim=True)
+        at = torch.stack([(weight * axis).sum((1, 2)) / weight.sum((1, 2)) for axis in (x, y)], 1)
+        return compose(similarity(at, torch.zeros(len(at)), at), aligner.pose.expand(len(at), -1, -1))
+
+    monkeypatch.setattr(aligner, "_first", brightest)
+    pictures = torch.rand(3, 3, 32, 32)
+    pictures[:, :, 4:12, 20:28] += 3.0
+    four, turned = aligner(pictures).transform, aligner(torch.rot90(pictures, 1, (2, 3))).transform
+    aligner.votes = 1
+    assert torch.allclose(four, aligner(pictures).transform, atol=1e-5)
+    assert torch.allclose(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) @ four, turned, atol=1e-5)
+
+
+def test_level_1_trains_in_frames_that_it_is_given_and_leaves_level_0_alone():
+    parts = preset("eeprnet", 16)
+    aligner = MultiSpatialTransformer(parts, "hand:loc", 2, 32).train()
+    picture = torch.rand(4, 3, 32, 32)
+    frames = near(torch.eye(2, 3).expand(4, 2, 3).clone(), torch.Generator().manual_seed(0))
+    frames[2:] = float("nan")
+    found = aligner(picture, frames)
+    own = aligner(picture).transform
+    spots = aligner.pose.expand(4, -1, -1)
+    assert (found.points[:2] - compose(frames[:2], spots[:2])).abs().max() < 0.05
+    assert (found.points[2:] - compose(own[2:], spots[2:])).abs().max() < 0.05
+    found.points.square().sum().backward()
+    grads = [[p.grad for p in net.parameters()] for net in aligner.nets]
+    assert all(g is None for g in grads[0])
+    assert all(g is not None for g in grads[1])
 
 
 def test_21_landmarks_of_the_canonical_hand_give_the_canonical_points():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from handmstn.backbones import build_map
 from handmstn.parts import PartSpec
-from handmstn.warping import ControlPointGrid, compose, similarity
+from handmstn.warping import ControlPointGrid, compose, fit_similarity, similarity
 
 
 @dataclasses.dataclass
@@ -23,6 +23,7 @@ class AlignedHand:
         visibility_logits: their logits.
         side_logits: positive where the hand looks like a right one (or a mirrored left one), (B,).
         transform: the hand's similarity of level 0, (B, 2, 3); the identity with one level.
+        first: the points as level 0 has them, (B, sum K, 2).
     """
 
     points: Tensor
@@ -30,6 +31,7 @@ class AlignedHand:
     visibility_logits: Tensor
     side_logits: Tensor
     transform: Tensor
+    first: Tensor
 
 
 class ChannelNorm(nn.Module):
@@ -67,8 +69,9 @@ class _Head(nn.Module):
 class MultiSpatialTransformer(nn.Module):
     """Picture -> control points and visibility of every part.
 
-    Level 0 sees the coarse picture and predicts a similarity T (rotation as cosine and sine, scale, shift) of the whole hand;
-    level 1 sees the coarse picture warped by T and predicts the points in that frame; the points in the picture are T(points).
+    Level 0 sees the coarse picture and predicts all points, of which it keeps the similarity T (rotation, scale, shift) that
+    carries the upright hand nearest to them; cosine and sine as outputs begin on a saddle that takes a thousand steps to leave.
+    Level 1 sees the coarse picture warped by T and predicts the points in that frame; the points in the picture are T(points).
     Nothing is resampled twice: the crops are taken from the full picture by the composed grid. An untrained network puts every
     part where it lies on an upright hand in the middle of the picture, so the first crops are valid.
 
@@ -78,6 +81,9 @@ class MultiSpatialTransformer(nn.Module):
         levels: 2, or 1 for points straight from the picture.
         loc_size: side of the coarse picture in pixels.
         normalize: per-pixel normalization of the backbone's map.
+        passes: how often level 1 looks in evaluation; each further time in the frame of the points that it found.
+        votes: quarter turns of the picture that level 0 looks at in evaluation, 1 or 4; the mean of what they say, turned
+            back, is taken where they agree. 4 is for an aligner that has learned from hands at any angle.
 
     Source: the two levels, the pose at the start and the visibility are choices of ours; the head is the predecessor's.
     """
@@ -92,17 +98,19 @@ class MultiSpatialTransformer(nn.Module):
         levels: int = 2,
         loc_size: int = 112,
         normalize: bool = True,
+        passes: int = 2,
+        votes: int = 4,
     ) -> None:
         super().__init__()
         if levels not in {1, 2}:
             raise ValueError(f"levels is 1 or 2, got {levels}")
         self.parts = tuple(parts)
-        self.levels, self.loc_size = levels, loc_size
+        self.levels, self.loc_size, self.passes, self.votes = levels, loc_size, passes, votes
         self.grid = ControlPointGrid(self.parts)
         pose = torch.cat([torch.from_numpy(part.start) for part in self.parts]).float()
         self.register_buffer("pose", pose, persistent=False)
         outputs = pose.numel() + len(self.parts) + 1
-        sizes = [5, outputs] if levels == 2 else [outputs]
+        sizes = [pose.numel(), outputs] if levels == 2 else [outputs]
         self.nets, self.heads = nn.ModuleList(), nn.ModuleList()
         for size in sizes:
             net = build_map(backbone, loc_size)
@@ -112,11 +120,6 @@ class MultiSpatialTransformer(nn.Module):
             self.heads.append(_Head(maps[0].numel(), size, math.sqrt(maps.shape[1]) if normalize else 1.0))
         self.norm = ChannelNorm() if normalize else nn.Identity()
         self.register_buffer("view", _view(loc_size), persistent=False)
-        if levels == 2:
-            first = self.heads[0]
-            assert isinstance(first, _Head)
-            with torch.no_grad():
-                first.last.bias[0] = 1.0
 
     def coarse(self, images: Tensor) -> Tensor:
         """The picture at ``loc_size``, each pixel the mean of what it covers."""
@@ -125,11 +128,13 @@ class MultiSpatialTransformer(nn.Module):
             return images
         return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
-    def forward(self, images: Tensor) -> AlignedHand:
+    def forward(self, images: Tensor, frames: Tensor | None = None) -> AlignedHand:
         """Points and visibility.
 
         Args:
             images: pixels in [0, 1], (B, 3, H, W).
+            frames: frames in which level 1 looks, (B, 2, 3), for training it beside a level 0 that still learns; NaN, or None,
+                is level 0's.
 
         Raises:
             ValueError: pictures of another number of channels.
@@ -141,25 +146,59 @@ class MultiSpatialTransformer(nn.Module):
         coarse = (self.coarse(images) - 0.5) * 4
         batch = images.shape[0]
         transform = torch.eye(2, 3, device=images.device, dtype=images.dtype).expand(batch, 2, 3)
-        seen = coarse
-        if self.levels == 2:
-            five = self.heads[0](self.norm(self.nets[0](coarse)))
-            bounded = 1.5 * torch.tanh(five[:, 2] / 1.5)  # the hand neither vanishes nor leaves the picture
-            transform = similarity(five[:, :2], bounded, 1.5 * torch.tanh(five[:, 3:5] / 1.5))
-            # level 1 learns in the frame that it is given; its loss does not move the frame
-            grid = compose(transform.detach(), self.view.expand(batch, -1, -1))
-            grid = grid.view(batch, self.loc_size, self.loc_size, 2)
-            seen = F.grid_sample(coarse, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        if self.levels == 1:
+            points, out = self._points(coarse)
+            first = points
+        else:
+            first = self._voted(coarse) if self.votes > 1 and not self.training else self._first(coarse)
+            transform = _bounded(fit_similarity(self.pose, first))
+            frame = transform if frames is None else torch.where(torch.isfinite(frames), frames, transform)
+            points, out = self._in_frame(coarse, frame)
+            for _ in range(0 if self.training else self.passes - 1):
+                points, out = self._in_frame(coarse, fit_similarity(self.pose, points))
+        logits = out[:, self.pose.numel() : self.pose.numel() + len(self.parts)]
+        return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform, first)
+
+    def _first(self, coarse: Tensor) -> Tensor:
+        """The points by level 0."""
+        out: Tensor = self.heads[0](self.norm(self.nets[0](coarse)))
+        return self.pose + out.view(coarse.shape[0], -1, 2)
+
+    def _voted(self, coarse: Tensor) -> Tensor:
+        """The mean over quarter turns of the picture; what the picture itself says where they cancel out."""
+        found = []
+        for turns in range(4):
+            points = self._first(torch.rot90(coarse, turns, (2, 3)))
+            for _ in range(turns):  # back: the turn took (x, y) to (y, -x)
+                points = torch.stack([-points[..., 1], points[..., 0]], -1)
+            found.append(points)
+        mean = torch.stack(found).mean(0)
+        extents = [(points - points.mean(1, keepdim=True)).square().mean((1, 2)).sqrt() for points in (mean, *found)]
+        agreed = extents[0] > 0.5 * torch.stack(extents[1:]).mean(0)
+        return torch.where(agreed[:, None, None], mean, found[0])
+
+    def _in_frame(self, coarse: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """What level 1 says of the coarse picture as seen in a frame; its loss does not move what it sees."""
+        batch, size = coarse.shape[0], self.loc_size
+        grid = compose(frame.detach(), self.view.expand(batch, -1, -1)).view(batch, size, size, 2)
+        points, out = self._points(F.grid_sample(coarse, grid, padding_mode="zeros", align_corners=True))
+        return compose(frame.detach() if self.training else frame, points), out
+
+    def _points(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Points in the frame of what is seen, and all outputs of the last level."""
         out = self.heads[-1](self.norm(self.nets[-1](seen)))
-        pose = self.pose
-        offsets = out[:, : pose.numel()].view(batch, -1, 2)
-        points = compose(transform, pose + offsets)
-        logits = out[:, pose.numel() : pose.numel() + len(self.parts)]
-        return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform)
+        return self.pose + out[:, : self.pose.numel()].view(seen.shape[0], -1, 2), out
 
     def placed(self, transform: Tensor) -> Tensor:
         """The pose carried by level 0 alone, (B, sum K, 2)."""
         return compose(transform, self.pose.expand(transform.shape[0], -1, -1))
+
+
+def _bounded(transform: Tensor) -> Tensor:
+    """With a scale of 0.2 to 5: the hand neither vanishes nor leaves the picture."""
+    scale = transform[:, :, 0].norm(dim=1).clamp_min(1e-6)
+    factor = (scale.clamp(0.2, 5.0) / scale)[:, None, None]
+    return torch.cat([transform[:, :, :2] * factor, transform[:, :, 2:]], 2)
 
 
 def _view(size: int) -> Tensor:
@@ -168,24 +207,37 @@ def _view(size: int) -> Tensor:
     return torch.stack([columns, rows], -1).view(1, -1, 2)
 
 
-def warped(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random similarities of pictures with their targets, for an aligner that has no points to learn from.
+def warped(
+    images: Tensor, generator: torch.Generator, scale: float = 0.22, shift: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Random similarities of pictures with their targets.
 
-    A picture of an upright hand in its middle is turned by any angle, scaled by 0.8 to 1.2 and shifted by up to 0.2.
+    A picture is turned by any angle, scaled by e^-scale to e^scale and shifted by up to ``shift``.
 
     Returns:
         The warped pictures, and the map from a place in the given picture to its place in the warped one, (B, 2, 3).
     """
     batch, size = images.shape[0], images.shape[-1]
     angle = (2 * torch.rand(batch, generator=generator) - 1) * math.pi
-    log_scale = (2 * torch.rand(batch, generator=generator) - 1) * 0.22
-    shift = (2 * torch.rand(batch, 2, generator=generator) - 1) * 0.2
-    forward = similarity(torch.stack([angle.cos(), angle.sin()], 1), log_scale, shift)
+    log_scale = (2 * torch.rand(batch, generator=generator) - 1) * scale
+    moved = (2 * torch.rand(batch, 2, generator=generator) - 1) * shift
+    forward = similarity(torch.stack([angle.cos(), angle.sin()], 1), log_scale, moved)
     linear = torch.linalg.inv(forward[:, :, :2])
     back = torch.cat([linear, -(linear @ forward[:, :, 2:])], 2).to(images)
     grid = compose(back, _view(size).to(images).expand(batch, -1, -1)).view(batch, size, size, 2)
     out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return out, forward.to(images)
+
+
+def near(transform: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames beside given ones: turned by 0.25 rad, scaled by 12 %, shifted by 0.1 of the hand's frame (deviations)."""
+    count = len(transform)
+    angle = 0.25 * torch.randn(count, generator=generator)
+    log_scale = 0.12 * torch.randn(count, generator=generator)
+    shift = 0.10 * torch.randn(count, 2, generator=generator)
+    noise = similarity(torch.stack([angle.cos(), angle.sin()], 1), log_scale, shift).to(transform)
+    linear = transform[:, :, :2]
+    return torch.cat([linear @ noise[:, :, :2], linear @ noise[:, :, 2:] + transform[:, :, 2:]], 2)
 
 
 def scrambled(images: Tensor, generator: torch.Generator, blocks: int = 8) -> Tensor:

@@ -96,7 +96,7 @@ def build_pooled(
 ) -> tuple[nn.Module, int, tuple[tuple[float, ...], tuple[float, ...]]]:
     """A network that gives one feature (B, D) per crop of ``size``; D; mean and deviation of the pixels that it expects.
 
-    A network that takes pictures of a fixed size only has the crops resized to it.
+    A network that takes pictures of a fixed size only has the crops resized to it; one that fails on them, to multiples of 32.
 
     Raises:
         UserError: an unknown name, or a network that gives no features of crops of this size.
@@ -111,7 +111,11 @@ def build_pooled(
     if fixed and side != size:
         net = _Resized(net, (int(side[0]), int(side[1])))
     with _one_line(f"{option} {spec}", size), torch.no_grad():
-        feature = net.eval()(torch.zeros(2, 3, *size))
+        try:
+            feature = net.eval()(torch.zeros(2, 3, *size))
+        except RuntimeError:  # maps of several scales that meet only for whole multiples of 32
+            net = _Resized(net, (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32))
+            feature = net.eval()(torch.zeros(2, 3, *size))
         if not isinstance(feature, Tensor) or feature.ndim != 2 or not feature.shape[1]:
             shape = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
             raise ValueError(f"it gives {shape}, expected features (B, D)")

@@ -70,6 +70,9 @@ class AlignerSettings(Settings):
         backbone: network of both levels: hand:loc (small, from scratch), timm:NAME or packaged:NAME.
         levels: 2 (the hand's similarity first, then the points in its frame) or 1.
         loc_size: side in pixels of the coarse picture that is searched.
+        passes: how often level 1 looks once it is trained, each further time in the frame of the points that it found.
+        votes: quarter turns of a picture that level 0 looks at once it is trained, 1 or 4; 4 needs hands at any angle in
+            training, which turns gives.
         steps: updates in stage A; 0 leaves the aligner as it begins.
         batch_size: pictures per step.
         lr: learning rate of stage A (1e-3 in the predecessor's).
@@ -84,6 +87,8 @@ class AlignerSettings(Settings):
     backbone: str = "timm:resnet18"
     levels: Literal[1, 2] = 2
     loc_size: Annotated[int, Ge(16)] = 112
+    passes: Count = 2
+    votes: Literal[1, 4] = 4
     steps: Natural = 1000
     batch_size: Count = 64
     lr: Positive = 1e-3

@@ -39,6 +39,32 @@ class IdentificationResult:
     without_mate: int
 
 
+def _mates(
+    scores: NDArray[Any], order: NDArray[Any], begins: NDArray[Any], ends: NDArray[Any], known: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Rows of probes and scores of their mates, each probe's in descending order; excluded ones (-inf) are left out."""
+    probes = np.flatnonzero(known)
+    sizes = (ends - begins)[probes]
+    rows = np.repeat(probes, sizes)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    found = scores[rows, order[begins[rows] + within]]
+    kept = found > -np.inf
+    rows, found = rows[kept], found[kept]
+    sort = np.lexsort((-found, rows))
+    return rows[sort], found[sort]
+
+
+def _places(ascending: NDArray[Any], rows: NDArray[np.int64], values: NDArray[Any], side: str) -> NDArray[np.int64]:
+    """``np.searchsorted`` of each value in its own row, all at once."""
+    low, high = np.zeros(len(rows), np.int64), np.full(len(rows), ascending.shape[1])
+    while (open_ones := low < high).any():
+        middle = (low + high) // 2
+        seen = ascending[rows, np.minimum(middle, ascending.shape[1] - 1)]
+        after = open_ones & ((seen <= values) if side == "right" else (seen < values))
+        low, high = np.where(after, middle + 1, low), np.where(open_ones & ~after, middle, high)
+    return low
+
+
 class Identification:
     """CMC and mean average precision.
 
@@ -85,50 +111,57 @@ class Identification:
         order = np.argsort(gallery, kind="stable")
         classes, starts = np.unique(gallery[order], return_index=True)
         ends = np.append(starts[1:], len(gallery))
-        place = np.searchsorted(classes, probes)
-        known = (place < len(classes)) & (classes[np.minimum(place, len(classes) - 1)] == probes)
-        kept = scores[:, order]
+        place = np.minimum(np.searchsorted(classes, probes), len(classes) - 1)
         if exclude is not None:
-            kept = np.where(exclude[:, order], -np.inf, kept)
-        ascending = np.sort(kept, axis=1)
-        best = np.maximum.reduceat(kept, starts, axis=1) if self.unit == "class" else None
-        ranks, steps, trapezoids, rows = [], [], [], []
-        for row in np.flatnonzero(known):
-            mates = kept[row, starts[place[row]] : ends[place[row]]]
-            mates = mates[mates > -np.inf]
-            if not len(mates):
-                continue
-            ranked = self._ranks(np.sort(mates)[::-1], ascending[row])
-            hits = np.arange(1, len(mates) + 1)
-            before = np.where(ranked > 1, (hits - 1) / np.maximum(ranked - 1, 1e-9), 1.0)
-            steps.append(float((hits / ranked).mean()))
-            trapezoids.append(float(((hits / ranked + before) / 2).mean()))
-            if best is None:
-                ranks.append(float(ranked[0]))
-            else:
-                own = best[row, place[row]]
-                ahead, equal = int((best[row] > own).sum()), int((best[row] == own).sum()) - 1
-                ranks.append(1 + ahead + self._share(equal))
-            rows.append(row)
-        self.rank.append(np.asarray(ranks))
-        self.ap.append((np.asarray(steps), np.asarray(trapezoids)))
-        self.persons.append(probes[rows])
-        self.without_mate += len(probes) - len(rows)
+            scores = np.where(exclude, -np.inf, scores)
+        rows, mates = _mates(scores, order, starts[place], ends[place], classes[place] == probes)
+        ascending = np.sort(scores, axis=1)
+        ranked, firsts = self._ranks(ascending, rows, mates)
+        sizes = np.diff(np.append(firsts, len(rows)))
+        hits = np.arange(len(rows)) - np.repeat(firsts, sizes) + 1
+        before = np.where(ranked > 1, (hits - 1) / np.maximum(ranked - 1, 1e-9), 1.0)
+        probed = rows[firsts]
+        if not len(rows):
+            steps = trapezoids = ranks = np.zeros(0)
+        else:
+            steps = np.add.reduceat(hits / ranked, firsts) / sizes
+            trapezoids = np.add.reduceat((hits / ranked + before) / 2, firsts) / sizes
+            ranks = ranked[firsts]
+            if self.unit == "class":
+                best = np.maximum.reduceat(scores[:, order], starts, axis=1)[probed]
+                own = mates[firsts, None]
+                ranks = 1 + (best > own).sum(1) + self._share * ((best == own).sum(1) - 1)
+        self.rank.append(ranks)
+        self.ap.append((steps, trapezoids))
+        self.persons.append(probes[probed])
+        self.without_mate += len(probes) - len(probed)
 
-    def _share(self, equal: int) -> float:
-        return {"optimistic": 0.0, "mean": equal / 2, "pessimistic": float(equal)}[self.ties]
+    @property
+    def _share(self) -> float:
+        """Share of the equal scores that rank before a mate."""
+        return {"optimistic": 0.0, "mean": 0.5, "pessimistic": 1.0}[self.ties]
 
-    def _ranks(self, mates: NDArray[Any], ascending: NDArray[Any]) -> Floats:
-        """Ranks of mates (descending) among all scores of a probe; mates among themselves are ranked in their order."""
-        above = len(ascending) - np.searchsorted(ascending, mates, "right")
-        with_equal = len(ascending) - np.searchsorted(ascending, mates, "left")
-        up = mates[::-1]
-        own_above = len(mates) - np.searchsorted(up, mates, "right")
-        own_with_equal = len(mates) - np.searchsorted(up, mates, "left")
-        others = (with_equal - above) - (own_with_equal - own_above)
-        share = {"optimistic": 0.0, "mean": 0.5, "pessimistic": 1.0}[self.ties]
-        ranked: Floats = np.arange(1, len(mates) + 1) + (above - own_above) + share * others
-        return ranked
+    def _ranks(
+        self, ascending: NDArray[Any], rows: NDArray[np.int64], mates: NDArray[Any]
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Ranks of mates, as ``_mates`` gives them, among all scores of their probes, and where each probe's begin.
+
+        Mates among themselves are ranked in their order; only other images share a rank with a mate.
+        """
+        numbers = np.arange(len(rows))
+        new_probe = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
+        firsts = np.flatnonzero(new_probe)
+        first = np.maximum.accumulate(np.where(new_probe, numbers, 0))
+        run = np.maximum.accumulate(
+            np.where(new_probe | np.append(True, mates[1:] != mates[:-1])[: len(rows)], numbers, 0)
+        )
+        above = ascending.shape[1] - _places(ascending, rows, mates, "right")
+        ranked = (numbers - first + 1) + (above - (run - first)).astype(np.float64)
+        if self._share:
+            with_equal = ascending.shape[1] - _places(ascending, rows, mates, "left")
+            own = np.bincount(run, minlength=len(rows))[run]
+            ranked += self._share * (with_equal - above - own)
+        return ranked, firsts
 
     def merge(self, other: "Identification") -> "Identification":
         """Add what another one has counted."""

@@ -16,7 +16,6 @@ from handmstn.gallery import Enrolled
 from handmstn.parts import PALMAR, PartSpec, preset
 from handmstn.recognizer import HandMSTN, assessable
 from handmstn.records import Hands
-from handmstn.warping import compose
 from tenfold import UserError, checkpoints, runs
 from tenfold.modules import evaluating
 from tenfold.randomness import keyed
@@ -37,8 +36,9 @@ def build_aligner(settings: ModelSettings, seed: int) -> MultiSpatialTransformer
     if settings.given_points or settings.preset not in PALMAR:
         return None
     a = settings.aligner
+    parts = parts_of(settings)
     with keyed(seed, 11):
-        return MultiSpatialTransformer(parts_of(settings), a.backbone, a.levels, a.loc_size)
+        return MultiSpatialTransformer(parts, a.backbone, a.levels, a.loc_size, passes=a.passes, votes=a.votes)
 
 
 def build_model(settings: ModelSettings, seed: int, aligner: MultiSpatialTransformer | None) -> HandMSTN:
@@ -199,8 +199,3 @@ def _guessed(aligner: nn.Module, hands: Hands, batch_size: int, device: str) -> 
                 if logit < 0:
                     images[row] = images[row].flip(-1)
     return dataclasses.replace(hands, images=images, sides=sides, guessed=guessed)
-
-
-def level0_points(aligner: MultiSpatialTransformer, transform: Tensor) -> Tensor:
-    """Where level 0 alone puts the points."""
-    return compose(transform, aligner.pose.expand(len(transform), -1, -1))

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from handmstn.aligner import MultiSpatialTransformer, scrambled, warped
+from handmstn.aligner import MultiSpatialTransformer, near, scrambled, warped
 from handmstn.config import Optimizer, RunSettings
 from handmstn.losses import IdentityLoss, point_loss, sum_weighted, visibility_loss
-from handmstn.models import _batches, build_aligner, build_model, given, level0_points, parts_of
+from handmstn.models import _batches, build_aligner, build_model, given, parts_of
 from handmstn.recognizer import HandMSTN, fuse
 from handmstn.records import Hands
 from handmstn.sampling import people_and_views
-from handmstn.warping import compose
+from handmstn.warping import compose, fit_similarity
 from tenfold import UserError
 from tenfold.devices import choose_device, seed_everything
 from tenfold.loading import KeyedLoader
@@ -78,7 +78,7 @@ class AlignTask(pl.LightningModule):
             points = compose(moved, self.aligner.pose.expand(count, -1, -1))
             visibility = torch.full_like(visibility, float("nan"))
         elif config.turns:
-            images, moved = warped(images, generator)
+            images, moved = warped(images, generator, 0.15, 0.1)
             points = compose(moved, points)
         empty = round(config.scrambled * count)
         flipped = count // 8
@@ -90,8 +90,8 @@ class AlignTask(pl.LightningModule):
             if self.warps:
                 visibility[empty:] = 1.0
         images[empty : empty + flipped] = images[empty : empty + flipped].flip(-1)
-        found = self.aligner(images)
         kept = slice(empty + flipped, None)
+        found = self.aligner(images, self._frames(points, kept, generator))
         known = torch.isfinite(points[kept]).all(-1).float()
         parts = self.aligner.parts
         shares = torch.nan_to_num(visibility[kept], nan=1.0)
@@ -101,8 +101,7 @@ class AlignTask(pl.LightningModule):
         if config.point:
             terms["point"] = point_loss(found.points[kept], points[kept], counted)
             if self.aligner.levels == 2:
-                level0 = level0_points(self.aligner, found.transform[kept])
-                terms["point0"] = point_loss(level0, points[kept], counted)
+                terms["point0"] = point_loss(found.first[kept], points[kept], counted)
         if config.bending:
             terms["bending"] = self.aligner.grid.bending_energy(found.points[kept]).mean()
         if config.visibility:
@@ -119,6 +118,18 @@ class AlignTask(pl.LightningModule):
         outside = self.aligner.grid.outside(self.aligner.grid(found.points.detach())).mean()
         self.log("outside", outside)
         return total
+
+    def _frames(self, points: Tensor, kept: slice, generator: torch.Generator) -> Tensor | None:
+        """Frames for level 1: near the true one, and, of a share that grows to a half, level 0's own (NaN)."""
+        if self.aligner.levels == 1:
+            return None
+        frames = torch.full((len(points), 2, 3), float("nan"), device=points.device)
+        frames[kept] = near(
+            fit_similarity(self.aligner.pose, points[kept]), generator
+        )  # NaN where points are not known
+        own = torch.rand(len(points), generator=generator) < min(0.5, self.global_step / self.settings.aligner.steps)
+        frames[own.to(points.device)] = float("nan")
+        return frames
 
     @override
     def configure_optimizers(self) -> Any:

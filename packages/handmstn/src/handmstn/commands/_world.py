@@ -54,8 +54,8 @@ class Size:
 
 SIZES = {
     "quick": Size((8, 4), (6, 4), (3, 2), (6, 3), 96, 6, 6),
-    "default": Size((50, 10), (40, 6), (20, 3), (15, 4), 160, 700, 250),
-    "full": Size((60, 10), (60, 8), (60, 4), (30, 5), 160, 1500, 500),
+    "default": Size((50, 10), (40, 6), (20, 3), (15, 4), 160, 600, 150),
+    "full": Size((60, 10), (60, 6), (40, 3), (25, 4), 160, 700, 200),
 }
 
 
@@ -64,7 +64,7 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
     size = SIZES[level]
     return CompareSettings(
         data="hands",
-        people=4 if level == "quick" else 12,
+        people=4 if level == "quick" else 8,
         views=2 if level == "quick" else 4,
         steps=size.identity,
         device="cpu",
@@ -72,13 +72,13 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
         checkpoint_every=10**6,
         reading=HandReading(size=size.pixels),
         aligner=AlignerSettings(
-            backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=1.5e-3, turns=False
+            backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=2e-3, turns=False
         ),
         recognizer=RecognizerSettings(
-            palm=network, finger=network, dim=64, palm_size=56, finger_size=(48, 16), jitter=0.01
+            palm=network, finger=network, dim=64, palm_size=48, finger_size=(48, 16), jitter=0.01
         ),
         losses=LossSettings(),
-        optimizer=Optimizer(lr=2e-3 if network.startswith("hand:") else 1e-3, weight_decay=1e-4),
+        optimizer=Optimizer(lr=3e-3 if network.startswith("hand:") else 1e-3, weight_decay=1e-4, warm_up=0.05),
     )
 
 

@@ -22,9 +22,7 @@ from handmstn.training import found_points
 from tenfold import executors
 from tenfold.claims import Study
 from tenfold.cli import Invocation
-from tenfold.errors import installed
 from tenfold.figures import Curve, Panel, image_grid, line_chart
-from tenfold.models import PACKAGED
 from tenfold.report import write_report
 from tenfold.terminal import show_claims, track
 
@@ -34,7 +32,7 @@ SHOWN: dict[str, tuple[Arm, ...]] = {
     "full": ("whole", "box", "palm", "fingers-ce", "all", "oracle"),
 }
 """Arms of each level."""
-NETWORK, PRETRAINED = "hand:cnn4", "packaged:lite0"
+NETWORK = "hand:cnn4"
 
 
 def run(settings: DemoSettings, invocation: Invocation) -> int:
@@ -50,19 +48,12 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     where = str(folder.path)
     tasks: dict[str, Any] = {"aligner": functools.partial(measure_aligner, where, level)}
     tasks |= {arm: functools.partial(measure_arm, where, level, arm, NETWORK) for arm in SHOWN[level]}
-    first = Study(folder, level=level, data=DATA, seeds=seeds[:1])
-    pretrained: dict[str, Any] = {}
-    if level == "full" and installed(PACKAGED["lite0"].distribution.replace("-", "_")):
-        arms: tuple[Arm, ...] = ("palm", "fingers-ce", "all")
-        pretrained = {f"{a}-lite0": functools.partial(measure_arm, where, level, a, PRETRAINED) for a in arms}
     show: Any = functools.partial(track, description="arms", quiet=invocation.quiet)
     alone = settings.processes == 1 or level == "quick"  # a further process takes longer to start than all that work
     with executors.make(None if alone else f"processes:{settings.processes}") as pool:
         study.over_arms(tasks, pool, show)
-        if pretrained:
-            first.over_arms(pretrained, pool, show)
     _decide(study, level)
-    _note(study, first if pretrained else None, level)
+    _note(study, level)
     captions = _draw(study, level, seeds[0])
     summary = study.finish()
     write_report(folder, "handmstn: whose hand is this?", captions)
@@ -167,7 +158,7 @@ def _decide(study: Study, level: str) -> None:
     )
 
 
-def _note(study: Study, first: Study | None, level: str) -> None:
+def _note(study: Study, level: str) -> None:
     told = "; ".join(
         f"{arm} {study.values((arm, 'rank-1')).mean():.1f} (covered {study.values((arm, 'rank-1, covered')).mean():.1f})"
         for arm in SHOWN[level]
@@ -178,19 +169,6 @@ def _note(study: Study, first: Study | None, level: str) -> None:
     study.note(
         f"Learned weight of the palm {study.values(('all', 'palm weight')).mean():.2f}, of a finger the rest / 5."
     )
-    if first is not None:
-        seed = study.seeds[0]
-        parts = []
-        for arm in ("palm", "fingers-ce", "all"):
-            there = 100 * float((first.arrays(f"{arm}-lite0", seed)["rank"] <= 1).mean())
-            here = 100 * float((study.arrays(arm, seed)["rank"] <= 1).mean())
-            parts.append(f"{arm} {there:.1f} - {here:.1f} = {there - here:+.1f}")
-        study.note(
-            f"ImageNet's weights ({PRETRAINED}) - from scratch ({NETWORK}), rank-1, one seed: {'; '.join(parts)}; reported, not"
-            " required."
-        )
-    elif level == "full":
-        study.note(f"{PRETRAINED} is not installed, so no network with ImageNet's weights was tried.")
 
 
 def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
