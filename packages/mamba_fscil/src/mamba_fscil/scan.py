@@ -25,8 +25,8 @@ from tenfold.errors import MissingExtraError
 Backend = Literal["auto", "torch", "reference", "mamba_ssm"]
 CHUNK = 64
 """Steps that a block holds at once."""
-BLOCK = 2**18
-"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 1 MiB in single precision."""
+BLOCK = 2**19
+"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 2 MiB in single precision."""
 PARALLEL = 2**16
 """States of all rows (b x D x N) below which the chunks of a long sequence are computed side by side."""
 INSTALL = 'MAMBA_KEEP_CUDA_BUILD=TRUE pip install "mamba-fscil[cuda]" --no-build-isolation'
@@ -95,8 +95,8 @@ def selective_scan(
     steps = delta.to(compute)
     if delta_bias is not None:
         steps = steps + delta_bias.to(compute)[:, None]
-    if delta_softplus:  # the same function twice: the gradient of softplus is not vectorized, but an exporter knows its name
-        steps = F.softplus(steps) if tracing else -F.logsigmoid(-steps)
+    if delta_softplus:
+        steps = F.softplus(steps)
     x, decay = u.to(compute), A.to(compute)
     write, read = _grouped(B.to(compute), u.shape), _grouped(C.to(compute), u.shape)
     state = None if initial_state is None else initial_state.to(compute)
@@ -107,7 +107,9 @@ def selective_scan(
             worst = float(A.max())
             raise ValueError(f"A must not be positive, since the state would explode; its largest entry is {worst:.3g}")
         with torch.autocast(u.device.type, enabled=False):
-            y, last = _Scan.apply(x, steps, decay, write, read, state, block or BLOCK, chunk or CHUNK)
+            y, last = _Scan.apply(
+                x, steps, decay, write, read, state, block or BLOCK, chunk or CHUNK, return_last_state
+            )
     if D is not None:
         y = y + D.to(compute)[:, None] * x
     if z is not None:
@@ -252,24 +254,26 @@ class _Scan(torch.autograd.Function):
         state: Tensor | None,
         block: int,
         chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+        ends: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         groups = max(B.shape[1], C.shape[1])
         work = _Work(u, delta, A, B, C, groups, block, chunk)
         firsts = work.first_states(state)
-        y, last = work.forward(firsts)
+        y, last = work.forward(firsts, ends=ends)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, delta, A, B, C, state if firsts is None or work.chunks == 1 else firsts)
         ctx.how = groups, block, chunk, state is not None
         return y, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, state = ctx.saved_tensors
+        dy = torch.zeros_like(u) if grads[0] is None else grads[0]
         groups, block, chunk, given = ctx.how
         work = _Work(u, delta, A, B, C, groups, block, chunk)
         firsts = state if state is None or work.chunks > 1 else work.rows_of(state)
-        du, ddelta, dA, dB, dC, dstate = work.backward(firsts, grads[0], grads[1])
-        return du, ddelta, dA, dB, dC, dstate if given else None, None, None
+        return *work.backward(firsts, dy, grads[1], given=given), None, None, None
 
 
 class _Work:
@@ -345,6 +349,7 @@ class _Work:
         rows = self.rows if self.parallel or self.chunks == 1 else self.b
         per_row = self.t * self.c * self.n
         c = self.c if per_row <= self.block else max(1, self.block // (self.t * self.n))
+        c = -(-self.c // -(-self.c // c))  # parts of one size
         r = min(rows, max(1, self.block // (self.t * c * self.n)))
         for first in range(0, rows, r):
             for channel in range(0, self.c, c):
@@ -410,10 +415,10 @@ class _Work:
         """The decay over each chunk, (G, S b, N, c)."""
         return (self.delta.sum(dim=1)[:, :, None] * self.A[:, None]).exp_()
 
-    def forward(self, firsts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """y (b, D, L) and the last state (b, D, N); writes the first states of chunks that come one after another."""
+    def forward(self, firsts: Tensor | None, *, ends: bool) -> tuple[Tensor, Tensor | None]:
+        """y (b, D, L) and the last state (b, D, N) if ``ends``; writes first states of chunks that come one after another."""
         y = torch.empty(self.groups, self.t, self.rows, self.c, **self.like)
-        last = torch.empty(self.groups, self.b, self.n, self.c, **self.like)
+        last = torch.empty(self.groups, self.b, self.n, self.c, **self.like) if ends else None
         for start in self.parts():
             for g in range(self.groups):
                 for at, channels in self.spans():
@@ -424,45 +429,51 @@ class _Work:
                     if not self.parallel and self.chunks > 1 and start < end:
                         assert firsts is not None
                         firsts[g, at.start + self.b : at.stop + self.b, :, channels] = state[-1]
-                    if at.stop > end:
+                    if last is not None and at.stop > end:
                         skip = max(0, end - at.start)
                         last[g, at.start + skip - end : at.stop - end, :, channels] = state[-1, skip:]
                     y[g, :, at, channels] = _over_states(state, self.C[g, :, at], decay)
-        return self.join(y), self.state_of(last)
+        return self.join(y), None if last is None else self.state_of(last)
 
-    def backward(self, firsts: Tensor | None, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of u, delta, A, B, C and of the first state."""
+    def backward(
+        self, firsts: Tensor | None, dy: Tensor, dlast: Tensor | None, *, given: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of u, delta, A, B, C and, if it was ``given``, of the first state."""
         dy = self.cut(dy)
-        dlast = self.rows_of(dlast.contiguous())
-        q, wa = torch.empty_like(self.du), torch.empty_like(self.du)
+        q, wa = torch.empty_like(self.du), torch.zeros_like(self.du)
         dA = torch.zeros_like(self.A)
         dB, dC = torch.zeros_like(self.B), torch.zeros_like(self.C)
         # adjoint that enters each row from behind: of the last state, or of the next chunk's first one
-        enters = torch.zeros(self.groups, self.rows, self.n, self.c, **self.like)
-        enters[:, self.rows - self.b :] = dlast
-        if self.parallel:
-            self.adjoints(dy, enters)
-        dfirst = torch.empty(self.groups, self.b, self.n, self.c, **self.like)
+        enters = None
+        if self.chunks > 1 or dlast is not None:
+            enters = torch.zeros(self.groups, self.rows, self.n, self.c, **self.like)
+            if dlast is not None:
+                enters[:, self.rows - self.b :] = self.rows_of(dlast.contiguous())
+            if self.parallel:
+                self.adjoints(dy, enters)
+        dfirst = torch.empty(self.groups, self.b, self.n, self.c, **self.like) if given else None
         for start in reversed(list(self.parts())):
             for g in range(self.groups):
                 for at, channels in self.spans():
                     at = slice(at.start + start, at.stop + start)
                     first = None if firsts is None else firsts[g, at, :, channels]
                     decay, state = self.states(g, at, channels, first)
-                    adjoint = self.adjoint(g, at, channels, dy, decay, enters[g, at, :, channels])
+                    behind = None if enters is None else enters[g, at, :, channels]
+                    adjoint = self.adjoint(g, at, channels, dy, decay, behind)
                     # decay becomes g_t p_t, that is g_t a_t h_{t-1}
                     weighted = decay
                     weighted[1:].mul_(adjoint[1:]).mul_(state[:-1])
-                    if first is None:
-                        weighted[0].zero_()
-                    else:
+                    begin = 1  # before the first step there was nothing that A could let decay
+                    if first is not None:
+                        begin = 0
                         weighted[0].mul_(adjoint[0])
                         self.pass_on(weighted[0], at, g, channels, dfirst, enters)
                         weighted[0].mul_(first)
                     dC[g, :, at] += state.mul_(dy[g, :, at, None, channels]).sum(dim=3)
-                    spare = state
-                    torch.sum(torch.mul(weighted, self.A[g, :, channels], out=spare), 2, out=wa[g, :, at, channels])
-                    weighted.mul_(self.delta[g, :, at, None, channels])
+                    spare, weighted = state, weighted[begin:]
+                    torch.mul(weighted, self.A[g, :, channels], out=spare[begin:])
+                    wa[g, begin:, at, channels] = spare[begin:].sum(dim=2)
+                    weighted.mul_(self.delta[g, begin:, at, None, channels])
                     dA[g, :, channels] += weighted.flatten(0, 1).sum(dim=0)
                     q[g, :, at, channels] = _over_states(adjoint, self.B[g, :, at], spare)
                     dB[g, :, at] += adjoint.mul_(self.du[g, :, at, None, channels]).sum(dim=3)
@@ -474,26 +485,29 @@ class _Work:
             dA.transpose(1, 2).reshape(-1, self.n),
             self.join_states(dB, self.b_groups),
             self.join_states(dC, self.c_groups),
-            self.state_of(dfirst),
+            None if dfirst is None else self.state_of(dfirst),
         )
 
-    def adjoint(self, g: int, at: slice, channels: slice, dy: Tensor, decay: Tensor, enters: Tensor | None) -> Tensor:
+    def adjoint(self, g: int, at: slice, channels: slice, dy: Tensor, decay: Tensor, behind: Tensor | None) -> Tensor:
         """The gradient of each state of a block, (T, r, N, c), in scratch 2."""
         found = self.scratch(2, *decay.shape)
         torch.mul(dy[g, :, at, None, channels], self.C[g, :, at, :, None], out=found)
         steps, factors = found.unbind(0), decay.unbind(0)
-        if enters is not None:
-            steps[-1].add_(enters)
+        if behind is not None:
+            steps[-1].add_(behind)
         for t in range(self.t - 2, -1, -1):
             steps[t].addcmul_(factors[t + 1], steps[t + 1])
         return found
 
-    def pass_on(self, found: Tensor, at: slice, g: int, channels: slice, dfirst: Tensor, enters: Tensor) -> None:
+    def pass_on(
+        self, found: Tensor, at: slice, g: int, channels: slice, dfirst: Tensor | None, enters: Tensor | None
+    ) -> None:
         """Give the adjoint of the rows' first states to the chunk before, or keep it as the first state's gradient."""
         if at.start < self.b:
-            stop = min(at.stop, self.b)
-            dfirst[g, at.start : stop, :, channels] = found[: stop - at.start]
-        elif not self.parallel:
+            if dfirst is not None:
+                stop = min(at.stop, self.b)
+                dfirst[g, at.start : stop, :, channels] = found[: stop - at.start]
+        elif not self.parallel and enters is not None:
             enters[g, at.start - self.b : at.stop - self.b, :, channels] = found
 
     def adjoints(self, dy: Tensor, enters: Tensor) -> None:
@@ -519,6 +533,8 @@ def _largest(x: Tensor) -> float:
 
 def _over_states(block: Tensor, weights: Tensor, spare: Tensor) -> Tensor:
     """Sum over the states of a block (T, r, N, c) times weights (T, r, N), as (T, r, c); ``spare`` is written over."""
-    if block.shape[2] * block.shape[3] >= 4096:  # else each product of a row with a matrix costs more to begin than to make
+    if (
+        block.shape[2] * block.shape[3] >= 4096
+    ):  # else each product of a row with a matrix costs more to begin than to make
         return torch.matmul(weights[:, :, None], block)[:, :, 0]
     return torch.mul(block, weights[..., None], out=spare).sum(dim=2)
