@@ -15,7 +15,7 @@ from tenfold.claims import Measured, Study
 from tenfold.runs import Run
 from tenfold.terminal import table
 
-SETTINGS = ((0.03, 60), (0.1, 60), (0.3, 60), (0.1, 120))
+SETTINGS = ((0.03, 60), (0.1, 60), (0.3, 60), (0.1, 120), (0.3, 120))
 """Rate and steps."""
 SEEDS = (100, 101)
 LEVEL = "default"

@@ -41,12 +41,8 @@ class TheirBlock(nn.Module):
 def test_their_resnet12_gives_the_same_maps_under_our_names(norm):
     torch.manual_seed(0)
     widths = (4, 5, 6, 7)
-    theirs = nn.ModuleDict(
-        {
-            f"layer{i}": nn.Sequential(TheirBlock(a, b, norm))
-            for i, (a, b) in enumerate(zip((3, *widths[:-1]), widths, strict=True), 1)
-        }
-    )
+    pairs = enumerate(zip((3, *widths[:-1]), widths, strict=True), 1)
+    theirs = nn.ModuleDict({f"layer{i}": nn.Sequential(TheirBlock(a, b, norm)) for i, (a, b) in pairs})
     x = torch.randn(4, 3, 32, 32)
     for layer in theirs.values():  # running statistics that are not 0 and 1
         x = layer(x)

@@ -14,9 +14,9 @@ _RESNET12 = re.compile(r"backbone\.layer([1-4])\.0\.(?:(conv|norm|bn)([1-3])|dow
 def converted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of an official checkpoint under our names, and the names that have none.
 
-    ``backbone.*`` keeps its names but for those of ResNet-12; ``neck.mlp_proj``, ``neck.pos_embed`` and ``neck.block`` become those
-    of the base branch, with the suffix ``_new`` those of the incremental one; ``neck.residual_proj.proj`` is the residual
-    projection, ``head.etf_vec`` the class vectors.
+    ``backbone.*`` keeps its names but for those of ResNet-12; ``neck.mlp_proj``, ``neck.pos_embed`` and ``neck.block`` become
+    those of the base branch, with the suffix ``_new`` those of the incremental one; ``neck.residual_proj.proj`` is the
+    residual projection, ``head.etf_vec`` the class vectors.
 
     Raises:
         UserError: none of the names is an official one.
