@@ -167,7 +167,8 @@ class MambaBlock(nn.Module):
         x_BLD, z_BLD = self.in_proj(tokens).chunk(2, dim=-1)
         first = tokens.shape[0]
         y, params = self._scan(torch.cat([along(x_BLD, path, size) for path in paths]))
-        y_BLD = sum(back(part, path, size) for part, path in zip(y.split(first), paths, strict=True))
+        parts = y.view(len(paths), first, *y.shape[1:]).unbind(0)
+        y_BLD = torch.stack([back(part, path, size) for part, path in zip(parts, paths, strict=True)]).sum(dim=0)
         means = (params[0][:first].mean(dim=1), params[1][:first].mean(dim=1), params[2][:first].mean(dim=1))
         return BlockOutput(y_BLD * F.silu(z_BLD), len(paths) * z_BLD, means)
 

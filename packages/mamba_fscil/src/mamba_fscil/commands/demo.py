@@ -43,9 +43,9 @@ STEPS: Mapping[str, int] = {"quick": 10}
 TUNED: dict[Method, tuple[float, int]] = {
     "mlp": (0.1, 120),
     "frozen-mlp": (0.3, 60),
-    "ssm": (0.1, 120),
-    "dual": (0.1, 120),
-    "mamba-fscil": (0.1, 120),
+    "ssm": (0.3, 120),
+    "dual": (0.3, 120),
+    "mamba-fscil": (0.3, 120),
 }
 """Rate and steps of each trained arm, of five the best in harmonic mean on seeds 100 and 101: ``benchmarks/tuning.py``."""
 WORLDS = ("glyphs", "digits")
