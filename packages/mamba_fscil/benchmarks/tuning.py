@@ -51,7 +51,10 @@ def main() -> int:
         for arm in trained:
             cells = [[study.arms[f"{arm} {lr} {n}"][m] for m in ("harmonic", "base", "novel")] for lr, n in SETTINGS]
             rows.append([arm, *("; ".join("/".join(f"{x:.1f}" for x in pair) for pair in cell) for cell in cells)])
-        rows += [[arm, *(["/".join(f"{x:.1f}" for x in study.arms[arm]["harmonic"])] * len(SETTINGS))] for arm in TRAINING_FREE]
+        rows += [
+            [arm, *(["/".join(f"{x:.1f}" for x in study.arms[arm]["harmonic"])] * len(SETTINGS))]
+            for arm in TRAINING_FREE
+        ]
         print("harmonic; base; novel of seeds 100/101")
         print(table(["arm", *(f"lr {lr}, {steps} steps" for lr, steps in SETTINGS)], rows))
         study.finish()

@@ -55,7 +55,7 @@ def along(tokens: Tensor, path: Path, size: tuple[int, int]) -> Tensor:
         size: height and width of the map.
     """
     if path.startswith("column"):
-        tokens = tokens.unflatten(1, size).transpose(1, 2).flatten(1, 2)
+        tokens = tokens.reshape(-1, *size, tokens.shape[-1]).transpose(1, 2).flatten(1, 2)
     return tokens.flip(1) if path.endswith("reversed") else tokens
 
 
@@ -70,7 +70,7 @@ def back(tokens: Tensor, path: Path, size: tuple[int, int]) -> Tensor:
     if path.endswith("reversed"):
         tokens = tokens.flip(1)
     if path.startswith("column"):
-        tokens = tokens.unflatten(1, (size[1], size[0])).transpose(1, 2).flatten(1, 2)
+        tokens = tokens.reshape(-1, size[1], size[0], tokens.shape[-1]).transpose(1, 2).flatten(1, 2)
     return tokens
 
 

@@ -189,7 +189,7 @@ def _resized(split: Split, size: int | None) -> Split:
     if size in {None, split.size}:
         return split
     assert split.images is not None
-    parts = [F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in split.images.split(256)]
+    parts = [F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in torch.split(split.images, 256)]
     images = torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in parts])
     return dataclasses.replace(split, images=images, size=size)
 
