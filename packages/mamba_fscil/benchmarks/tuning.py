@@ -15,7 +15,7 @@ from tenfold.claims import Measured, Study
 from tenfold.runs import Run
 from tenfold.terminal import table
 
-SETTINGS = ((0.03, 100), (0.1, 100), (0.3, 100), (0.1, 200))
+SETTINGS = ((0.03, 60), (0.1, 60), (0.3, 60), (0.1, 120), (0.3, 120))
 """Rate and steps."""
 SEEDS = (100, 101)
 LEVEL = "default"
@@ -51,7 +51,10 @@ def main() -> int:
         for arm in trained:
             cells = [[study.arms[f"{arm} {lr} {n}"][m] for m in ("harmonic", "base", "novel")] for lr, n in SETTINGS]
             rows.append([arm, *("; ".join("/".join(f"{x:.1f}" for x in pair) for pair in cell) for cell in cells)])
-        rows += [[arm, *(["/".join(f"{x:.1f}" for x in study.arms[arm]["harmonic"])] * 4)] for arm in TRAINING_FREE]
+        rows += [
+            [arm, *(["/".join(f"{x:.1f}" for x in study.arms[arm]["harmonic"])] * len(SETTINGS))]
+            for arm in TRAINING_FREE
+        ]
         print("harmonic; base; novel of seeds 100/101")
         print(table(["arm", *(f"lr {lr}, {steps} steps" for lr, steps in SETTINGS)], rows))
         study.finish()

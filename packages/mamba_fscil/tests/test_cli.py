@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from mamba_fscil.cli import main
 from mamba_fscil.commands._files import learner_of
-from mamba_fscil.config import TrainSettings
+from mamba_fscil.config import DataSettings, EvaluateSettings, TrainSettings
 from mamba_fscil.data import normalized
 from PIL import Image
 
@@ -251,31 +250,59 @@ def test_a_class_is_added_from_several_folders_at_once_and_refitted(pictures, le
     assert own.memory.counts[3] == 5
 
 
-def test_killed_in_training_and_resumed_gives_the_same_learner(pictures, trained, tmp_path):
-    """Before the first checkpoint, and after it."""
+KILLS = """
+import json, os, signal, sys
+from mamba_fscil import session
+from mamba_fscil.cli import main
+from mamba_fscil.training.base import BaseSessionModule
+
+def killing(function, at):
+    count = 0
+    def counted(*given, **named):
+        nonlocal count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*given, **named)
+    return counted
+
+for words, where, at in json.loads(sys.argv[1]):  # one start of Python for all of them
+    child = os.fork()
+    if child == 0:
+        if where == "base":
+            BaseSessionModule.training_step = killing(BaseSessionModule.training_step, at)
+        else:
+            session.learning_rate = killing(session.learning_rate, at)
+        main(words)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, (where, at, status)
+"""
+
+
+def test_killed_at_any_stage_and_repeated_a_command_gives_the_same_learner(pictures, learner, tmp_path):
+    """Training before its first checkpoint, once more after it, once more in a session; adding a class."""
     words = ["train", "--data", f"imagefolder:{pictures}", *SMALL, "--sessions", "true", "--checkpoint_every", "4"]
-    whole = [*words, "--learner", str(tmp_path / "whole"), "--out", str(tmp_path / "w")]
-    assert main(whole) == 0
-    own = [*words, "--learner", str(tmp_path / "l"), "--out", str(tmp_path / "k")]
-    script = (
-        "import os, signal, sys\n"
-        "from mamba_fscil.training.base import BaseSessionModule\n"
-        "from mamba_fscil.cli import main\n"
-        "count, step = 0, BaseSessionModule.training_step\n"
-        "def stop(self, *a):\n"
-        "    global count\n"
-        "    count += 1\n"
-        "    if count == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(self, *a)\n"
-        "BaseSessionModule.training_step = stop\n"
-        "main(sys.argv[2:])\n"
+    whole, often = (
+        [*words, "--learner", str(tmp_path / name), "--out", str(tmp_path / f"{name}-run")]
+        for name in ("whole", "often")
     )
-    done = subprocess.run([sys.executable, "-c", script, "7", *own])
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "l").exists()
-    assert main([*own, "--resume"]) == 0
-    assert snapshot(tmp_path / "l") == snapshot(tmp_path / "whole")
-    assert (tmp_path / "k/metrics.csv").read_bytes() == (tmp_path / "w/metrics.csv").read_bytes()
+    assert main(whole) == 0
+    one, two = shutil.copytree(learner, tmp_path / "one"), shutil.copytree(learner, tmp_path / "two")
+    gold = pictures / "session-01/gold"
+    adding = add(one, gold, "gold", tmp_path / "a")
+    again = [*often, "--resume"]
+    jobs = [[often, "base", 2], [again, "base", 7], [again, "session", 3], [adding, "session", 3]]
+    assert subprocess.run([sys.executable, "-c", KILLS, json.dumps(jobs)]).returncode == 0
+    assert sorted(snapshot(tmp_path / "often")) == ["base.safetensors", "index.json"]
+    assert snapshot(one) == snapshot(learner)
+    assert main(again) == 0
+    assert snapshot(tmp_path / "often") == snapshot(tmp_path / "whole")
+    runs = (tmp_path / f"{name}-run/metrics.csv" for name in ("whole", "often"))
+    assert len({path.read_bytes() for path in runs}) == 1
+    assert main(adding) == 0
+    assert main(add(two, gold, "gold", tmp_path / "b")) == 0
+    assert snapshot(one) == snapshot(two)
 
 
 def test_extracted_maps_train_a_learner_that_takes_maps(pictures, learner, tmp_path, capsys):
@@ -329,3 +356,5 @@ def test_compare_measures_every_arm(pictures, tmp_path, capsys):
 def test_an_option_without_effect_is_refused():
     with pytest.raises(UserError, match="--validate_every: nothing is validated within a base session"):
         TrainSettings(data="digits", learner="x", validate_every=5)
+    with pytest.raises(UserError, match="--reading.limit: it limits training images"):
+        EvaluateSettings(data="digits", learner="x", reading=DataSettings(limit=3))

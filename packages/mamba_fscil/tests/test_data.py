@@ -81,6 +81,17 @@ def test_embedded_data_come_in_sessions_whose_pictures_depend_on_the_seed_alone(
     assert not torch.equal(data.shots[0].split.images, other.shots[0].split.images)
 
 
+def test_images_of_arrays_are_brought_to_another_size_and_maps_are_not(tmp_path):
+    data = load("digits", reading=DataSettings(size=12))
+    small = load("digits").base.split.images
+    assert (data.size, data.base.split.images.shape[1:]) == (12, (3, 12, 12))
+    means = [x.float().mean(dim=(1, 2, 3)) for x in (small, data.base.split.images)]
+    assert torch.allclose(means[0], means[1], atol=3)
+    np.savez(tmp_path / "m.npz", train_maps=np.ones((20, 4, 2, 2), np.float32), train_labels=np.arange(20) % 4)
+    with pytest.raises(UserError, match="--reading.size 12: .* are maps"):
+        load(f"npz:{tmp_path / 'm.npz'}", ProtocolConfig(base=2, way=1, shot=3), DataSettings(size=12))
+
+
 def test_lists_of_few_shot_pictures_are_read_by_row_or_by_file_name(cub, tmp_path):
     folder = tmp_path / "lists"
     folder.mkdir()

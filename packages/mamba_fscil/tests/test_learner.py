@@ -3,8 +3,8 @@
 import copy
 import itertools
 import json
-import os
-import signal
+import shutil
+import struct
 import subprocess
 import sys
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from mamba_fscil import metrics
 from mamba_fscil.baselines import NearestClassMean, calibrated
-from mamba_fscil.config import METHODS, ProjectorConfig, SessionConfig
+from mamba_fscil.config import METHODS, BaseConfig, ProjectorConfig, SessionConfig
 from mamba_fscil.head import simplex_etf
 from mamba_fscil.memory import FeatureMemory
 from mamba_fscil.projector import DualSSMProjector
@@ -317,38 +317,76 @@ def test_more_classes_than_dimensions_are_refused_with_both_numbers():
 def test_a_kill_at_any_rename_leaves_the_previous_learner_and_the_repeated_session_gives_the_same_file(
     learner, tmp_path
 ):
-    learner.save(tmp_path / "l")
-    script = f"""
+    maps, _ = clouds([4], each=3)
+    torch.save(maps, tmp_path / "maps.pt")
+    folders = [tmp_path / f"l{calls}" for calls in (1, 2, 3)]  # the file, by a first and by its own name; the index
+    learner.save(folders[0])
+    for folder in folders[1:]:
+        shutil.copytree(folders[0], folder)
+    script = """
 import os, signal, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 import torch
 from mamba_fscil.training.learner import IncrementalLearner
-learner = IncrementalLearner.load({str(tmp_path / "l")!r})
-maps = torch.load({str(tmp_path / "maps.pt")!r})
-learner.learn_session(maps, ["e"] * 3)
-count, rename = 0, Path.replace
-def replace(self, target):
-    global count
-    count += 1
-    if count == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(self, target)
-Path.replace = replace
-learner.save({str(tmp_path / "l")!r})
+
+for number, folder in enumerate(sys.argv[2:], 1):  # one start of Python for all of them
+    child = os.fork()
+    if child == 0:
+        learner = IncrementalLearner.load(folder)
+        learner.learn_session(torch.load(sys.argv[1]), ["e"] * 3)
+        count, rename = 0, Path.replace
+        def replace(self, target):
+            global count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(self, target)
+        Path.replace = replace
+        learner.save(folder)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, number
 """
-    maps, _ = clouds([4], each=3)
-    torch.save(maps, tmp_path / "maps.pt")
-    for calls in ("1", "2", "3"):  # the file, under a first and under its own name; the index
-        done = subprocess.run([sys.executable, "-c", script, calls])
-        assert done.returncode == -signal.SIGKILL
-        assert IncrementalLearner.load(tmp_path / "l").classes == list("abcd")
-    left = (tmp_path / "l/session-01.safetensors").read_bytes()
-    again = IncrementalLearner.load(tmp_path / "l")
-    again.learn_session(maps, ["e"] * 3)
-    again.save(tmp_path / "l")
-    assert (tmp_path / "l/session-01.safetensors").read_bytes() == left
-    assert IncrementalLearner.load(tmp_path / "l").classes == list("abcde")
+    words = [sys.executable, "-c", script, str(tmp_path / "maps.pt"), *map(str, folders)]
+    assert subprocess.run(words).returncode == 0
+    for folder in folders:
+        assert IncrementalLearner.load(folder).classes == list("abcd")
+    left = (folders[2] / "session-01.safetensors").read_bytes()
+    for folder in folders:
+        again = IncrementalLearner.load(folder)
+        again.learn_session(maps, ["e"] * 3)
+        again.save(folder)
+        assert (folder / "session-01.safetensors").read_bytes() == left
+        assert IncrementalLearner.load(folder).classes == list("abcde")
+
+
+def test_base_classes_of_ten_and_of_two_pictures_are_both_known_afterwards():
+    """Each class weighs the same in its mean, and with ``balanced`` in the loss, too."""
+    parts = [clouds([k], each=each, seed=k) for k, each in enumerate((10, 2, 9, 3))]
+    maps, labels = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    tests, expected = clouds(range(4), each=3, seed=9)
+    for method in ("ncm", "mamba-fscil"):
+        learner = IncrementalLearner(method, SESSION)
+        how = {"projector": TINY, "capacity": 8, "epochs": 15, "batch_size": 8, "device": "cpu"}
+        learner.fit_base(maps, labels, list("abcd"), base=BaseConfig(balanced=True, lr=0.05), **how)
+        assert learner.memory.counts == {0: 10, 1: 2, 2: 9, 3: 3}
+        assert torch.allclose(learner.memory.means([1])[0], parts[1][0].mean(0), atol=1e-6)
+        assert learner.predict(tests) == ["abcd"[k] for k in expected.tolist()]
+
+
+def test_a_learners_files_hold_plain_json_and_tensors_that_any_python_reads(learner, tmp_path):
+    learner.save(tmp_path / "l")
+    teach(learner, "e").save(tmp_path / "l")
+    names = {p.name for p in (tmp_path / "l").iterdir() if not p.name.startswith(".")}
+    assert names == {"base.safetensors", "session-01.safetensors", "index.json"}
+    json.loads((tmp_path / "l/index.json").read_text("utf-8"))
+    for name in names - {"index.json"}:
+        raw = (tmp_path / "l" / name).read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        about = header.pop("__metadata__")
+        assert all(isinstance(value, str) for value in about.values())
+        assert {part["dtype"] for part in header.values()} <= {"F32", "F64", "I64"}
+        assert max(part["data_offsets"][1] for part in header.values()) == len(raw) - 8 - length
 
 
 def test_a_second_writer_and_a_changed_folder_are_refused(learner, tmp_path):

@@ -46,6 +46,34 @@ def scan_order(path: Path, size: tuple[int, int]) -> Tensor:
     return flat.flip(0) if path.endswith("reversed") else flat.clone()
 
 
+def along(tokens: Tensor, path: Path, size: tuple[int, int]) -> Tensor:
+    """The tokens of a map in the order of a path: ``tokens[:, scan_order(path, size)]``, by turning the map.
+
+    Args:
+        tokens: (b, H W, D), row-major.
+        path: the path.
+        size: height and width of the map.
+    """
+    if path.startswith("column"):
+        tokens = tokens.reshape(-1, *size, tokens.shape[-1]).transpose(1, 2).flatten(1, 2)
+    return tokens.flip(1) if path.endswith("reversed") else tokens
+
+
+def back(tokens: Tensor, path: Path, size: tuple[int, int]) -> Tensor:
+    """The tokens of a path in row-major order: what ``along`` undoes.
+
+    Args:
+        tokens: (b, H W, D), in the order of the path.
+        path: the path.
+        size: height and width of the map.
+    """
+    if path.endswith("reversed"):
+        tokens = tokens.flip(1)
+    if path.startswith("column"):
+        tokens = tokens.reshape(-1, size[1], size[0], tokens.shape[-1]).transpose(1, 2).flatten(1, 2)
+    return tokens
+
+
 def initial_delta(inner: int, rank: int, copies: int | None = None) -> tuple[Tensor, Tensor]:
     """Weight (D, R) and bias (D,) that make delta log-uniform in [1e-3, 1e-1]; several of them in one tensor for ``copies``.
 
@@ -64,6 +92,16 @@ def initial_log_decay(inner: int, states: int) -> Tensor:
     Source: Mamba, arXiv 2312.00752, section 3.6 (S4D-Real).
     """
     return torch.arange(1, states + 1, dtype=torch.float32).log().repeat(inner, 1)
+
+
+def _causal(x_BLD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A causal convolution of each channel, (b, L, D), as one product per tap; libraries are slow at it on a CPU."""
+    taps, length = weight.shape[-1], x_BLD.shape[1]
+    padded = F.pad(x_BLD, (0, 0, taps - 1, 0))
+    y_BLD = x_BLD * weight[:, 0, -1]
+    for tap in range(taps - 1):
+        y_BLD = torch.addcmul(y_BLD, padded[:, tap : tap + length], weight[:, 0, tap])
+    return y_BLD if bias is None else y_BLD + bias
 
 
 class MambaBlock(nn.Module):
@@ -127,20 +165,16 @@ class MambaBlock(nn.Module):
         Shapes: ``tokens`` (b, H W, d), row-major -> see ``BlockOutput``; ``params`` are those of the first path.
         """
         x_BLD, z_BLD = self.in_proj(tokens).chunk(2, dim=-1)
-        orders = [scan_order(path, size).to(tokens.device) for path in paths]
-        along = torch.stack([x_BLD[:, order] for order in orders]).flatten(0, 1)
         first = tokens.shape[0]
-        y, params = self._scan(along)
-        paths_y = y.view(len(paths), first, *y.shape[1:]).unbind(0)
-        back = [part[:, order.argsort()] for part, order in zip(paths_y, orders, strict=True)]
-        y_BLD = torch.stack(back).sum(dim=0)
+        y, params = self._scan(torch.cat([along(x_BLD, path, size) for path in paths]))
+        parts = y.view(len(paths), first, *y.shape[1:]).unbind(0)
+        y_BLD = torch.stack([back(part, path, size) for part, path in zip(parts, paths, strict=True)]).sum(dim=0)
         means = (params[0][:first].mean(dim=1), params[1][:first].mean(dim=1), params[2][:first].mean(dim=1))
         return BlockOutput(y_BLD * F.silu(z_BLD), len(paths) * z_BLD, means)
 
     def _scan(self, x_BLD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Convolution and scan; also the low-rank delta, B and C of each token."""
-        length = x_BLD.shape[1]
-        x_BLD = F.silu(self.conv1d(x_BLD.transpose(1, 2))[..., :length]).transpose(1, 2)
+        x_BLD = F.silu(_causal(x_BLD, self.conv1d.weight, self.conv1d.bias))
         low_BLR, B_BLN, C_BLN = torch.split(self.x_proj(x_BLD), [self.rank, self.states, self.states], dim=-1)
         y_BDL = selective_scan(
             x_BLD.transpose(1, 2),

@@ -181,7 +181,8 @@ class DataSettings(Reading):
     """How images are read.
 
     Args:
-        size: side in pixels that images of files are brought to; default: 224 for folders and CUB-200, 84 for miniImageNet.
+        size: side in pixels that images are brought to; default: 224 for folders and CUB-200, 84 for miniImageNet, and as
+            they are for images of arrays.
         limit: largest number of training images per base class; 0 takes all.
     """
 
@@ -368,7 +369,7 @@ class EvaluateSettings(Settings):
         learner: folder of the learner, or an older file of it.
         data: test pictures, named as for train; the test part is taken. Classes are matched by name.
         protocol: how the classes come, as for train.
-        reading: settings of the data; the size is the learner's.
+        reading: settings of the data; the size is the learner's, and all test pictures are taken.
         batch_size: images at once.
         device: where to compute; auto takes a GPU when there is one.
     """
@@ -379,6 +380,11 @@ class EvaluateSettings(Settings):
     reading: DataSettings = field(default_factory=DataSettings)
     batch_size: Count = 64
     device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reading.limit:
+            raise UserError("--reading.limit: it limits training images; evaluate takes all test pictures")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_fscil.config import DATA_KINDS, EMBEDDED_DATA, DataSettings, ProtocolConfig
@@ -135,8 +136,8 @@ def load(
         found = _session_folders(path, protocol, reading)
     else:
         found = _cut(kind, _whole(kind, path, protocol, reading, source), protocol, seed, source)
-    if reading.size not in {None, found.size}:
-        raise UserError(f"--data {source}: images are {found.size} pixels wide; --reading.size is for files and glyphs")
+    if reading.size is not None and not found.size:
+        raise UserError(f"--reading.size {reading.size}: --data {source} are maps, not images")
     if reading.limit:
         base = found.base.part(of_each(found.base.labels, lambda count: min(count, reading.limit)))
         found = dataclasses.replace(found, base=base)
@@ -146,7 +147,7 @@ def load(
 def _whole(kind: str, path: Path | None, protocol: ProtocolConfig, reading: DataSettings, source: str) -> _Whole:
     if path is None:
         if kind == "digits":
-            return _arrays(*datasets.digits())
+            return _arrays(*datasets.digits(), reading.size)
         base, way, _, sessions = PRESETS["glyphs"]
         count = (protocol.base or base) + (protocol.way or way) * (protocol.sessions or sessions)
         return _arrays(*datasets.glyphs(reading.size or SIZES["glyphs"], classes=count))
@@ -154,9 +155,9 @@ def _whole(kind: str, path: Path | None, protocol: ProtocolConfig, reading: Data
         train, test = readers.cifar(path)
         if f"cifar{len(train.classes)}" != kind:
             raise UserError(f"--data {source}: {path} holds CIFAR-{len(train.classes)}")
-        return _arrays(train, test)
+        return _arrays(train, test, reading.size)
     if kind == "npz":
-        return _npz(path)
+        return _npz(path, reading.size)
     size = reading.size or SIZES[kind]
     if kind == "imagefolder":
         first, second = readers.image_folders(path, reading)
@@ -183,26 +184,36 @@ def _parted(train: Part, test: Part | None) -> tuple[Part, Part]:
     return train.part(rest), train.part(held)
 
 
-def _arrays(train: readers.Images, test: readers.Images | None) -> _Whole:
+def _resized(split: Split, size: int | None) -> Split:
+    """Images in memory at another size."""
+    if size in {None, split.size}:
+        return split
+    assert split.images is not None
+    parts = [F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in torch.split(split.images, 256)]
+    images = torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in parts])
+    return dataclasses.replace(split, images=images, size=size)
+
+
+def _arrays(train: readers.Images, test: readers.Images | None, size: int | None = None) -> _Whole:
     for part in (train, test):
         if part is not None and part.images.shape[1] != part.images.shape[2]:
             h, w = part.images.shape[1:3]
             raise UserError(f"{part.source}: images of {h} x {w} pixels, expected square ones")
-    splits = [None if part is None else in_memory(part) for part in (train, test)]
+    splits = [None if part is None else _resized(in_memory(part), size) for part in (train, test)]
     assert splits[0] is not None
     parts = _parted(Part(splits[0].labels, splits[0]), None if splits[1] is None else Part(splits[1].labels, splits[1]))
     assert parts[0].split is not None
     assert parts[0].split.images is not None
     mean, std = pixel_statistics(parts[0].split.images)
     rounded = [tuple(round(x, 4) for x in value.clamp_min(1e-3).tolist()) for value in (mean, std)]
-    return _Whole(*parts, train.classes, rounded[0], rounded[1], train.images.shape[1], train.source)
+    return _Whole(*parts, train.classes, rounded[0], rounded[1], parts[0].split.size, train.source)
 
 
-def _npz(path: Path) -> _Whole:
+def _npz(path: Path, size: int | None) -> _Whole:
     """Images as ``tenfold.readers.npz_images`` takes them; or maps: ``train_maps, train_labels, test_maps, test_labels``."""
     keys = _npz_keys(path)
     if "train_maps" not in keys:
-        return _arrays(*readers.npz_images(path))
+        return _arrays(*readers.npz_images(path), size)
     shape = ("c", "H", "W")
     expected: dict[str, Any] = {}
     for name in ("train", "test") if "test_maps" in keys else ("train",):

@@ -3,12 +3,15 @@
 Notable: nothing of the size (batch, channels, length, state) is ever stored. The work is cut into blocks of some rows and some
 channels; a block's decays and states are computed for up to 64 steps at once in scratch that is used again, and the backward
 pass saves the inputs alone. Where a sequence is longer, its chunks are rows of their own once their first states are known.
+Channels are the last dimension of a block and states the one before it, so that every product runs along channels, whatever
+the number of states, and no sum is a product of small matrices with a vector, which libraries do slowly.
 
 Legend of shapes: b batch, G groups of channels that share B and C, D channels, N states per channel, L length, S chunks,
 T steps of a chunk, r rows and c channels of a block.
 """
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -22,8 +25,8 @@ from tenfold.errors import MissingExtraError
 Backend = Literal["auto", "torch", "reference", "mamba_ssm"]
 CHUNK = 64
 """Steps that a block holds at once."""
-BLOCK = 2**18
-"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 1 MiB in single precision."""
+BLOCK = 2**19
+"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 2 MiB in single precision."""
 PARALLEL = 2**16
 """States of all rows (b x D x N) below which the chunks of a long sequence are computed side by side."""
 INSTALL = 'MAMBA_KEEP_CUDA_BUILD=TRUE pip install "mamba-fscil[cuda]" --no-build-isolation'
@@ -104,7 +107,9 @@ def selective_scan(
             worst = float(A.max())
             raise ValueError(f"A must not be positive, since the state would explode; its largest entry is {worst:.3g}")
         with torch.autocast(u.device.type, enabled=False):
-            y, last = _Scan.apply(x, steps, decay, write, read, state, block or BLOCK, chunk or CHUNK)
+            y, last = _Scan.apply(
+                x, steps, decay, write, read, state, block or BLOCK, chunk or CHUNK, return_last_state
+            )
     if D is not None:
         y = y + D.to(compute)[:, None] * x
     if z is not None:
@@ -249,30 +254,33 @@ class _Scan(torch.autograd.Function):
         state: Tensor | None,
         block: int,
         chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+        ends: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         groups = max(B.shape[1], C.shape[1])
         work = _Work(u, delta, A, B, C, groups, block, chunk)
         firsts = work.first_states(state)
-        y, last = work.forward(firsts)
+        y, last = work.forward(firsts, ends=ends)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, delta, A, B, C, state if firsts is None or work.chunks == 1 else firsts)
         ctx.how = groups, block, chunk, state is not None
         return y, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, state = ctx.saved_tensors
+        dy = torch.zeros_like(u) if grads[0] is None else grads[0]
         groups, block, chunk, given = ctx.how
         work = _Work(u, delta, A, B, C, groups, block, chunk)
         firsts = state if state is None or work.chunks > 1 else work.rows_of(state)
-        du, ddelta, dA, dB, dC, dstate = work.backward(firsts, grads[0], grads[1])
-        return du, ddelta, dA, dB, dC, dstate if given else None, None, None
+        return *work.backward(firsts, dy, grads[1], given=given), None, None, None
 
 
 class _Work:
     """The inputs of one scan cut into chunks and blocks; all tensors are (G, T, S b, ...), contiguous in the last dimension.
 
-    A row is one chunk of one sequence of the batch, chunk by chunk: row k b + i is chunk k of sequence i.
+    A row is one chunk of one sequence of the batch, chunk by chunk: row k b + i is chunk k of sequence i. States are
+    (..., N, c), so that channels come last.
     """
 
     def __init__(
@@ -286,10 +294,11 @@ class _Work:
         self.block = block
         self.parallel = self.chunks > 1 and self.b * channels * self.n <= PARALLEL
         self.b_groups, self.c_groups = B.shape[1], C.shape[1]
-        self.A = A.view(groups, self.c, self.n)
-        # below this a decay is 0 in every sum, and a denormal number would be slow
-        lowest = -80.0 if u.dtype == torch.float32 else -700.0
-        self.lowest = lowest if u.numel() and float(delta.abs().max() * A.abs().max()) > -lowest else None
+        self.A = A.view(groups, self.c, self.n).transpose(1, 2).contiguous()
+        self.A_log2 = self.A * math.log2(math.e)  # powers of 2 take half the time of those of e
+        # below this a decay is 0 in every sum; a denormal number would take ten times as long
+        lowest = -115.0 if u.dtype == torch.float32 else -1000.0
+        self.lowest = lowest if u.numel() and _largest(delta) * _largest(self.A_log2) > -lowest else None
         self.delta = self.cut(delta)
         self.u = self.cut(u)
         self.du = self.delta * self.u
@@ -297,43 +306,50 @@ class _Work:
         self.like: Any = {"dtype": u.dtype, "device": u.device}
         self._scratch = [torch.empty(0, **self.like) for _ in range(3)]
 
+    def padded(self, x: Tensor) -> Tensor:
+        """With zeros behind the end, up to whole chunks."""
+        more = self.t * self.chunks - self.length
+        return F.pad(x, (0, more)) if more else x
+
     def cut(self, x: Tensor) -> Tensor:
         """(b, D, L) as (G, T, S b, c); what is added behind the end is 0."""
-        x = F.pad(x, (0, self.t * self.chunks - self.length))
-        x = x.reshape(self.b, self.groups, self.c, self.chunks, self.t).permute(1, 4, 3, 0, 2)
+        x = self.padded(x).reshape(self.b, self.groups, self.c, self.chunks, self.t).permute(1, 4, 3, 0, 2)
         return x.reshape(self.groups, self.t, self.rows, self.c).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
-        """(G, T, S b, c) as (b, D, L)."""
+        """(G, T, S b, c) as (b, D, L), whose channels lie side by side where there is one group."""
         x = x.view(self.groups, self.t, self.chunks, self.b, self.c).permute(3, 0, 4, 2, 1)
+        if self.chunks == 1:
+            return x.reshape(self.b, self.groups * self.c, self.t)
         return x.reshape(self.b, self.groups * self.c, self.chunks * self.t)[..., : self.length].contiguous()
 
     def cut_states(self, x: Tensor) -> Tensor:
         """(b, G, N, L) as (G, T, S b, N)."""
         x = x.expand(-1, self.groups, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(self.groups // x.shape[1], 1)
-        x = F.pad(x, (0, self.t * self.chunks - self.length))
-        x = x.reshape(self.b, self.groups, self.n, self.chunks, self.t).permute(1, 4, 3, 0, 2)
+        x = self.padded(x).reshape(self.b, self.groups, self.n, self.chunks, self.t).permute(1, 4, 3, 0, 2)
         return x.reshape(self.groups, self.t, self.rows, self.n).contiguous()
 
     def join_states(self, x: Tensor, groups: int) -> Tensor:
         """(G, T, S b, N) as (b, G, N, L), summed over what shared one of ``groups``."""
-        x = x.view(groups, -1, *x.shape[1:]).sum(dim=1)
+        x = x.view(groups, -1, *x.shape[1:])
+        x = x[:, 0] if x.shape[1] == 1 else x.sum(dim=1)
         x = x.view(groups, self.t, self.chunks, self.b, self.n).permute(3, 0, 4, 2, 1)
         return x.reshape(self.b, groups, self.n, self.chunks * self.t)[..., : self.length]
 
     def rows_of(self, state: Tensor) -> Tensor:
-        """(b, D, N) as (G, b, c, N)."""
-        return state.view(self.b, self.groups, self.c, self.n).transpose(0, 1).contiguous()
+        """(b, D, N) as (G, b, N, c)."""
+        return state.view(self.b, self.groups, self.c, self.n).permute(1, 0, 3, 2).contiguous()
 
     def state_of(self, rows: Tensor) -> Tensor:
-        """(G, b, c, N) as (b, D, N)."""
-        return rows.transpose(0, 1).reshape(self.b, self.groups * self.c, self.n)
+        """(G, b, N, c) as (b, D, N)."""
+        return rows.permute(1, 0, 3, 2).reshape(self.b, self.groups * self.c, self.n)
 
     def spans(self) -> Iterator[tuple[slice, slice]]:
         """Rows and channels of each block: whole rows where a row is small, else a part of the channels of some rows."""
         rows = self.rows if self.parallel or self.chunks == 1 else self.b
         per_row = self.t * self.c * self.n
         c = self.c if per_row <= self.block else max(1, self.block // (self.t * self.n))
+        c = -(-self.c // -(-self.c // c))  # parts of one size
         r = min(rows, max(1, self.block // (self.t * c * self.n)))
         for first in range(0, rows, r):
             for channel in range(0, self.c, c):
@@ -353,19 +369,19 @@ class _Work:
         yield from range(0, self.rows, self.rows if self.parallel or self.chunks == 1 else self.b)
 
     def decays(self, g: int, at: slice, channels: slice, out: Tensor, begin: int = 0) -> None:
-        """exp(delta A) of a block from step ``begin`` on, (T - begin, r, c, N)."""
-        torch.mul(self.delta[g, begin:, at, channels, None], self.A[g, channels], out=out)
+        """exp(delta A) of a block from step ``begin`` on, (T - begin, r, N, c)."""
+        torch.mul(self.delta[g, begin:, at, None, channels], self.A_log2[g, :, channels], out=out)
         if self.lowest is not None:
             out.clamp_(min=self.lowest)
-        out.exp_()
+        out.exp2_()
 
     def states(self, g: int, at: slice, channels: slice, first: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Decays and states of a block, (T, r, c, N), in scratch 0 and 1; without a first state, no decay of the first step."""
-        shape = (self.t, at.stop - at.start, channels.stop - channels.start, self.n)
+        """Decays and states of a block, (T, r, N, c), in scratch 0 and 1; without a first state, no decay of the first step."""
+        shape = (self.t, at.stop - at.start, self.n, channels.stop - channels.start)
         decay, state = self.scratch(0, *shape), self.scratch(1, *shape)
         begin = 0 if first is not None else 1
         self.decays(g, at, channels, decay[begin:], begin)
-        torch.mul(self.du[g, :, at, channels, None], self.B[g, :, at, None, :], out=state)
+        torch.mul(self.du[g, :, at, None, channels], self.B[g, :, at, :, None], out=state)
         steps, factors = state.unbind(0), decay.unbind(0)
         if first is not None:
             steps[0].addcmul_(factors[0], first)
@@ -374,21 +390,21 @@ class _Work:
         return decay, state
 
     def first_states(self, state: Tensor | None) -> Tensor | None:
-        """The state before each chunk, (G, S b, c, N); None where it is 0 for all of them.
+        """The state before each chunk, (G, S b, N, c); None where it is 0 for all of them.
 
         Chunks that are computed one after another get theirs in ``forward``; then only the first is known here.
         """
         first = None if state is None else self.rows_of(state)
         if self.chunks == 1:
             return first
-        firsts = torch.zeros(self.groups, self.rows, self.c, self.n, **self.like)
+        firsts = torch.zeros(self.groups, self.rows, self.n, self.c, **self.like)
         if first is not None:
             firsts[:, : self.b] = first
         if self.parallel:
             ends = torch.empty_like(firsts)
             for g in range(self.groups):
                 for at, channels in self.spans():
-                    ends[g, at, channels] = self.states(g, at, channels, None)[1][-1]
+                    ends[g, at, :, channels] = self.states(g, at, channels, None)[1][-1]
             whole = self.whole_decays()
             for k in range(1, self.chunks):
                 before, here = slice((k - 1) * self.b, k * self.b), slice(k * self.b, (k + 1) * self.b)
@@ -396,105 +412,129 @@ class _Work:
         return firsts
 
     def whole_decays(self) -> Tensor:
-        """The decay over each chunk, (G, S b, c, N)."""
-        return (self.delta.sum(dim=1)[..., None] * self.A[:, None]).exp_()
+        """The decay over each chunk, (G, S b, N, c)."""
+        return (self.delta.sum(dim=1)[:, :, None] * self.A[:, None]).exp_()
 
-    def forward(self, firsts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """y (b, D, L) and the last state (b, D, N); writes the first states of chunks that come one after another."""
+    def forward(self, firsts: Tensor | None, *, ends: bool) -> tuple[Tensor, Tensor | None]:
+        """y (b, D, L) and the last state (b, D, N) if ``ends``; writes first states of chunks that come one after another."""
         y = torch.empty(self.groups, self.t, self.rows, self.c, **self.like)
-        last = torch.empty(self.groups, self.b, self.c, self.n, **self.like)
+        last = torch.empty(self.groups, self.b, self.n, self.c, **self.like) if ends else None
         for start in self.parts():
             for g in range(self.groups):
                 for at, channels in self.spans():
                     at = slice(at.start + start, at.stop + start)
-                    first = None if firsts is None else firsts[g, at, channels]
-                    _, state = self.states(g, at, channels, first)
-                    read = self.C[g, :, at, :, None]
-                    y[g, :, at, channels] = torch.matmul(state, read)[..., 0]
+                    first = None if firsts is None else firsts[g, at, :, channels]
+                    decay, state = self.states(g, at, channels, first)
                     end = self.rows - self.b
                     if not self.parallel and self.chunks > 1 and start < end:
                         assert firsts is not None
-                        firsts[g, at.start + self.b : at.stop + self.b, channels] = state[-1]
-                    if at.stop > end:
+                        firsts[g, at.start + self.b : at.stop + self.b, :, channels] = state[-1]
+                    if last is not None and at.stop > end:
                         skip = max(0, end - at.start)
-                        last[g, at.start + skip - end : at.stop - end, channels] = state[-1, skip:]
-        return self.join(y), self.state_of(last)
+                        last[g, at.start + skip - end : at.stop - end, :, channels] = state[-1, skip:]
+                    y[g, :, at, channels] = _over_states(state, self.C[g, :, at], decay)
+        return self.join(y), None if last is None else self.state_of(last)
 
-    def backward(self, firsts: Tensor | None, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of u, delta, A, B, C and of the first state."""
+    def backward(
+        self, firsts: Tensor | None, dy: Tensor, dlast: Tensor | None, *, given: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of u, delta, A, B, C and, if it was ``given``, of the first state."""
         dy = self.cut(dy)
-        dlast = self.rows_of(dlast.contiguous())
-        q, wa = torch.empty_like(self.du), torch.empty_like(self.du)
+        q, wa = torch.empty_like(self.du), torch.zeros_like(self.du)
         dA = torch.zeros_like(self.A)
         dB, dC = torch.zeros_like(self.B), torch.zeros_like(self.C)
         # adjoint that enters each row from behind: of the last state, or of the next chunk's first one
-        enters = torch.zeros(self.groups, self.rows, self.c, self.n, **self.like)
-        enters[:, self.rows - self.b :] = dlast
-        if self.parallel:
-            self.adjoints(dy, enters)
-        dfirst = torch.empty(self.groups, self.b, self.c, self.n, **self.like)
+        enters = None
+        if self.chunks > 1 or dlast is not None:
+            enters = torch.zeros(self.groups, self.rows, self.n, self.c, **self.like)
+            if dlast is not None:
+                enters[:, self.rows - self.b :] = self.rows_of(dlast.contiguous())
+            if self.parallel:
+                self.adjoints(dy, enters)
+        dfirst = torch.empty(self.groups, self.b, self.n, self.c, **self.like) if given else None
         for start in reversed(list(self.parts())):
             for g in range(self.groups):
                 for at, channels in self.spans():
                     at = slice(at.start + start, at.stop + start)
-                    first = None if firsts is None else firsts[g, at, channels]
+                    first = None if firsts is None else firsts[g, at, :, channels]
                     decay, state = self.states(g, at, channels, first)
-                    adjoint = self.scratch(2, *decay.shape)
-                    torch.mul(dy[g, :, at, channels, None], self.C[g, :, at, None, :], out=adjoint)
-                    steps, factors = adjoint.unbind(0), decay.unbind(0)
-                    steps[-1].add_(enters[g, at, channels])
-                    for t in range(self.t - 2, -1, -1):
-                        steps[t].addcmul_(factors[t + 1], steps[t + 1])
-                    dC[g, :, at] += torch.matmul(dy[g, :, at, None, channels], state)[..., 0, :]
-                    dB[g, :, at] += torch.matmul(self.du[g, :, at, None, channels], adjoint)[..., 0, :]
-                    q[g, :, at, channels] = torch.matmul(adjoint, self.B[g, :, at, :, None])[..., 0]
-                    adjoint[1:].mul_(decay[1:]).mul_(state[:-1])
-                    if first is None:
-                        adjoint[0].zero_()
-                    else:
-                        adjoint[0].mul_(decay[0])
-                        self.pass_on(adjoint[0], at, g, channels, dfirst, enters)
-                        adjoint[0].mul_(first)
-                    flat = adjoint.flatten(0, 1)
-                    # by channel: (c, T r, N) @ (c, N, 1), and (c, 1, T r) @ (c, T r, N)
-                    by_channel = flat.transpose(0, 1)
-                    found = torch.matmul(by_channel, self.A[g, channels, :, None])[..., 0]
-                    wa[g, :, at, channels] = found.t().view(self.t, -1, found.shape[0])
-                    weights = self.delta[g, :, at, channels].flatten(0, 1).t()[:, None]
-                    dA[g, channels] += torch.matmul(weights, by_channel)[:, 0]
+                    behind = None if enters is None else enters[g, at, :, channels]
+                    adjoint = self.adjoint(g, at, channels, dy, decay, behind)
+                    # decay becomes g_t p_t, that is g_t a_t h_{t-1}
+                    weighted = decay
+                    weighted[1:].mul_(adjoint[1:]).mul_(state[:-1])
+                    begin = 1  # before the first step there was nothing that A could let decay
+                    if first is not None:
+                        begin = 0
+                        weighted[0].mul_(adjoint[0])
+                        self.pass_on(weighted[0], at, g, channels, dfirst, enters)
+                        weighted[0].mul_(first)
+                    dC[g, :, at] += state.mul_(dy[g, :, at, None, channels]).sum(dim=3)
+                    spare, weighted = state, weighted[begin:]
+                    torch.mul(weighted, self.A[g, :, channels], out=spare[begin:])
+                    wa[g, begin:, at, channels] = spare[begin:].sum(dim=2)
+                    weighted.mul_(self.delta[g, begin:, at, None, channels])
+                    dA[g, :, channels] += weighted.flatten(0, 1).sum(dim=0)
+                    q[g, :, at, channels] = _over_states(adjoint, self.B[g, :, at], spare)
+                    dB[g, :, at] += adjoint.mul_(self.du[g, :, at, None, channels]).sum(dim=3)
         du = q * self.delta
-        ddelta = q * self.u + wa
+        ddelta = q.mul_(self.u).add_(wa)
         return (
             self.join(du),
             self.join(ddelta),
-            dA.view(-1, self.n),
+            dA.transpose(1, 2).reshape(-1, self.n),
             self.join_states(dB, self.b_groups),
             self.join_states(dC, self.c_groups),
-            self.state_of(dfirst),
+            None if dfirst is None else self.state_of(dfirst),
         )
 
-    def pass_on(self, found: Tensor, at: slice, g: int, channels: slice, dfirst: Tensor, enters: Tensor) -> None:
+    def adjoint(self, g: int, at: slice, channels: slice, dy: Tensor, decay: Tensor, behind: Tensor | None) -> Tensor:
+        """The gradient of each state of a block, (T, r, N, c), in scratch 2."""
+        found = self.scratch(2, *decay.shape)
+        torch.mul(dy[g, :, at, None, channels], self.C[g, :, at, :, None], out=found)
+        steps, factors = found.unbind(0), decay.unbind(0)
+        if behind is not None:
+            steps[-1].add_(behind)
+        for t in range(self.t - 2, -1, -1):
+            steps[t].addcmul_(factors[t + 1], steps[t + 1])
+        return found
+
+    def pass_on(
+        self, found: Tensor, at: slice, g: int, channels: slice, dfirst: Tensor | None, enters: Tensor | None
+    ) -> None:
         """Give the adjoint of the rows' first states to the chunk before, or keep it as the first state's gradient."""
         if at.start < self.b:
-            stop = min(at.stop, self.b)
-            dfirst[g, at.start : stop, channels] = found[: stop - at.start]
-        elif not self.parallel:
-            enters[g, at.start - self.b : at.stop - self.b, channels] = found
+            if dfirst is not None:
+                stop = min(at.stop, self.b)
+                dfirst[g, at.start : stop, :, channels] = found[: stop - at.start]
+        elif not self.parallel and enters is not None:
+            enters[g, at.start - self.b : at.stop - self.b, :, channels] = found
 
     def adjoints(self, dy: Tensor, enters: Tensor) -> None:
         """Fill in what enters each chunk from behind: its successor's own part, and what passes through that."""
         own = torch.empty_like(enters)
         for g in range(self.groups):
             for at, channels in self.spans():
-                decay = self.scratch(0, self.t, at.stop - at.start, channels.stop - channels.start, self.n)
-                adjoint = self.scratch(2, *decay.shape)
+                decay = self.scratch(0, self.t, at.stop - at.start, self.n, channels.stop - channels.start)
                 self.decays(g, at, channels, decay)
-                torch.mul(dy[g, :, at, channels, None], self.C[g, :, at, None, :], out=adjoint)
-                steps, factors = adjoint.unbind(0), decay.unbind(0)
-                for t in range(self.t - 2, -1, -1):
-                    steps[t].addcmul_(factors[t + 1], steps[t + 1])
-                own[g, at, channels] = steps[0] * factors[0]
+                steps = self.adjoint(g, at, channels, dy, decay, None)
+                own[g, at, :, channels] = steps[0] * decay[0]
         whole = self.whole_decays()
         for k in range(self.chunks - 1, 0, -1):
             here, before = slice(k * self.b, (k + 1) * self.b), slice((k - 1) * self.b, k * self.b)
             enters[:, before] = own[:, here] + whole[:, here] * enters[:, here]
+
+
+def _largest(x: Tensor) -> float:
+    """The largest absolute value."""
+    low, high = torch.aminmax(x)
+    return max(-float(low), float(high))
+
+
+def _over_states(block: Tensor, weights: Tensor, spare: Tensor) -> Tensor:
+    """Sum over the states of a block (T, r, N, c) times weights (T, r, N), as (T, r, c); ``spare`` is written over."""
+    if (
+        block.shape[2] * block.shape[3] >= 4096
+    ):  # else each product of a row with a matrix costs more to begin than to make
+        return torch.matmul(weights[:, :, None], block)[:, :, 0]
+    return torch.mul(block, weights[..., None], out=spare).sum(dim=2)

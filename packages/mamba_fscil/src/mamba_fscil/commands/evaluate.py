@@ -17,7 +17,7 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     """Write ``evaluation.json``; print scores, the worst classes, the commonest confusions."""
     learner = learner_of(settings.learner, settings.device)
     reading = settings.reading
-    if reading.size is None and settings.data.partition(":")[0] in {"imagefolder", "cub200", "miniimagenet", "glyphs"}:
+    if reading.size is None and settings.data.partition(":")[0] != "npz":  # which may hold maps
         reading = dataclasses.replace(reading, size=learner.size or None)
     data = load(settings.data, settings.protocol, reading)
     part, missing = test_part(learner, data, settings.data)

@@ -76,6 +76,12 @@ def _base(data: SessionData, settings: TrainSettings, invocation: Invocation) ->
     if settings.base_weights is None:
         return train_base(data, settings, run=invocation.folder, quiet=invocation.quiet, stage="")
     base = prepare(data, settings)
+    names = checkpoints.load(settings.base_weights, method="mamba_fscil.converted").tensors
+    if any(name.startswith("projector.inc.") for name in names):
+        raise UserError(
+            f"--base_weights {settings.base_weights}: it holds an incremental branch: convert the checkpoint of"
+            " the base session"
+        )
     for prefix, module in (("projector.", base.projector), ("head.", base.head), ("backbone.", base.backbone)):
         if module is None:
             continue

@@ -1,6 +1,7 @@
 """A classifier that is taught new classes from a few pictures: the base session, further sessions, answers, and its folder."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -223,13 +224,20 @@ class IncrementalLearner:
         return found
 
     @torch.no_grad()
-    def logits(self, maps: Tensor) -> Tensor:
-        """Cosines with the classes seen, (N, K)."""
+    def logits(self, maps: Tensor, frozen: Tensor | None = None) -> Tensor:
+        """Cosines with the classes seen, (N, K).
+
+        Args:
+            maps: maps (N, c, H, W).
+            frozen: what ``frozen_output`` of the projector gave for them, where that has not changed since; None computes it.
+        """
         seen = len(self.classes)
         if self.method in TRAINING_FREE:
             classifier = baselines.NearestClassMean(self.prototypes().to(maps))
             return classifier(maps.mean(dim=(2, 3)))
-        parts = [self.head(self.projector.eval()(part).mu, seen) for part in torch.split(maps, 256)]
+        kept = itertools.repeat(None) if frozen is None else torch.split(frozen, 256)
+        pairs = zip(torch.split(maps, 256), kept, strict=False)
+        parts = [self.head(self.projector.eval()(part, base).mu, seen) for part, base in pairs]
         return torch.cat(parts) if parts else maps.new_zeros(0, seen)
 
     def prototypes(self) -> Tensor:

@@ -93,20 +93,25 @@ def run_arm(
     device = base.head.W.device
     learner.begin(own, data, None, maps.sample.maps.to(device), maps.sample.labels)
     found: list[Mechanism] = []
-    scores = [_scored(learner, maps.test)]
+    frozen = None
+    if learner.projector.inc is not None and not session.base_lr:  # the base side gives the same in all sessions
+        parts = torch.split(maps.test.maps.to(device), 256)
+        frozen = torch.cat([learner.projector.frozen_output(part) for part in parts])
+    scores = [_scored(learner, maps.test, frozen)]
     for number, bank in enumerate(maps.shots, 1):
         show = partial(track, description=f"{arm}, session {number}", quiet=quiet)
         names = [data.classes[k] for k in bank.labels.tolist()]
         learner.learn_session(bank.maps.to(device), names, look_every=look_every, show=show)
         if arm not in TRAINING_FREE:
             found.append(learner.mechanism)
-        scores.append(_scored(learner, maps.test))
+        scores.append(_scored(learner, maps.test, frozen))
     return ArmResult(scores, found)
 
 
-def _scored(learner: IncrementalLearner, test: FeatureBank) -> metrics.SessionScores:
+def _scored(learner: IncrementalLearner, test: FeatureBank, frozen: Tensor | None) -> metrics.SessionScores:
     here = test.labels < len(learner.classes)
-    logits = learner.logits(test.maps[here].to(learner.device)).cpu()
+    kept = None if frozen is None else frozen[here.to(frozen.device)]
+    logits = learner.logits(test.maps[here].to(learner.device), kept).cpu()
     return metrics.score(torch.softmax(learner.scale * logits, dim=1), test.labels[here], learner.base_classes)
 
 
