@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda.collecting import Data
+from corda.batches import Data
 from corda.config import Attach, CordaInit
 from corda.start import Start
 from tenfold import UserError

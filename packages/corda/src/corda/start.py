@@ -16,7 +16,7 @@ from torch import nn
 from corda.adapters import ADAPTER, lora_layers
 from corda.anchor import MARK, apply_anchor
 from corda.attach import apply_corda
-from corda.collecting import Data
+from corda.batches import Data
 from corda.config import Attach, CordaInit
 from corda.context import fingerprint
 from corda.convert import to_lora

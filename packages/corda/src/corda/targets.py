@@ -56,17 +56,32 @@ def linear(model: nn.Module, name: str) -> nn.Module:
     """The linear layer of this name, whose weight no other layer shares.
 
     Raises:
+        UserError: as for ``linears``.
+        UnsupportedLayerError: not a linear layer.
+    """
+    return linears(model, [name])[name]
+
+
+def linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers of these names, none of whose weights is shared with another layer.
+
+    Raises:
         UserError: no such layer, or its weight is tied to another one (a change would reach that one too).
         UnsupportedLayerError: not a linear layer.
     """
-    modules = dict(model.named_modules())
-    if name not in modules:
-        raise UserError(f"no layer {name} in the model: {did_you_mean(name, modules)}")
-    layer = modules[name]
-    shape_of(layer, name)
-    if _is_shared(layer, _uses(model)):
-        raise UserError(f"layer {name} shares its weight with another layer; leave it out of the targets")
-    return layer
+    modules, uses = dict(model.named_modules()), _uses(model)
+    found = {}
+    for name in names:
+        if name not in modules:
+            raise UserError(f"no layer {name} in the model: {did_you_mean(name, modules)}")
+        found[name] = modules[name]
+        shape_of(found[name], name)
+        if _is_shared(found[name], uses):
+            raise UserError(
+                f"layer {name} shares its weight with another layer; leave it out of target_modules or put it into "
+                f"exclude_modules=['{name}']"
+            )
+    return found
 
 
 def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
@@ -77,7 +92,10 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
     """
     if not _is_linear(layer):
         kinds = "nn.Linear, Conv1D or a quantized linear layer"
-        raise UnsupportedLayerError(f"layer {name} is a {type(layer).__name__}; expected {kinds}")
+        raise UnsupportedLayerError(
+            f"layer {name} is a {type(layer).__name__}; expected {kinds}; leave it out of target_modules or put it into "
+            f"exclude_modules=['{name}']"
+        )
     if isinstance(layer, Conv1D):
         return (layer.weight.shape[1], layer.weight.shape[0])
     found: Any = layer
@@ -85,13 +103,12 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """W (m, n) of the linear layer of this name.
+    """W (m, n) of the linear layer of this name, whether or not another layer shares it.
 
     Raises:
-        UserError: as for ``linear``.
         UnsupportedLayerError: as for ``layer_weight``.
     """
-    return layer_weight(linear(model, name), name)
+    return layer_weight(model.get_submodule(name), name)
 
 
 def layer_weight(layer: nn.Module, name: str) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from corda.collecting import Data
+from corda.batches import Data
 from corda.config import Attach, CordaInit
 from corda.start import Start
 from tenfold import UserError

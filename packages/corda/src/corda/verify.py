@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda.adapters import ADAPTER, lora_layers
-from corda.collecting import Batch
+from corda.batches import Batch
 from corda.config import Attach
 from corda.convert import change_of
 from corda.targets import UnsupportedLayerError, layer_weight, weight_of
