@@ -108,12 +108,11 @@ def _decodes(model: nn.Module) -> bool:
 
 def warn_of_sources(model: nn.Module, batch: Batch) -> None:
     """Warn of an encoder-decoder that is given nothing for its decoder, and takes the source for it."""
-    if isinstance(batch, Mapping) and _decodes(model) and not decodes_labels(model, batch):
-        if all(batch.get(key) is None for key in DECODER):
-            warnings.warn(
-                "the batches hold neither labels nor decoder_input_ids: the decoder is calibrated on the source",
-                stacklevel=4,
-            )
+    if not isinstance(batch, Mapping) or not _decodes(model) or decodes_labels(model, batch):
+        return
+    if all(batch.get(key) is None for key in DECODER):
+        what = "the batches hold neither labels nor decoder_input_ids"
+        warnings.warn(f"{what}: the decoder is calibrated on the source", stacklevel=4)
 
 
 def _length(batch: Batch) -> int:

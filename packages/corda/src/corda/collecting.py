@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from corda.algebra import STRIP, matmul_precision, mirror, products_are_full
 from corda.batches import Data, Stop, batches_of, forward, is_batches, warn_of_sources
 from corda.config import CordaInit
-from corda.context import EXPERT, ContextStats, fingerprint, with_experts
+from corda.context import EXPERT, ContextStats, with_experts
+from corda.fingerprints import fingerprint
 from corda.streams import Streams, TokenChoice
 from corda.sums import (
     Call,
@@ -375,7 +376,7 @@ def collect_context(
     with evaluating(model), collector.attached(model if batches else None):
         run(model, data, collector)
     streams.warn()
-    if complete and streams.batch < 0:
+    if complete and batches and streams.batch < 0:
         raise UserError("the calibration data holds no batch")
     return collector.stats(fingerprint(model), complete=complete)
 

@@ -7,8 +7,6 @@ W C = sum_t w_t (W x_t) x_t^T takes the place of C: m x n numbers instead of n x
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import warnings
@@ -19,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from corda.fingerprints import check_same
 from corda.moments import CrossMoment
-from corda.targets import dequantizes
 from tenfold import UserError, checkpoints
 from tenfold.distributed import all_reduce_sums, world_size
 
@@ -144,8 +142,7 @@ class ContextStats:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ``UserError`` unless these statistics were collected on this model's weights."""
-        if fingerprint(model) != self.fingerprint:
-            raise UserError("the statistics were collected on another model (names, shapes or weights differ)")
+        check_same("the statistics were collected", self.fingerprint, model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all."""
@@ -265,27 +262,6 @@ def check_reached(missed: Sequence[str]) -> None:
             f"never reached by the calibration data: {', '.join(missed)}; leave them out of target_modules or put them into "
             "exclude_modules, or calibrate on data that runs through them"
         )
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes and a strided sample of the values of a model's weights.
-
-    Adapter weights do not count, and peft's wrapping of names neither, so a model keeps its fingerprint when an adapter
-    that leaves its weights alone is attached.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted((_plain_name(name), value) for name, value in model.state_dict().items()):
-        if ".lora_" in name or not isinstance(value, Tensor):
-            continue
-        flat = (value.dequantize() if dequantizes(value) else value).detach().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].to("cpu", torch.float32)
-        digest.update(json.dumps([name, list(value.shape), sample.tolist()]).encode())
-    return digest.hexdigest()
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def agreed(work: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from corda.config import Attach, CordaInit
 from corda.factors import FactorSet, build_factors
 from corda.streaming import stream_factors
 from corda.streams import TokenChoice
-from corda.targets import resolve_targets, writable_weight
+from corda.targets import resolve_targets, writable_weights
 from tenfold import UserError
 from tenfold.distributed import world_size
 from tenfold.errors import did_you_mean
@@ -57,8 +57,7 @@ def get_corda_model(
     if attach not in get_args(Attach):
         raise UserError(f"unknown attach '{attach}': {did_you_mean(str(attach), get_args(Attach))}")
     if attach == "residual":
-        for name in resolve_targets(model, lora_config):
-            writable_weight(model, name)
+        writable_weights(model, resolve_targets(model, lora_config))
     factors = calibrated_factors(model, lora_config, data, init or CordaInit(), tokens, memory_budget=memory_budget)
     if attach == "residual":
         return apply_corda(model, factors, lora_config)

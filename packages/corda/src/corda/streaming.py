@@ -23,8 +23,9 @@ from corda.batches import Batch, Data, Stop, batches_of, forward, is_batches, wa
 from corda.blocks import Pass, Recorder, Stack, hidden_of, stacks_of
 from corda.collecting import Collector, collect_context
 from corda.config import CordaInit
-from corda.context import ContextStats, agreed, fingerprint
+from corda.context import ContextStats, agreed
 from corda.factors import FactorSet, Progress, Solved, build_factors, solve_layers
+from corda.fingerprints import fingerprint
 from corda.streams import Streams, TokenChoice
 from corda.targets import Target, linears, resolve_targets, shape_of
 from tenfold import UserError

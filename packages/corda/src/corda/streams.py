@@ -282,10 +282,9 @@ class Streams:
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return Stream(len(sight), mask.bool(), _owner(frame.module))
         known = outer.encoder or outer.own if outer else None
-        if outer and known and any(isinstance(outer.given.get(key), Tensor) for key in SIGHT_AND_SOUND):
-            if not any(isinstance(outer.given.get(key), Tensor) for key in TEXT):
-                return known
-        return Stream(len(sight))
+        given = outer.given if outer else {}
+        seen, read = (any(isinstance(given.get(key), Tensor) for key in keys) for keys in (SIGHT_AND_SOUND, TEXT))
+        return known if known and seen and not read else Stream(len(sight))
 
     def _labels(self, frame: Frame) -> Tensor | None:
         labels = frame.given.get("labels")
@@ -364,7 +363,8 @@ class Streams:
                 return self._flat(stream.keep)
             if stream.keep is not None and int(stream.keep.sum()) == count:
                 whole = self._flat(stream.keep)
-                assert whole.keep is not None and isinstance(whole.sample, Tensor)
+                assert whole.keep is not None
+                assert isinstance(whole.sample, Tensor)
                 present = stream.keep.flatten()
                 return Tokens(whole.keep[present], whole.sample[present])
         for frame in reversed(self.frames):

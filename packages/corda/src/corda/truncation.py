@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from corda.config import CordaInit
 from corda.context import ContextStats
 from corda.moments import DampedCovariance
-from corda.targets import writable_weight
+from corda.targets import writable_weights
 from tenfold import UserError
 from tenfold.errors import did_you_mean
 
@@ -128,7 +128,7 @@ def truncate_model(
         if stats is None:
             raise UserError("without statistics, name the targets")
         targets = stats.targets
-    layers = {name: writable_weight(model, name) for name in targets}
+    layers = writable_weights(model, targets)
     counts = {}
     for name, weight in layers.items():
         size = min(weight.shape)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from corda.anchor import MARK
+from corda.anchor import is_anchored
 from corda.context import ContextStats
 from corda.convert import read_adapter
 from tenfold.terminal import table
@@ -128,7 +128,7 @@ def truncation_text(report: dict[str, Any]) -> str:
 def adapter_text(folder: Path) -> str:
     """Any LoRA adapter, ours or another's."""
     config, layers, scalings, _ = read_adapter(folder)
-    anchored = config.init_lora_weights == MARK
+    anchored = is_anchored(config)
     rows = []
     for name, parts in layers.items():
         A, B = parts["lora_A.weight"].double(), parts["lora_B.weight"].double()

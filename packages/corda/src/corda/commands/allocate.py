@@ -10,7 +10,7 @@ from corda.commands._models import check_name, load_model
 from corda.commands._plus import select_and_allocate
 from corda.commands._reports import ranks_text
 from corda.config import AllocateSettings
-from corda.context import fingerprint
+from corda.fingerprints import fingerprint
 from tenfold.cli import Invocation
 from tenfold.devices import choose_device
 

@@ -17,9 +17,9 @@ from corda.commands._models import base_name, load_model, load_tokenizer
 from corda.commands._plus import select_and_allocate
 from corda.commands._reports import init_text
 from corda.config import InitSettings
-from corda.context import fingerprint
 from corda.data import Batches, calibration_batches, on_model
 from corda.factors import FactorSet, build_factors, output_energies
+from corda.fingerprints import fingerprint
 from corda.records import read_records
 from corda.streaming import stream_factors
 from corda.targets import with_ranks

@@ -8,8 +8,8 @@ from corda.commands._files import STATS, TRUNCATION, check_stats, load_stats
 from corda.commands._models import check_name, load_model, load_tokenizer
 from corda.commands._reports import truncation_text
 from corda.config import AdapterSettings, CordaInit, TruncateSettings
-from corda.context import fingerprint
 from corda.data import Batches, calibration_batches
+from corda.fingerprints import fingerprint
 from corda.records import read_records
 from corda.targets import resolve_targets, weight_of
 from corda.truncation import output_error, truncate_model

@@ -10,8 +10,8 @@ from corda.commands._files import INITIAL, REPORT, RESIDUAL, VERIFICATION, check
 from corda.commands._models import check_name, load_model, load_tokenizer
 from corda.commands._reports import verification_text
 from corda.config import InitSettings, VerifySettings
-from corda.context import fingerprint
 from corda.data import calibration_batches, on_model
+from corda.fingerprints import fingerprint
 from corda.records import read_records
 from corda.verify import verify_init
 from tenfold import UserError, runs
