@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from corda.adapters import ADAPTER, PREFIX, lora_layers, read_folder
+from corda.adapters import ADAPTER, PREFIX, bring_back, lora_layers, read_folder
 from corda.factors import FactorSet
 from corda.fingerprints import check_same
 from corda.targets import FLOATS, UnsupportedLayerError, is_quantized, resolve_targets, shape_of
@@ -70,6 +70,7 @@ def apply_anchor(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig"
             raise UserError(f"layer {name} has another shape than the factors were built for")
     factors.check_model(model, quantized=any(is_quantized(model.get_submodule(name)) for name in targets))
     wrapped = get_peft_model(model, config)
+    bring_back(wrapped)
     for name, layer in lora_layers(wrapped).items():
         layer.anchor(ADAPTER, factors.factors[name].A, factors.factors[name].B)
     wrapped.peft_config[ADAPTER].init_lora_weights = mark_of(factors.fingerprint)
@@ -121,6 +122,7 @@ def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainabl
     quantized = any(is_quantized(model.get_submodule(name)) for name in targets)
     check_same(f"the adapter in {folder} was made", mark.partition(":")[2] or None, model, quantized=quantized)
     wrapped = get_peft_model(model, config)
+    bring_back(wrapped)
     for name, layer in lora_layers(wrapped).items():
         layer.anchor(ADAPTER, parts[f"{name}.lora_A.anchor"], parts[f"{name}.lora_B.anchor"])
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corda.adapters import ADAPTER, adapter_state, lora_layers, save_adapter
+from corda.adapters import ADAPTER, adapter_state, bring_back, lora_layers, save_adapter
 from corda.algebra import STRIP
 from corda.factors import FactorSet
 from corda.targets import resolve_targets, writable_weights
@@ -51,6 +51,7 @@ def apply_corda(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig")
     plain = copy.deepcopy(lora_config)
     plain.init_lora_weights = True
     wrapped = get_peft_model(model, plain)
+    bring_back(wrapped)
     with torch.no_grad():
         for name, layer in lora_layers(wrapped).items():
             A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight

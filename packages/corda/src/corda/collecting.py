@@ -270,7 +270,7 @@ class Collector:
         if not complete:
             return stats
         stats = with_experts(stats, missed)
-        if not any(stats.tokens.values()):
+        if stats.tokens and not any(stats.tokens.values()):
             raise UserError("no token is left after masking (attention_mask, labels, skip_first)")
         empty = [name for name in self.targets if stats.tokens[stats.groups[name]] == 0]
         if empty:

@@ -209,7 +209,7 @@ def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Ta
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft says the same of the model itself, once it is wrapped
             wrapped = get_peft_model(_skeleton(model), plain)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"peft cannot apply this LoRA configuration: {error}") from error
     found = {}
     for path, module in wrapped.named_modules():

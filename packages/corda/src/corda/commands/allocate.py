@@ -20,7 +20,7 @@ def run(settings: AllocateSettings, invocation: Invocation) -> None:
     check_name(settings.model)
     device = choose_device(settings.device)
     candidates = load_stats(settings.stats)
-    model = load_model(settings.model, device)
+    model = load_model(settings.model, device, settings.task)
     report: dict[str, Any] = {"model": settings.model, "fingerprint": fingerprint(model)}
     check_stats(settings.stats, candidates, settings.model, report["fingerprint"])
     settings = dataclasses.replace(settings, budget=settings.budget or f"uniform:{settings.r}")

@@ -32,7 +32,7 @@ def run(settings: ConvertSettings, invocation: Invocation) -> None:
             raise UserError(
                 f"--model {settings.model} cannot be checked: {settings.run} does not say what it was made for"
             )
-        found = fingerprint(load_model(settings.model, "cpu"))
+        found = fingerprint(load_model(settings.model, "cpu", recorded.get("task", "causal")))
         if differences(str(recorded.get("residual_fingerprint")), found):
             check_base(settings.model, found, recorded, Path(str(settings.run)))
         else:
