@@ -26,6 +26,7 @@ from corda import (
     truncate_model,
 )
 from corda.adapters import lora_layers, read_folder
+from corda.cli import main
 from corda.fingerprints import differences, fingerprint
 from corda.targets import linear_targets, resolve_targets
 from peft import LoraConfig, PeftModel
@@ -87,6 +88,15 @@ def test_fingerprints_tell_names_shapes_dtypes_and_values_apart(llama):
     other.model.layers[0].mlp.up_proj = nn.Linear(32, 48)
     assert differences(own, fingerprint(other)) == ["names", "shapes", "values"]
     assert differences(own, fingerprint(copy.deepcopy(llama).double())) == []
+
+
+def test_factors_on_their_own_say_their_model(llama, batches, tmp_path, capsys):
+    factors_of(llama, batches).save(tmp_path / "corda_start.safetensors")
+    for path in (tmp_path, tmp_path / "corda_start.safetensors"):
+        assert main(["inspect", "--run", str(path)]) == 0
+        shown = capsys.readouterr().out
+        assert f"model not recorded ({fingerprint(llama)[:12]})" in shown
+        assert "model.layers.1.mlp.up_proj" in shown
 
 
 # One function of the same numbers

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from corda import CordaInit, apply_anchor, apply_corda, build_factors, collect_context, stream_factors, to_lora
 from corda.targets import resolve_targets
-from corda_families import FAMILIES, heard_by_whisper, lora_of, made, moments_alone, run, together
+from corda_families import FAMILIES, alone, heard_by_whisper, lora_of, made, moments_alone, run, together
 from peft import PeftModel
 
 
@@ -63,3 +63,36 @@ def test_the_adapter_starts_at_the_model_and_ends_as_what_plain_peft_loads(famil
     to_lora(wrapped, factors, tmp_path / "lora")
     plain = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "lora").eval()
     torch.testing.assert_close(run(plain, batch), trained, rtol=1e-5, atol=1e-5)
+
+
+REFUSED_BY_PEFT = {
+    "bert": "its pooler gets one token of each sample",
+    "roberta": "its classifier gets one token of each sample",
+    "vit": "its classifier gets one token of each sample",
+    "clip": "its projections get one token of each sample",
+}
+"""Family -> why peft's own ``preprocess_corda`` fails with all linear layers, one unpadded sample at a time."""
+
+
+def test_peft_takes_no_family_that_is_not_taken_here(family, request):
+    """peft's own function, at its best: names of layers in full, one sample per call, no padding."""
+    from peft import get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model, samples, config, names = family
+    model = copy.deepcopy(model).float()
+    name = request.node.callspec.params["family"].__name__
+    samples = [{k: v.float() if v.is_floating_point() else v for k, v in s.items()} for s in samples]
+    theirs = copy.deepcopy(config)
+    theirs.target_modules, theirs.exclude_modules = set(names), None
+    theirs.init_lora_weights, theirs.corda_config = "corda", CordaConfig(corda_method="ipm")
+    start = run(model, alone(samples[0]))
+    try:
+        preprocess_corda(model, theirs, run_model=lambda: [run(model, alone(sample)) for sample in samples])
+        wrapped = get_peft_model(model, theirs).eval()
+        torch.testing.assert_close(run(wrapped, alone(samples[0])), start, rtol=1e-3, atol=1e-3)
+        taken = True
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError, AssertionError) as error:
+        taken, why = False, error
+    assert taken == (name not in REFUSED_BY_PEFT), why if not taken else "taken after all"

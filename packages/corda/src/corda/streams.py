@@ -215,7 +215,7 @@ class Streams:
         elif sights and not texts:
             frame.own = self._seen(frame, outer, sights[0])
         else:
-            frame.own = self._own(frame, outer, outer and (outer.encoder or outer.own))
+            frame.own = self._own(frame, outer, (outer.encoder or outer.own) if outer else None)
         if texts:
             frame.others += [Stream(len(sight)) for sight in sights]
         if outer is None and frame.own is not None and frame.encoder is None:
@@ -261,9 +261,9 @@ class Streams:
                     keep = keep & inherited.keep.to(keep.device)  # tokens without labels stay out
                 return Stream(shape[0], keep, _owner(frame.module))
         if outer is None:
-            keep = _as_tokens(given)
+            seen = _as_tokens(given)
             one = self.rows_are_tokens and source.ndim == 2 and source.is_floating_point()
-            return Stream(1 if one else len(source), keep, _owner(frame.module))
+            return Stream(1 if one else len(source), seen, _owner(frame.module))
         candidates = [inherited, *(s for f in reversed(self.frames[:-1]) for s in f.streams)]
         for f in reversed(self.frames[:-1]):
             if source is f.cross_source and f.cross is not None:
@@ -373,8 +373,8 @@ class Streams:
         if any(stream.batch == count for stream in self._candidates()):
             return Tokens(sample=torch.arange(count, device=x.device))
         if self.frames and (self._padded() or self.frames[0].own is None or self.frames[0].own.batch > 1):
-            whole = "its rows are no tokens that can be told apart; all count, as one sample"
-            self.unknown.setdefault(name, f"its input of {count} rows fits no sample or mask: {whole}")
+            why = "its rows are no tokens that can be told apart; all count, as one sample"
+            self.unknown.setdefault(name, f"its input of {count} rows fits no sample or mask: {why}")
         return Tokens()
 
     def _copied(self, frame: Frame, x: Tensor) -> Tokens | None:
@@ -461,7 +461,7 @@ def _above(name: str) -> Iterator[str]:
 
 
 @functools.cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 

@@ -74,7 +74,7 @@ def samples_of(x: Tensor, tokens: Tokens, scale: str) -> tuple[list[Tensor], int
         sample = tokens.sample.to(x.device)
         if keep is not None:
             x, sample = x[keep], sample[keep]
-        present = sample.unique()
+        present = torch.unique(sample)
         if scale != "peft":
             return [x] if len(x) else [], len(present)
         if len(present) == 1:

@@ -33,7 +33,10 @@ def lora_config_of(settings: AdapterSettings) -> LoraConfig:
     alpha: Any = settings.alpha or settings.r
     left_out = list(settings.exclude or ())
     if settings.task == "token-classification" and settings.targets == ["all-linear"]:
-        left_out += ["classifier", "score"]  # the head, which peft trains whole; of other tasks, it leaves it out itself
+        left_out += [
+            "classifier",
+            "score",
+        ]  # the head, which peft trains whole; of other tasks, it leaves it out itself
     excluded = "|".join(map(re.escape, left_out))
     alphas: Any = dict(settings.alpha_pattern)
     return LoraConfig(
