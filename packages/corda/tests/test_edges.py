@@ -421,6 +421,18 @@ def test_the_initial_adapter_on_the_original_model_is_told_from_that_on_the_resi
     assert differences(fingerprint(llama), fingerprint(residual.unload() if hasattr(residual, "unload") else residual))
 
 
+def test_with_the_adapter_disabled_an_anchored_model_is_the_original(llama, batches):
+    """huggingface/peft pull request 1626: what the maintainers missed in an initialization that changes the base."""
+    start = logits(llama, batches)
+    wrapped = apply_anchor(copy.deepcopy(llama), factors_of(llama, batches), LORA)
+    with torch.no_grad():
+        for layer in lora_layers(wrapped).values():
+            layer.lora_B["default"].weight += 0.1
+    assert (logits(wrapped, batches) - start).abs().max() > 1e-3
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped, batches), start)
+
+
 def test_every_linear_target_of_a_model_can_be_named(llama):
     """What ``all-linear`` takes is what is calibrated by default."""
     names = resolve_targets(llama, LoraConfig(r=1, target_modules="all-linear"))
