@@ -501,9 +501,11 @@ class TruncateSettings(LayerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(SharedDemoSettings):
-    """Train a small Llama and show what the method does to it.
+    """Train a small Llama, or take a real one, and show what the method does to it.
 
     Args:
+        world: llama (trained on the spot; facts, directions and fine-tuning too), or smollm2 (truncation of SmolLM2-135M, which
+            is installed as a package; takes minutes at every level but quick).
         steps: number of training steps of a small model; default: 20 for quick, 800 for default, 1200 for full.
         facts: number of facts that it learns; half of them calibrate, the other half are measured.
         rank: rank of the adapters whose directions are compared; at most 64, the width of the smallest layer.
@@ -511,7 +513,13 @@ class DemoSettings(SharedDemoSettings):
             and 1 were worse).
     """
 
+    world: Literal["llama", "smollm2"] = "llama"
     steps: Count | None = None
     facts: Annotated[int, Ge(4)] = 192
     rank: Annotated[int, Interval(ge=1, le=64)] = 8
     asvd_alpha: NonNegative = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.world != "llama" and self.steps is not None:
+            raise SettingError("steps", f"expected none, since world {self.world} trains nothing, got {self.steps}")

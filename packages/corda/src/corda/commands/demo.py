@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from corda.collecting import collect_context
+from corda.commands import _pretrained
 from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
 from corda.commands._small_llama import (
     DATA,
@@ -262,6 +263,8 @@ def price(trajectory: Trajectory, target: float) -> dict[str, float]:
 
 def run(settings: DemoSettings, invocation: Invocation) -> int:
     """Train, measure, decide, draw; 1 with ``--strict`` if a claim fails."""
+    if settings.world == "smollm2":
+        return _pretrained.run(settings, invocation)
     sys.stdout.write(f"data: {DATA}\n")
     sys.stdout.flush()
     out, level = invocation.folder, settings.level
