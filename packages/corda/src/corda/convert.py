@@ -255,7 +255,8 @@ def change_of(name: str, layer: Any, factors: FactorSet | None) -> tuple[Tensor,
     down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     anchored = isinstance(layer, AnchoredLinear)
     A0, B0 = (down.anchor, up.anchor) if anchored else (factors.factors[name].A, factors.factors[name].B)  # type: ignore[union-attr]
-    if A0.shape != down.weight.shape or B0.shape != up.weight.shape:
+    given = (A0, B0) if factors is None else (factors.factors[name].A, factors.factors[name].B)
+    if given[0].shape != down.weight.shape or given[1].shape != up.weight.shape:
         raise UserError(f"layer {name} has another shape or rank than its factors")
     if anchored and factors is not None:
         found = factors.factors[name]
