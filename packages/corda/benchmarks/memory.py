@@ -12,7 +12,7 @@ import sys
 import torch
 from corda import collect_context
 from corda.adapters import lora_layers
-from end_to_end import MODELS, PEERS, RANK, model_of, shape_of, whole, windows
+from end_to_end import MODELS, PEERS, RANK, REAL, installed, model_of, shape_of, whole, windows
 
 from tenfold import bench
 
@@ -44,7 +44,7 @@ def _command(way: str, mode: str, size: str) -> list[str]:
 
 def once(way: str, mode: str, size: str) -> None:
     """Go one way once."""
-    model, data = model_of(size), windows()
+    model, data = model_of(size), windows(size)
     if way != "nothing":
         whole(way, mode, model, data)
 
@@ -85,7 +85,8 @@ def error_rows(size: str) -> list[bench.Comparison]:
 
 def measure() -> list[bench.Comparison]:
     """All rows."""
-    return [row for size in MODELS for row in memory_rows(size)] + error_rows("1024")
+    sizes = [*MODELS, *([REAL] if installed() else [])]
+    return [row for size in sizes for row in memory_rows(size)] + error_rows("1024")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))  # corda_families
 
 VOCABULARY = sorted({chr(c) for c in range(32, 127)} | {"\n"})
 

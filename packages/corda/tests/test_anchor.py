@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -359,7 +360,10 @@ def test_damaged_and_foreign_files_are_named(llama, batches, tmp_path):
     for text, message in (
         ("{", r"adapter_config\.json is no configuration of peft"),
         ('{"peft_type": "IA3"}', "holds no anchored adapter"),
-        (as_saved.replace("anchored_corda", "corda"), r"belongs to the residual model.*init_lora_weights is true"),
+        (
+            re.sub("anchored_corda[:0-9a-f]*", "corda", as_saved),
+            r"belongs to the residual model.*init_lora_weights is true",
+        ),
     ):
         settings.write_text(text)
         with pytest.raises(UserError, match=message):

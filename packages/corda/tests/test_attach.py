@@ -166,9 +166,12 @@ def test_product_equals_that_of_pefts_own_corda(method, shape):
     with torch.no_grad():
         U, _, Vh = torch.linalg.svd(model[0].weight, full_matrices=False)
         model[0].weight.copy_(U * torch.logspace(0, -1, min(shape)) @ Vh)
-    samples = [torch.randn(40, shape[1]) for _ in range(8)]
+    samples = [torch.randn(40, shape[1]) for _ in range(8)]  # to peft, one sample each
     ours = get_corda_model(
-        copy.deepcopy(model), LoraConfig(r=3, lora_alpha=6, target_modules=["0"]), samples, CordaInit(mode=method)
+        copy.deepcopy(model),
+        LoraConfig(r=3, lora_alpha=6, target_modules=["0"]),
+        [s[None] for s in samples],
+        CordaInit(mode=method),
     )
     config = LoraConfig(
         r=3,
@@ -218,7 +221,10 @@ def test_power_zero_needs_no_data(llama):
 def test_bad_layers_and_models(llama, batches):
     """Rank above a layer's size, applied twice, quantized, tied, other statistics."""
     stats = collect_context(llama, batches)
-    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj: rank 17 of a 16 x 32 layer"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer model\.layers\.0\.self_attn\.k_proj: rank 17, expected 1 to 16.*rank_pattern={.*exclude_modules",
+    ):
         build_factors(llama, stats, configuration(r=17, target_modules=["k_proj"]))
     with pytest.raises(UserError, match="needs calibration data"):
         get_corda_model(llama, configuration(), None)

@@ -237,3 +237,30 @@ def test_impossible_settings_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             DemoSettings(**settings)
+
+
+def test_the_world_of_a_real_model_measures_every_arm(shared_folder, tmp_path, monkeypatch):
+    """With a tiny model in place of SmolLM2, which is installed as a package of its own."""
+    from corda.commands import _pretrained
+    from corda.commands._models import load_model, load_tokenizer
+
+    tiny = f"hf:{shared_folder}"
+    monkeypatch.setattr(_pretrained, "load", lambda: (load_model(tiny, "cpu"), load_tokenizer(tiny)))
+    monkeypatch.setattr(_pretrained, "LENGTH", 32)
+    monkeypatch.setitem(_pretrained.MEASURED, "quick", 3)
+    monkeypatch.setitem(_pretrained.DROPS, "quick", (25, 40))
+    settings = DemoSettings(level="quick", world="smollm2")
+    with Run.open(tmp_path / "demo", package="corda", verb="demo", settings=settings) as run:
+        assert demo.run(settings, Invocation(run, quiet=True)) == 0
+    summary = json.loads((tmp_path / "demo/summary.json").read_text())
+    arms = {"whole", "svd"} | {f"{method}-{kind}" for method in ("asvd", "half", "corda") for kind in ("text", "code")}
+    assert set(summary["arms"]) == arms
+    assert {claim["id"] for claim in summary["claims"]} == {
+        f"{a}_{k}" for a in ("svd", "asvd", "mismatch") for k in ("text", "code")
+    }
+    assert (tmp_path / "demo/figures/truncation.png").exists()
+
+
+def test_a_real_model_takes_no_steps():
+    with pytest.raises(UserError, match="steps: expected none, since world smollm2 trains nothing, got 5"):
+        DemoSettings(world="smollm2", steps=5)

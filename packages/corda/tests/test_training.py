@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from corda import CordaInit, CordaTrainerCallback, apply_corda, build_factors, collect_context
-from corda.context import fingerprint
+from corda import CordaInit, CordaTrainerCallback, FactorSet, apply_corda, build_factors, collect_context
+from corda.fingerprints import fingerprint
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -46,7 +46,7 @@ def rows(batches):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer(base, batches, folder, *callbacks, **settings):
+def trainer(base, batches, folder, *callbacks, config=None, **settings):
     """Over a fresh copy of the base, wrapped by peft as a trainer like TRL's would."""
     torch.manual_seed(5)
     arguments = TrainingArguments(
@@ -62,7 +62,7 @@ def trainer(base, batches, folder, *callbacks, **settings):
         seed=3,
         **settings,
     )
-    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(LORA))
+    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config or LORA))
     return Trainer(model=model, args=arguments, train_dataset=rows(batches), callbacks=list(callbacks))
 
 
@@ -96,12 +96,9 @@ def test_it_starts_at_the_factors_of_the_base_and_untrained_converts_to_no_chang
     run.train()
     stats = collect_context(copy.deepcopy(llama), batches, init=init)
     factors = build_factors(llama, stats, LORA, init)
-    state = run.model.state_dict()
+    started = FactorSet.load(tmp_path / "corda_start.safetensors")
     for name, found in factors.factors.items():
-        prefix = f"base_model.model.{name}"
-        kind = "anchor" if attach == "anchor" else "default.weight"
-        where = f"{prefix}.lora_A.default.anchor" if attach == "anchor" else f"{prefix}.lora_A.{kind}"
-        torch.testing.assert_close(state[where], found.A, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(started.factors[name].A, found.A, rtol=1e-5, atol=1e-6)
     by_hand = apply_corda(copy.deepcopy(llama), factors, LORA).eval()
     with torch.no_grad():
         ours = run.model.eval()(**batches[0]).logits
@@ -182,6 +179,57 @@ def test_a_model_that_it_cannot_start_is_refused(llama, batches, tmp_path):
         trainer(llama, batches, tmp_path / "c", CordaTrainerCallback(None)).train()
     with pytest.raises(UserError, match="unknown attach 'anker'"):
         CordaTrainerCallback(batches, attach="anker")
+
+
+@pytest.mark.parametrize("attach", ["anchor", "residual"])
+def test_what_save_model_writes_afterwards_is_what_plain_peft_loads(llama, batches, tmp_path, attach):
+    """Biases, rsLoRA and patterns of rank included; the base under the adapter is the untouched one again."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        bias="all",
+        rank_pattern={"up_proj": 2},
+        target_modules=["q_proj", "up_proj"],
+    )
+    run = trainer(llama, batches, tmp_path, CordaTrainerCallback(batches, attach=attach), config=config)
+    run.train()
+    run.save_model(tmp_path / "saved")
+    with torch.no_grad():
+        trained = run.model.eval()(**batches[0]).logits
+        plain = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "saved").eval()
+        torch.testing.assert_close(plain(**batches[0]).logits, trained, atol=1e-5, rtol=1e-4)
+        assert (llama.eval()(**batches[0]).logits - trained).abs().max() > 1e-2
+    assert plain.peft_config["default"].init_lora_weights is True
+    under = run.model.get_base_model().state_dict()
+    for name, value in llama.state_dict().items():
+        torch.testing.assert_close(under.get(name, under.get(name.replace(".weight", ".base_layer.weight"))), value)
+    run.train()  # goes on with the plain LoRA, and saves it so
+    again = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(**batches[0]).logits, run.model.eval()(**batches[0]).logits, atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("attach", ["anchor", "residual"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"target_modules": ["lm_head"], "modules_to_save": None}, "shares its weight with another layer"),
+        ({"target_modules": ["embed_tokens"]}, "Embedding.*exclude_modules"),
+    ],
+)
+def test_what_the_end_would_refuse_is_refused_before_the_first_step(llama, batches, tmp_path, attach, options, message):
+    if options.get("target_modules") == ["lm_head"]:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | options)
+    run = trainer(llama, batches, tmp_path, CordaTrainerCallback(batches, attach=attach), config=config)
+    with pytest.raises(UserError, match=message):
+        run.train()
+    assert run.state.global_step == 0
+    assert not list(tmp_path.glob("lora"))
 
 
 def test_factors_on_disk_are_the_factors(llama, batches, tmp_path):

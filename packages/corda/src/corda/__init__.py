@@ -2,12 +2,13 @@
 
 Read in this order: ``solvers`` (the mathematics: weights and a covariance in, A and B out) on ``moments`` (what of the inputs
 it takes) and ``algebra`` (in fp64 by SciPy); ``context`` (statistics of a model's layers), ``collecting`` and ``sums`` (how
-they are gathered); ``targets`` and ``factors`` (all layers of a model); ``attach`` (the paper's way: a residual under the
-adapter) and ``anchor`` (ours: beside an untouched base) on ``adapters`` (what peft keeps); ``convert`` (a plain LoRA from
-what was trained) and ``verify`` (does it start at the base?); ``streaming`` and ``blocks`` (the same in little memory);
-``one_call`` (all of it), ``start`` (inside a trainer: ``training`` and ``lightning_callback``). Beside these: ``interchange``
-(peft's own CorDA), ``truncation`` (compression), ``plus`` and ``spectra`` (CorDA++, experimental:
-``from corda.plus import select_context``), ``data``, ``records`` and ``texts`` (what calibrates).
+they are gathered), ``streams`` (which tokens count) and ``batches`` (what people give); ``fingerprints`` (which model it is),
+``targets`` and ``factors`` (all layers of a model); ``attach`` (the paper's way: a residual under the adapter) and ``anchor``
+(ours: beside an untouched base) on ``adapters`` (what peft keeps); ``convert`` (a plain LoRA from what was trained) and
+``verify`` (does it start at the base?); ``streaming`` and ``blocks`` (the same in little memory); ``one_call`` (all of it),
+``start`` (inside a trainer: ``training`` and ``lightning_callback``). Beside these: ``interchange`` (peft's own CorDA),
+``truncation`` (compression), ``plus`` and ``spectra`` (CorDA++, experimental: ``from corda.plus import select_context``),
+``data``, ``records`` and ``texts`` (what calibrates).
 """
 
 from typing import TYPE_CHECKING

@@ -31,6 +31,18 @@ def lora_layers(wrapped: nn.Module) -> dict[str, Any]:
     return {path.removeprefix(PREFIX): module for path, module in layers}
 
 
+def bring_back(wrapped: nn.Module) -> None:
+    """Put adapters that peft has made on the meta device, beside weights that accelerate keeps elsewhere, where they are used.
+
+    They hold no values afterwards: whoever starts them gives them theirs.
+    """
+    for layer in lora_layers(wrapped).values():
+        hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+        for part in (parts[ADAPTER] for parts in (layer.lora_A, layer.lora_B) if ADAPTER in parts):
+            if part.weight.device.type == "meta":
+                part.to_empty(device=getattr(hook, "execution_device", None) or "cpu")
+
+
 def adapter_state(wrapped: "PeftModel") -> dict[str, Tensor]:
     """The adapter's tensors that peft saves, under the names that it gives them in the file."""
     from peft import get_peft_model_state_dict

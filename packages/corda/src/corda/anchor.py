@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from corda.adapters import ADAPTER, PREFIX, lora_layers, read_folder
+from corda.adapters import ADAPTER, PREFIX, bring_back, lora_layers, read_folder
 from corda.factors import FactorSet
+from corda.fingerprints import check_same
 from corda.targets import FLOATS, UnsupportedLayerError, is_quantized, resolve_targets, shape_of
 from tenfold import UserError
 
@@ -67,11 +68,23 @@ def apply_anchor(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig"
     for name in targets:
         if shape_of(model.get_submodule(name), name) != factors.layers[name].shape:
             raise UserError(f"layer {name} has another shape than the factors were built for")
+    factors.check_model(model, quantized=any(is_quantized(model.get_submodule(name)) for name in targets))
     wrapped = get_peft_model(model, config)
+    bring_back(wrapped)
     for name, layer in lora_layers(wrapped).items():
         layer.anchor(ADAPTER, factors.factors[name].A, factors.factors[name].B)
-    wrapped.peft_config[ADAPTER].init_lora_weights = MARK
+    wrapped.peft_config[ADAPTER].init_lora_weights = mark_of(factors.fingerprint)
     return wrapped
+
+
+def mark_of(fingerprint: str | None) -> Any:
+    """The ``init_lora_weights`` of an adapter that is anchored to the model of this fingerprint."""
+    return f"{MARK}:{fingerprint}" if fingerprint else MARK
+
+
+def is_anchored(config: Any) -> bool:
+    """Whether a configuration of peft is that of an anchored adapter."""
+    return str(getattr(config, "init_lora_weights", "")).partition(":")[0] == MARK
 
 
 def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> "PeftModel":
@@ -88,6 +101,7 @@ def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainabl
     from peft import get_peft_model, set_peft_model_state_dict
 
     config, tensors = _read(Path(folder))
+    mark = config.init_lora_weights
     parts = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if ".lora_" in key}
     names = {key.removesuffix(".lora_A.anchor") for key in parts if key.endswith(".lora_A.anchor")}
     config = _dispatching(config, model, names)
@@ -105,14 +119,17 @@ def load_anchor(model: nn.Module, folder: str | os.PathLike[str], *, is_trainabl
                     raise UserError(
                         f"the adapter in {folder} was made for another model: layer {name} has another shape"
                     )
+    quantized = any(is_quantized(model.get_submodule(name)) for name in targets)
+    check_same(f"the adapter in {folder} was made", mark.partition(":")[2] or None, model, quantized=quantized)
     wrapped = get_peft_model(model, config)
+    bring_back(wrapped)
     for name, layer in lora_layers(wrapped).items():
         layer.anchor(ADAPTER, parts[f"{name}.lora_A.anchor"], parts[f"{name}.lora_B.anchor"])
     try:
         set_peft_model_state_dict(wrapped, tensors)
     except (KeyError, RuntimeError) as error:  # of what else was trained, modules_to_save for instance
         raise UserError(f"the adapter in {folder} does not fit the model: {error}") from error
-    wrapped.peft_config[ADAPTER].init_lora_weights = MARK
+    wrapped.peft_config[ADAPTER].init_lora_weights = mark
     return wrapped
 
 
@@ -124,7 +141,7 @@ def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
             f"{folder} holds an adapter that peft started by CorDA: it belongs to the residual model, and loads on that one "
             "by PeftModel.from_pretrained once init_lora_weights is true in its adapter_config.json"
         )
-    if found != MARK:
+    if not is_anchored(config):
         raise UserError(f"{folder} holds no anchored adapter; load it by PeftModel.from_pretrained")
     return config, tensors
 
@@ -192,7 +209,7 @@ class AnchoredLinear(lora.Linear):
         Raises:
             UserError: peft is mixing an anchored adapter (``add_weighted_adapter``), or loading a second one.
         """
-        if init_lora_weights == MARK:
+        if str(init_lora_weights).startswith(MARK):
             raise UserError("an anchored adapter cannot be mixed or loaded beside others; convert it by to_lora first")
         super().reset_lora_parameters(adapter_name, init_lora_weights)  # type: ignore[no-untyped-call]
 

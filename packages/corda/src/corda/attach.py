@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corda.adapters import ADAPTER, adapter_state, lora_layers, save_adapter
+from corda.adapters import ADAPTER, adapter_state, bring_back, lora_layers, save_adapter
 from corda.algebra import STRIP
 from corda.factors import FactorSet
-from corda.targets import resolve_targets, writable_weight
+from corda.targets import resolve_targets, writable_weights
 from tenfold import UserError
 
 if TYPE_CHECKING:
@@ -43,13 +43,15 @@ def apply_corda(model: nn.Module, factors: FactorSet, lora_config: "LoraConfig")
     targets = resolve_targets(model, lora_config)
     if targets != factors.targets:
         raise UserError("the LoRA configuration targets other layers or ranks than the factors were built for")
-    weights = {name: writable_weight(model, name) for name in targets}
+    weights = writable_weights(model, targets)
     for name, W in weights.items():
         if W.shape != factors.layers[name].shape:
             raise UserError(f"layer {name} has another shape than the factors were built for")
+    factors.check_model(model)
     plain = copy.deepcopy(lora_config)
     plain.init_lora_weights = True
     wrapped = get_peft_model(model, plain)
+    bring_back(wrapped)
     with torch.no_grad():
         for name, layer in lora_layers(wrapped).items():
             A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda.collecting import Batch, Stop, forward, mask_of
+from corda.batches import Batch, Stop, forward
+from corda.streams import Frame, Streams
 from tenfold import UserError
 
 
@@ -70,10 +71,10 @@ def stacks_of(model: nn.Module, targets: Iterable[str]) -> list[Stack]:
 
 @dataclass
 class Pass:
-    """One batch on its way through a stack: its hidden states, and the other arguments of each block."""
+    """One batch on its way through a stack: its hidden states, the streams around it, and the other arguments of each block."""
 
     hidden: Tensor
-    mask: Tensor | None
+    frames: list[Frame]
     calls: list["Arguments"]
 
     def through(self, index: int, block: nn.Module) -> Tensor:
@@ -132,9 +133,10 @@ class Recorder:
     are kept once (such as position embeddings and masks of windows of one length).
     """
 
-    def __init__(self, model: nn.Module, stack: Stack) -> None:
+    def __init__(self, model: nn.Module, stack: Stack, streams: Streams) -> None:
         self.model = model
         self.stack = stack
+        self.streams = streams
         self._latest: dict[int, list[Tensor]] = {}  # block -> its tensors in the previous batch
 
     def record(self, batch: Batch) -> Pass:
@@ -144,6 +146,7 @@ class Recorder:
             UserError: the batch does not reach every block once.
         """
         hidden: list[Tensor] = []
+        frames: list[Frame] = []
         calls: list[Arguments] = []
         seen: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -166,6 +169,7 @@ class Recorder:
                 self._latest[index] = latest
                 if index == 0:
                     hidden.append(given.detach().to("cpu", copy=True))
+                    frames.extend(self.streams.around(self.stack.blocks[0]))
                 if index == len(self.stack.blocks) - 1:
                     raise Stop
                 length = self.stack.lengths.get(index, 0)
@@ -177,7 +181,7 @@ class Recorder:
             forward(self.model, batch)
         if len(calls) != len(self.stack.blocks):
             raise UserError(f"a batch takes another path through {self.stack.name} than the first one")
-        return Pass(hidden[0], mask_of(batch), calls)
+        return Pass(hidden[0], frames, calls)
 
 
 def _place(block: nn.Module, keywords: Mapping[str, Any]) -> str:

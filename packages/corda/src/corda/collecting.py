@@ -6,19 +6,22 @@ than the rest, or none, has its own sum from that call on.
 
 import contextlib
 import dataclasses
-import inspect
-import itertools
+import statistics
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from corda.algebra import STRIP, matmul_precision, mirror, products_are_full
+from corda.batches import Data, Stop, batches_of, forward, is_batches, warn_of_sources
 from corda.config import CordaInit
-from corda.context import ContextStats, check_reached, fingerprint
+from corda.context import EXPERT, ContextStats, with_experts
+from corda.fingerprints import fingerprint
+from corda.streams import Streams, TokenChoice
 from corda.sums import (
     Call,
     Part,
@@ -31,18 +34,12 @@ from corda.sums import (
     sum_of_products,
     weight_of_sample,
 )
-from corda.targets import layer_weight, linear, linear_targets, shape_of
+from corda.targets import layer_weight, linear_targets, linears, shape_of
 from tenfold import UserError
 from tenfold.modules import evaluating
 
-Batch = Mapping[str, Any] | Tensor
-"""Keyword arguments of a model, or its one argument."""
-Data = Iterable[Batch] | Callable[[], object]
-"""Batches, or a function that runs the model itself."""
-
-
-class Stop(Exception):
-    """Raised inside a forward pass once the last input that is needed has been seen."""
+OUTWEIGHS = 1000
+"""A sample with this many times the usual weight is named in a warning."""
 
 
 class Collector:
@@ -50,7 +47,8 @@ class Collector:
 
     Args:
         targets: name -> layer.
-        init: ``accumulate``, ``scale`` and ``skip_first`` are used.
+        init: ``accumulate`` and ``scale`` are used.
+        streams: says which tokens of an input count.
         share: False gives every target its own sum.
         reusable: False lets ``accumulate="auto"`` choose cross moments.
         stops: whether a forward pass may end, by ``Stop``, with the last input that is needed.
@@ -61,6 +59,7 @@ class Collector:
         self,
         targets: Mapping[str, nn.Module],
         init: CordaInit,
+        streams: Streams,
         *,
         share: bool = True,
         reusable: bool = True,
@@ -69,6 +68,7 @@ class Collector:
     ) -> None:
         self.targets = targets
         self.init = init
+        self.streams = streams
         self.share = share
         self.stops = stops
         self.dry = dry
@@ -77,8 +77,8 @@ class Collector:
         """Layers of ``cross`` whose own output can serve as W x."""
         self.sums: dict[str, Sum] = {}
         self.groups: dict[str, str] = {}
-        self.mask: Tensor | None = None
-        self.batch = -1
+        self.weights: list[tuple[float, int, int, str]] = []
+        """Of each sample, by peft's rule: weight, batch, row and layer."""
         self.may_stop = False
         self._calls: Counter[str] = Counter()  # in this batch
         # parent -> the last input below it: the object itself (an address would be reused), its version, and who got it
@@ -127,21 +127,10 @@ class Collector:
         if self.may_stop and len(self._calls) == len(self.targets):
             raise Stop
 
-    def watch(self, model: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """A hook that notes number and mask of each forward pass, for a model that the user's function runs."""
-        parameters = list(inspect.signature(model.forward).parameters)
-        number = itertools.count()
-
-        def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            given = dict(zip(parameters, arguments, strict=False)) | keywords
-            mask = given.get("attention_mask")
-            tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-            self.batch = next(number)
-            self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            if self.mask is not None and tokens is not None:  # with a cache of keys, the mask covers earlier tokens too
-                self.mask = self.mask[:, -tokens.shape[1] :]
-
-        return before
+    @property
+    def batch(self) -> int:
+        """Number of the present batch."""
+        return self.streams.batch
 
     def _observe(self, name: str, x: Tensor, output: Tensor | None = None) -> None:
         self._calls[name] += 1
@@ -151,11 +140,11 @@ class Collector:
             return
         parent = name.rpartition(".")[0]
         same, version, leader = self._latest.get(parent, (lambda: None, -1, ""))
-        if self.share and same() is x and version == x._version and self._joins(name, leader):
+        if self.share and not x.is_inference() and same() is x and version == x._version and self._joins(name, leader):
             return
         if self.groups.setdefault(name, name) != name:
             self._part(name)
-        self._latest[parent] = (weakref.ref(x), x._version, name)
+        self._latest[parent] = (weakref.ref(x), -1 if x.is_inference() else x._version, name)
         self._add(name, x)
 
     def _joins(self, name: str, leader: str) -> bool:
@@ -175,7 +164,8 @@ class Collector:
         """Give ``name`` its own sum from now on, which starts with what it has shared so far."""
         shared = self.sums[self.groups[name]]
         calls = shared.followers.pop(name)
-        own = dataclasses.replace(shared, moment=shared.moment.clone(), calls=calls, followers={})
+        with torch.inference_mode(False):
+            own = dataclasses.replace(shared, moment=shared.moment.clone(), calls=calls, followers={})
         if calls < shared.calls:
             own.pending = None
         own.settle()
@@ -209,12 +199,16 @@ class Collector:
             return
         W = layer_weight(self.targets[name], name) if name in self.cross else None
         try:
-            samples, count = samples_of(x, self.mask, self.init)
+            tokens = self.streams.of(name, x)
+            samples, count = samples_of(x, tokens, self.init.scale)
             weighted = [(rows, weight_of_sample(rows, self.init.scale)) for rows in samples]
+            if self.init.scale == "peft":
+                self.weights += [(weight, self.batch, row, name) for row, (_, weight) in enumerate(weighted)]
             parts = [(chunk, factor) for rows, factor in weighted for chunk in chunks([rows])]
             call = Call([], 1.0, sum(map(len, samples)), count)
             if W is not None:
-                self._add_cross(found, W, parts, output)
+                outputs = None if output is None else samples_of(output, tokens, self.init.scale)[0]
+                self._add_cross(found, W, parts, outputs)
                 found.tokens += call.tokens
                 found.samples += call.samples
                 return
@@ -228,13 +222,14 @@ class Collector:
     def _zeros(self, name: str, device: torch.device) -> Tensor:
         m, n = shape_of(self.targets[name], name)
         shape = (0, 0) if self.dry else (m, n) if name in self.cross else (n, n)
-        return torch.zeros(shape, dtype=torch.float64, device=device)
+        with torch.inference_mode(False):  # sums outlive the user's inference mode
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def _add_cross(self, found: Sum, W: Tensor, parts: Sequence[Part], output: Tensor | None) -> None:
-        """Add factor (W x) x^T and factor |x|^2; W x is the layer's ``output`` if that is given and in full precision."""
+    def _add_cross(self, found: Sum, W: Tensor, parts: Sequence[Part], products: Sequence[Tensor] | None) -> None:
+        """Add factor (W x) x^T and factor |x|^2; W x are the layer's outputs if they are given and in full precision."""
         given: Sequence[Tensor | None] = [None] * len(parts)
-        if output is not None and output.dtype == W.dtype and products_are_full():
-            given = chunks(samples_of(output, self.mask, self.init)[0])
+        if products and products[0].dtype == W.dtype and products_are_full():
+            given = chunks(products)
         for (rows, factor), outputs in zip(parts, given, strict=True):
             if outputs is None:
                 with matmul_precision(tf32=is_half(rows) and is_half(W)):
@@ -255,18 +250,15 @@ class Collector:
             fingerprint: fingerprint of the model.
             complete: as for ``collect_context``.
         """
+        self._warn_of_weights()
         missed = [name for name in self.targets if name not in self.groups]
-        if complete:
-            check_reached(missed)
-            if any(found.tokens == 0 for found in self.sums.values()):
-                raise UserError("no token is left after masking (attention_mask, skip_first)")
         for name in missed:
             device = next((p.device for p in self.targets[name].parameters()), torch.device("cpu"))
             self.sums[name], self.groups[name] = Sum(self._zeros(name, device)), name
         for name, found in self.sums.items():
             if name not in self.cross:
                 mirror(found.moment)
-        return ContextStats(
+        stats = ContextStats(
             moments={name: found.moment for name, found in self.sums.items()},
             tokens={name: found.tokens for name, found in self.sums.items()},
             samples={name: found.samples for name, found in self.sums.items()},
@@ -275,6 +267,33 @@ class Collector:
             fingerprint=fingerprint,
             traces={name: found.trace for name, found in self.sums.items() if name in self.cross},
         )
+        if not complete:
+            return stats
+        stats = with_experts(stats, missed)
+        if stats.tokens and not any(stats.tokens.values()):
+            raise UserError("no token is left after masking (attention_mask, labels, skip_first)")
+        empty = [name for name in self.targets if stats.tokens[stats.groups[name]] == 0]
+        if empty:
+            raise UserError(f"no token of layer {empty[0]} is left after masking (attention_mask, labels, skip_first)")
+        return stats
+
+    def _warn_of_weights(self) -> None:
+        """Name a sample that outweighs the others: by peft's rule, one without any large positive input does."""
+        if len(self.weights) < 3 or self.streams.outweighed:
+            return
+        usual: dict[str, list[float]] = {}
+        for weight, _, _, name in self.weights:
+            usual.setdefault(name, []).append(weight)
+        medians = {name: statistics.median(weights) for name, weights in usual.items()}
+        worst = max(self.weights, key=lambda found: found[0] / medians[found[3]])
+        share = worst[0] / medians[worst[3]]
+        if share > OUTWEIGHS and len(usual[worst[3]]) > 2:
+            self.streams.outweighed = True
+            warnings.warn(
+                f"sample {worst[2]} of batch {worst[1]} has {share:.0f} times the usual weight in layer {worst[3]}: its largest"
+                " input is that small, and scale peft divides by it; scale token_mean does not",
+                stacklevel=4,
+            )
 
 
 def _cross_targets(targets: Mapping[str, nn.Module], init: CordaInit, reusable: bool) -> set[str]:
@@ -291,7 +310,8 @@ def _cross_targets(targets: Mapping[str, nn.Module], init: CordaInit, reusable: 
     outputs: Counter[tuple[str, int]] = Counter()
     for parent, m, n in shapes.values():
         outputs[parent, n] += m
-    return {name for name, (parent, _, n) in shapes.items() if outputs[parent, n] < n}
+    few = {name for name, (parent, _, n) in shapes.items() if outputs[parent, n] < n}
+    return {name for name in few if not EXPERT.search(name)}  # others of its block may have to stand in for an expert
 
 
 def _gives_products(layer: nn.Module) -> bool:
@@ -308,77 +328,72 @@ def collect_context(
     targets: Sequence[str] | None = None,
     init: CordaInit | None = None,
     *,
+    tokens: TokenChoice = "all",
     share: bool = True,
     reusable: bool = True,
     complete: bool = True,
+    rows_are_tokens: bool = False,
 ) -> ContextStats:
     """Run the calibration data through the model and sum up the second moment of each target's input.
 
     The model is left as it was: hooks are removed and training flags restored, also when a forward pass raises; no
     attribute stays on any module. Targets that receive the very same tensor (q, k and v; gate and up) share one sum.
 
+    Each stream of tokens has its own mask (see ``streams``): ``attention_mask`` for text or sound and what an encoder makes
+    of it; ``decoder_attention_mask``, else the tokens that have a label, for a decoder, which is given the labels as in
+    training; every token of a picture. An expert that no token is routed to takes the sums of its block's other
+    experts, with a warning. Where it cannot be told which tokens count, a warning names the layer.
+
     Args:
         model: any module; called as ``model(**batch)``, or ``model(batch)`` for a tensor.
-        data: batches (dicts with ``input_ids`` and, for padded rows, ``attention_mask``; or plain tensors), or a
-            function without arguments that runs the model itself; the ``attention_mask`` of each of its passes counts.
+        data: batches (dicts of the model's arguments, or plain tensors), one batch, or a function without arguments that
+            runs the model itself or parts of it.
         targets: full names of linear layers; default: all of them but the output head.
         init: ``accumulate``, ``scale`` and ``skip_first`` are used; default ``CordaInit()``.
+        tokens: all (that are not padding), labels (those with a label other than -100), or a function that makes a mask
+            (batch, tokens) of a batch; of an encoder-decoder, the decoder's.
         share: False gives every target its own sum: the same numbers for more time and memory.
         reusable: False if the statistics serve only factors of ``init``, so that ``accumulate="auto"`` may choose cross
             moments, which hold no covariance.
         complete: False gives zeros for targets that no token has reached, instead of an error: for a rank whose share of
             the data may miss some targets, or is empty, before ``ContextStats.reduce``.
+        rows_are_tokens: whether an input of the model in two dimensions is one sample of many tokens, as peft takes it,
+            instead of many samples.
 
     Returns:
         The statistics, as sums.
 
     Raises:
-        UserError: no batch, no token after masking, or a target that is not a linear layer.
+        UserError: no batch, one that is no batch, no token after masking, or a target that is not a linear layer.
         TargetNotReachedError: a target that no batch ran through; the message lists them.
         NonFiniteError: NaN or infinity in a layer's input, with the layer's name and the batch's index.
     """
     init = init or CordaInit()
-    names = linear_targets(model) if targets is None else list(targets)
-    collector = Collector({name: linear(model, name) for name in names}, init, share=share, reusable=reusable)
-    batches = isinstance(data, Iterable)  # a function that runs the model would not survive a Stop
+    layers = linears(model, linear_targets(model) if targets is None else targets)
+    streams = Streams(model, layers, tokens=tokens, skip_first=init.skip_first, rows_are_tokens=rows_are_tokens)
+    collector = Collector(layers, init, streams, share=share, reusable=reusable)
+    batches = is_batches(data)  # a function that runs the model would not survive a Stop
     with evaluating(model), collector.attached(model if batches else None):
         run(model, data, collector)
-    if complete and collector.batch < 0:
+    streams.warn()
+    if complete and batches and streams.batch < 0:
         raise UserError("the calibration data holds no batch")
     return collector.stats(fingerprint(model), complete=complete)
 
 
 def run(model: nn.Module, data: Data, collector: Collector) -> None:
     """All forward passes over the data, under a collector's hooks."""
-    if isinstance(data, Iterable):
-        for batch in data:
-            collector.batch += 1
-            collector.mask = mask_of(batch)
+    streams = collector.streams
+    if callable(data) and not is_batches(data):
+        with streams.attached(counts=True):
+            data()
+        collector.end_of_batch()
+        return
+    with streams.attached():
+        for batch in batches_of(data):
+            streams.batch += 1
+            streams.labels = batch.get("labels") if isinstance(batch, Mapping) else None
+            if streams.batch == 0:
+                warn_of_sources(model, batch)
             forward(model, batch)
             collector.end_of_batch()
-    else:
-        collector.batch = 0
-        hook = model.register_forward_pre_hook(collector.watch(model), with_kwargs=True)
-        try:
-            data()
-        finally:
-            hook.remove()
-        collector.end_of_batch()
-
-
-def forward(model: nn.Module, batch: Batch) -> None:
-    """One forward pass, as far as the last input that is needed."""
-    with contextlib.suppress(Stop):
-        if isinstance(batch, Mapping):
-            keywords = {key: value for key, value in batch.items() if key != "labels"}
-            if hasattr(getattr(model, "config", None), "use_cache"):
-                keywords["use_cache"] = False
-            model(**keywords)
-        else:
-            model(batch)
-
-
-def mask_of(batch: Batch) -> Tensor | None:
-    """Which tokens of a batch are not padding, (B, T); None where the batch does not say."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None or mask.ndim != 2 else mask.bool()

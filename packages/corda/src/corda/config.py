@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tenfold import UserError
 from tenfold.config import (
@@ -28,6 +28,7 @@ Attach = Literal["residual", "anchor"]
 """Where the adapter's start is subtracted: from the base's weight, or beside it."""
 Allocation = Literal["uniform", "energy", "corda++"]
 Arm = Literal["lora", "pissa", "milora", "corda-kpm", "corda-ipm"]
+Task = Literal["causal", "seq2seq", "sequence-classification", "token-classification", "image-text"]
 Scale = Literal["peft", "token_mean", "none"]
 Targets = Annotated[list[str], Length(1)]
 EMBEDDED_DATA = ("topics", "code", "names")
@@ -91,6 +92,16 @@ class CordaInit(StartSettings):
     solver: Literal["auto", "randomized", "exact", "lapack_svd"] = "auto"
     accumulate: Literal["auto", "cov", "cross"] = "auto"
 
+    @classmethod
+    def from_peft(cls, config: Any, **options: Any) -> "CordaInit":
+        """The settings that a ``CordaConfig`` of peft describes; its files and switches are not the method's.
+
+        Args:
+            config: peft's ``CordaConfig``.
+            options: further settings.
+        """
+        return cls(mode=config.corda_method, **options)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_power(self.power)
@@ -140,7 +151,7 @@ class ModelSettings(Settings):
     """The model that a command works on.
 
     Args:
-        model: causal language model. hf:PATH (a folder with its tokenizer, or a name on the hub), packaged:smollm2, or
+        model: model of transformers. hf:PATH (a folder with its tokenizer, or a name on the hub), packaged:smollm2, or
             py:MODULE:FUNCTION (which has no tokenizer).
         device: device to compute on; auto is a GPU where there is one.
     """
@@ -150,20 +161,52 @@ class ModelSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings(ModelSettings):
+class LayerSettings(ModelSettings):
+    """What kind of model it is, and which of its layers are meant, as peft takes them.
+
+    Args:
+        task: kind of the model. causal (language model), seq2seq (encoder-decoder, whose records hold what is asked and what
+            is answered), sequence-classification, token-classification, or image-text (calibrated by text alone).
+        targets: names of linear layers as peft takes them (q_proj,v_proj); all-linear is every one but the output head.
+        exclude: names of layers, or of modules with all that lies below them, that are left out (vision_tower).
+        layers: numbers of the blocks whose layers are meant; default: all of them.
+    """
+
+    task: Task = "causal"
+    targets: Targets = field(default_factory=lambda: ["all-linear"])
+    exclude: Targets | None = None
+    layers: Annotated[list[Natural], Length(1)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None and self.targets == ["all-linear"]:
+            raise SettingError("layers", "expected --targets by name with it, as peft does, got all-linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(LayerSettings):
     """What the adapter covers, as peft takes it.
 
     Args:
-        targets: names of linear layers as peft takes them (q_proj,v_proj); all-linear is every one but the output head.
         r: rank of the adapter (128 in the paper; 16 is ours, as small as people train).
         alpha: LoRA's alpha; default r, so that the scaling alpha / r is 1 as in the authors' code.
         rslora: whether to scale by alpha / sqrt(r) instead (rank-stabilized LoRA).
+        rank_pattern: ranks of layers of their own, by the end of their names, {"down_proj": 8}.
+        alpha_pattern: alphas of layers of their own, likewise.
     """
 
-    targets: Targets = field(default_factory=lambda: ["all-linear"])
     r: Count = 16
     alpha: Positive | None = None
     rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank_pattern", "alpha_pattern"):
+            for layer, value in getattr(self, name).items():
+                if value <= 0:
+                    raise SettingError(name, f"expected more than 0 for {layer}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +233,13 @@ class PlusSettings(AdapterSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsSettings(ModelSettings):
+class StatsSettings(LayerSettings):
     """Run calibration text through a model and save what its layers see.
 
     Args:
         data: calibration text. text:FILE, jsonl:FILE, json:FILE, parquet:FILE, dataset:FOLDER (of save_to_disk), or an
             embedded name (topics, code, names).
         seed: seed of the choice of windows (233 in the authors' code).
-        targets: names of linear layers as peft takes them (q_proj,v_proj); all-linear is every one but the output head.
         scale: weight of a sample (peft, token_mean or none); part of the statistics.
         skip_first: number of tokens at the start of each row that do not count.
         accumulate: what is summed up. cov (C, which serves every power and command) or cross (W C, for CorDA itself,
@@ -209,7 +251,6 @@ class StatsSettings(ModelSettings):
 
     data: str
     seed: Seed = SEED
-    targets: Targets = field(default_factory=lambda: ["all-linear"])
     scale: Scale = CordaInit.scale
     skip_first: Natural = CordaInit.skip_first
     accumulate: Literal["cov", "cross"] = "cov"
@@ -267,6 +308,8 @@ class InitSettings(PlusSettings):
         super().__post_init__()
         if self.init.power and (self.data is None) == (self.stats is None):
             raise UserError("give either --data or --stats")
+        if self.rank_pattern and (self.ranks is not None or self.allocation != "uniform" or self.budget is not None):
+            raise UserError("--ranks, --allocation and --budget give every layer its rank: leave --rank_pattern out")
         if self.ranks is not None and (self.allocation != "uniform" or self.budget is not None):
             raise UserError("give either --ranks or an --allocation with its --budget")
         if self.data is not None:
@@ -363,6 +406,11 @@ class CompareSettings(AdapterSettings):
     keep_text: Calibration = field(default_factory=lambda: Calibration(pack=512))
     learn_text: Calibration = field(default_factory=lambda: Calibration(pack=512))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task != "causal":
+            raise SettingError("task", f"expected causal, whose loss of the next token is compared, got {self.task}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings(Settings):
@@ -420,7 +468,7 @@ class ConvertSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncateSettings(ModelSettings):
+class TruncateSettings(LayerSettings):
     """Drop components of every layer and write the truncated model.
 
     Args:
@@ -431,7 +479,6 @@ class TruncateSettings(ModelSettings):
         drop: share of the components that each layer loses (0.25) or, from 1 on, their number (64).
         method: cosvd (context-oriented), asvd, or svd (which needs no text).
         power: power of cosvd. 1 is CorDA's; 0.5 is the least error of the layer's outputs.
-        targets: names of linear layers as peft takes them (q_proj,v_proj); all-linear is every one but the output head.
         calibration: how the text is read.
     """
 
@@ -441,7 +488,6 @@ class TruncateSettings(ModelSettings):
     seed: Seed = SEED
     method: Literal["cosvd", "asvd", "svd"] = "cosvd"
     power: float = CordaInit.power
-    targets: Targets = field(default_factory=lambda: ["all-linear"])
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
@@ -455,9 +501,11 @@ class TruncateSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(SharedDemoSettings):
-    """Train a small Llama and show what the method does to it.
+    """Train a small Llama, or take a real one, and show what the method does to it.
 
     Args:
+        world: llama (trained on the spot; facts, directions and fine-tuning too), or smollm2 (truncation of SmolLM2-135M, which
+            is installed as a package; takes minutes at every level but quick).
         steps: number of training steps of a small model; default: 20 for quick, 800 for default, 1200 for full.
         facts: number of facts that it learns; half of them calibrate, the other half are measured.
         rank: rank of the adapters whose directions are compared; at most 64, the width of the smallest layer.
@@ -465,7 +513,13 @@ class DemoSettings(SharedDemoSettings):
             and 1 were worse).
     """
 
+    world: Literal["llama", "smollm2"] = "llama"
     steps: Count | None = None
     facts: Annotated[int, Ge(4)] = 192
     rank: Annotated[int, Interval(ge=1, le=64)] = 8
     asvd_alpha: NonNegative = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.world != "llama" and self.steps is not None:
+            raise SettingError("steps", f"expected none, since world {self.world} trains nothing, got {self.steps}")

@@ -7,9 +7,9 @@ W C = sum_t w_t (W x_t) x_t^T takes the place of C: m x n numbers instead of n x
 """
 
 import dataclasses
-import hashlib
-import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from corda.fingerprints import check_same
 from corda.moments import CrossMoment
-from corda.targets import dequantizes
 from tenfold import UserError, checkpoints
 from tenfold.distributed import all_reduce_sums, world_size
 
@@ -122,8 +122,9 @@ class ContextStats:
         heads: list[Any] = [None] * world_size()
         dist.all_gather_object(heads, self._head())
         total = _united(heads, lambda name: all_reduce_sums({name: self.moments[self.groups[name]]})[name])
-        check_reached([name for name in self.groups if all(head.groups[name] in head.empty for head in heads)])
-        return total
+        return with_experts(
+            total, [name for name in self.groups if all(head.groups[name] in head.empty for head in heads)]
+        )
 
     def as_means(self) -> "ContextStats":
         """Each moment divided by its count, in its own memory; these statistics are used up, and hold no moments afterwards."""
@@ -141,8 +142,7 @@ class ContextStats:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ``UserError`` unless these statistics were collected on this model's weights."""
-        if fingerprint(model) != self.fingerprint:
-            raise UserError("the statistics were collected on another model (names, shapes or weights differ)")
+        check_same("the statistics were collected", self.fingerprint, model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all."""
@@ -211,31 +211,57 @@ def _united(heads: Sequence[_Head], moment: Callable[[str], Tensor]) -> ContextS
     )
 
 
+EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+"""The number of an expert in a layer's name."""
+
+
+def with_experts(stats: ContextStats, missed: Sequence[str]) -> ContextStats:
+    """Statistics where an expert that no token was routed to has the sums of its block's other experts, with a warning.
+
+    Args:
+        stats: zero for the layers that no token has reached.
+        missed: names of these layers.
+
+    Raises:
+        TargetNotReachedError: one of them is no expert, or no expert of its block was reached either.
+    """
+    moments, tokens, samples = dict(stats.moments), dict(stats.tokens), dict(stats.samples)
+    traces = dict(stats.traces)
+    lost = set(missed)
+    for name in missed:
+        number = EXPERT.search(name)
+        pattern = None if number is None else (name[: number.start()], name[number.end() :])
+        others = [
+            other
+            for other in stats.groups
+            if pattern
+            and other not in lost
+            and (found := EXPERT.search(other)) is not None
+            and (other[: found.start()], other[found.end() :]) == pattern
+        ]
+        leaders = [stats.groups[other] for other in others]
+        if not leaders or name in traces:  # W C is of one layer's own weight
+            continue
+        moments[name] = torch.stack([stats.moments[leader] for leader in leaders]).sum(dim=0)
+        tokens[name] = sum(stats.tokens[leader] for leader in leaders)
+        samples[name] = sum(stats.samples[leader] for leader in leaders)
+    check_reached([name for name in missed if not tokens[name]])
+    if missed:
+        warnings.warn(
+            f"no token was routed to {', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''} ({len(missed)} layers): each "
+            "takes the sums of the other experts of its block",
+            stacklevel=5,
+        )
+    return dataclasses.replace(stats, moments=moments, tokens=tokens, samples=samples, traces=traces)
+
+
 def check_reached(missed: Sequence[str]) -> None:
     """Raise ``TargetNotReachedError`` if there is a layer that no token has reached."""
     if missed:
-        raise TargetNotReachedError(f"never reached by the calibration data: {', '.join(missed)}")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes and a strided sample of the values of a model's weights.
-
-    Adapter weights do not count, and peft's wrapping of names neither, so a model keeps its fingerprint when an adapter
-    that leaves its weights alone is attached.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted((_plain_name(name), value) for name, value in model.state_dict().items()):
-        if ".lora_" in name or not isinstance(value, Tensor):
-            continue
-        flat = (value.dequantize() if dequantizes(value) else value).detach().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].to("cpu", torch.float32)
-        digest.update(json.dumps([name, list(value.shape), sample.tolist()]).encode())
-    return digest.hexdigest()
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        raise TargetNotReachedError(
+            f"never reached by the calibration data: {', '.join(missed)}; leave them out of target_modules or put them into "
+            "exclude_modules, or calibrate on data that runs through them"
+        )
 
 
 def agreed(work: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@ Shapes: m outputs, n inputs, rank r; A (r, n), B (m, r), with A0 and B0 what the
 """
 
 import copy
+import functools
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from corda.adapters import ADAPTER, PREFIX, adapter_state, lora_layers, read_folder, save_adapter
-from corda.anchor import MARK, AnchoredLinear
+from corda.anchor import AnchoredLinear, is_anchored
 from corda.factors import FactorSet
 from tenfold import UserError
 
@@ -133,7 +134,7 @@ def convert_adapter(
     """
     _check_size(rank, tol)
     config, layers, scalings, others = read_adapter(trained)
-    anchored = config.init_lora_weights == MARK
+    anchored = is_anchored(config)
     if initial is None and not anchored:
         raise UserError(f"the adapter in {trained} is not anchored: give what it started from")
     own = {name: _start_of(parts) for name, parts in layers.items()}
@@ -156,10 +157,8 @@ def convert_adapter(
 
     def changes() -> Iterator[tuple[str, Tensor, Tensor, float]]:
         for name, parts in layers.items():
-            A, B, (A0, B0) = parts["lora_A.weight"], parts["lora_B.weight"], own[name] if anchored else starts[name]
-            A0, B0 = A0.to(torch.promote_types(A0.dtype, A.dtype)), B0.to(torch.promote_types(B0.dtype, B.dtype))
-            D_A, D_B, A = (A, B, A0 + A) if anchored else (A - A0, B - B0, A.to(A0))
-            yield name, torch.cat([D_A.to(A), A]), torch.cat([B0, D_B.to(B0)], dim=1), scalings[name]
+            start = own[name] if anchored else starts[name]
+            yield name, *_change(parts["lora_A.weight"], parts["lora_B.weight"], *start, anchored), scalings[name]
 
     if base is not None:
         config.base_model_name_or_path = base
@@ -237,7 +236,7 @@ def _save_changes(
         norm, discarded = (scaling * part.norm().item() for part in (singular, singular[kept:]))
         report[name] = ConvertedLayer(kept, norm, discarded)
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-    _set_ranks(config, {name: layer.rank for name, layer in report.items()}, scalings)
+    set_ranks(config, {name: layer.rank for name, layer in report.items()}, scalings)
     save_adapter(config, tensors, folder)
     return ConversionReport(report)
 
@@ -254,19 +253,32 @@ def change_of(name: str, layer: Any, factors: FactorSet | None) -> tuple[Tensor,
         UserError: the layer has another shape than its factors, or is anchored at others.
     """
     down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    if factors is None:
-        A0, B0 = down.anchor, up.anchor
-    else:
-        A0, B0 = factors.factors[name].A.to(down.weight), factors.factors[name].B.to(up.weight)
-    if A0.shape != down.weight.shape or B0.shape != up.weight.shape:
+    anchored = isinstance(layer, AnchoredLinear)
+    A0, B0 = (down.anchor, up.anchor) if anchored else (factors.factors[name].A, factors.factors[name].B)  # type: ignore[union-attr]
+    given = (A0, B0) if factors is None else (factors.factors[name].A, factors.factors[name].B)
+    if given[0].shape != down.weight.shape or given[1].shape != up.weight.shape:
         raise UserError(f"layer {name} has another shape or rank than its factors")
-    if not isinstance(layer, AnchoredLinear):
-        A, B = down.weight.detach(), up.weight.detach()
-        return torch.cat([A - A0, A]), torch.cat([B0, B - B0], dim=1)
-    if not (torch.equal(A0, down.anchor) and torch.equal(B0, up.anchor)):
-        raise UserError(f"layer {name} is anchored at other factors")
-    D_A, D_B = down.weight.detach(), up.weight.detach()
-    return torch.cat([D_A, A0 + D_A]), torch.cat([B0, D_B], dim=1)
+    if anchored and factors is not None:
+        found = factors.factors[name]
+        if not (torch.equal(found.A.to(A0), A0) and torch.equal(found.B.to(B0), B0)):
+            raise UserError(f"layer {name} is anchored at other factors")
+    return _change(down.weight.detach(), up.weight.detach(), A0, B0, anchored)
+
+
+def _change(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, anchored: bool) -> tuple[Tensor, Tensor]:
+    """A' and B', in at least fp32: an adapter that was cast to bf16 differs from its start by less than bf16 can say.
+
+    Args:
+        A: A, or D_A of an anchored layer.
+        B: B, or D_B.
+        A0: what A started from, unrounded.
+        B0: what B started from.
+        anchored: whether A and B are changes.
+    """
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in (A, B, A0, B0)), torch.float32)
+    A, B, A0, B0 = (part.to(A.device, dtype) for part in (A, B, A0, B0))
+    D_A, D_B, A = (A, B, A0 + A) if anchored else (A - A0, B - B0, A)
+    return torch.cat([D_A, A]), torch.cat([B0, D_B], dim=1)
 
 
 def _thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,7 +295,7 @@ def _smallest_rank(singular: Tensor, tol: float) -> int:
     return max(1, int((tails > tol * tails[0]).sum()))
 
 
-def _set_ranks(config: Any, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> None:
+def set_ranks(config: Any, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> None:
     """Set the given ranks and keep each layer's scaling: alpha = s q, or s sqrt(q) with rsLoRA.
 
     Patterns name a layer in full and are anchored by ``^``, since peft takes the first that matches the end of a name.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from corda.config import SEED, Calibration
-from corda.records import TOKENS, Records, read_records
+from corda.records import TOKENS, Pair, Records, read_records
+from corda.streams import IGNORED
 from tenfold import UserError
 
 if TYPE_CHECKING:
@@ -56,9 +57,11 @@ def calibration_batches(
     records = source if isinstance(source, Records) else read_records(source, calibration)
     shown = records.shown
     contents: list[Any] = list(records.texts(tokenizer))
-    if tokenizer is None and isinstance(contents[0], str):
+    if tokenizer is None and isinstance(contents[0], str | Pair):
         raise UserError(f"{shown}: text needs a tokenizer, which the model lacks; give records of {TOKENS}")
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(contents[0], Pair):
+        return _pairs(contents, calibration, tokenizer, parts, generator, shown)
     if calibration.pack:
         needed = calibration.pack * calibration.windows
         if isinstance(contents[0], str):
@@ -77,6 +80,39 @@ def calibration_batches(
     size = calibration.batch_size
     dealt = [rows[part::parts] for part in range(parts)]
     return [[_collate(part[start : start + size]) for start in range(0, len(part), size)] for part in dealt]
+
+
+def _pairs(
+    pairs: Sequence[Pair],
+    calibration: Calibration,
+    tokenizer: Any,
+    parts: int,
+    generator: torch.Generator,
+    shown: str,
+) -> list[Batches]:
+    """Batches with ``labels``, of which an encoder-decoder makes its decoder's input."""
+    chosen = [pairs[i] for i in torch.randperm(len(pairs), generator=generator)[: calibration.windows]]
+    if len(chosen) < parts:
+        raise UserError(f"{shown}: {len(chosen)} rows cannot be split into {parts} parts")
+
+    cut: Any = {"truncation": True, "max_length": calibration.max_length}
+    rows = [
+        (_ids(tokenizer(pair.source, **cut)["input_ids"]), _ids(tokenizer(text_target=pair.target, **cut)["input_ids"]))
+        for pair in chosen
+    ]
+    size = calibration.batch_size
+    batches = []
+    for part in range(parts):
+        own = rows[part::parts]
+        batches.append([_collate_pairs(own[start : start + size]) for start in range(0, len(own), size)])
+    return batches
+
+
+def _collate_pairs(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    from torch.nn.utils.rnn import pad_sequence
+
+    labels = pad_sequence([target for _, target in rows], batch_first=True, padding_value=IGNORED)
+    return {**_collate([source for source, _ in rows]), "labels": labels}
 
 
 def on_model(batches: Batches, model: "PreTrainedModel") -> Iterator[dict[str, Tensor]]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from corda.algebra import STRIP
 from corda.config import CordaInit
 from corda.context import ContextStats, agreed
+from corda.fingerprints import check_same, fingerprint
 from corda.moments import CrossMoment, DampedCovariance
 from corda.solvers import Factors, factorize
-from corda.targets import Target, resolve_targets, shape_of, weight_of
+from corda.targets import Target, linears, rank_hint, resolve_targets, shape_of, weight_of
 from tenfold import NonFiniteError, UserError, checkpoints
 from tenfold.distributed import rank, world_size
 
@@ -71,7 +72,7 @@ class FactorSet:
         targets: layer -> rank and scaling.
         layers: layer -> what was done.
         init: the settings.
-        fingerprint: fingerprint of the model that the factors were made for; None for factors without statistics.
+        fingerprint: fingerprint of the model that the factors were made for.
     """
 
     factors: dict[str, Factors]
@@ -79,6 +80,10 @@ class FactorSet:
     layers: dict[str, LayerReport]
     init: CordaInit
     fingerprint: str | None
+
+    def check_model(self, model: nn.Module, *, quantized: bool = False) -> None:
+        """Raise ``UserError`` unless the factors were made for this model, or with ``quantized`` for its unquantized form."""
+        check_same("the factors were made", self.fingerprint, model, quantized=quantized)
 
     def report(self, energies: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Settings and layers as plain values for JSON.
@@ -161,7 +166,12 @@ def build_factors(
             raise UserError(f"power {init.power} needs calibration statistics")
         if stats is not None:
             stats.check_model(model)
-        return resolve_targets(model, lora_config)
+        found = resolve_targets(model, lora_config)
+        for name, layer in linears(model, found).items():
+            rank, size = found[name].rank, min(shape_of(layer, name))
+            if rank > size:
+                raise UserError(f"layer {name}: {rank_hint(rank, size, name)}")
+        return found
 
     targets = agreed(checked)
     solved = solve_layers(model, targets, stats, init, progress=progress)
@@ -170,7 +180,7 @@ def build_factors(
         targets,
         {name: layer for name, (_, layer) in solved.items()},
         init,
-        stats.fingerprint if stats else None,
+        stats.fingerprint if stats else fingerprint(model),
     )
 
 

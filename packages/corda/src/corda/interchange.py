@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from corda.collecting import collect_context
 from corda.config import MODES, CordaInit
-from corda.context import ContextStats, fingerprint
+from corda.context import ContextStats
 from corda.factors import FactorSet, build_factors
-from corda.targets import Target, resolve_targets, weight_of, writable_weight
+from corda.fingerprints import fingerprint
+from corda.targets import Target, resolve_targets, weight_of, writable_weights
 from tenfold import UserError, checkpoints
 from tenfold.errors import MissingExtraError, did_you_mean
 from tenfold.files import replacing
@@ -55,13 +56,14 @@ def preprocess_corda(
         peft then takes  B = U_WC sqrt(S_WC / s),  A = sqrt(S_WC / s) V_WC^T,  so that s B A = U_S U_S^T W
 
     Samples may come in batches and padded: each row is a sample of its own, and tokens that the forward pass's
-    ``attention_mask`` leaves out do not count. Training flags and hooks are restored, and no attribute but ``eigens`` is
-    left, also when ``run_model`` raises.
+    ``attention_mask`` leaves out do not count; an input of two dimensions is one sample, as in peft. Training flags and
+    hooks are restored, and no attribute but ``eigens`` is left, also when ``run_model`` raises.
 
     Of ``lora_config.corda_config``, ``corda_method``, ``cache_file`` (the eigens) and ``covariance_file`` are used: each
     file is read if it exists and is not empty, the cache first, and otherwise written, whole or not at all. ``verbose``,
-    ``use_float16_for_covariance`` (the sums are fp64, the file fp32) and ``prune_temporary_fields`` (there are none)
-    have no effect.
+    and ``use_float16_for_covariance`` (the sums are fp64, the file fp32) have no effect. ``prune_temporary_fields=False``
+    leaves what peft leaves: ``covariance_matrix`` (fp32, the layers of one input share it), ``sample_count`` (where it was
+    counted here), ``corda_method`` and ``rank``.
 
     Args:
         model: the plain base model.
@@ -85,8 +87,8 @@ def preprocess_corda(
         raise UserError("lora_config has no corda_config; expected LoraConfig(corda_config=CordaConfig(...))")
     targets = resolve_targets(model, lora_config)
     version = tuple(map(int, peft.__version__.split(".")[:2]))
+    writable_weights(model, targets)
     for name in targets:
-        writable_weight(model, name)
         if isinstance(model.get_submodule(name), Conv1D) and version < KNOWS_CONV1D:
             raise UserError(
                 f"layer {name} is a Conv1D, which peft {peft.__version__} cannot start: update it, or use apply_corda"
@@ -103,8 +105,9 @@ def preprocess_corda(
         else:
             if run_model is None:
                 raise UserError("run_model is missing, and neither cache_file nor covariance_file exists yet")
-            kept = settings.covariance_file is not None
-            stats = collect_context(hooked_model or model, run_model, list(targets), init, reusable=kept)
+            kept = settings.covariance_file is not None or not settings.prune_temporary_fields
+            how: Any = {"reusable": kept, "rows_are_tokens": True}
+            stats = collect_context(hooked_model or model, run_model, list(targets), init, **how)
             stats = dataclasses.replace(stats, fingerprint=fingerprint(model))
             if settings.covariance_file is not None:
                 stats_to_peft(stats, settings.covariance_file)
@@ -116,9 +119,22 @@ def preprocess_corda(
             ) from error
         if settings.cache_file is not None:
             _write_cache(eigens, settings.cache_file)
+        if not settings.prune_temporary_fields:
+            _leave_fields(model, stats, targets, settings.corda_method)
     for name, found in eigens.items():
         layer: Any = model.get_submodule(name)
         layer.eigens = eigens_of_peft(**found._asdict())
+
+
+def _leave_fields(model: nn.Module, stats: ContextStats, targets: Mapping[str, Target], method: str) -> None:
+    """Leave on each layer the fields that peft's function leaves when it is told not to prune them."""
+    shared = {group: stats.covariance(group).float() for group in stats.moments}
+    for name, target in targets.items():
+        layer: Any = model.get_submodule(name)
+        layer.covariance_matrix = shared[stats.group(name)]
+        layer.corda_method, layer.rank = method, target.rank
+        if stats.scale == "peft":
+            layer.sample_count = stats.samples[stats.group(name)]
 
 
 def stats_from_peft(path: FilePath, model: nn.Module, lora_config: "LoraConfig") -> ContextStats:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda.collecting import Data
+from corda.batches import Data
 from corda.config import Attach, CordaInit
 from corda.start import Start
+from corda.streams import TokenChoice
 from tenfold import UserError
 from tenfold.errors import needs
 
@@ -29,6 +30,7 @@ class CordaCallback(L.Callback):
         init: as for ``CordaTrainerCallback``.
         attach: as for ``CordaTrainerCallback``.
         memory_budget: as for ``CordaTrainerCallback``.
+        tokens: as for ``CordaTrainerCallback``.
         model: name of the LightningModule's attribute that is the ``PeftModel``.
         folder: where factors and outcome are saved; default: the trainer's ``default_root_dir``.
 
@@ -43,10 +45,11 @@ class CordaCallback(L.Callback):
         *,
         attach: Attach = "anchor",
         memory_budget: str | int | None = None,
+        tokens: TokenChoice = "all",
         model: str = "model",
         folder: str | Path | None = None,
     ) -> None:
-        self._start = Start(data, init, attach, memory_budget)
+        self._start = Start(data, init, attach, memory_budget, tokens)
         self._model = model
         self._path = folder
 
@@ -70,9 +73,8 @@ class CordaCallback(L.Callback):
         self._start.check(state_dict)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the plain LoRA."""
-        if trainer.is_global_zero:
-            self._start.end(self._wrapped(pl_module), self._folder(trainer))
+        """Write the plain LoRA; the module keeps its form, since a later fit may go on from it."""
+        self._start.end(self._wrapped(pl_module), self._folder(trainer), write=trainer.is_global_zero, finish=False)
 
     def _wrapped(self, module: L.LightningModule) -> "PeftModel":
         if not hasattr(module, self._model):

@@ -1,17 +1,19 @@
 """All in one call: from a base model and calibration data to the factors, or to the adapted model."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
 from corda.anchor import apply_anchor
 from corda.attach import apply_corda
-from corda.collecting import Data, collect_context
+from corda.batches import Data
+from corda.collecting import collect_context
 from corda.config import Attach, CordaInit
 from corda.factors import FactorSet, build_factors
 from corda.streaming import stream_factors
-from corda.targets import resolve_targets, writable_weight
+from corda.streams import TokenChoice
+from corda.targets import resolve_targets, writable_weights
 from tenfold import UserError
 from tenfold.distributed import world_size
 from tenfold.errors import did_you_mean
@@ -27,6 +29,7 @@ def get_corda_model(
     init: CordaInit | None = None,
     *,
     attach: Attach = "residual",
+    tokens: TokenChoice = "all",
     memory_budget: str | int | None = None,
 ) -> "PeftModel":
     """Calibrate, solve and attach: from a base model to a ``PeftModel`` that starts at the base model's function.
@@ -38,6 +41,7 @@ def get_corda_model(
         init: default ``CordaInit()``.
         attach: residual (the paper's and peft's way, see ``apply_corda``), or anchor (the base stays untouched and may be
             quantized, and the start is exact; see ``apply_anchor``).
+        tokens: which tokens count, as for ``collect_context``.
         memory_budget: the most memory that statistics may take at once, such as ``"6GB"`` (see ``stream_factors``). Default:
             those of one decoder block at a time, or of all layers where the data are a generator, which one pass uses up.
 
@@ -53,9 +57,8 @@ def get_corda_model(
     if attach not in get_args(Attach):
         raise UserError(f"unknown attach '{attach}': {did_you_mean(str(attach), get_args(Attach))}")
     if attach == "residual":
-        for name in resolve_targets(model, lora_config):
-            writable_weight(model, name)
-    factors = calibrated_factors(model, lora_config, data, init or CordaInit(), memory_budget=memory_budget)
+        writable_weights(model, resolve_targets(model, lora_config))
+    factors = calibrated_factors(model, lora_config, data, init or CordaInit(), tokens, memory_budget=memory_budget)
     if attach == "residual":
         return apply_corda(model, factors, lora_config)
     return apply_anchor(model, factors, lora_config)
@@ -66,6 +69,7 @@ def calibrated_factors(
     lora_config: "LoraConfig",
     data: Data | None,
     init: CordaInit,
+    tokens: TokenChoice = "all",
     *,
     memory_budget: str | int | None = None,
 ) -> FactorSet:
@@ -76,6 +80,7 @@ def calibrated_factors(
         lora_config: as for ``get_corda_model``.
         data: as for ``get_corda_model``.
         init: the settings.
+        tokens: as for ``get_corda_model``.
         memory_budget: as for ``get_corda_model``.
 
     Raises:
@@ -86,7 +91,8 @@ def calibrated_factors(
     if data is None:
         raise UserError(f"power {init.power} needs calibration data")
     if memory_budget is not None or not isinstance(data, Iterator):
-        return stream_factors(model, data, lora_config, init, memory_budget=memory_budget)
+        return stream_factors(model, data, lora_config, init, tokens=tokens, memory_budget=memory_budget)
     targets = list(resolve_targets(model, lora_config))
-    stats = collect_context(model, data, targets, init, reusable=False, complete=world_size() == 1).reduce()
+    how: Any = {"tokens": tokens, "reusable": False, "complete": world_size() == 1}
+    stats = collect_context(model, data, targets, init, **how).reduce()
     return build_factors(model, stats, lora_config, init)

@@ -61,8 +61,16 @@ class Chat:
     messages: list[Message]
 
 
-Content = str | Tensor | Chat
-"""The text of a record, its tokens, or its conversation."""
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What an encoder reads and what a decoder is to say."""
+
+    source: str
+    target: str
+
+
+Content = str | Tensor | Chat | Pair
+"""The text of a record, its tokens, its conversation, or what is asked and answered in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Records:
     contents: list[Content]
     bad: list[str]
 
-    def texts(self, tokenizer: "PreTrainedTokenizerBase | None") -> list[str] | list[Tensor]:
+    def texts(self, tokenizer: "PreTrainedTokenizerBase | None") -> list[str] | list[Tensor] | list[Pair]:
         """Their texts, or their tokens where the records hold ``input_ids``.
 
         Args:
@@ -115,7 +123,9 @@ class Records:
         return found
 
 
-def read_records(source: str, calibration: Calibration | None = None, *, option: str = "--data") -> Records:
+def read_records(
+    source: str, calibration: Calibration | None = None, *, option: str = "--data", pairs: bool = False
+) -> Records:
     """What a calibration source holds.
 
     A record is what its ``fields`` hold; without ``fields``, its ``input_ids`` (less those whose ``attention_mask`` is
@@ -129,6 +139,7 @@ def read_records(source: str, calibration: Calibration | None = None, *, option:
             standard library), ``names`` (names of Unicode characters).
         calibration: ``fields``, ``chat_template`` and ``skip_bad`` are used; default ``Calibration()``.
         option: option that gave the source, for messages.
+        pairs: whether a record is what is asked and, by its last field, what is answered, for an encoder-decoder.
 
     Raises:
         UserError: unknown kind, no such file, not UTF-8, a malformed record (file, line or row, field), a chat template
@@ -137,7 +148,11 @@ def read_records(source: str, calibration: Calibration | None = None, *, option:
     """
     calibration = calibration or Calibration()
     shown = f"{option} {source}"
+    if pairs and calibration.pack:
+        raise UserError(f"{shown}: an encoder-decoder takes each record as a row of its own: give --calibration.pack 0")
     kind, path = parse_source(source, kinds=list(READERS), embedded=EMBEDDED_DATA, option=option)
+    if path is None and pairs:
+        raise UserError(f"{shown}: a text without answers; an encoder-decoder needs records of two fields or more")
     if path is None:
         return Records(shown, calibration, _embedded(kind), [])
     contents: list[Content] = []
@@ -145,7 +160,7 @@ def read_records(source: str, calibration: Calibration | None = None, *, option:
     try:
         for where, record in READERS[kind](path):
             try:
-                content = _content(where, record, calibration)
+                content = _content(where, record, calibration, pairs)
                 if contents and _kind(content) != _kind(contents[0]):
                     raise UserError(f"{where}: {_kind(content)}, where the records before hold {_kind(contents[0])}")
             except UserError as error:
@@ -153,7 +168,7 @@ def read_records(source: str, calibration: Calibration | None = None, *, option:
                     raise
                 bad.append(str(error))
                 continue
-            if content.strip() if isinstance(content, str) else isinstance(content, Chat) or len(content):
+            if content.strip() if isinstance(content, str) else isinstance(content, Chat | Pair) or len(content):
                 contents.append(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{shown}: not UTF-8 at byte {error.start}") from error
@@ -264,11 +279,11 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 """Kind of a source -> function that yields its records, each with its place."""
 
 
-def _content(where: str, record: Any, calibration: Calibration) -> Content:
+def _content(where: str, record: Any, calibration: Calibration, pairs: bool = False) -> Content:
     """What a record holds, according to the settings."""
     if isinstance(record, bytes):
         record = _parsed(where, record)
-    if isinstance(record, str):
+    if isinstance(record, str) and not pairs:
         return record
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object with named fields, found {type(record).__name__}")
@@ -276,6 +291,8 @@ def _content(where: str, record: Any, calibration: Calibration) -> Content:
     for name in fields:
         if name not in record:
             raise UserError(f"{where}: no field '{name}': {did_you_mean(name, record)}")
+    if pairs and (fields[0] == TOKENS or fields[0] in TURNS):
+        raise UserError(f"{where}: expected what is asked and what is answered, found {fields[0]}")
     if fields[0] == TOKENS:
         return _tokens(where, record)
     if fields[0] in TURNS:
@@ -287,6 +304,10 @@ def _content(where: str, record: Any, calibration: Calibration) -> Content:
         if not isinstance(text, str):
             raise UserError(f"{where}, field {name}: expected text, found {type(text).__name__}")
     *asked, answered = texts
+    if pairs:
+        if not asked or not answered:
+            raise UserError(f"{where}: expected what is asked and what is answered, found {', '.join(fields)} alone")
+        return Pair("\n".join(text for text in asked if text), answered)
     if calibration.chat_template and calibration.chat_template != "plain" and asked:
         user = "\n".join(text for text in asked if text)
         return Chat(where, [{"role": "user", "content": user}, {"role": "assistant", "content": answered}])

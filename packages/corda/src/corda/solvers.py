@@ -56,8 +56,9 @@ class Factors:
         sigma: (r,) singular values that belong to ``left``, descending; zero for null directions.
         solver: ``randomized``, ``exact``, ``inverse`` (KPM) or ``lapack_svd``.
         precision: precision of the solve, ``fp32`` or ``fp64``.
-        null: number of directions in which W itself is zero, so that they would contribute nothing to B A. They are the
-            smallest components of a rank-deficient W, and are left out unless ``skip_null`` says otherwise.
+        null: number of directions in which W itself is zero to the precision that it is stored in, so that they would
+            contribute nothing to B A. They are the smallest components of a rank-deficient W, and are left out unless
+            ``skip_null`` says otherwise.
         iterations: number of blocks in the randomized solver's space; 0 for a direct solver.
     """
 
@@ -304,21 +305,25 @@ def _inverse_trailing(
     of S = Z Z^T, Z = L^-1 F^-T.      m < n, with M^T = Q R:  M M^T = R^T R, so U are those of S = R^-1 R^-T.
     m >= n, where only M is known, M = Q R:  U = Q Y with Y those of S = R^-T R^-1.
     A rank-deficient W = Q1 T (rank-revealing QR) is solved as the wide Q1^T M. Its null directions, those of Q beyond Q1,
-    are left out, or with ``skip_null=False`` come first, with sigma = 0.
+    are left out, or with ``skip_null=False`` come first, with sigma = 0. Null is what the precision of the *stored* W
+    cannot tell from zero: fp64 sees a rounding there (``stored_noise``).
     """
     m, n = W.shape
+    noise = stored_noise(W)
     if m < n:
         found = _trailing_wide(_operator(W, context, init, dtype), rank)
     elif isinstance(context, CrossMoment):
         found = _trailing_formed(_operator(W, context, init, dtype), rank)
     else:
         found = _trailing_tall(W, context, init.power, rank, dtype)
-    if found:
+    if found and bool((product(found[0].T, W.to(dtype)).norm(dim=1) > noise).all()):
         return *found, 0
     W = W.to(dtype)
     Q, r, _ = scipy.linalg.qr(W.cpu().numpy(), mode="economic", pivoting=True, check_finite=False)
     diagonal = np.abs(np.diag(r))
-    full = int((diagonal > diagonal[0] * max(m, n) * np.finfo(r.dtype).eps).sum())
+    full = int((diagonal > max(noise, diagonal[0] * max(m, n) * np.finfo(r.dtype).eps)).sum())
+    if found and full == min(m, n):
+        return *found, 0
     null = min(m, n) - full
     dead = 0 if init.skip_null else min(null, rank)
     if rank - dead > full:
@@ -334,6 +339,19 @@ def _inverse_trailing(
             )
         left, sigma = torch.cat([left, basis @ found[0]], dim=1), torch.cat([sigma, found[1]])
     return left, sigma, null
+
+
+def stored_noise(W: Tensor) -> float:
+    """Size below which a direction of W (m, n) is what rounding to the dtype of W has left.
+
+    Rounding a matrix of rank r to a precision eps adds entries of about eps / 5 times its own, a matrix of spectral norm
+    eps / 5 |W|_F (1 / sqrt(m) + 1 / sqrt(n)). Products that were computed in fp32 carry several such roundings, those of bf16
+    and fp16 one.
+    """
+    m, n = W.shape
+    roundings = 0.5 if W.element_size() < 4 else 2.0
+    size = torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W.double()).item()
+    return roundings * size * (m**-0.5 + n**-0.5)
 
 
 def _trailing_tall(

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from corda.adapters import ADAPTER, lora_layers
-from corda.anchor import MARK, apply_anchor
+from corda.adapters import ADAPTER, adapter_state, lora_layers, save_adapter
+from corda.algebra import STRIP
+from corda.anchor import AnchoredLinear, apply_anchor, mark_of
 from corda.attach import apply_corda
-from corda.collecting import Data
+from corda.batches import Data
 from corda.config import Attach, CordaInit
-from corda.context import fingerprint
-from corda.convert import to_lora
+from corda.convert import change_of, set_ranks, to_lora
 from corda.factors import FactorSet
+from corda.fingerprints import fingerprint
 from corda.one_call import calibrated_factors
+from corda.streams import TokenChoice
+from corda.targets import layer_weight
 from tenfold import UserError, checkpoints
 from tenfold.errors import did_you_mean
 
@@ -34,6 +37,9 @@ PLAIN = "lora"
 """Folder of the outcome, a plain LoRA of the untouched base."""
 RESIDUAL_MARK = "residual_corda"
 """``init_lora_weights`` in checkpoints that need the residual model: plain peft refuses them instead of misreading them."""
+
+FINISHED = "finished"
+"""In place of ``attach`` in checkpoints of a training that goes on with the plain LoRA."""
 
 Solve = Callable[[nn.Module, "LoraConfig"], FactorSet]
 
@@ -52,7 +58,8 @@ def start_in_place(wrapped: "PeftModel", solve: Solve, attach: Attach, *, fresh:
         The factors that were attached.
 
     Raises:
-        UserError: not a LoRA of peft, one that was already started or trained, or weights that are sharded over ranks.
+        UserError: not a LoRA of peft, one that was already started or trained, one that could not be converted at the end
+            (DoRA), or weights that are sharded over ranks.
     """
     _check(wrapped, fresh)
     config: Any = wrapped.peft_config[ADAPTER]
@@ -65,12 +72,47 @@ def start_in_place(wrapped: "PeftModel", solve: Solve, attach: Attach, *, fresh:
             path, _, leaf = name.rpartition(".")
             owner = attached.get_submodule(path)
             if fresh:
-                parameter.copy_(getattr(owner, leaf))
+                parameter.data = getattr(owner, leaf).data  # in its own dtype: a start that is rounded starts elsewhere
             setattr(owner, leaf, parameter)
     wrapped.base_model = attached.base_model  # the same modules, and the bookkeeping that belongs to them
     started: Any = wrapped.peft_config[ADAPTER]
-    started.init_lora_weights = MARK if attach == "anchor" else RESIDUAL_MARK
+    started.init_lora_weights = mark_of(factors.fingerprint) if attach == "anchor" else RESIDUAL_MARK
     return factors
+
+
+@torch.no_grad()
+def finish_in_place(wrapped: "PeftModel", factors: FactorSet) -> None:
+    """Make a trained adapter a plain LoRA of the untouched base: A' and B' of ``to_lora`` in place of A and B.
+
+    What the model computes stays, so that it can be evaluated and saved like any LoRA. A residual base gets back what the
+    start took from it, W' + s B0 A0, which is W up to one rounding.
+
+    Args:
+        wrapped: the trained model.
+        factors: what it was started from.
+    """
+    config: Any = wrapped.peft_config[ADAPTER]
+    ranks, scalings = {}, {}
+    for name, layer in lora_layers(wrapped).items():
+        new = dict(zip("AB", change_of(name, layer, factors), strict=True))
+        if not isinstance(layer, AnchoredLinear):
+            W, start = layer_weight(layer.get_base_layer(), name), factors.factors[name]
+            A0, B0 = start.A.to(W.device).double(), start.B.to(W.device).double()
+            for first in range(0, len(W), STRIP):
+                rows = slice(first, first + STRIP)
+                W[rows] = W[rows].double() + layer.scaling[ADAPTER] * (B0[rows] @ A0)
+        for x, parts in (("A", layer.lora_A), ("B", layer.lora_B)):
+            old, value = parts[ADAPTER], new[x]
+            plain = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
+            plain.weight = nn.Parameter(value, requires_grad=old.weight.requires_grad)
+            plain.bias = old.bias
+            parts[ADAPTER] = plain
+        ranks[name], scalings[name] = len(new["A"]), layer.scaling[ADAPTER]
+        layer.r[ADAPTER] = ranks[name]
+    set_ranks(config, ranks, scalings)
+    for name, layer in lora_layers(wrapped).items():
+        layer.lora_alpha[ADAPTER] = scalings[name] * (ranks[name] ** 0.5 if config.use_rslora else ranks[name])
+    config.init_lora_weights = True
 
 
 def _check(wrapped: nn.Module, fresh: bool) -> None:
@@ -85,7 +127,16 @@ def _check(wrapped: nn.Module, fresh: bool) -> None:
         raise UserError(
             "the weights are sharded over ranks (ZeRO-3, FSDP); make the initial adapter beforehand by `corda init`"
         )
-    if fresh and any(bool(layer.lora_B[ADAPTER].weight.any()) for layer in lora_layers(wrapped).values()):
+    for name, layer in lora_layers(wrapped).items():
+        if ADAPTER in layer.lora_variant:
+            variant = type(layer.lora_variant[ADAPTER]).__name__.removesuffix("Variant").removesuffix("LinearLinear")
+            raise UserError(
+                f"layer {name} is a {variant}, whose outcome no plain LoRA can hold: train without use_dora and the like, or "
+                "make the initial adapter by `corda init`, which is trained on its residual model and not converted"
+            )
+    if fresh and any(
+        ADAPTER in layer.lora_B and bool(layer.lora_B[ADAPTER].weight.any()) for layer in lora_layers(wrapped).values()
+    ):
         raise UserError("the adapter has been started or trained already; give a LoRA with init_lora_weights=True")
 
 
@@ -97,13 +148,19 @@ class Start:
         init: as for ``get_corda_model``.
         attach: as for ``get_corda_model``.
         memory_budget: as for ``get_corda_model``.
+        tokens: as for ``get_corda_model``.
 
     Raises:
         UserError: ``attach`` is none of the choices.
     """
 
     def __init__(
-        self, data: Data | None, init: CordaInit | None, attach: Attach, memory_budget: str | int | None
+        self,
+        data: Data | None,
+        init: CordaInit | None,
+        attach: Attach,
+        memory_budget: str | int | None,
+        tokens: TokenChoice = "all",
     ) -> None:
         if attach not in get_args(Attach):
             raise UserError(f"unknown attach '{attach}': {did_you_mean(attach, get_args(Attach))}")
@@ -111,7 +168,9 @@ class Start:
         self.init = init or CordaInit()
         self.attach = attach
         self.memory_budget = memory_budget
+        self.tokens = tokens
         self.factors: FactorSet | None = None
+        self.finished = False
         self.state: dict[str, str] = {}
 
     def begin(self, wrapped: "PeftModel", folder: Path, *, write: bool) -> None:
@@ -119,7 +178,7 @@ class Start:
 
         def solve(base: nn.Module, config: "LoraConfig") -> FactorSet:
             self.state = {"fingerprint": fingerprint(base)}
-            return calibrated_factors(base, config, self.data, self.init, memory_budget=self.memory_budget)
+            return calibrated_factors(base, config, self.data, self.init, self.tokens, memory_budget=self.memory_budget)
 
         self.factors = start_in_place(wrapped, solve, self.attach, fresh=True)
         self.state |= {"attach": self.attach, "factors": _digest_of(self.factors)}
@@ -150,6 +209,10 @@ class Start:
 
     def check(self, recorded: dict[str, str]) -> None:
         """Raise ``UserError`` unless a checkpoint was made by a run like this one."""
+        if recorded["attach"] == FINISHED:
+            raise UserError(
+                "the checkpoint to resume is of a second training, of a plain LoRA: resume it without the callback"
+            )
         if recorded["fingerprint"] != self.state["fingerprint"]:
             raise UserError(
                 f"the run to resume was made on another base model (fingerprint {recorded['fingerprint'][:12]}, "
@@ -160,10 +223,24 @@ class Start:
         if recorded["factors"] != self.state["factors"]:
             raise UserError(f"{START} belongs to another run than the checkpoint to resume")
 
-    def end(self, wrapped: "PeftModel", folder: Path) -> None:
-        """Write the outcome as a plain LoRA of the untouched base."""
+    def end(self, wrapped: "PeftModel", folder: Path, *, write: bool, finish: bool) -> None:
+        """Save the outcome as a plain LoRA of the untouched base.
+
+        Args:
+            wrapped: the trained model.
+            folder: gets ``lora/``.
+            write: whether this process writes it.
+            finish: whether the model's own adapter becomes that LoRA, which a training that goes on then trains.
+        """
         assert self.factors is not None
-        to_lora(wrapped, self.factors, folder / PLAIN)
+        if write and self.finished:
+            save_adapter(wrapped.peft_config[ADAPTER], adapter_state(wrapped), folder / PLAIN)
+        elif write:
+            to_lora(wrapped, self.factors, folder / PLAIN)
+        if finish and not self.finished:
+            finish_in_place(wrapped, self.factors)
+            self.finished = True
+            self.state = {**self.state, "attach": FINISHED}
 
 
 def _digest_of(factors: FactorSet) -> str:

@@ -12,19 +12,22 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from corda.batches import Batch, Data, Stop, batches_of, forward, is_batches, warn_of_sources
 from corda.blocks import Pass, Recorder, Stack, hidden_of, stacks_of
-from corda.collecting import Batch, Collector, Data, Stop, collect_context, forward
+from corda.collecting import Collector, collect_context
 from corda.config import CordaInit
-from corda.context import ContextStats, agreed, fingerprint
+from corda.context import ContextStats, agreed
 from corda.factors import FactorSet, Progress, Solved, build_factors, solve_layers
-from corda.targets import Target, linear, resolve_targets, shape_of
+from corda.fingerprints import fingerprint
+from corda.streams import Streams, TokenChoice
+from corda.targets import Target, linears, resolve_targets, shape_of
 from tenfold import UserError
 from tenfold.config import parse_bytes
 from tenfold.distributed import world_size
@@ -43,6 +46,7 @@ def stream_factors(
     lora_config: "LoraConfig",
     init: CordaInit | None = None,
     *,
+    tokens: TokenChoice = "all",
     memory_budget: str | int | None = None,
     energies: bool = False,
     progress: Progress = iter,
@@ -63,6 +67,7 @@ def stream_factors(
             function that runs the model itself cannot be streamed by block, and is called once per pass.
         lora_config: as for ``build_factors``.
         init: default ``CordaInit()``.
+        tokens: as for ``collect_context``.
         memory_budget: the most that statistics may take at once, in bytes or as ``"6GB"``, ``"512MiB"``; layers are then
             calibrated in several passes, through a block or through the model. Default: as many as one pass needs.
         energies: True also finds each layer's share of output energy (``output_energies``), for the report; a product W C
@@ -83,7 +88,7 @@ def stream_factors(
     if isinstance(data, Iterator):
         raise UserError("one pass uses the calibration data up; give a list, a DataLoader or a function instead")
     targets = agreed(lambda: resolve_targets(model, lora_config))
-    job = _Job(model, data, targets, init, budget, energies, progress)
+    job = _Job(model, data, targets, init, tokens, budget, energies, progress)
     with evaluating(model):
         solved = job.run()
     return FactorSet(
@@ -104,6 +109,7 @@ class _Job:
         data: Data,
         targets: dict[str, Target],
         init: CordaInit,
+        tokens: TokenChoice,
         budget: int | None,
         energies: bool,
         progress: Progress,
@@ -116,11 +122,13 @@ class _Job:
         self.energies = energies
         self.progress = progress
         self.fingerprint = fingerprint(model)
-        self.layers = {name: linear(model, name) for name in targets}
-        self.dry = Collector(self.layers, init, reusable=False, dry=True)
+        self.tokens = tokens
+        self.layers = linears(model, targets)
+        self.streams = Streams(model, targets, tokens=tokens, skip_first=init.skip_first)
+        self.dry = Collector(self.layers, init, self.streams, reusable=False, dry=True)
 
     def run(self) -> Solved:
-        stacks = stacks_of(self.model, self.targets) if isinstance(self.data, Iterable) else []
+        stacks = stacks_of(self.model, self.targets) if is_batches(self.data) else []
         reasons, groups = _common(agreed(lambda: self._first_pass(stacks)), self.dry.groups)
         sizes = self._sizes(groups)
         solved: Solved = {}
@@ -132,19 +140,21 @@ class _Job:
                 solved |= self._stream(stack, sizes)
         for share in self._shares([name for name in self.targets if name not in solved], sizes):
             solved |= self._solve(share, lambda share=share: self._collected(share))  # type: ignore[misc]
+        self.streams.warn()
         return solved
 
     def _first_pass(self, stacks: Sequence[Stack]) -> dict[str, str]:
         """Find out which layers share an input; returns the stacks that cannot be streamed, and why."""
-        if not isinstance(self.data, Iterable):
+        if callable(self.data) and not is_batches(self.data):
             if self.budget is not None:
                 self._first_call(self.data)
             return {}
-        batch = next(iter(self.data), None)
+        batch = next(batches_of(self.data), None)
         if batch is None:
             if world_size() == 1:
                 raise UserError("the calibration data holds no batch")
             return {}
+        warn_of_sources(self.model, batch)
         with contextlib.ExitStack() as contexts:
             for stack in stacks:
                 contexts.enter_context(stack.watched())
@@ -170,7 +180,7 @@ class _Job:
             return "its blocks are not called one after another, once each"
         try:
             expected = hidden_of(stack.last)
-            found = Recorder(self.model, stack).record(batch)
+            found = Recorder(self.model, stack, self.streams).record(batch)
             for index, block in enumerate(stack.blocks):
                 found.hidden = found.through(index, block)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
@@ -225,20 +235,25 @@ class _Job:
         return solved
 
     def _recorded(self, stack: Stack) -> list[Pass]:
-        assert isinstance(self.data, Iterable)
-        recorder = Recorder(self.model, stack)
-        return [recorder.record(batch) for batch in self.data]
+        recorder = Recorder(self.model, stack, self.streams)
+        found = []
+        with self.streams.attached():
+            for number, batch in enumerate(batches_of(self.data)):
+                self.streams.batch = number
+                self.streams.labels = batch.get("labels") if isinstance(batch, Mapping) else None
+                found.append(recorder.record(batch))
+        return found
 
     def _through(
         self, passes: Sequence[Pass], index: int, block: nn.Module, names: Sequence[str], *, onward: bool
     ) -> ContextStats:
         """The statistics of some layers of a block; with ``onward``, the batches then hold the block's output."""
-        collector = Collector({name: self.layers[name] for name in names}, self.init, reusable=False, stops=not onward)
-        with collector.attached():
-            for batch in passes:
-                collector.mask = batch.mask
-                collector.batch += 1
-                with contextlib.suppress(Stop):
+        layers = {name: self.layers[name] for name in names}
+        collector = Collector(layers, self.init, self.streams, reusable=False, stops=not onward)
+        with collector.attached(), self.streams.attached():
+            for number, batch in enumerate(passes):
+                self.streams.batch = number
+                with contextlib.suppress(Stop), self.streams.within(batch.frames):
                     hidden = batch.through(index, block)
                     if onward:
                         batch.hidden = hidden.to("cpu")
@@ -248,7 +263,8 @@ class _Job:
     def _collected(self, names: Sequence[str]) -> ContextStats:
         """The statistics of some layers, by a pass through the whole model."""
         alone = world_size() == 1
-        return collect_context(self.model, self.data, names, self.init, reusable=False, complete=alone)
+        how: Any = {"tokens": self.tokens, "reusable": False, "complete": alone}
+        return collect_context(self.model, self.data, names, self.init, **how)
 
     def _solve(self, names: Sequence[str], collect: Callable[[], ContextStats]) -> Solved:
         stats = agreed(collect).reduce()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from corda.algebra import STRIP, matmul_precision
-from corda.config import CordaInit
+from corda.streams import Tokens
 from tenfold import NonFiniteError, UserError
 
 CHUNK = 8192
@@ -60,35 +60,36 @@ class Sum:
             self.pending = None
 
 
-def samples_of(x: Tensor, mask: Tensor | None, init: CordaInit) -> tuple[list[Tensor], int]:
+def samples_of(x: Tensor, tokens: Tokens, scale: str) -> tuple[list[Tensor], int]:
     """The tokens of x that count, (T, n), separately for each sample where it has its own scale, and the number of samples.
 
     Args:
-        x: inputs of a layer.
-        mask: (B, T), False for padding; None where every token counts.
-        init: ``scale`` and ``skip_first`` are used.
-
-    Raises:
-        UserError: the mask has another shape than the tokens.
+        x: inputs of a layer, (B, ..., n), or rows (R, n) of several samples.
+        tokens: what of it counts.
+        scale: as in ``CordaInit``; ``peft`` gives each sample its own.
     """
     x = x.detach()
-    if x.ndim == 2:  # tokens of all rows in one dimension, as some models flatten them
-        fits = mask is not None and mask.numel() == len(x)
-        x = x.reshape(*mask.shape, -1) if fits and mask is not None else x[None]
-    x = x.reshape(x.shape[0], -1, x.shape[-1])
-    keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    if mask is not None:
-        if mask.shape != keep.shape:
-            raise UserError(f"input of {tuple(keep.shape)} tokens, mask of {tuple(mask.shape)}")
-        keep &= mask.to(x.device)
-    if init.skip_first:  # per row, counted from its first token that is not padding
-        keep &= keep.cumsum(dim=1) > init.skip_first
-    whole = bool(keep.all())
-    if init.scale == "peft":
-        samples = list(x) if whole else [row[kept] for row, kept in zip(x, keep, strict=True)]
+    keep = None if tokens.keep is None else tokens.keep.to(x.device)
+    if isinstance(tokens.sample, Tensor):
+        sample = tokens.sample.to(x.device)
+        if keep is not None:
+            x, sample = x[keep], sample[keep]
+        present = torch.unique(sample)
+        if scale != "peft":
+            return [x] if len(x) else [], len(present)
+        if len(present) == 1:
+            return [x], 1
+        return [x[sample == number] for number in present], len(present)
+    if isinstance(tokens.sample, int):
+        x = x.reshape(tokens.sample, -1, x.shape[-1])
+    x = x[None] if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1])
+    whole = keep is None or bool(keep.all())
+    count = len(x) if whole or keep is None else int(keep.any(dim=1).sum())
+    if scale == "peft":
+        samples = list(x) if whole or keep is None else [row[kept] for row, kept in zip(x, keep, strict=True)]
     else:
         samples = [x.flatten(0, 1) if whole else x[keep]]
-    return [rows for rows in samples if len(rows)], int(keep.any(dim=1).sum())
+    return [rows for rows in samples if len(rows)], count
 
 
 def weight_of_sample(rows: Tensor, scale: str) -> float:

@@ -4,6 +4,7 @@ Shapes: m outputs, n inputs. The weight of any layer is given as W (m, n) in flo
 transposed for transformers' ``Conv1D``, dequantized for a quantized layer.
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -49,24 +50,39 @@ def linear_targets(model: nn.Module) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     uses = _uses(model)
     modules = model.named_modules()
-    return [name for name, m in modules if _is_linear(m) and m is not head and not _is_shared(m, uses)]
+    return [name for name, m in modules if is_linear(m) and m is not head and not _is_shared(m, uses)]
 
 
 def linear(model: nn.Module, name: str) -> nn.Module:
     """The linear layer of this name, whose weight no other layer shares.
 
     Raises:
+        UserError: as for ``linears``.
+        UnsupportedLayerError: not a linear layer.
+    """
+    return linears(model, [name])[name]
+
+
+def linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers of these names, none of whose weights is shared with another layer.
+
+    Raises:
         UserError: no such layer, or its weight is tied to another one (a change would reach that one too).
         UnsupportedLayerError: not a linear layer.
     """
-    modules = dict(model.named_modules())
-    if name not in modules:
-        raise UserError(f"no layer {name} in the model: {did_you_mean(name, modules)}")
-    layer = modules[name]
-    shape_of(layer, name)
-    if _is_shared(layer, _uses(model)):
-        raise UserError(f"layer {name} shares its weight with another layer; leave it out of the targets")
-    return layer
+    modules, uses = dict(model.named_modules()), _uses(model)
+    found = {}
+    for name in names:
+        if name not in modules:
+            raise UserError(f"no layer {name} in the model: {did_you_mean(name, modules)}")
+        found[name] = modules[name]
+        shape_of(found[name], name)
+        if _is_shared(found[name], uses):
+            raise UserError(
+                f"layer {name} shares its weight with another layer; leave it out of target_modules or put it into "
+                f"exclude_modules=['{name}']"
+            )
+    return found
 
 
 def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
@@ -75,9 +91,12 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
     Raises:
         UnsupportedLayerError: not a linear layer.
     """
-    if not _is_linear(layer):
+    if not is_linear(layer):
         kinds = "nn.Linear, Conv1D or a quantized linear layer"
-        raise UnsupportedLayerError(f"layer {name} is a {type(layer).__name__}; expected {kinds}")
+        raise UnsupportedLayerError(
+            f"layer {name} is a {type(layer).__name__}; expected {kinds}; leave it out of target_modules or put it into "
+            f"exclude_modules=['{name}']"
+        )
     if isinstance(layer, Conv1D):
         return (layer.weight.shape[1], layer.weight.shape[0])
     found: Any = layer
@@ -85,13 +104,12 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """W (m, n) of the linear layer of this name.
+    """W (m, n) of the linear layer of this name, whether or not another layer shares it.
 
     Raises:
-        UserError: as for ``linear``.
         UnsupportedLayerError: as for ``layer_weight``.
     """
-    return layer_weight(linear(model, name), name)
+    return layer_weight(model.get_submodule(name), name)
 
 
 def layer_weight(layer: nn.Module, name: str) -> Tensor:
@@ -121,21 +139,43 @@ def writable_weight(model: nn.Module, name: str) -> Tensor:
 
     Raises:
         UserError: as for ``linear``.
-        UnsupportedLayerError: not a linear layer, or a quantized one.
+        UnsupportedLayerError: not a linear layer, a quantized one, or one that is offloaded to disk.
     """
-    layer = linear(model, name)
+    return writable_weights(model, [name])[name]
+
+
+def writable_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """``writable_weight`` of several layers.
+
+    Raises:
+        UserError: as for ``writable_weight``.
+        UnsupportedLayerError: as for ``writable_weight``.
+    """
+    return {name: _writable(layer, name) for name, layer in linears(model, names).items()}
+
+
+def _writable(layer: nn.Module, name: str) -> Tensor:
     if is_quantized(layer):
         raise UnsupportedLayerError(
             f"layer {name} is a {type(layer).__name__} whose weight is quantized, or no parameter of its own, and "
             "cannot be replaced; apply_anchor (attach='anchor') leaves it as it is"
         )
-    return layer_weight(layer, name)
+    W = layer_weight(layer, name)
+    own: Any = layer.weight
+    other = offloaded(layer, "weight") if own.device.type == "meta" else None
+    if other is not None and other.data_ptr() != W.data_ptr():  # read from a file anew each time
+        raise UnsupportedLayerError(
+            f"layer {name} is offloaded to disk, where its weight cannot be replaced; apply_anchor (attach='anchor') "
+            "leaves it as it is"
+        )
+    return W
 
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a linear layer keeps its weight as anything but a floating-point parameter of that shape."""
     kept = _kept(layer)
-    return kept is None or layer._parameters.get("weight") is not kept
+    own = layer._parameters.get("weight")
+    return kept is None or (own is not kept and (own is None or own.device.type != "meta"))
 
 
 def dequantizes(tensor: Tensor) -> bool:
@@ -146,12 +186,12 @@ def dequantizes(tensor: Tensor) -> bool:
 def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Target]:
     """The layers, ranks and scalings that ``peft.get_peft_model(model, lora_config)`` would give, by full name.
 
-    A copy of the model without storage is wrapped, so every option of the configuration counts (``"all-linear"``,
+    A skeleton of the model without storage is wrapped, so every option of the configuration counts (``"all-linear"``,
     patterns, layers to transform, rsLoRA) and the model itself stays untouched. Plain layers stand in for quantized
     ones, so none of their packages is needed.
 
     Raises:
-        UserError: no layer is targeted, or the model is wrapped by peft already.
+        UserError: no layer is targeted, the model is wrapped by peft already, or the configuration repeats layers.
     """
     from peft import PeftModel, get_peft_model
     from peft.tuners import lora
@@ -161,18 +201,15 @@ def resolve_targets(model: nn.Module, lora_config: "LoraConfig") -> dict[str, Ta
     plain: Any = copy.deepcopy(lora_config)
     plain.init_lora_weights = True
     plain._register_custom_module({_StandIn: lora.Linear})
-    tensors = [*model.parameters(), *model.buffers()]
-    empty: dict[int, Any] = {id(tensor): _without_storage(tensor) for tensor in tensors}
-    for name, module in model.named_modules():
-        if _is_linear(module) and is_quantized(module):
-            m, n = shape_of(module, name)
-            kind = nn.Linear if isinstance(module, nn.Linear) else _StandIn  # "all-linear" takes the former only
-            empty[id(module)] = kind(n, m, device="meta")
+    if getattr(lora_config, "layer_replication", None):
+        raise UserError(
+            "layer_replication repeats layers, which then share one weight: leave it out, or build the model so"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft says the same of the model itself, once it is wrapped
-            wrapped = get_peft_model(copy.deepcopy(model, empty), plain)
-    except ValueError as error:
+            wrapped = get_peft_model(_skeleton(model), plain)
+    except (ValueError, TypeError) as error:
         raise UserError(f"peft cannot apply this LoRA configuration: {error}") from error
     found = {}
     for path, module in wrapped.named_modules():
@@ -203,14 +240,21 @@ def with_ranks(model: nn.Module, lora_config: "LoraConfig", ranks: Mapping[str, 
     check_same_layers("targets", targets, "ranks", ranks)
     config = copy.deepcopy(lora_config)
     config.rank_pattern, config.alpha_pattern = {}, {}
+    layers = linears(model, targets)
     for name, target in targets.items():
-        rank, size = ranks[name], min(shape_of(linear(model, name), name))
+        rank, size = ranks[name], min(shape_of(layers[name], name))
         if not 1 <= rank <= size:
-            raise UserError(f"layer {name}: rank {rank}, expected 1 to {size}")
+            raise UserError(f"layer {name}: {rank_hint(rank, size, name)}")
         key = f"^{re.escape(name)}"
         config.rank_pattern[key] = rank
         config.alpha_pattern[key] = target.scaling * (math.sqrt(rank) if config.use_rslora else rank)
     return config
+
+
+def rank_hint(rank: int, size: int, name: str) -> str:
+    """That a layer has fewer components than its rank asks for, and what to do about it."""
+    pattern = f"rank_pattern={{'{name}': {size}}} or exclude_modules=['{name}']"
+    return f"rank {rank}, expected 1 to {size}, its number of components; give {pattern}"
 
 
 def check_same_layers(first: str, expected: Iterable[str], second: str, given: Iterable[str]) -> None:
@@ -238,12 +282,54 @@ class _StandIn(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
 
 
+def _skeleton(module: nn.Module, made: dict[int, Any] | None = None) -> Any:
+    """The modules of a model without their weights; whatever else they hold is shared, not copied.
+
+    So nothing of the user's has to be copyable (locks, generators, tensors of an old weight norm), and layers that are
+    shared stay shared.
+    """
+    root = made is None
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
+    if is_linear(module) and is_quantized(module):
+        m, n = shape_of(module, "")
+        kind = nn.Linear if isinstance(module, nn.Linear) else _StandIn  # "all-linear" takes the former only
+        made[id(module)] = kind(n, m, device="meta")
+        return made[id(module)]
+    clone = module.__class__.__new__(module.__class__)
+    made[id(module)] = clone
+    content = dict(vars(module))
+    for name, value in content.items():
+        if name.startswith("_") and isinstance(value, dict):
+            content[name] = value.copy()
+    if root and "config" in content:
+        content["config"] = copy.copy(content["config"])  # peft writes into it
+    content.pop("_hf_hook", None)
+    content.pop("forward", None)  # of accelerate, bound to the module itself
+    content["_parameters"] = {name: _emptied(p, made) for name, p in module._parameters.items()}
+    content["_buffers"] = {name: _emptied(b, made) for name, b in module._buffers.items()}
+    content["_modules"] = {
+        name: None if child is None else _skeleton(child, made) for name, child in module._modules.items()
+    }
+    vars(clone).update(content)
+    return clone
+
+
+def _emptied(tensor: Tensor | None, made: dict[int, Any]) -> Any:
+    """The tensor without storage, the same one for each use."""
+    if tensor is None:
+        return None
+    return made.setdefault(id(tensor), _without_storage(tensor))
+
+
 def _without_storage(tensor: Tensor) -> Tensor:
     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # empty_like asks a tensor's own class
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, however it keeps its weight."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
@@ -258,9 +344,23 @@ def _is_shared(layer: nn.Module, uses: Counter[int]) -> bool:
     return any(uses[id(p)] > 1 for name, p in layer.named_parameters(recurse=False) if name != "bias")
 
 
+def offloaded(module: nn.Module, name: str) -> Tensor | None:
+    """A weight that accelerate keeps elsewhere and brings for each call of the module; None if it does not."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        weights: Any = getattr(part, "weights_map", None)
+        if weights is not None:
+            with contextlib.suppress(KeyError):
+                found: Tensor = weights[name]
+                return found
+    return None
+
+
 def _kept(layer: nn.Module) -> Tensor | None:
     """The weight of a layer in its own layout; None if it is not kept in floating point."""
     weight = None if hasattr(layer, "dequantize") else getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.device.type == "meta":
+        weight = offloaded(layer, "weight")
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or dequantizes(weight):
         return None
     m, n = shape_of(layer, "")

@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from corda.collecting import Data
+from corda.batches import Data
 from corda.config import Attach, CordaInit
 from corda.start import Start
+from corda.streams import TokenChoice
 from tenfold import UserError
 
 
@@ -17,9 +18,10 @@ class CordaTrainerCallback(TrainerCallback):
 
     When training begins, it calibrates on the base model, starts the adapter "default" in place and saves the factors as
     ``corda_start.safetensors`` in the output folder. A resumed run reads them from there, and refuses another base model
-    than the one that the checkpoint was trained on. At the end it writes ``lora/`` into the output folder: a plain LoRA for
-    the untouched base model. (The checkpoints themselves hold A and B relative to the start, and say so in
-    ``init_lora_weights``, which plain peft refuses.)
+    than the one that the checkpoint was trained on. At the end the adapter becomes a plain LoRA of the untouched base model,
+    of rank 2r: ``lora/`` in the output folder holds it, and so does what ``trainer.save_model()`` writes afterwards. (The
+    checkpoints themselves hold A and B relative to the start, and say so in ``init_lora_weights``, which plain peft
+    refuses.)
 
     Args:
         data: calibration batches, as for ``collect_context``; None with ``power=0``. Not the training loader itself, since
@@ -29,10 +31,11 @@ class CordaTrainerCallback(TrainerCallback):
             that switch the adapter off to get the reference model (DPO) find the base model under it. "residual" is the
             paper's way: W - s B A under the adapter, 2 r (m + n) fewer multiplications per token and layer.
         memory_budget: as for ``get_corda_model``.
+        tokens: which tokens count, as for ``collect_context``.
 
     Raises:
-        UserError: (in training) the model is not a fresh LoRA of peft, weights are sharded (ZeRO-3, FSDP), or the
-            checkpoint to resume belongs to another base model or another start.
+        UserError: (in training) the model is not a fresh LoRA of peft or is one that no plain LoRA can hold (DoRA), weights
+            are sharded (ZeRO-3, FSDP), or the checkpoint to resume belongs to another base model or another start.
     """
 
     def __init__(
@@ -42,8 +45,9 @@ class CordaTrainerCallback(TrainerCallback):
         *,
         attach: Attach = "anchor",
         memory_budget: str | int | None = None,
+        tokens: TokenChoice = "all",
     ) -> None:
-        self._start = Start(data, init, attach, memory_budget)
+        self._start = Start(data, init, attach, memory_budget, tokens)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,9 +70,9 @@ class CordaTrainerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the plain LoRA."""
-        if state.is_world_process_zero:
-            self._start.end(kwargs["model"], _folder(args))
+        """Make the adapter a plain LoRA and write it; ``save_model`` then writes the same."""
+        self._start.end(kwargs["model"], _folder(args), write=state.is_world_process_zero, finish=True)
+        state.stateful_callbacks["corda"] = self._start.state
 
 
 def _folder(args: TrainingArguments) -> Path:

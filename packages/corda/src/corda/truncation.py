@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from corda.config import CordaInit
 from corda.context import ContextStats
 from corda.moments import DampedCovariance
-from corda.targets import writable_weight
+from corda.targets import writable_weights
 from tenfold import UserError
 from tenfold.errors import did_you_mean
 
@@ -48,32 +48,61 @@ def truncate(
 
     Source: Yang et al., NeurIPS 2024, Figure 2; Yuan et al., "ASVD", arXiv 2312.05821.
     """
+    options = {"power": power, "alpha": alpha, "damping": damping}
+    return truncations(weight, covariance, [drop], method=method, **options)[0]
+
+
+def truncations(
+    weight: Tensor,
+    covariance: Tensor | None,
+    drops: Sequence[int],
+    *,
+    method: Method = "cosvd",
+    power: float = 1.0,
+    alpha: float = 0.5,
+    damping: float = 0.01,
+) -> list[Tensor]:
+    """``truncate`` for several numbers of dropped components, by one decomposition.
+
+    Args:
+        weight: as for ``truncate``.
+        covariance: as for ``truncate``.
+        drops: the numbers.
+        method: as for ``truncate``.
+        power: as for ``truncate``.
+        alpha: as for ``truncate``.
+        damping: as for ``truncate``.
+
+    Raises:
+        UserError: as for ``truncate``.
+    """
     if method not in METHODS:
         raise UserError(f"unknown method '{method}': {did_you_mean(method, METHODS)}")
     init = CordaInit(power=power, damping=damping)
     size = min(weight.shape)
-    if not 0 <= drop <= size:
-        raise UserError(f"{drop} components cannot be dropped from a layer that has {size}")
+    for drop in drops:
+        if not 0 <= drop <= size:
+            raise UserError(f"{drop} components cannot be dropped from a layer that has {size}")
     if method != "svd" and covariance is None:
         raise UserError(f"method {method} needs a covariance")
-    if drop == 0:
-        return weight
+    if not any(drops):
+        return [weight for _ in drops]
     W = weight.double()
     if method == "asvd":
         assert covariance is not None
         rms = covariance.double().diagonal().clamp_min(0).sqrt()
         scale = rms.clamp_min(1e-6 * rms.max()).pow(alpha).to(W)
         U, S, Vh = torch.linalg.svd(W * scale, full_matrices=False)
-        kept = size - drop
-        restored = (U[:, :kept] * S[:kept]) @ Vh[:kept] / scale
-        return restored.to(weight.dtype)
+        parts = [((U[:, : size - drop] * S[: size - drop]) @ Vh[: size - drop] / scale) for drop in drops]
+        return [part.to(weight.dtype) if drop else weight for part, drop in zip(parts, drops, strict=True)]
     M = W
     if method == "cosvd" and init.power:
         assert covariance is not None
         context = DampedCovariance(covariance.to(W), init.damping)
         M = context.after(W) if power == 1 else W @ context.cholesky
-    left = torch.linalg.svd(M, full_matrices=False).U[:, : size - drop]
-    return (left @ (left.T @ W)).to(weight.dtype)
+    U = torch.linalg.svd(M, full_matrices=False).U
+    lefts = [U[:, : size - drop] for drop in drops]
+    return [(U @ (U.T @ W)).to(weight.dtype) if drop else weight for U, drop in zip(lefts, drops, strict=True)]
 
 
 def output_error(weight: Tensor, truncated: Tensor, covariance: Tensor) -> float:
@@ -128,7 +157,7 @@ def truncate_model(
         if stats is None:
             raise UserError("without statistics, name the targets")
         targets = stats.targets
-    layers = {name: writable_weight(model, name) for name in targets}
+    layers = writable_weights(model, targets)
     counts = {}
     for name, weight in layers.items():
         size = min(weight.shape)

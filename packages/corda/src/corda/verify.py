@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda.adapters import ADAPTER, lora_layers
-from corda.collecting import Batch
+from corda.batches import Batch
 from corda.config import Attach
 from corda.convert import change_of
 from corda.targets import UnsupportedLayerError, layer_weight, weight_of
@@ -83,7 +83,7 @@ def verify_init(base: nn.Module, wrapped: nn.Module, batch: Batch) -> InitReport
             f"the base model's logits are {tuple(before.shape)}, the initialized one's {tuple(after.shape)}"
         )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None:
+    if mask is not None and mask.shape == before.shape[: mask.ndim]:  # not of a classifier's one output per row
         before, after = before[mask.bool()], after[mask.bool()]
     for whose, logits in (("base", before), ("initialized", after)):
         if not torch.isfinite(logits).all():

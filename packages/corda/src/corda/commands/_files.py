@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from corda.context import ContextStats
+from corda.fingerprints import differences, listed
 from tenfold import UserError
 
 STATS = "context.safetensors"
@@ -63,18 +64,20 @@ def load_stats(paths: Sequence[str] | None) -> list[ContextStats]:
 
 def check_stats(paths: Sequence[str] | None, candidates: Sequence[ContextStats], model: str, fingerprint: str) -> None:
     """Raise ``UserError`` unless the statistics were collected on the model of this fingerprint."""
-    if any(stats.fingerprint != fingerprint for stats in candidates):
-        raise UserError(
-            f"--stats {','.join(paths or ())}: collected on another model than {model} (names, shapes or weights differ)"
-        )
+    for stats in candidates:
+        differing = differences(stats.fingerprint, fingerprint)
+        if differing:
+            shown = ",".join(paths or ())
+            raise UserError(f"--stats {shown}: collected on another model than {model} ({listed(differing)} differ)")
 
 
 def check_base(model: str, found: str, recorded: dict[str, Any], initial: Path) -> None:
     """Raise ``UserError`` unless a fingerprint is the one that was recorded with an initialization."""
-    expected = recorded.get("fingerprint")
-    if found != expected:
+    expected = str(recorded.get("fingerprint"))
+    differing = differences(expected, found)
+    if differing:
         made = f", which was made for {recorded['model']}" if "model" in recorded else ""
         raise UserError(
             f"--model {model} is not the base model of {initial}{made}"
-            f" (fingerprint {found[:12]}, expected {str(expected)[:12]})"
+            f" ({listed(differing)} differ; fingerprint {found[:12]}, expected {expected[:12]})"
         )

@@ -1,4 +1,4 @@
-"""Causal language models and their tokenizers, by name."""
+"""Models of transformers and their tokenizers, by name and task."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from corda.config import Task
 from tenfold import UserError, models
 from tenfold.errors import did_you_mean
 
@@ -72,12 +73,23 @@ def load_tokenizer(spec: str) -> "PreTrainedTokenizerBase | None":
         return None
 
 
-def load_model(spec: str, device: str) -> PreTrainedModel:
-    """A causal language model, in the dtype that it is stored in.
+AUTO: dict[Task, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-text": "AutoModelForImageTextToText",
+}
+"""Task -> class of transformers that loads its models."""
+
+
+def load_model(spec: str, device: str, task: Task = "causal") -> PreTrainedModel:
+    """A model of transformers, in the dtype that it is stored in.
 
     Args:
         spec: one of ``FORMS``; no code that comes with a model is run.
         device: a device of ``tenfold.devices.choose_device``.
+        task: kind of the model.
 
     Raises:
         UserError: nothing there that can be loaded, or another kind of model.
@@ -85,9 +97,11 @@ def load_model(spec: str, device: str) -> PreTrainedModel:
     check_name(spec)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = models.build(spec, auto="AutoModelForCausalLM")
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
-        raise UserError(f"--model {spec}: expected a causal language model of transformers, got {type(model).__name__}")
+    model = models.build(spec, auto=AUTO[task])
+    speaks = task in ("causal", "seq2seq")
+    if not isinstance(model, PreTrainedModel) or (speaks and model.get_output_embeddings() is None):  # type: ignore[no-untyped-call]
+        kind = "causal language model" if task == "causal" else f"model for --task {task}"
+        raise UserError(f"--model {spec}: expected a {kind} of transformers, got {type(model).__name__}")
     return model.to(device).eval()  # type: ignore[arg-type]
 
 

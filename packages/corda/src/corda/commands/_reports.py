@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from corda.anchor import MARK
+from corda.anchor import is_anchored
 from corda.context import ContextStats
 from corda.convert import read_adapter
+from corda.factors import FactorSet
 from tenfold.terminal import table
 
 
@@ -27,6 +28,11 @@ def stats_text(stats: ContextStats) -> str:
     )
 
 
+def factors_text(factors: FactorSet) -> str:
+    """Factors on their own, such as the start that a trainer's callback has written."""
+    return init_text({**factors.report(), "model": "not recorded", "attach": "not recorded"})
+
+
 def init_text(report: dict[str, Any]) -> str:
     """What `corda init` did to each layer."""
     headers = ["layer", "shape", "rank", "sigma first", "sigma last", "output energy", "solver", "seconds"]
@@ -45,7 +51,7 @@ def init_text(report: dict[str, Any]) -> str:
     ]
     init = report["init"]
     lines = [f"mode {init['mode']}, power {init['power']:g}, balance {init['balance']}, scale {init['scale']}"]
-    lines.append(f"model {report['model']} ({report['fingerprint'][:12]}), attached as {report['attach']}")
+    lines.append(f"model {report['model']} ({_short(report['fingerprint'])}), attached as {report['attach']}")
     if "selection" in report:
         lines.append(_selection(report["selection"]))
     if "allocation" in report:
@@ -128,7 +134,7 @@ def truncation_text(report: dict[str, Any]) -> str:
 def adapter_text(folder: Path) -> str:
     """Any LoRA adapter, ours or another's."""
     config, layers, scalings, _ = read_adapter(folder)
-    anchored = config.init_lora_weights == MARK
+    anchored = is_anchored(config)
     rows = []
     for name, parts in layers.items():
         A, B = parts["lora_A.weight"].double(), parts["lora_B.weight"].double()
@@ -144,6 +150,10 @@ def adapter_text(folder: Path) -> str:
         table(["layer", "shape", "rank", "scaling", *norms_of], rows)
         + f"\n{kind}; base {config.base_model_name_or_path}; {len(layers)} layers\n"
     )
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "no fingerprint"
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from corda.commands._models import check_name, load_model
 from corda.commands._plus import select_and_allocate
 from corda.commands._reports import ranks_text
 from corda.config import AllocateSettings
-from corda.context import fingerprint
+from corda.fingerprints import fingerprint
 from tenfold.cli import Invocation
 from tenfold.devices import choose_device
 
@@ -20,7 +20,7 @@ def run(settings: AllocateSettings, invocation: Invocation) -> None:
     check_name(settings.model)
     device = choose_device(settings.device)
     candidates = load_stats(settings.stats)
-    model = load_model(settings.model, device)
+    model = load_model(settings.model, device, settings.task)
     report: dict[str, Any] = {"model": settings.model, "fingerprint": fingerprint(model)}
     check_stats(settings.stats, candidates, settings.model, report["fingerprint"])
     settings = dataclasses.replace(settings, budget=settings.budget or f"uniform:{settings.r}")

@@ -10,9 +10,9 @@ from corda.commands._files import CONVERSION, INITIAL, REPORT, check_base, read_
 from corda.commands._models import base_name, load_model
 from corda.commands._reports import conversion_text
 from corda.config import ConvertSettings, InitSettings
-from corda.context import fingerprint
 from corda.convert import convert_adapter, read_adapter
 from corda.factors import FactorSet
+from corda.fingerprints import differences, fingerprint
 from tenfold import UserError, runs
 from tenfold.cli import Invocation
 
@@ -32,8 +32,8 @@ def run(settings: ConvertSettings, invocation: Invocation) -> None:
             raise UserError(
                 f"--model {settings.model} cannot be checked: {settings.run} does not say what it was made for"
             )
-        found = fingerprint(load_model(settings.model, "cpu"))
-        if found != recorded.get("residual_fingerprint"):
+        found = fingerprint(load_model(settings.model, "cpu", recorded.get("task", "causal")))
+        if differences(str(recorded.get("residual_fingerprint")), found):
             check_base(settings.model, found, recorded, Path(str(settings.run)))
         else:
             base = base_name(recorded["model"])

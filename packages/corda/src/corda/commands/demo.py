@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from corda.collecting import collect_context
+from corda.commands import _pretrained
 from corda.commands._finetune import ARMS, FinetuneSettings, Trajectory, attach_arm, finetune
 from corda.commands._small_llama import (
     DATA,
@@ -99,7 +100,8 @@ CAPTION = """What dropping components adds to the loss, calibrated on text of th
 text. Mean over seeds (of logarithms where the axis is logarithmic), with its 95 % interval from three seeds on."""
 TASK_CAPTION = """Adapters learn Python code (at the full level each start with the learning rate that is best for it); the
 curves end at the loss that all are trained to. Left: facts still known when the loss of other code has come down so far
-(higher is better). Right: steps until then (lower is better). Means over seeds; their intervals are in the table."""
+(higher is better). Right: steps until then (lower is better). Means over seeds, with their 95 % intervals from three
+seeds on; those at the end are in the table too."""
 LABELS = {"svd": "plain SVD", "asvd": "ASVD", "half": "CO-SVD, power 1/2", "corda": "CO-SVD, power 1 (CorDA)"}
 COMPARISONS = {
     "gain KPM / random": (True, "unseen text drives KPM's A less than a random LoRA A"),
@@ -261,6 +263,8 @@ def price(trajectory: Trajectory, target: float) -> dict[str, float]:
 
 def run(settings: DemoSettings, invocation: Invocation) -> int:
     """Train, measure, decide, draw; 1 with ``--strict`` if a claim fails."""
+    if settings.world == "smollm2":
+        return _pretrained.run(settings, invocation)
     sys.stdout.write(f"data: {DATA}\n")
     sys.stdout.flush()
     out, level = invocation.folder, settings.level
@@ -394,19 +398,19 @@ def _draw_fine_tuning(study: Study, level: Level) -> None:
     for title, metric, unit in (("what is kept", "facts known at", "%"), ("how soon", "steps to", "training steps")):
         curves = {}
         for name, (label, _, _) in STARTS.items():
-            rows = [study.values((f"{kind}-{name}", f"{metric} {loss:.2f}")).mean() for loss in losses]
-            curves[label] = Curve(losses, rows)
+            rows = [study.values((f"{kind}-{name}", f"{metric} {loss:.2f}")) for loss in losses]
+            curves[label] = _curve(losses, rows, log=False)
         ylabel = "facts still known (%)" if unit == "%" else unit
         panels.append(Panel(title, "loss of other code (nats per character)", ylabel, curves))
     line_chart(study.run.figure("fine-tuning"), panels)
 
 
-def _curve(drops: Sequence[float], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:
-    """Mean and interval over seeds at each drop; of the logarithms, as in the ratios, where ``log``."""
+def _curve(places: Sequence[float], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:
+    """Mean and interval over seeds at each place; of the logarithms, as in the ratios, where ``log``."""
     points = [mean_ci95(np.log(values) if log else values) for values in rows]  # type: ignore[arg-type]
     lines = np.array([(mean, *(ci95 or (mean, mean))) for mean, ci95 in points]).T
     mean, low, high = (np.exp(lines) if log else lines).tolist()
-    return Curve(drops, mean, low, high)
+    return Curve(places, mean, low, high)
 
 
 def _save_model(model: "LlamaForCausalLM", facts: Sequence[str], run: Run) -> None:

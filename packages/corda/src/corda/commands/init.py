@@ -17,9 +17,9 @@ from corda.commands._models import base_name, load_model, load_tokenizer
 from corda.commands._plus import select_and_allocate
 from corda.commands._reports import init_text
 from corda.config import InitSettings
-from corda.context import fingerprint
 from corda.data import Batches, calibration_batches, on_model
 from corda.factors import FactorSet, build_factors, output_energies
+from corda.fingerprints import fingerprint
 from corda.records import read_records
 from corda.streaming import stream_factors
 from corda.targets import with_ranks
@@ -38,7 +38,10 @@ def run(settings: InitSettings, invocation: Invocation) -> None:
     out, base = invocation.folder, base_name(settings.model)
     device = choose_device(settings.device)
     candidates = load_stats(settings.stats)
-    records = read_records(settings.data, settings.calibration) if settings.data and settings.init.power else None
+    pairs = settings.task == "seq2seq"
+    records = None
+    if settings.data and settings.init.power:
+        records = read_records(settings.data, settings.calibration, pairs=pairs)
     ranks = _read_ranks(settings.ranks)
     tokenizer = load_tokenizer(settings.model)
     parts: list[Batches] = []
@@ -47,8 +50,9 @@ def run(settings: InitSettings, invocation: Invocation) -> None:
         parts = calibration_batches(records, settings.calibration, tokenizer, count, seed=settings.seed)
     scale: Any = candidates[0].scale if candidates else settings.init.scale
     settings = dataclasses.replace(settings, init=dataclasses.replace(settings.init, scale=scale))
-    model = load_model(settings.model, device)
-    report: dict[str, Any] = {"model": settings.model, "attach": settings.attach, "fingerprint": fingerprint(model)}
+    model = load_model(settings.model, device, settings.task)
+    report: dict[str, Any] = {"model": settings.model, "task": settings.task, "attach": settings.attach}
+    report["fingerprint"] = fingerprint(model)
     check_stats(settings.stats, candidates, settings.model, report["fingerprint"])
     lora_config = _with_ranks(model, lora_config_of(settings), ranks, settings.ranks)
     energies = None

@@ -1,5 +1,6 @@
 """`corda inspect`: what a command wrote, or any LoRA, layer by layer."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from corda.commands._files import (
 from corda.commands._reports import (
     adapter_text,
     conversion_text,
+    factors_text,
     init_text,
     ranks_text,
     stats_text,
@@ -29,7 +31,9 @@ from corda.commands._reports import (
 )
 from corda.config import InspectSettings
 from corda.context import ContextStats
-from tenfold import UserError
+from corda.factors import METHOD, FactorSet
+from corda.start import START
+from tenfold import UserError, checkpoints
 from tenfold.cli import Invocation
 from tenfold.terminal import claims_table
 
@@ -56,7 +60,7 @@ def describe(path: Path) -> str:
         UserError: nothing there that is ours.
     """
     if path.is_dir():
-        known = (*TEXTS, STATS, CONFIG)
+        known = (*TEXTS, STATS, CONFIG, START)
         found = next((path / name for name in known if (path / name).is_file()), None)
         if found is None and list(path.glob(CANDIDATES)):
             return "\n".join(f"{file.name}\n{stats_text(ContextStats.load(file))}" for file in stats_files(path))
@@ -71,4 +75,10 @@ def describe(path: Path) -> str:
             if fields <= set(report):
                 return text(report)
         raise UserError(f"--run {path}: not a file of ours; its fields are {', '.join(report)}")
-    return stats_text(ContextStats.load(path))
+    return factors_text(FactorSet.load(path)) if _method(path) == METHOD else stats_text(ContextStats.load(path))
+
+
+def _method(path: Path) -> str:
+    """What a file of ours holds; empty for any other file."""
+    header = checkpoints.metadata(path).get("tenfold") if path.is_file() else None
+    return str(json.loads(header)["method"]) if header else ""

@@ -3,13 +3,13 @@
 import sys
 from typing import Any
 
-from corda.commands._calibrating import collect, lora_config_of
+from corda.commands._calibrating import collect, layers_of
 from corda.commands._files import STATS, TRUNCATION, check_stats, load_stats
 from corda.commands._models import check_name, load_model, load_tokenizer
 from corda.commands._reports import truncation_text
-from corda.config import AdapterSettings, CordaInit, TruncateSettings
-from corda.context import fingerprint
+from corda.config import CordaInit, TruncateSettings
 from corda.data import Batches, calibration_batches
+from corda.fingerprints import fingerprint
 from corda.records import read_records
 from corda.targets import resolve_targets, weight_of
 from corda.truncation import output_error, truncate_model
@@ -27,15 +27,17 @@ def run(settings: TruncateSettings, invocation: Invocation) -> None:
     candidates = load_stats(paths)
     if len(candidates) > 1:
         raise UserError(f"--stats {settings.stats} holds {len(candidates)} parts; name one file")
-    records = None if settings.data is None else read_records(settings.data, settings.calibration)
+    records = None
+    if settings.data is not None:
+        records = read_records(settings.data, settings.calibration, pairs=settings.task == "seq2seq")
     tokenizer = load_tokenizer(settings.model)
     parts: list[Batches] = []
     if records is not None:
         parts = calibration_batches(records, settings.calibration, tokenizer, seed=settings.seed)
-    model = load_model(settings.model, device)
+    model = load_model(settings.model, device, settings.task)
     report: dict[str, Any] = {"model": settings.model, "fingerprint": fingerprint(model)}
     check_stats(paths, candidates, settings.model, report["fingerprint"])
-    lora_config = lora_config_of(AdapterSettings(model=settings.model, targets=settings.targets))
+    lora_config = layers_of(settings)
     if parts:
         candidates.append(collect(model, parts, 0, lora_config, CordaInit(), quiet=invocation.quiet))
         candidates[0].save(out.own(STATS))

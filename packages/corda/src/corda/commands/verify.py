@@ -10,8 +10,8 @@ from corda.commands._files import INITIAL, REPORT, RESIDUAL, VERIFICATION, check
 from corda.commands._models import check_name, load_model, load_tokenizer
 from corda.commands._reports import verification_text
 from corda.config import InitSettings, VerifySettings
-from corda.context import fingerprint
 from corda.data import calibration_batches, on_model
+from corda.fingerprints import fingerprint
 from corda.records import read_records
 from corda.verify import verify_init
 from tenfold import UserError, runs
@@ -31,10 +31,12 @@ def run(settings: VerifySettings, invocation: Invocation) -> int:
     records = read_records(settings.data, settings.calibration)
     tokenizer = load_tokenizer(settings.model)
     (batches,) = calibration_batches(records, settings.calibration, tokenizer, seed=settings.seed)
-    base = load_model(settings.model, device)
+    base = load_model(settings.model, device, start.settings.task)
     check_base(settings.model, fingerprint(base), recorded, start.path)
     wrapped = _initialized(start, settings.model, device)
     data = on_model(batches, base)
+    if start.settings.task == "seq2seq":
+        data = ({**batch, "decoder_input_ids": batch["input_ids"]} for batch in data)
     reports = [
         verify_init(base, wrapped, batch) for batch in track(data, "verifying", len(batches), quiet=invocation.quiet)
     ]
@@ -59,6 +61,6 @@ def run(settings: VerifySettings, invocation: Invocation) -> int:
 def _initialized(start: runs.Finished[InitSettings], model: str, device: str) -> Any:
     """The model that `corda init` made, loaded as for a training."""
     if start.settings.attach == "anchor":
-        return load_anchor(load_model(model, device), start.path / INITIAL)
-    residual = load_model(f"hf:{start.path / RESIDUAL}", device)
+        return load_anchor(load_model(model, device, start.settings.task), start.path / INITIAL)
+    residual = load_model(f"hf:{start.path / RESIDUAL}", device, start.settings.task)
     return PeftModel.from_pretrained(residual, str(start.path / INITIAL))

@@ -1,0 +1,535 @@
+"""Which tokens of a layer's input count, and to which sample each belongs, followed through a model while it runs.
+
+A model may carry several streams of tokens at once: an encoder's and a decoder's, text and images, audio at two rates, the
+rows that are routed to an expert. Each call of a module that holds targets opens a *frame*, which says what streams are in
+it: from the masks that the module is given, else from the frame around it. A layer's input is looked up in the innermost
+frame that it fits, in this order: the very tensor that was given with a mask (keys and values of cross-attention), the shape
+(B, T) of a mask, rows that are copies of tokens (experts, poolers), one row per sample. What fits nothing although there is
+padding is counted whole and reported by name, never guessed.
+
+Shapes: B samples of T tokens; R rows of several samples in one dimension; n inputs.
+"""
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tenfold import UserError
+
+TokenChoice = Literal["all", "labels"] | Callable[[Mapping[str, Any]], Tensor]
+"""Which tokens count: all that are not padding, those with a label, or those that a function of the batch says."""
+IGNORED = -100
+"""Label of a token that no loss is computed for."""
+TEXT = ("input_ids", "inputs_embeds")
+SIGHT_AND_SOUND = ("pixel_values", "input_features", "input_values")
+DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
+CROSS = ("encoder_hidden_states", "key_value_states", "cross_attention_states")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What of one input of a layer counts.
+
+    Attributes:
+        keep: (B, T) or (R,), False for what does not count; None where all counts.
+        sample: (R,) number of the sample that each row belongs to, or the number of samples into which the rows are cut
+            evenly; None where the first dimension of three holds the samples, or two hold one.
+    """
+
+    keep: Tensor | None = None
+    sample: Tensor | int | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens that belong together.
+
+    Attributes:
+        batch: B.
+        keep: (B, T); None where every token counts.
+        owner: module that knows how many tokens become of a mask's entries (audio), if there is one.
+    """
+
+    batch: int
+    keep: Tensor | None = None
+    owner: Any = None
+
+    def over(self, shape: Sequence[int]) -> Tensor | None:
+        """The mask for tokens (B, T), where it fits them; None where all count.
+
+        Raises:
+            LookupError: it does not fit.
+        """
+        if shape[0] != self.batch:
+            raise LookupError
+        if self.keep is None or self.keep.shape == tuple(shape):
+            return self.keep
+        shorter = _shortened(self.keep, shape[1], self.owner)
+        if shorter is None:
+            raise LookupError
+        return shorter
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is anything that does not count."""
+        return self.keep is not None and not bool(self.keep.all())
+
+
+@dataclass
+class Frame:
+    """One call of a module, and the streams in it."""
+
+    module: nn.Module
+    own: Stream | None = None
+    """Of what the module itself works on; of an encoder-decoder, the decoder's."""
+    encoder: Stream | None = None
+    cross: Stream | None = None
+    others: list[Stream] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
+    source: Tensor | None = None
+    cross_source: Tensor | None = None
+    rows: tuple[int, Tokens] | None = None
+    """The latest input in two dimensions below: its number of rows, and what of it counts."""
+
+    @property
+    def streams(self) -> list[Stream]:
+        """All streams, the likeliest first."""
+        return [s for s in (self.own, self.cross, self.encoder, *self.others) if s is not None]
+
+
+class Streams:
+    """Follows the streams of a model through the calls of its modules.
+
+    Args:
+        model: the model.
+        targets: names of the layers whose inputs are looked up.
+        tokens: which tokens count; ``labels`` and a function speak of the text, in an encoder-decoder of the decoder's.
+        skip_first: number of tokens at the start of each sample that do not count.
+        rows_are_tokens: whether a model's input in two dimensions is one sample of many tokens, as peft takes it, and not
+            one token of many samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Iterable[str],
+        *,
+        tokens: TokenChoice = "all",
+        skip_first: int = 0,
+        rows_are_tokens: bool = False,
+    ) -> None:
+        if not callable(tokens) and tokens not in ("all", "labels"):
+            raise UserError(f"tokens: expected all, labels or a function of the batch, got {tokens!r}")
+        self.tokens = tokens
+        self.skip_first = skip_first
+        self.rows_are_tokens = rows_are_tokens
+        self.labels: Tensor | None = None
+        """Of the present batch, if the model is not given them."""
+        self.batch = -1
+        self.outweighed = False
+        """Whether a sample that outweighs the others has been named."""
+        self.frames: list[Frame] = []
+        self.unknown: dict[str, str] = {}
+        """Layer -> its input that fits no stream although there is padding, or although it mixes samples."""
+        paths = {"", *(path for name in targets for path in _above(name))}
+        self._hooked = [module for name, module in model.named_modules() if name in paths]
+        self._counts = False
+
+    @contextlib.contextmanager
+    def attached(self, *, counts: bool = False) -> Iterator[None]:
+        """Within, calls are followed.
+
+        Args:
+            counts: whether each outermost call is a batch; otherwise ``batch`` is set from outside.
+        """
+        hooks: list[Any] = []
+        self._counts = counts
+        for module in self._hooked:
+            hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            yield
+        finally:
+            self.frames = []
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def within(self, frames: Sequence[Frame]) -> Iterator[None]:
+        """Within, calls are followed as if they were made inside of these frames."""
+        before, self.frames = self.frames, list(frames)
+        try:
+            yield
+        finally:
+            self.frames = before
+
+    def around(self, module: nn.Module) -> list[Frame]:
+        """The open frames without that of ``module``, holding masks but no inputs."""
+        frames = [frame for frame in self.frames if frame.module is not module]
+        return [Frame(f.module, f.own, f.encoder, f.cross, list(f.others)) for f in frames]
+
+    def of(self, name: str, x: Tensor) -> Tokens:
+        """What counts of the input of a layer."""
+        found = self._of_rows(name, x) if x.ndim == 2 else self._of_sequences(name, x)
+        if x.ndim == 2 and self.frames:
+            self.frames[-1].rows = len(x), found
+        return found
+
+    def warn(self) -> None:
+        """One warning for all layers whose tokens could not be told apart."""
+        if self.unknown:
+            (name, reason), *more = self.unknown.items()
+            others = f" (and {len(more)} other layers, such as {more[-1][0]})" if more else ""
+            warnings.warn(f"layer {name}{others}: {reason}", stacklevel=4)
+
+    # Frames
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = {**dict(zip(_parameters(module), args, strict=False)), **keywords}
+        frame = Frame(module, given=given)
+        outer = self.frames[-1] if self.frames else None
+        if outer is None and self._counts:
+            self.batch += 1
+        self.frames.append(frame)
+        frame.cross_source = next((given[key] for key in CROSS if isinstance(given.get(key), Tensor)), None)
+        sights = [given[key] for key in SIGHT_AND_SOUND if isinstance(given.get(key), Tensor)]
+        texts = [given[key] for key in TEXT if isinstance(given.get(key), Tensor)]
+        first = next((value for value in given.values() if isinstance(value, Tensor)), None)
+        frame.source = (texts or sights or [first])[0]
+        if frame.source is None:
+            frame.own = outer.own if outer else None
+            return
+        two_sided = outer is None or outer.encoder is not None
+        if any(key in _parameters(module) for key in DECODER) and two_sided:
+            self._enter_both(frame, outer)
+        elif frame.cross_source is not None:
+            frame.own = self._own(frame, outer, outer.own if outer else None)
+            frame.cross = _cross(frame, outer)
+        elif sights and not texts:
+            frame.own = self._seen(frame, outer, sights[0])
+        else:
+            frame.own = self._own(frame, outer, (outer.encoder or outer.own) if outer else None)
+        if texts:
+            frame.others += [Stream(len(sight)) for sight in sights]
+        if outer is None and frame.own is not None and frame.encoder is None:
+            frame.own = Stream(frame.own.batch, self._chosen(frame, frame.own.keep, text=True), frame.own.owner)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        while self.frames and self.frames.pop().module is not module:
+            pass
+
+    def _enter_both(self, frame: Frame, outer: Frame | None) -> None:
+        """An encoder-decoder: what lies in it directly belongs to the decoder."""
+        assert frame.source is not None
+        given, batch = frame.given, len(frame.source)
+        mask = _as_tokens(given.get("attention_mask"))
+        inherited = outer.encoder if outer and outer.encoder else None
+        if mask is None and inherited:
+            frame.encoder = inherited
+        else:
+            frame.encoder = Stream(batch, mask, _owner(frame.module))
+        own = _as_tokens(given.get("decoder_attention_mask"))
+        if own is None and outer and outer.encoder:
+            frame.own = outer.own
+            return
+        labels = self._labels(frame)
+        if own is None and labels is not None and all(given.get(key) is None for key in DECODER[1:]):
+            own = labels != IGNORED
+        if outer is None:
+            own = self._chosen(frame, own, text=True)
+        frame.own = Stream(batch, own)
+
+    def _own(self, frame: Frame, outer: Frame | None, inherited: Stream | None) -> Stream | None:
+        """Of a module that is given text or hidden states: its own mask, else what is known from around it."""
+        assert frame.source is not None
+        source, given = frame.source, frame.given.get("attention_mask")
+        shape = _shape(source)
+        mask = given if isinstance(given, Tensor) and given.ndim == 2 else None
+        if mask is not None and shape is not None and mask.shape[0] == shape[0]:
+            if mask.shape[1] > shape[1] and _owner(frame.module) is None:  # a cache of keys: earlier tokens too
+                mask = mask[:, -shape[1] :]
+            if outer is None or mask.shape == tuple(shape):
+                keep = mask.bool()
+                if inherited is not None and inherited.keep is not None and inherited.keep.shape == keep.shape:
+                    keep = keep & inherited.keep.to(keep.device)  # tokens without labels stay out
+                return Stream(shape[0], keep, _owner(frame.module))
+        if outer is None:
+            seen = _as_tokens(given)
+            one = self.rows_are_tokens and source.ndim == 2 and source.is_floating_point()
+            return Stream(1 if one else len(source), seen, _owner(frame.module))
+        candidates = [inherited, *(s for f in reversed(self.frames[:-1]) for s in f.streams)]
+        for f in reversed(self.frames[:-1]):
+            if source is f.cross_source and f.cross is not None:
+                return f.cross
+        if shape is None:
+            return inherited
+        for stream in candidates:
+            with contextlib.suppress(LookupError):
+                if stream is not None:
+                    return Stream(stream.batch, stream.over(shape), stream.owner)
+        return None
+
+    def _seen(self, frame: Frame, outer: Frame | None, sight: Tensor) -> Stream:
+        """Of a module that is given pictures or sound."""
+        mask = frame.given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return Stream(len(sight), mask.bool(), _owner(frame.module))
+        known = outer.encoder or outer.own if outer else None
+        given = outer.given if outer else {}
+        seen, read = (any(isinstance(given.get(key), Tensor) for key in keys) for keys in (SIGHT_AND_SOUND, TEXT))
+        return known if known and seen and not read else Stream(len(sight))
+
+    def _labels(self, frame: Frame) -> Tensor | None:
+        labels = frame.given.get("labels")
+        labels = self.labels if labels is None else labels
+        return labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
+
+    def _chosen(self, frame: Frame, keep: Tensor | None, *, text: bool) -> Tensor | None:
+        """A mask less the tokens that are not to count."""
+        if self.tokens == "all" or not text:
+            return keep
+        if callable(self.tokens):
+            found = self.tokens(frame.given | ({} if self.labels is None else {"labels": self.labels}))
+            if not isinstance(found, Tensor) or found.ndim != 2:
+                raise UserError("tokens: expected a function that returns a mask (batch, tokens)")
+            chosen = found.bool()
+        else:
+            labels = self._labels(frame)
+            if labels is None:
+                raise UserError(f"tokens='labels': batch {self.batch} holds no labels of shape (batch, tokens)")
+            chosen = labels != IGNORED
+        if keep is not None and keep.shape != chosen.shape:
+            raise UserError(f"tokens: a mask of {tuple(chosen.shape)} for tokens of {tuple(keep.shape)}")
+        return chosen if keep is None else keep & chosen.to(keep.device)
+
+    # Layers
+
+    def _of_sequences(self, name: str, x: Tensor) -> Tokens:
+        shape = (x.shape[0], x[0, ..., 0].numel() if len(x) else 0)
+        for frame in reversed(self.frames):
+            if x is frame.cross_source and frame.cross is not None:
+                with contextlib.suppress(LookupError):
+                    return self._tokens(frame.cross.over(shape), shape, x)
+        for stream in self._candidates():
+            with contextlib.suppress(LookupError):
+                return self._tokens(stream.over(shape), shape, x)
+        if self._padded():
+            self.unknown.setdefault(name, f"its input of {shape[0]} x {shape[1]} tokens fits no mask; all count")
+        batch = self.frames[0].own.batch if self.frames and self.frames[0].own else shape[0]
+        if shape[0] > batch and shape[0] % batch == 0 and not self._padded():
+            return Tokens(sample=batch)  # windows of pictures, say: each sample's stand together
+        return self._tokens(None, shape, x)
+
+    def _tokens(self, keep: Tensor | None, shape: Sequence[int], x: Tensor) -> Tokens:
+        if self.skip_first:
+            whole = torch.ones(tuple(shape), dtype=torch.bool, device=x.device)
+            keep = _without_first(whole if keep is None else keep, self.skip_first)
+        return Tokens(keep)
+
+    def _flat(self, keep: Tensor) -> Tokens:
+        """Tokens (B, T) as rows."""
+        keep = _without_first(keep, self.skip_first)
+        sample = torch.arange(len(keep), device=keep.device)
+        return Tokens(keep.flatten(), sample.repeat_interleave(keep.shape[1]))
+
+    def _candidates(self) -> Iterator[Stream]:
+        for frame in reversed(self.frames):
+            yield from frame.streams
+
+    def _padded(self) -> bool:
+        return any(stream.padded for frame in self.frames for stream in frame.streams)
+
+    def _of_rows(self, name: str, x: Tensor) -> Tokens:
+        """Rows in one dimension: flattened tokens, those routed to an expert, or one per sample."""
+        count = len(x)
+        for frame in reversed(self.frames):
+            found = self._copied(frame, x)
+            if found is not None:
+                return found
+        for frame in reversed(self.frames):
+            if frame.rows is not None and frame.rows[0] == count:
+                return frame.rows[1]
+        for stream in self._candidates():
+            if stream.batch == 1 and not stream.padded:
+                return Tokens(sample=torch.zeros(count, dtype=torch.long, device=x.device))
+            if stream.keep is not None and stream.keep.numel() == count and len(stream.keep) == stream.batch:
+                return self._flat(stream.keep)
+            if stream.keep is not None and int(stream.keep.sum()) == count:
+                whole = self._flat(stream.keep)
+                assert whole.keep is not None
+                assert isinstance(whole.sample, Tensor)
+                present = stream.keep.flatten()
+                return Tokens(whole.keep[present], whole.sample[present])
+        for frame in reversed(self.frames):
+            if frame.source is not None and frame.source.ndim == 3 and frame.source[..., 0].numel() == count:
+                return self._flat(torch.ones(frame.source.shape[:2], dtype=torch.bool))
+        if any(stream.batch == count for stream in self._candidates()):
+            return Tokens(sample=torch.arange(count, device=x.device))
+        if self.frames and (self._padded() or self.frames[0].own is None or self.frames[0].own.batch > 1):
+            why = "its rows are no tokens that can be told apart; all count, as one sample"
+            self.unknown.setdefault(name, f"its input of {count} rows fits no sample or mask: {why}")
+        return Tokens()
+
+    def _copied(self, frame: Frame, x: Tensor) -> Tokens | None:
+        """Rows that are all copies of tokens of a frame's input."""
+        source = frame.source
+        if source is None or source.ndim < 2 or source.shape[-1] != x.shape[-1] or source.dtype != x.dtype:
+            return None
+        if source is x and source.ndim == 2 and frame is self.frames[0]:
+            if self.rows_are_tokens:
+                return Tokens(sample=torch.zeros(len(x), dtype=torch.long, device=x.device))
+            return Tokens(sample=torch.arange(len(x), device=x.device))
+        if source.ndim == 2:
+            if frame is self.frames[0]:
+                return None
+            position = self.frames.index(frame)
+            with self.within(self.frames[:position]):
+                whole = self._of_rows_quietly(source)
+        elif frame.own is None:
+            return None
+        else:
+            shape = (source.shape[0], source[0, ..., 0].numel())
+            try:
+                keep = frame.own.over(shape)
+            except LookupError:
+                return None
+            if keep is None:
+                keep = torch.ones(shape, dtype=torch.bool, device=x.device)
+            whole = self._flat(keep)
+        if whole is None or not isinstance(whole.sample, Tensor):
+            return None
+        index = matching_rows(x, source.reshape(-1, source.shape[-1]))
+        if index is None:
+            return None
+        keep = None if whole.keep is None else whole.keep.to(x.device)[index]
+        return Tokens(keep, whole.sample.to(x.device)[index])
+
+    def _of_rows_quietly(self, x: Tensor) -> Tokens:
+        before = dict(self.unknown)
+        found = self._of_rows("", x)
+        self.unknown = before
+        return found
+
+
+def matching_rows(rows: Tensor, source: Tensor) -> Tensor | None:
+    """For each row (R, n) its index among the rows of ``source`` (N, n), of which it is a copy; None if one is not.
+
+    Equal rows are matched in their order.
+    """
+    if rows.data_ptr() == source.data_ptr() and rows.shape == source.shape:
+        return torch.arange(len(rows), device=rows.device)
+    ours, theirs = _keys(rows), _keys(source)
+    order = theirs.argsort(stable=True)
+    ordered = theirs[order]
+    mine = ours.argsort(stable=True)
+    repeats = torch.empty_like(ours)
+    repeats[mine] = torch.arange(len(ours), device=ours.device) - torch.searchsorted(ours[mine], ours[mine])
+    found = torch.searchsorted(ordered, ours) + repeats
+    if (found >= torch.searchsorted(ordered, ours, right=True)).any():
+        return None
+    return order[found]
+
+
+def _keys(rows: Tensor) -> Tensor:
+    """A number (R,) for each row, computed from its bits, so that equal rows have equal ones."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    bits = rows.detach().contiguous().view(whole)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator).to(rows.device)
+    keys = torch.empty(len(rows), dtype=torch.long, device=rows.device)
+    for start in range(0, len(rows), 1024):
+        keys[start : start + 1024] = (bits[start : start + 1024].long() * factors).sum(dim=1)
+    return keys
+
+
+def _without_first(keep: Tensor, count: int) -> Tensor:
+    """Less the first tokens of each sample, counted from the first one that is not padding."""
+    return keep & (keep.cumsum(dim=1) > count) if count else keep
+
+
+def _above(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's ``forward``."""
+    kind: Any = type(module)
+    return _arguments(kind)
+
+
+@functools.cache
+def _arguments(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _shape(source: Tensor) -> tuple[int, int] | None:
+    """(B, T) of token numbers (B, T) or of embedded tokens (B, T, n); None for anything else."""
+    fits = source.ndim == (3 if source.is_floating_point() else 2)
+    return (source.shape[0], source.shape[1]) if fits else None
+
+
+def _cross(frame: Frame, outer: Frame | None) -> Stream | None:
+    """The stream of the tensor that a module attends to."""
+    source = frame.cross_source
+    assert source is not None
+    given = frame.given.get("encoder_attention_mask")
+    mask = _as_tokens(given, square=False)
+    if isinstance(given, Tensor) and given.ndim == 2 and source.ndim == 3 and given.shape == source.shape[:2]:
+        return Stream(len(source), mask)
+    for f in ([outer] if outer else []) + [frame]:
+        for stream in (f.cross, f.encoder):
+            if stream is not None and source.ndim == 3:
+                with contextlib.suppress(LookupError):
+                    return Stream(stream.batch, stream.over(source.shape[:2]))
+    if mask is not None and source.ndim == 3 and mask.shape == source.shape[:2]:
+        return Stream(len(source), mask)
+    return Stream(len(source)) if mask is None else None
+
+
+def _as_tokens(mask: Any, *, square: bool = True) -> Tensor | None:
+    """(B, T), True for a token that counts, from a mask of two dimensions or of attention (B, 1, queries, keys).
+
+    A token counts if it sees itself; where queries and keys differ, if any query sees it.
+    """
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask.bool()
+    if mask.ndim not in (3, 4):
+        return None
+    seen = mask.bool()
+    if mask.is_floating_point() and not (mask > 0).any():  # added to the scores: 0 is seen
+        seen = mask > torch.finfo(mask.dtype).min / 2
+    seen = seen if mask.ndim == 3 else seen[:, 0]
+    if square and seen.shape[1] == seen.shape[2]:
+        return seen.diagonal(dim1=1, dim2=2)
+    return seen.any(dim=1)
+
+
+def _owner(module: nn.Module) -> Any:
+    return module if hasattr(module, "_get_feat_extract_output_lengths") else None
+
+
+def _shortened(keep: Tensor, length: int, owner: Any) -> Tensor | None:
+    """The mask of fewer tokens, into which a model has made the samples or frames of a sound; None if it cannot be told."""
+    if owner is None or length >= keep.shape[1]:
+        return None
+    counts = torch.cat([torch.tensor([keep.shape[1]]), keep.sum(dim=1).cpu()])
+    known = [owner._get_feat_extract_output_lengths(counts)]
+    if "add_adapter" in inspect.signature(owner._get_feat_extract_output_lengths).parameters:
+        known.append(owner._get_feat_extract_output_lengths(counts, add_adapter=True))
+    for found in known:
+        if int(found[0]) == length:
+            return (torch.arange(length) < found[1:, None]).to(keep.device)
+    return None
