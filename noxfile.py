@@ -22,6 +22,7 @@ LINTERS = ("codespell>=2.4.1", "ruff>=0.15,<1")
 TYPE_CHECKERS = ("mypy>=1.20,<3", "types-PyYAML")
 SPREADER = "pytest-xdist>=3.8"
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process of a new environment compiles all that it imports
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["lint", "types", "contracts", "tests"]
