@@ -22,7 +22,7 @@ from pckd.training import predict
 from tenfold.terminal import table
 
 METHODS = ("ce", "kd", "dkd", "ckd", "pckd")
-TEACHER, STUDENT = "packaged:lite0", "tv:mobilenet_v3_small"
+TEACHER, STUDENT = "packaged:lite0", "timm:mobilenetv3_small_100"
 
 
 def trained(out: Path, given: argparse.Namespace, options: list[str]) -> Path:

@@ -104,6 +104,22 @@ def test_a_student_that_began_with_weights_of_other_classes_is_read_again(pictur
     assert main(["train", *data, *words, *SMALL, "--out", str(tmp_path / "taught")]) == 0
 
 
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_batch_norms_too_slow_for_a_short_training_are_named(pictures, tmp_path, capsys):
+    words = ["train", "--data", f"imagefolder:{pictures}", "--student", "tv:mobilenet_v3_small", *SMALL, "--steps", "1"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "with a momentum of 0.01, too slowly for a training of 1 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--ema", "0.5"], ["--reading.val_fraction", "0.25"]])
+def test_a_training_that_ends_between_two_validations_reports_its_last_weights(pictures, tmp_path, more):
+    words = ["train", "--data", f"imagefolder:{pictures}", "--student", "cifar:plain4", *SMALL, "--epochs", "2", *more]
+    assert main([*words, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "e"), "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert found["top1"] == pytest.approx(json.loads((tmp_path / "run/config.json").read_text())["top1"])
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "torch-export", "onnx"])
 def test_export_gives_the_students_logits(student, tmp_path, kind):
     """For ONNX as onnxruntime computes them, for another batch size than it was traced with."""

@@ -72,7 +72,8 @@ class CordaTrainerCallback(TrainerCallback):
     ) -> None:
         """Make the adapter a plain LoRA and write it; ``save_model`` then writes the same."""
         self._start.end(kwargs["model"], _folder(args), write=state.is_world_process_zero, finish=True)
-        state.stateful_callbacks["corda"] = self._start.state
+        records: Any = state.stateful_callbacks
+        records["corda"] = self._start.state
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -1,6 +1,7 @@
 """The glue to Lightning: a module for anybody's Trainer, callbacks, and one training as the commands run it."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pckd.analysis import top_k
 from pckd.augment import TrainingImages
 from pckd.cache import TeacherCache
 from pckd.config import CacheSettings, Mixing, Optimizer, TrainSettings, Views
@@ -183,23 +185,32 @@ class History(pl.Callback):
         self.test: list[float] = []
         self.val: list[float] = []
         self.best: dict[str, Tensor] = {}
+        self.step = -1
+        """Steps of the training before the latest validation."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep accuracy, and the weights where they are the best so far."""
         assert isinstance(pl_module, PCKDLightning)
-        self.test.append(float(trainer.callback_metrics["test_top1"]))
-        if "val_top1" in trainer.callback_metrics:
-            self.val.append(float(trainer.callback_metrics["val_top1"]))
+        found = [float(trainer.callback_metrics[k]) for k in ("test_top1", "val_top1") if k in trainer.callback_metrics]
+        self.add(trainer.global_step, found, _weights(pl_module.distiller))
+
+    def add(self, step: int, found: Sequence[float], weights: Mapping[str, Tensor]) -> None:
+        """Keep the accuracy on the test images, and on those held out if there are any, of these weights."""
+        self.step = step
+        self.test.append(found[0])
+        if len(found) > 1:
+            self.val.append(found[1])
             if self.val[-1] > max(self.val[:-1], default=-1.0):
-                self.best = {k: v.detach().cpu().clone() for k, v in _weights(pl_module.distiller).items()}
+                self.best = {k: v.detach().cpu().clone() for k, v in weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint."""
-        return {"test": self.test, "val": self.val, "best": self.best}
+        return {"test": self.test, "val": self.val, "best": self.best, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
         self.test, self.val, self.best = list(state_dict["test"]), list(state_dict["val"]), dict(state_dict["best"])
+        self.step = state_dict.get("step", -1)
 
     @property
     def chosen(self) -> int:
@@ -435,6 +446,7 @@ def train_student(
         order=_Order(data.train.labels, settings.batch_size, settings.devices, balanced=settings.balanced),
         num_workers=0 if items.on_device else settings.workers,
     )
+    _check_running_statistics(student, settings, len(train))
     monitor, history = PreviewMonitor(len(data.train), settings.epochs), History()
     average = None if settings.ema is None else MovingAverage(settings.ema)
     splits = [data.test] if data.val is None else [data.test, data.val]
@@ -454,9 +466,13 @@ def train_student(
     )
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(frozen[name])
-    best = history.best or ({} if average is None else average.average)
-    if best:
-        student.load_state_dict(best)
+    if average is not None and average.average:
+        student.load_state_dict(average.average)
+    if history.step < module.global_step:  # --steps ended it between two validations
+        found = [_accuracy(student, split, statistics, distiller.student.path) for split in splits]
+        history.add(module.global_step, found, student.state_dict())
+    if history.best:
+        student.load_state_dict(history.best)
     return Trained(
         model=student.eval().cpu(),
         tap=distiller.student.path,
@@ -468,6 +484,32 @@ def train_student(
         history=history.test,
         preview=monitor.arrays(),
     )
+
+
+def _accuracy(model: nn.Module, split: Split, statistics: Statistics, tap: str) -> float:
+    """Percent of a split that a model has right."""
+    return top_k(predict(model, split, statistics, tap=tap).logits, torch.as_tensor(split.labels))
+
+
+def _check_running_statistics(student: nn.Module, settings: TrainSettings, batches: int) -> None:
+    """Warn where batch norms that start anew follow the data so slowly that a training of this length leaves them behind.
+
+    A norm of momentum m sees the last 1 / m steps; the student is evaluated by what it saw, and is at chance where its weights
+    have moved further meanwhile (torchvision's MobileNetV3 has 0.01: 300 steps of AdamW, right on half of the training images
+    with the batch's own statistics, on a tenth of the test images without).
+    """
+    steps = settings.epochs * max(1, batches // settings.accumulate)
+    steps = min(steps, settings.steps or steps)
+    norms = [
+        m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.momentum
+    ]
+    slowest = min((m.momentum or 1.0 for m in norms if m.track_running_stats), default=1.0)
+    if settings.student_weights is None and slowest < 0.05 and steps * slowest < 10:
+        warnings.warn(
+            f"--student {settings.student}: its batch norms follow the data with a momentum of {slowest:g}, too slowly for a"
+            f" training of {steps} steps: on the test images it may be at chance; train longer, or take a model with 0.1",
+            stacklevel=3,
+        )
 
 
 def answers(trained: Trained, split: Split, teacher: Teacher | None) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def measure(settings: DemoSettings, quiet: bool, seed: int) -> dict[str, dict[st
 
 def load() -> tuple[nn.Module, Any]:
     """The model and its tokenizer."""
-    return load_model(MODEL, "cpu").float(), load_tokenizer(MODEL)
+    model: nn.Module = load_model(MODEL, "cpu")
+    return model.float(), load_tokenizer(MODEL)
 
 
 def windows(tokenizer: Any, kind: str, part: str, count: int, seed: int) -> Tensor:
@@ -134,7 +135,7 @@ def _added(study: Study, arm: str, kind: str, drop: int, count: int) -> "np.ndar
 
 
 def _decide(study: Study, level: str) -> None:
-    drop, count = 25, MEASURED[level]  # type: ignore[index]
+    drop, count = 25, MEASURED[level]
     for kind, shown in KINDS.items():
         corda = _added(study, f"corda-{kind}", kind, drop, count)
         for id, arm, label in (
@@ -163,7 +164,7 @@ def _decide(study: Study, level: str) -> None:
 
 
 def _draw(study: Study, level: str) -> None:
-    drops, count, panels = DROPS[level], MEASURED[level], []  # type: ignore[index]
+    drops, count, panels = DROPS[level], MEASURED[level], []
     for kind, shown in KINDS.items():
         curves = {}
         for method, label in LABELS.items():

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from handmstn.aligner import MultiSpatialTransformer
+from handmstn.aligner import AlignedHand, MultiSpatialTransformer
 from handmstn.config import Arm, RunSettings, of_arm
 from handmstn.data import boxes, with_parts
 from handmstn.evaluation import Found, Scorer, count
@@ -44,9 +45,9 @@ class PalmOnly(MultiSpatialTransformer):
         self.levels, self.loc_size = whole.levels, whole.loc_size
         self.grid = whole.grid
 
-    def forward(self, images: Any) -> Any:
+    def forward(self, images: Tensor, frames: Tensor | None = None) -> AlignedHand:
         """The palm's share of what the whole aligner finds."""
-        found = self.whole(images)
+        found: AlignedHand = self.whole(images, frames)
         points = sum(part.count for part in self.parts)
         return dataclasses.replace(
             found,
