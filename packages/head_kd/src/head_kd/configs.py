@@ -80,8 +80,15 @@ def innermost(dataset: Any) -> Any:
 def config_classes(cfg: Any) -> tuple[str, ...] | None:
     """The classes that a config states for its training data, directly or through the data set's own list."""
     dataset = innermost((cfg.get("train_dataloader") or {}).get("dataset") or {})
-    stated = (dataset.get("metainfo") or {}).get("classes") or (cfg.get("metainfo") or {}).get("classes")
+    return stated_classes({**dataset, "metainfo": dataset.get("metainfo") or cfg.get("metainfo")})
+
+
+def stated_classes(dataset: Any) -> tuple[str, ...] | None:
+    """The classes that a data set's config states, directly or through the data set's own list."""
+    stated = (dataset.get("metainfo") or {}).get("classes")
     if stated is None and dataset.get("type") is not None:
         kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
         stated = getattr(kind, "METAINFO", {}).get("classes")
+    if isinstance(stated, str):
+        return (stated,)
     return tuple(stated) if stated else None

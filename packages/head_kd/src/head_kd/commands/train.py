@@ -30,7 +30,7 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     choose_precision(settings.precision, use_device(settings.device))
     check_teacher(settings.teacher, settings.teacher_weights)
     cache = None if settings.cache is None else TargetCache.open(settings.cache)
-    plain = student_config(settings.student, settings.data, run)
+    plain = student_config(settings.student, settings.data, run, split=settings.split, skip_bad=settings.skip_bad)
     if cache is not None:
         cache.check_data(annotation_digest(plain))
     cfg = pair(
