@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.registry import MODELS
 from mmengine.utils import import_modules_from_strings
 
 from head_kd.config import READ_AT_REGIONS, WITH_TEACHER, Distillation, Method, Terms
@@ -113,8 +115,8 @@ def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> di
     paper = method == "paper"
     assistant: dict[str, Any] = {"kind": kind, "normalize": not paper}
     akd, ckd = _paper_weights(model, theirs) if paper else (_OWN_AKD, _OWN_CKD)
-    if kind == "dense" and two_stage:
-        ckd = 0.0  # the student's head has no map that a dense head's would match
+    if (kind == "dense" and two_stage) or not _shares_regions(model):
+        ckd = 0.0  # the student's head has no map that a dense head's would match, or samples anew at every stage
     if method == "assist":
         akd = ckd = 0.0
         roi = kind == "roi"
@@ -124,6 +126,11 @@ def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> di
             "transfer": False,
         }
     elif method == "direct":
+        if ckd == 0:
+            raise UserError(
+                f"the method direct lets the student's head imitate the teacher's, and nothing of the student's"
+                f" {_head_type(model)} matches the teacher's {_head_type(theirs)}"
+            )
         akd, ckd = 0.0, 0.5
         assistant["detection_weight"] = 0.0
     assistant["akd_weight"] = akd if how.akd_weight is None else how.akd_weight
@@ -133,6 +140,18 @@ def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> di
         assistant["rois_per_image"] = how.rois_per_image
         assistant["align_strides"] = how.align_strides
     return assistant
+
+
+def _head_type(model: Any) -> str:
+    return str(model.get("roi_head", model.get("bbox_head"))["type"])
+
+
+def _shares_regions(model: Any) -> bool:
+    """Whether a student's signals can be read at regions: not those of a cascade, which samples anew at every stage."""
+    if "roi_head" not in model:
+        return True
+    kind = MODELS.get(model.roi_head.type) if isinstance(model.roi_head.type, str) else model.roi_head.type
+    return isinstance(kind, type) and issubclass(kind, StandardRoIHead)
 
 
 def _paper_weights(model: Any, theirs: Any) -> tuple[float, float]:

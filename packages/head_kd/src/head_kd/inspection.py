@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,6 +57,9 @@ def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) ->
 
     norms: list[Tensor] = []
     names: list[str] = []
+    hub = MessageHub.get_current_instance()
+    if hub.get_info("epoch") is None:
+        hub.update_info("epoch", 0)  # what a run says to heads that ask for it
     with untouched(model):
         model.train()
         model.observer = observe

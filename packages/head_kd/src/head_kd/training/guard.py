@@ -106,7 +106,13 @@ def look(
         names = model.teacher.classes
         lines.append(check_classes(classes, names, other_classes=other_classes))
         lines.append(normalization_line(model))
-        same = names is None or classes is None or tuple(names) == tuple(classes)
+        missing = model.teacher.missing
+        if missing:
+            lines.append(
+                f"teacher: {len(missing)} tensors are not in its file and stay random ({', '.join(missing[:3])}); no term reads"
+                " them, and its AP is not measured"
+            )
+        same = not missing and (names is None or classes is None or tuple(names) == tuple(classes))
         if images > 0 and cfg.get("test_dataloader") is not None and same:
             ap = 100 * teacher_ap(cfg, model.teacher.detector, images)
             found["teacher_ap"] = ap
