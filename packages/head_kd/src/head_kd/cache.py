@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from head_kd.config import Storage
+from head_kd.configs import transforms
 from head_kd.proposals import Proposals, Provenance
 from head_kd.signals import box_heads
 from head_kd.teacher import TeacherView, normalization
@@ -132,6 +133,30 @@ class TargetCache:
                 found[name] = values.to(device)
             targets.append(found)
         return boxes, targets
+
+
+STILL = (
+    "LoadImageFromFile", "LoadAnnotations", "PackDetInputs", "Resize", "RandomResize", "RandomChoiceResize", "RandomChoice",
+    "RandomFlip", "Pad", "PhotoMetricDistortion", "YOLOXHSVRandomAug", "Corrupt", "FilterAnnotations", "Normalize",
+)  # fmt: skip
+"""Transforms that leave boxes where they are, or whose moves the size and the flip of an image tell."""
+MOVING = ("RandomCrop", "RandomAffine", "Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "GeomTransform")
+"""Transforms that record what they do in ``homography_matrix``."""
+
+
+def check_pipeline(dataset: Any) -> None:
+    """Check that cached boxes can follow the transforms of a training data set's config.
+
+    Raises:
+        UserError: one of them moves boxes in a way that no image tells.
+    """
+    steps = list(transforms(dataset))
+    packed = any("homography_matrix" in (step.get("meta_keys") or ()) for step in steps)
+    for step in steps:
+        kind = str(step.get("type"))
+        if kind not in STILL and not (packed and kind in MOVING):
+            hint = ": let PackDetInputs pack 'homography_matrix'" if kind in MOVING else ": train without a cache"
+            raise UserError(f"--cache: cached boxes cannot follow {kind} of the training pipeline{hint}")
 
 
 def move_boxes(boxes: Tensor, meta: Mapping[str, Any]) -> Tensor:

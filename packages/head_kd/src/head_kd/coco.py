@@ -156,10 +156,10 @@ def _categories(content: dict[str, Any], path: Path, classes: Sequence[str] | No
             entry["name"] = str(entry["id"])
             changes.add("category without name", str(entry["id"]))
     names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-    twice = next((n for n, count in collections.Counter(names.values()).items() if count > 1), None)
-    if twice is not None:
-        ids = ", ".join(str(i) for i, name in names.items() if name == twice)
-        raise UserError(f"{path}: categories {ids} are all named '{twice}'")
+    shared = next((n for n, count in collections.Counter(names.values()).items() if count > 1), None)
+    if shared is not None:
+        alike = ", ".join(str(i) for i, name in names.items() if name == shared)
+        raise UserError(f"{path}: categories {alike} are all named '{shared}'")
     for name in classes or ():
         if name not in names.values():
             raise UserError(f"{path}: no category '{name}': {did_you_mean(name, names.values())}")
@@ -221,7 +221,7 @@ def _images(
         if any(not isinstance(v, int | float) or v <= 0 for v in stated):
             entry["width"], entry["height"] = real
             changes.add("image without width and height", f"{where}: {real[0]} x {real[1]}")
-        elif tuple(map(int, stated)) != real:  # type: ignore[arg-type]
+        elif tuple(map(int, stated)) != real:
             how = ", which its camera's tag turns" if image_size(file, turned=not turned) != real else ""
             faults.add(
                 "image of another size than stated",

@@ -7,6 +7,7 @@ import head_kd.ops_fallback  # noqa: F401  # before mmdet
 
 # isort: split
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,16 @@ def stated_classes(dataset: Any) -> tuple[str, ...] | None:
     if isinstance(stated, str):
         return (stated,)
     return tuple(stated) if stated else None
+
+
+def transforms(node: Any) -> Iterator[Any]:
+    """Configs of all transforms of a data set's config, those inside of wrappers and choices too."""
+    if isinstance(node, dict):
+        for key in ("pipeline", "transforms"):
+            for step in node.get(key) or ():
+                yield from ([step] if isinstance(step, dict) else [])
+        for value in node.values():
+            yield from transforms(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from transforms(value)

@@ -113,8 +113,8 @@ def trained(run: str, student: str | None, file: str) -> tuple[Path, Any]:
     return (path if path.is_file() else found.path / file), student or str(found.path / "student.py")
 
 
-def export(run: Run, weights: str | Path, plain: Any, *, verify: bool = True) -> dict[str, Any]:
-    """``student.safetensors`` and ``student.pth`` out of a checkpoint; numbers of tensors and whether they were verified."""
+def export(run: Run, weights: str | Path, plain: Any, *, name: str = "student", verify: bool = True) -> dict[str, Any]:
+    """``NAME.safetensors`` and ``NAME.pth`` out of a checkpoint; numbers of tensors and whether they were verified."""
     for suffix in ("safetensors", "pth"):
-        run.own(f"student.{suffix}")
-    return export_student(weights, plain, run.path / "student", verify=verify)
+        run.own(f"{name}.{suffix}")
+    return export_student(weights, plain, run.path / name, verify=verify)

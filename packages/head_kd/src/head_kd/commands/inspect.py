@@ -60,7 +60,7 @@ def _lines(settings: InspectSettings, model: HEADDetector, plain: Any) -> list[s
     if settings.images and not without:
         numbers = measure(model, _batches(model, plain, settings.images))
         ratios = [[name, f"{value:.3f}"] for name, value in numbers["gradient_ratio"].items()]
-        gaps = [[name, f"{value:.2f}"] for name, value in numbers["gap_r2"].items()]
+        gaps = [[name, "not measurable" if v is None else f"{v:.2f}"] for name, v in numbers["gap_r2"].items()]
         out += ["", "gradients at the student's maps, as shares of the detection loss's (before training)"]
         out.append(table(["term", "ratio"], ratios))
         out += ["", "semantic gap: R2 of a linear map, held out (1: an adapter can copy it)"]
