@@ -428,4 +428,7 @@ class DemoSettings(tenfold.config.DemoSettings):
 
     Args:
         seeds: seeds of everything; default: 0 at the quick level, 0 and 1 at the default one, 0 to 4 at the full one.
+        processes: processes that train and measure at once, one thread each.
     """
+
+    processes: Count = 2

@@ -12,6 +12,7 @@ T steps of a chunk, r rows and c channels of a block.
 
 import importlib.util
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -29,6 +30,10 @@ BLOCK = 2**19
 """Elements (steps x rows x channels x states) of one of the three tensors of scratch: 2 MiB in single precision."""
 PARALLEL = 2**16
 """States of all rows (b x D x N) below which the chunks of a long sequence are computed side by side."""
+MATRIX = 4096
+"""States x channels from which sums over one of them are products of a row with a matrix, which cost more to begin."""
+LARGE = 2**15
+"""States x channels from which sums over steps are made step by step."""
 INSTALL = 'MAMBA_KEEP_CUDA_BUILD=TRUE pip install "mamba-fscil[cuda]" --no-build-isolation'
 
 
@@ -304,7 +309,7 @@ class _Work:
         self.du = self.delta * self.u
         self.B, self.C = self.cut_states(B), self.cut_states(C)
         self.like: Any = {"dtype": u.dtype, "device": u.device}
-        self._scratch = [torch.empty(0, **self.like) for _ in range(3)]
+        self._scratch = _kept(u)
 
     def padded(self, x: Tensor) -> Tensor:
         """With zeros behind the end, up to whole chunks."""
@@ -356,10 +361,8 @@ class _Work:
                 yield slice(first, min(first + r, rows)), slice(channel, min(channel + c, self.c))
 
     def scratch(self, number: int, *shape: int) -> Tensor:
-        """A tensor of this shape in memory that is used again for each block."""
-        size = 1
-        for length in shape:
-            size *= length
+        """A tensor of this shape in memory that is used again for each block, and by the next scan of this thread."""
+        size = math.prod(shape)
         if self._scratch[number].numel() < size:
             self._scratch[number] = torch.empty(size, **self.like)
         return self._scratch[number][:size].view(shape)
@@ -469,14 +472,13 @@ class _Work:
                         weighted[0].mul_(adjoint[0])
                         self.pass_on(weighted[0], at, g, channels, dfirst, enters)
                         weighted[0].mul_(first)
-                    dC[g, :, at] += state.mul_(dy[g, :, at, None, channels]).sum(dim=3)
+                    dC[g, :, at] += _over_channels(state, dy[g, :, at, channels])
                     spare, weighted = state, weighted[begin:]
                     torch.mul(weighted, self.A[g, :, channels], out=spare[begin:])
                     wa[g, begin:, at, channels] = spare[begin:].sum(dim=2)
-                    weighted.mul_(self.delta[g, begin:, at, None, channels])
-                    dA[g, :, channels] += weighted.flatten(0, 1).sum(dim=0)
+                    self.add_products(dA[g, :, channels], weighted, self.delta[g, begin:, at, None, channels])
                     q[g, :, at, channels] = _over_states(adjoint, self.B[g, :, at], spare)
-                    dB[g, :, at] += adjoint.mul_(self.du[g, :, at, None, channels]).sum(dim=3)
+                    dB[g, :, at] += _over_channels(adjoint, self.du[g, :, at, channels])
         du = q * self.delta
         ddelta = q.mul_(self.u).add_(wa)
         return (
@@ -498,6 +500,15 @@ class _Work:
         for t in range(self.t - 2, -1, -1):
             steps[t].addcmul_(factors[t + 1], steps[t + 1])
         return found
+
+    @staticmethod
+    def add_products(total: Tensor, block: Tensor, weights: Tensor) -> None:
+        """Add block (T, r, N, c) times weights (T, r, 1, c) to (N, c), over steps and rows; ``block`` is written over."""
+        if block.shape[1] == 1 and total.numel() >= LARGE:
+            for part, weight in zip(block.unbind(0), weights.unbind(0), strict=True):
+                total.addcmul_(part[0], weight[0])
+        else:
+            total += block.mul_(weights).flatten(0, 1).sum(dim=0)
 
     def pass_on(
         self, found: Tensor, at: slice, g: int, channels: slice, dfirst: Tensor | None, enters: Tensor | None
@@ -525,6 +536,25 @@ class _Work:
             enters[:, before] = own[:, here] + whole[:, here] * enters[:, here]
 
 
+class _Scratch(threading.local):
+    """Scratch of the scans of one thread: memory that is new to the process would cost a page fault per 4 KiB."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+
+
+_SCRATCH = _Scratch()
+
+
+def _kept(like: Tensor) -> list[Tensor]:
+    """Three tensors of scratch, which grow as they are used."""
+    key = like.dtype, like.device
+    if key not in _SCRATCH.of:
+        _SCRATCH.of.clear()  # one kind at a time: a model seldom changes its precision
+        _SCRATCH.of[key] = [torch.empty(0, dtype=like.dtype, device=like.device) for _ in range(3)]
+    return _SCRATCH.of[key]
+
+
 def _largest(x: Tensor) -> float:
     """The largest absolute value."""
     low, high = torch.aminmax(x)
@@ -533,8 +563,13 @@ def _largest(x: Tensor) -> float:
 
 def _over_states(block: Tensor, weights: Tensor, spare: Tensor) -> Tensor:
     """Sum over the states of a block (T, r, N, c) times weights (T, r, N), as (T, r, c); ``spare`` is written over."""
-    if (
-        block.shape[2] * block.shape[3] >= 4096
-    ):  # else each product of a row with a matrix costs more to begin than to make
+    if block.shape[2] * block.shape[3] >= MATRIX:
         return torch.matmul(weights[:, :, None], block)[:, :, 0]
     return torch.mul(block, weights[..., None], out=spare).sum(dim=2)
+
+
+def _over_channels(block: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the channels of a block (T, r, N, c) times weights (T, r, c), as (T, r, N); ``block`` is written over."""
+    if block.shape[2] * block.shape[3] >= MATRIX:
+        return torch.matmul(weights[:, :, None], block.transpose(2, 3))[:, :, 0]
+    return block.mul_(weights[:, :, None]).sum(dim=3)
