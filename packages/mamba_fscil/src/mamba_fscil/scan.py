@@ -15,7 +15,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -375,11 +375,8 @@ class _Work:
         for row in range(0, rows, r):
             for channel in range(0, self.c, c):
                 for state in range(0, self.n, n):
-                    yield _Span(
-                        slice(row, min(row + r, rows)),
-                        slice(state, min(state + n, self.n)),
-                        slice(channel, min(channel + c, self.c)),
-                    )
+                    ends = min(row + r, rows), min(state + n, self.n), min(channel + c, self.c)
+                    yield _Span(*map(slice, (row, state, channel), ends))
 
     def scratch(self, number: int, *shape: int) -> Tensor:
         """A tensor of this shape in memory that is used again for each block, and by the next scan of this thread."""
@@ -564,10 +561,8 @@ def _kept(like: Tensor) -> list[Tensor]:
     """This thread's three tensors of scratch, which grow; memory that is new to a process costs a page fault per 4 KiB."""
     key = like.dtype, like.device
     if getattr(_SCRATCH, "key", None) != key:
-        empty = [torch.empty(0, dtype=like.dtype, device=like.device) for _ in range(3)]
-        _SCRATCH.key, _SCRATCH.tensors = key, empty
-    tensors: list[Tensor] = _SCRATCH.tensors
-    return tensors
+        _SCRATCH.key, _SCRATCH.tensors = key, [like.new_empty(0) for _ in range(3)]
+    return cast("list[Tensor]", _SCRATCH.tensors)
 
 
 def _largest(x: Tensor) -> float:
