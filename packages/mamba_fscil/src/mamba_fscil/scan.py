@@ -26,8 +26,8 @@ from tenfold.errors import MissingExtraError
 Backend = Literal["auto", "torch", "reference", "mamba_ssm"]
 CHUNK = 64
 """Steps that a block holds at once."""
-BLOCK = 2**19
-"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 2 MiB in single precision."""
+BLOCK = 2**20
+"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 4 MiB in single precision."""
 PARALLEL = 2**16
 """States of all rows (b x D x N) below which the chunks of a long sequence are computed side by side."""
 FEWEST = 8
