@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from tenfold import NonFiniteError, UserError
 from tenfold.config import TrainerConfig
-from tenfold.devices import choose_device, choose_precision
+from tenfold.devices import choose_device, choose_precision, seed_everything
 from tenfold.loading import KeyedLoader
 from tenfold.runs import Run
 from tenfold.training import fit
@@ -471,3 +471,12 @@ def test_fit_without_a_run_writes_nothing(tmp_path, monkeypatch):
     trainer = fit(Net(), KeyedLoader(Points(), batch_size=6), CPU, validate=validate, quiet=True)
     assert 0 <= float(trainer.callback_metrics["val_top1"]) <= 1
     assert os.listdir(tmp_path) == []
+
+
+def test_seeding_leaves_new_tensors_as_they_are_instead_of_filling_each_with_nan():
+    seed_everything(0)
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -10,9 +10,9 @@ import onnxruntime
 import pytest
 import torch
 from mamba_fscil.cli import main
-from mamba_fscil.commands._files import learner_of
+from mamba_fscil.commands._files import decoded, learner_of
 from mamba_fscil.config import DataSettings, EvaluateSettings, TrainSettings
-from mamba_fscil.data import normalized
+from mamba_fscil.data import load_tests, normalized
 from PIL import Image
 
 from tenfold import UserError
@@ -143,7 +143,27 @@ def test_a_new_users_walk(pictures, learner, tmp_path, capsys):
     assert np.allclose(logits, expected.numpy(), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
+def test_added_classes_are_measured_on_test_folders_that_hold_them_and_else_on_their_own_pictures(
+    pictures, learner, tmp_path, capsys
+):
+    photos, gold = tmp_path / "photos", pictures / "session-01/gold"
+    for part in ("base", "test"):
+        shutil.copytree(pictures / part, photos / part)
+    (photos / "test/gold").rename(photos / "test/newcomer")
+    words = ["evaluate", "--learner", str(learner), "--device", "cpu", "--data", f"imagefolder:{photos}"]
+    assert main([*words, "--out", str(tmp_path / "e")]) == 2
+    assert "unknown class 'newcomer'" in capsys.readouterr().err
+    assert main(add(learner, gold, "newcomer", tmp_path / "a")) == 0
+    known = learner_of(str(learner), "cpu")
+    images, _, _ = decoded(sorted(gold.iterdir()), known.size)
+    right = np.mean([name == "newcomer" for name in known.predict(images)])
+    assert json.loads((tmp_path / "a/added.json").read_text())["table"][2][2] == f"{100 * right:.1f}"
+    assert main([*words, "--out", str(tmp_path / "e")]) == 0
+    assert "newcomer" in json.loads((tmp_path / "e/evaluation.json").read_text())["classes"]
+    whole = load_tests(f"imagefolder:{photos / 'test'}", reading=DataSettings(size=16), plain=True)
+    assert len(whole.test) == sum(1 for _ in (photos / "test").glob("*/*"))  # no fifth held out
+
+
 def test_other_exports_give_the_learners_logits(learner, tmp_path, kind):
     assert main(["export", "--learner", str(learner), "--format", kind, "--out", str(tmp_path / "x"), "--quiet"]) == 0
     if kind == "torch-export":

@@ -5,7 +5,7 @@ Legend of shapes: b batch, d model width, D inner width, H x W map, L = H W toke
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -94,14 +94,41 @@ def initial_log_decay(inner: int, states: int) -> Tensor:
     return torch.arange(1, states + 1, dtype=torch.float32).log().repeat(inner, 1)
 
 
-def _causal(x_BLD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A causal convolution of each channel, (b, L, D), as one product per tap; libraries are slow at it on a CPU."""
-    taps, length = weight.shape[-1], x_BLD.shape[1]
-    padded = F.pad(x_BLD, (0, 0, taps - 1, 0))
-    y_BLD = x_BLD * weight[:, 0, -1]
-    for tap in range(taps - 1):
-        y_BLD = torch.addcmul(y_BLD, padded[:, tap : tap + length], weight[:, 0, tap])
-    return y_BLD if bias is None else y_BLD + bias
+class _Causal(torch.autograd.Function):
+    """A causal convolution of each channel, (b, L, D): one product per tap, in place; libraries are slow at it on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, weight_DK: Tensor, bias: Tensor) -> Tensor:
+        # the newest first, side by side: products along strided weights take three times as long
+        taps_KD = weight_DK.t().flip(0).contiguous()
+        ctx.save_for_backward(x_BLD, taps_KD)
+        y_BLD = torch.addcmul(bias, x_BLD, taps_KD[0])
+        for back in range(1, min(len(taps_KD), x_BLD.shape[1])):
+            y_BLD[:, back:].addcmul_(x_BLD[:, :-back], taps_KD[back])
+        return y_BLD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BLD, taps_KD = ctx.saved_tensors
+        length = x_BLD.shape[1]
+        dx_BLD, dtaps_KD = dy_BLD * taps_KD[0], torch.zeros_like(taps_KD)
+        for back in range(1, min(len(taps_KD), length)):
+            dx_BLD[:, :-back].addcmul_(dy_BLD[:, back:], taps_KD[back])
+        for back in range(min(len(taps_KD), length)):
+            dtaps_KD[back] = (dy_BLD[:, back:] * x_BLD[:, : length - back]).sum(dim=(0, 1))
+        return dx_BLD, dtaps_KD.flip(0).t(), dy_BLD.sum(dim=(0, 1))
+
+
+def _causal(x_BLD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A causal convolution of each channel, (b, L, D), whose weight is (D, 1, K)."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        taps, length = weight.shape[-1], x_BLD.shape[1]
+        padded = F.pad(x_BLD, (0, 0, taps - 1, 0))
+        parts = [padded[:, tap : tap + length] * weight[:, 0, tap] for tap in range(taps)]
+        return torch.stack(parts).sum(dim=0) + bias
+    y_BLD: Tensor = _Causal.apply(x_BLD, weight[:, 0], bias)
+    return y_BLD
 
 
 class MambaBlock(nn.Module):

@@ -324,7 +324,8 @@ class AddClassSettings(Settings):
         shots: number of pictures per class that is expected; default: as many as there are.
         steps: steps of the session; default: as the learner was made.
         seed: seed of order and mixing.
-        data: test pictures, imagefolder:DIR of one folder per class, that the table is measured on; default: class means.
+        data: test pictures, imagefolder:DIR of one folder per class, that the table is measured on; default: the mean
+            map of each old class, and the new pictures themselves.
         device: where to compute; auto takes a GPU when there is one.
         skip_bad: leave out pictures that cannot be decoded.
     """
@@ -428,4 +429,7 @@ class DemoSettings(tenfold.config.DemoSettings):
 
     Args:
         seeds: seeds of everything; default: 0 at the quick level, 0 and 1 at the default one, 0 to 4 at the full one.
+        processes: processes that train and measure at once, one thread each.
     """
+
+    processes: Count = 2

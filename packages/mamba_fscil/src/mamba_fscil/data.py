@@ -144,6 +144,40 @@ def load(
     return found
 
 
+def load_tests(
+    source: str, protocol: ProtocolConfig | None = None, reading: DataSettings | None = None, *, plain: bool = False
+) -> SessionData:
+    """Read the test part of what ``--data`` names, for a learner: of ``DIR/test`` any class is taken, also without a session.
+
+    Args:
+        source: KIND:PATH, or an embedded name.
+        protocol: how the classes come.
+        reading: how images are read.
+        plain: take all pictures of a folder that holds one folder per class, not the fifth that a training holds out.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    protocol, reading = protocol or ProtocolConfig(), reading or DataSettings()
+    kind, path = readers.parse_source(source, kinds=DATA_KINDS, embedded=EMBEDDED_DATA)
+    if kind != "imagefolder" or path is None:
+        return load(source, protocol, reading)
+    inside = {p.name.lower() for p in path.iterdir() if p.is_dir()} if path.is_dir() else set()
+    tested = "test" in inside and not inside & {"val", "valid", "validation"}  # which training would have tested on
+    parted = inside & {"base", "train", "training", "test", "val", "valid", "validation"}
+    if not tested and (parted or not plain):
+        return load(source, protocol, reading)
+    _without(protocol, ("base", "way", "shot", "sessions", "index_list"), path)
+    size = reading.size or SIZES["imagefolder"]
+    found = readers.image_folder(
+        next(p for p in path.iterdir() if p.name.lower() == "test") if tested else path, reading
+    )
+    split = in_files(found, size)
+    test = _resident(Part(split.labels, split))
+    count, what = len(found.classes), f"the user's images ({path.name})"
+    return SessionData(tuple(found.classes), count, test.part([]), (), test, *IMAGENET, size, what)
+
+
 def _whole(kind: str, path: Path | None, protocol: ProtocolConfig, reading: DataSettings, source: str) -> _Whole:
     if path is None:
         if kind == "digits":
@@ -342,6 +376,12 @@ def _number(word: str, rows: int) -> int | None:
     return int(word) if word.isdigit() and int(word) < rows else None
 
 
+def _without(protocol: ProtocolConfig, names: Sequence[str], root: Path) -> None:
+    for name in names:
+        if getattr(protocol, name) is not None:
+            raise UserError(f"--protocol.{name}: the folders of {root} say how the classes come")
+
+
 def _session_folders(root: Path, protocol: ProtocolConfig, reading: DataSettings) -> SessionData:
     """``base/CLASS``, ``session-01/CLASS``..., ``test/CLASS``."""
     size = reading.size or SIZES["imagefolder"]
@@ -360,9 +400,7 @@ def _session_folders(root: Path, protocol: ProtocolConfig, reading: DataSettings
         raise UserError(f"{root}: expected session-01 to session-{len(later):02d}, found numbers {sorted(later)}")
     if "test" not in folders:
         raise UserError(f"{root}: expected test/CLASS beside base/, found none")
-    for name in ("base", "way", "sessions", "index_list"):
-        if getattr(protocol, name) is not None:
-            raise UserError(f"--protocol.{name}: the folders of {root} say how the classes come")
+    _without(protocol, ("base", "way", "sessions", "index_list"), root)
     names: list[str] = []
     parts = []
     for path in [folders["base"], *(later[number] for number in sorted(later))]:

@@ -12,9 +12,10 @@ T steps of a chunk, r rows and c channels of a block.
 
 import importlib.util
 import math
+import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,16 @@ from tenfold.errors import MissingExtraError
 Backend = Literal["auto", "torch", "reference", "mamba_ssm"]
 CHUNK = 64
 """Steps that a block holds at once."""
-BLOCK = 2**19
-"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 2 MiB in single precision."""
+BLOCK = 2**20
+"""Elements (steps x rows x channels x states) of one of the three tensors of scratch: 4 MiB in single precision."""
 PARALLEL = 2**16
 """States of all rows (b x D x N) below which the chunks of a long sequence are computed side by side."""
+FEWEST = 8
+"""States that a block has at least, where there are so many."""
+MATRIX = 4096
+"""States x channels from which sums over one of them are products of a row with a matrix, which cost more to begin."""
+LARGE = 2**15
+"""States x channels from which sums over steps are made step by step."""
 INSTALL = 'MAMBA_KEEP_CUDA_BUILD=TRUE pip install "mamba-fscil[cuda]" --no-build-isolation'
 
 
@@ -276,6 +283,18 @@ class _Scan(torch.autograd.Function):
         return *work.backward(firsts, dy, grads[1], given=given), None, None, None
 
 
+class _Span(NamedTuple):
+    """Which rows, states and channels make a block."""
+
+    rows: slice
+    states: slice
+    channels: slice
+
+    def after(self, start: int) -> "_Span":
+        """The same of rows that come ``start`` later."""
+        return self._replace(rows=slice(self.rows.start + start, self.rows.stop + start))
+
+
 class _Work:
     """The inputs of one scan cut into chunks and blocks; all tensors are (G, T, S b, ...), contiguous in the last dimension.
 
@@ -304,7 +323,7 @@ class _Work:
         self.du = self.delta * self.u
         self.B, self.C = self.cut_states(B), self.cut_states(C)
         self.like: Any = {"dtype": u.dtype, "device": u.device}
-        self._scratch = [torch.empty(0, **self.like) for _ in range(3)]
+        self._scratch = _kept(u)
 
     def padded(self, x: Tensor) -> Tensor:
         """With zeros behind the end, up to whole chunks."""
@@ -344,22 +363,24 @@ class _Work:
         """(G, b, N, c) as (b, D, N)."""
         return rows.permute(1, 0, 3, 2).reshape(self.b, self.groups * self.c, self.n)
 
-    def spans(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and channels of each block: whole rows where a row is small, else a part of the channels of some rows."""
+    def spans(self) -> Iterator[_Span]:
+        """Whole rows where a row is small, else a part of the states of one; of the channels, too, where these are very many.
+
+        States are cut before channels, since every product runs along channels, and short runs take longer.
+        """
         rows = self.rows if self.parallel or self.chunks == 1 else self.b
-        per_row = self.t * self.c * self.n
-        c = self.c if per_row <= self.block else max(1, self.block // (self.t * self.n))
-        c = -(-self.c // -(-self.c // c))  # parts of one size
-        r = min(rows, max(1, self.block // (self.t * c * self.n)))
-        for first in range(0, rows, r):
+        c = _equal_part(self.c, self.block // (self.t * min(self.n, FEWEST)))
+        n = _equal_part(self.n, self.block // (self.t * c))
+        r = min(rows, max(1, self.block // (self.t * c * n)))
+        for row in range(0, rows, r):
             for channel in range(0, self.c, c):
-                yield slice(first, min(first + r, rows)), slice(channel, min(channel + c, self.c))
+                for state in range(0, self.n, n):
+                    ends = min(row + r, rows), min(state + n, self.n), min(channel + c, self.c)
+                    yield _Span(*map(slice, (row, state, channel), ends))
 
     def scratch(self, number: int, *shape: int) -> Tensor:
-        """A tensor of this shape in memory that is used again for each block."""
-        size = 1
-        for length in shape:
-            size *= length
+        """A tensor of this shape in memory that is used again for each block, and by the next scan of this thread."""
+        size = math.prod(shape)
         if self._scratch[number].numel() < size:
             self._scratch[number] = torch.empty(size, **self.like)
         return self._scratch[number][:size].view(shape)
@@ -368,20 +389,21 @@ class _Work:
         """First row of what is computed at once: all rows, or one chunk of all sequences after another."""
         yield from range(0, self.rows, self.rows if self.parallel or self.chunks == 1 else self.b)
 
-    def decays(self, g: int, at: slice, channels: slice, out: Tensor, begin: int = 0) -> None:
+    def decays(self, g: int, span: _Span, out: Tensor, begin: int = 0) -> None:
         """exp(delta A) of a block from step ``begin`` on, (T - begin, r, N, c)."""
-        torch.mul(self.delta[g, begin:, at, None, channels], self.A_log2[g, :, channels], out=out)
+        at, states, channels = span
+        torch.mul(self.delta[g, begin:, at, None, channels], self.A_log2[g, states, channels], out=out)
         if self.lowest is not None:
             out.clamp_(min=self.lowest)
         out.exp2_()
 
-    def states(self, g: int, at: slice, channels: slice, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    def states(self, g: int, span: _Span, first: Tensor | None) -> tuple[Tensor, Tensor]:
         """Decays and states of a block, (T, r, N, c), in scratch 0 and 1; without a first state, no decay of the first step."""
-        shape = (self.t, at.stop - at.start, self.n, channels.stop - channels.start)
-        decay, state = self.scratch(0, *shape), self.scratch(1, *shape)
+        at, states, channels = span
+        decay, state = (self.scratch(number, self.t, *(x.stop - x.start for x in span)) for number in (0, 1))
         begin = 0 if first is not None else 1
-        self.decays(g, at, channels, decay[begin:], begin)
-        torch.mul(self.du[g, :, at, None, channels], self.B[g, :, at, :, None], out=state)
+        self.decays(g, span, decay[begin:], begin)
+        torch.mul(self.du[g, :, at, None, channels], self.B[g, :, at, states, None], out=state)
         steps, factors = state.unbind(0), decay.unbind(0)
         if first is not None:
             steps[0].addcmul_(factors[0], first)
@@ -403,8 +425,8 @@ class _Work:
         if self.parallel:
             ends = torch.empty_like(firsts)
             for g in range(self.groups):
-                for at, channels in self.spans():
-                    ends[g, at, :, channels] = self.states(g, at, channels, None)[1][-1]
+                for span in self.spans():
+                    ends[g, *span] = self.states(g, span, None)[1][-1]
             whole = self.whole_decays()
             for k in range(1, self.chunks):
                 before, here = slice((k - 1) * self.b, k * self.b), slice(k * self.b, (k + 1) * self.b)
@@ -421,18 +443,18 @@ class _Work:
         last = torch.empty(self.groups, self.b, self.n, self.c, **self.like) if ends else None
         for start in self.parts():
             for g in range(self.groups):
-                for at, channels in self.spans():
-                    at = slice(at.start + start, at.stop + start)
-                    first = None if firsts is None else firsts[g, at, :, channels]
-                    decay, state = self.states(g, at, channels, first)
+                for span in self.spans():
+                    at, states, channels = span = span.after(start)
+                    decay, state = self.states(g, span, None if firsts is None else firsts[g, *span])
                     end = self.rows - self.b
                     if not self.parallel and self.chunks > 1 and start < end:
                         assert firsts is not None
-                        firsts[g, at.start + self.b : at.stop + self.b, :, channels] = state[-1]
+                        firsts[g, at.start + self.b : at.stop + self.b, states, channels] = state[-1]
                     if last is not None and at.stop > end:
                         skip = max(0, end - at.start)
-                        last[g, at.start + skip - end : at.stop - end, :, channels] = state[-1, skip:]
-                    y[g, :, at, channels] = _over_states(state, self.C[g, :, at], decay)
+                        last[g, at.start + skip - end : at.stop - end, states, channels] = state[-1, skip:]
+                    part = _over_states(state, self.C[g, :, at, states], decay)
+                    _put(y[g, :, at, channels], part, states)
         return self.join(y), None if last is None else self.state_of(last)
 
     def backward(
@@ -454,12 +476,11 @@ class _Work:
         dfirst = torch.empty(self.groups, self.b, self.n, self.c, **self.like) if given else None
         for start in reversed(list(self.parts())):
             for g in range(self.groups):
-                for at, channels in self.spans():
-                    at = slice(at.start + start, at.stop + start)
-                    first = None if firsts is None else firsts[g, at, :, channels]
-                    decay, state = self.states(g, at, channels, first)
-                    behind = None if enters is None else enters[g, at, :, channels]
-                    adjoint = self.adjoint(g, at, channels, dy, decay, behind)
+                for span in self.spans():
+                    at, states, channels = span = span.after(start)
+                    first = None if firsts is None else firsts[g, *span]
+                    decay, state = self.states(g, span, first)
+                    adjoint = self.adjoint(g, span, dy, decay, None if enters is None else enters[g, *span])
                     # decay becomes g_t p_t, that is g_t a_t h_{t-1}
                     weighted = decay
                     weighted[1:].mul_(adjoint[1:]).mul_(state[:-1])
@@ -467,16 +488,15 @@ class _Work:
                     if first is not None:
                         begin = 0
                         weighted[0].mul_(adjoint[0])
-                        self.pass_on(weighted[0], at, g, channels, dfirst, enters)
+                        self.pass_on(weighted[0], g, span, dfirst, enters)
                         weighted[0].mul_(first)
-                    dC[g, :, at] += state.mul_(dy[g, :, at, None, channels]).sum(dim=3)
+                    dC[g, :, at, states] += _over_channels(state, dy[g, :, at, channels])
                     spare, weighted = state, weighted[begin:]
-                    torch.mul(weighted, self.A[g, :, channels], out=spare[begin:])
-                    wa[g, begin:, at, channels] = spare[begin:].sum(dim=2)
-                    weighted.mul_(self.delta[g, begin:, at, None, channels])
-                    dA[g, :, channels] += weighted.flatten(0, 1).sum(dim=0)
-                    q[g, :, at, channels] = _over_states(adjoint, self.B[g, :, at], spare)
-                    dB[g, :, at] += adjoint.mul_(self.du[g, :, at, None, channels]).sum(dim=3)
+                    torch.mul(weighted, self.A[g, states, channels], out=spare[begin:])
+                    wa[g, begin:, at, channels] += spare[begin:].sum(dim=2)
+                    self.add_products(dA[g, states, channels], weighted, self.delta[g, begin:, at, None, channels])
+                    _put(q[g, :, at, channels], _over_states(adjoint, self.B[g, :, at, states], spare), states)
+                    dB[g, :, at, states] += _over_channels(adjoint, self.du[g, :, at, channels])
         du = q * self.delta
         ddelta = q.mul_(self.u).add_(wa)
         return (
@@ -488,10 +508,11 @@ class _Work:
             None if dfirst is None else self.state_of(dfirst),
         )
 
-    def adjoint(self, g: int, at: slice, channels: slice, dy: Tensor, decay: Tensor, behind: Tensor | None) -> Tensor:
+    def adjoint(self, g: int, span: _Span, dy: Tensor, decay: Tensor, behind: Tensor | None) -> Tensor:
         """The gradient of each state of a block, (T, r, N, c), in scratch 2."""
+        at, states, channels = span
         found = self.scratch(2, *decay.shape)
-        torch.mul(dy[g, :, at, None, channels], self.C[g, :, at, :, None], out=found)
+        torch.mul(dy[g, :, at, None, channels], self.C[g, :, at, states, None], out=found)
         steps, factors = found.unbind(0), decay.unbind(0)
         if behind is not None:
             steps[-1].add_(behind)
@@ -499,30 +520,49 @@ class _Work:
             steps[t].addcmul_(factors[t + 1], steps[t + 1])
         return found
 
-    def pass_on(
-        self, found: Tensor, at: slice, g: int, channels: slice, dfirst: Tensor | None, enters: Tensor | None
-    ) -> None:
+    @staticmethod
+    def add_products(total: Tensor, block: Tensor, weights: Tensor) -> None:
+        """Add block (T, r, N, c) times weights (T, r, 1, c) to (N, c), over steps and rows; ``block`` is written over."""
+        if block.shape[1] == 1 and total.numel() >= LARGE:
+            for part, weight in zip(block.unbind(0), weights.unbind(0), strict=True):
+                total.addcmul_(part[0], weight[0])
+        else:
+            total += block.mul_(weights).flatten(0, 1).sum(dim=0)
+
+    def pass_on(self, found: Tensor, g: int, span: _Span, dfirst: Tensor | None, enters: Tensor | None) -> None:
         """Give the adjoint of the rows' first states to the chunk before, or keep it as the first state's gradient."""
+        at, states, channels = span
         if at.start < self.b:
             if dfirst is not None:
                 stop = min(at.stop, self.b)
-                dfirst[g, at.start : stop, :, channels] = found[: stop - at.start]
+                dfirst[g, at.start : stop, states, channels] = found[: stop - at.start]
         elif not self.parallel and enters is not None:
-            enters[g, at.start - self.b : at.stop - self.b, :, channels] = found
+            enters[g, at.start - self.b : at.stop - self.b, states, channels] = found
 
     def adjoints(self, dy: Tensor, enters: Tensor) -> None:
         """Fill in what enters each chunk from behind: its successor's own part, and what passes through that."""
         own = torch.empty_like(enters)
         for g in range(self.groups):
-            for at, channels in self.spans():
-                decay = self.scratch(0, self.t, at.stop - at.start, self.n, channels.stop - channels.start)
-                self.decays(g, at, channels, decay)
-                steps = self.adjoint(g, at, channels, dy, decay, None)
-                own[g, at, :, channels] = steps[0] * decay[0]
+            for span in self.spans():
+                decay = self.scratch(0, self.t, *(x.stop - x.start for x in span))
+                self.decays(g, span, decay)
+                steps = self.adjoint(g, span, dy, decay, None)
+                own[g, *span] = steps[0] * decay[0]
         whole = self.whole_decays()
         for k in range(self.chunks - 1, 0, -1):
             here, before = slice(k * self.b, (k + 1) * self.b), slice((k - 1) * self.b, k * self.b)
             enters[:, before] = own[:, here] + whole[:, here] * enters[:, here]
+
+
+_SCRATCH = threading.local()
+
+
+def _kept(like: Tensor) -> list[Tensor]:
+    """This thread's three tensors of scratch, which grow; memory that is new to a process costs a page fault per 4 KiB."""
+    key = like.dtype, like.device
+    if getattr(_SCRATCH, "key", None) != key:
+        _SCRATCH.key, _SCRATCH.tensors = key, [like.new_empty(0) for _ in range(3)]
+    return cast("list[Tensor]", _SCRATCH.tensors)
 
 
 def _largest(x: Tensor) -> float:
@@ -531,10 +571,28 @@ def _largest(x: Tensor) -> float:
     return max(-float(low), float(high))
 
 
+def _equal_part(whole: int, most: int) -> int:
+    """The length of equal parts of ``whole`` that are no longer than ``most``, nor shorter than 1."""
+    return -(-whole // -(-whole // max(1, most)))
+
+
+def _put(place: Tensor, part: Tensor, states: slice) -> None:
+    """Write the sum over a row's first states, and add those over later ones."""
+    if states.start:
+        place += part
+    else:
+        place.copy_(part)
+
+
 def _over_states(block: Tensor, weights: Tensor, spare: Tensor) -> Tensor:
     """Sum over the states of a block (T, r, N, c) times weights (T, r, N), as (T, r, c); ``spare`` is written over."""
-    if (
-        block.shape[2] * block.shape[3] >= 4096
-    ):  # else each product of a row with a matrix costs more to begin than to make
+    if block.shape[2] * block.shape[3] >= MATRIX:
         return torch.matmul(weights[:, :, None], block)[:, :, 0]
     return torch.mul(block, weights[..., None], out=spare).sum(dim=2)
+
+
+def _over_channels(block: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the channels of a block (T, r, N, c) times weights (T, r, c), as (T, r, N); ``block`` is written over."""
+    if block.shape[2] * block.shape[3] >= MATRIX:
+        return torch.matmul(weights[:, :, None], block.transpose(2, 3))[:, :, 0]
+    return block.mul_(weights[:, :, None]).sum(dim=3)

@@ -115,12 +115,23 @@ class Mechanism:
 
 
 @torch.no_grad()
-def look(projector: Projector, maps: Tensor, labels: Tensor, base_classes: int) -> tuple[float, float, float] | None:
-    """Mean cosine, root mean square of the gate on base rows, and on novel rows; None for MLPs or where a kind is missing."""
+def look(
+    projector: Projector, maps: Tensor, labels: Tensor, base_classes: int, frozen: Tensor | None = None
+) -> tuple[float, float, float] | None:
+    """Mean cosine, root mean square of the gate on base rows, and on novel rows; None for MLPs or where a kind is missing.
+
+    Args:
+        projector: the projector.
+        maps: its inputs.
+        labels: their classes.
+        base_classes: number of base classes, whose labels come first.
+        frozen: what ``projector.frozen_output`` gave for the maps; None computes it.
+    """
     base = labels < base_classes
     if bool(base.all()) or not bool(base.any()):
         return None
-    found = [projector(part) for part in torch.split(maps, _ROWS)]
+    kept = [None] * len(maps) if frozen is None else torch.split(frozen, _ROWS)
+    found = [projector(part, own) for part, own in zip(torch.split(maps, _ROWS), kept, strict=False)]
     if found[0].gate is None or found[0].params is None:
         return None
     gate = torch.cat([out.gate for out in found if out.gate is not None])
@@ -231,7 +242,7 @@ def learn(
             group["lr"] = learning_rate(step, steps, config.lr * group["scale"])
         optimizer.step()
         if step == steps or (look_every and (step == 1 or step % look_every == 0)):
-            seen = look(projector.eval(), rows.maps, rows.labels, base_classes)
+            seen = look(projector.eval(), rows.maps, rows.labels, base_classes, kept)
             projector.train()
             if seen is not None:
                 found.steps.append(step)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mamba_fscil.commands._files import decoded, learner_of, pictures_in, refuse_twice, test_part
 from mamba_fscil.config import AddClassSettings, DataSettings
-from mamba_fscil.data import Part, load, read_maps
+from mamba_fscil.data import Part, load_tests, read_maps
 from mamba_fscil.training.learner import IncrementalLearner
 from mamba_fscil.training.store import append, copy, missing_in, opened
 from tenfold import UserError
@@ -47,11 +47,11 @@ def run(settings: AddClassSettings, invocation: Invocation) -> None:
         copy(stored.folder, settings.save_as, stored.number)
     with opened(target, writing=True) as growing:
         written = append(growing, learner, option="--save_as" if settings.save_as else "--learner")
-    after = _answers(learner, tested)
+    after = _answers(learner, tested, (maps, torch.tensor([learner.classes.index(name) for name in names])))
     found = _report(learner, maps, names, before, after, tested, old_classes)
     found["skipped"] = skipped
     invocation.folder.write_json("added.json", {**found, "file": str(written), "bytes": written.stat().st_size})
-    on = "test pictures" if tested is not None else "class means (give --data for test pictures)"
+    on = "test pictures" if tested is not None else "class means and the pictures just learned (better: --data)"
     sys.stdout.write(f"measured on {on}\n{table(['', 'before', 'after'], found['table'])}\n")
     if found["lost"]:
         sys.stdout.write("\n" + table(["old class", "before (%)", "after (%)"], found["lost"]) + "\n")
@@ -105,14 +105,18 @@ def _tests(learner: IncrementalLearner, source: str, names: list[str]) -> Part:
     grown.classes = [*learner.classes, *(n for n in dict.fromkeys(names) if n not in learner.classes)]
     grown.size = learner.size
     reading = DataSettings(size=learner.size) if source.startswith("imagefolder:") else DataSettings()
-    return test_part(grown, load(source, reading=reading), source)[0]
+    return test_part(grown, load_tests(source, reading=reading, plain=True), source)[0]
 
 
-def _answers(learner: IncrementalLearner, tested: Part | None) -> tuple[Tensor, Tensor]:
-    """Guessed and true classes: of test pictures, or of the mean map of each class."""
+def _answers(
+    learner: IncrementalLearner, tested: Part | None, learned: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Guessed and true classes: of test pictures; without any, of the mean map of each class, and the maps just learned."""
     if tested is None:
-        labels = torch.arange(len(learner.classes))
-        return learner.logits(learner.memory.means(labels.tolist()).to(learner.device)).argmax(dim=1).cpu(), labels
+        own = torch.empty(0, dtype=torch.int64) if learned is None else learned[1]
+        kept = [k for k in range(len(learner.classes)) if k not in set(own.tolist())]
+        parts = [learner.memory.means(kept).to(learner.device), *(() if learned is None else (learned[0],))]
+        return learner.logits(torch.cat(parts)).argmax(dim=1).cpu(), torch.cat([torch.tensor(kept), own])
     found = [(learner.logits(maps).argmax(dim=1).cpu(), labels) for maps, labels in learner.maps_of(tested)]
     return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
 

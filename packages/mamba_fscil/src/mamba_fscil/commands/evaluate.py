@@ -8,7 +8,7 @@ import torch
 from mamba_fscil import metrics
 from mamba_fscil.commands._files import learner_of, test_part
 from mamba_fscil.config import EvaluateSettings
-from mamba_fscil.data import load
+from mamba_fscil.data import load_tests
 from tenfold.cli import Invocation
 from tenfold.terminal import table
 
@@ -19,7 +19,7 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     reading = settings.reading
     if reading.size is None and settings.data.partition(":")[0] != "npz":  # which may hold maps
         reading = dataclasses.replace(reading, size=learner.size or None)
-    data = load(settings.data, settings.protocol, reading)
+    data = load_tests(settings.data, settings.protocol, reading)
     part, missing = test_part(learner, data, settings.data)
     found = [(learner.logits(maps).cpu(), labels) for maps, labels in learner.maps_of(part, settings.batch_size)]
     logits, labels = torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
