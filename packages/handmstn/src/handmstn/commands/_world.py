@@ -72,10 +72,17 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
         checkpoint_every=10**6,
         reading=HandReading(size=size.pixels),
         aligner=AlignerSettings(
-            backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=2e-3, turns=False
+            backbone="hand:loc6",
+            loc_size=64,
+            steps=size.align,
+            batch_size=32,
+            lr=2e-3,
+            turns=False,
+            distance="plain",
+            head="places",
         ),
         recognizer=RecognizerSettings(
-            palm=network, finger=network, dim=64, palm_size=48, finger_size=(48, 16), jitter=0.01
+            palm=network, finger=network, dim=64, palm_size=48, finger_size=(48, 16), places=6, jitter=0.06
         ),
         losses=LossSettings(),
         optimizer=Optimizer(lr=3e-3 if network.startswith("hand:") else 1e-3, weight_decay=1e-4, warm_up=0.05),
