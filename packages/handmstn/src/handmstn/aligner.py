@@ -271,6 +271,18 @@ def warped(
     return out, forward.to(images)
 
 
+def quartered(images: Tensor, points: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Square pictures and their points (B, K, 2), each by one of its four quarter turns at random."""
+    images, points = images.clone(), points.clone()
+    which = torch.randint(4, (len(images),), generator=generator)
+    for turns in range(1, 4):
+        rows = which == turns
+        images[rows] = torch.rot90(images[rows], turns, (2, 3))
+        for _ in range(turns):  # a quarter turn takes (x, y) to (y, -x)
+            points[rows] = torch.stack([points[rows][..., 1], -points[rows][..., 0]], -1)
+    return images, points
+
+
 def near(transform: Tensor, generator: torch.Generator) -> Tensor:
     """Frames beside given ones: turned by 0.25 rad, scaled by 12 %, shifted by 0.1 of the hand's frame (deviations)."""
     count = len(transform)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from handmstn.aligner import MultiSpatialTransformer, near, scrambled, warped
+from handmstn.aligner import MultiSpatialTransformer, near, quartered, scrambled, warped
 from handmstn.config import Optimizer, RunSettings
 from handmstn.losses import IdentityLoss, point_loss, sum_weighted, visibility_loss
 from handmstn.models import _batches, build_aligner, build_model, given, parts_of
@@ -98,9 +98,11 @@ class AlignTask(pl.LightningModule):
             images, moved = warped(images, generator)
             points = compose(moved, self.aligner.pose.expand(count, -1, -1))
             visibility = torch.full_like(visibility, float("nan"))
-        elif config.turns:
+        elif config.turns == "any":
             images, moved = warped(images, generator, 0.15, 0.1)
             points = compose(moved, points)
+        elif config.turns == "quarter":
+            images, points = quartered(images, points, generator)
         empty = round(config.scrambled * count)
         flipped = count // 8
         images = images.clone()

@@ -54,8 +54,8 @@ class Size:
 
 SIZES = {
     "quick": Size((8, 4), (6, 4), (3, 2), (6, 3), 96, 6, 6),
-    "default": Size((50, 10), (40, 6), (20, 3), (15, 4), 160, 600, 150),
-    "full": Size((60, 10), (60, 6), (40, 3), (25, 4), 160, 700, 200),
+    "default": Size((50, 12), (40, 6), (20, 3), (15, 4), 160, 600, 120),
+    "full": Size((60, 14), (60, 6), (40, 3), (25, 4), 160, 1000, 300),
 }
 
 
@@ -77,7 +77,7 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
             steps=size.align,
             batch_size=32,
             lr=2e-3,
-            turns=False,
+            turns="quarter",
             distance="plain",
             head="places",
         ),
