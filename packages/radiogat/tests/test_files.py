@@ -76,7 +76,8 @@ def test_the_plane_without_pyproj_agrees_with_utm(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,2,1800\n", "line 3: 3 fields, expected 4"),
+        ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,2,1800\n", "line 3, column rss_dbm: is empty: --missing drop"),
+        ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,2,1800,-80,5\n", "line 3: more than 4 fields"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,3,1800,abc\n", "line 3, column rss_dbm: 'abc' is no number"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,3,,-70\n", "line 3, column freq_mhz: is empty"),
         ("x,y,freq_mhz\n1,2,1800\n", "no column of received power"),
@@ -84,10 +85,10 @@ def test_the_plane_without_pyproj_agrees_with_utm(monkeypatch):
         ("x,freq_mhz,rss_dbm\n1,1800,-80\n", "no columns x and y, nor lat and lon"),
         ("x,y,freq_mhz,rss_dbm\n", "expected a line of column names"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1.8,-80\n", "give MHz, not GHz"),
-        ("x,y,freq_mhz,rss_dbm\n1,2,1800,0\n2,2,1800,-70\n", "1 values are 0 dBm"),
+        ("x,y,freq_mhz,rss_dbm\n1,2,1800,0\n2,2,1800,-70\n", "line 2, column rss_dbm: 0 dBm or out of range"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1800,80\n2,2,1800,90\n", "looks like path loss"),
         ("lat,lon,freq_mhz,rss_dbm\n111.57,48.14,1800,-80\n", "are latitude and longitude swapped"),
-        ("lat,lon,freq_mhz,rss_dbm\nnan,48.14,1800,-80\n", "line 2: the latitude is not finite"),
+        ("lat,lon,freq_mhz,rss_dbm\nnan,48.14,1800,-80\n", "line 2, column lat: is empty"),
         ("lat,lon,freq_mhz,rss_dbm\n10,179.9,1800,-80\n10,-179.9,1800,-80\n", "antimeridian"),
     ],
 )

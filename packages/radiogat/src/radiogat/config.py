@@ -233,10 +233,17 @@ class FileSettings(Settings):
         buildings: GeoTIFF (nonzero = building) or GeoJSON polygons.
         transmitters: CSV of the masts, columns x and y or lat and lon.
         columns: names of columns that differ from the usual ones, as role=name: rss_dbm=Signal,freq_mhz=Band; roles are
-            x, y, lon, lat, freq_mhz, rss_dbm.
+            x, y, lon, lat, freq_mhz, channel, band, radio, rss_dbm, cell, time.
         crs: plane of x and y (EPSG:25832 for example), or that lat and lon are projected to; default: UTM.
         freq_mhz: frequency in MHz of files without a column of frequencies.
         sign: sign of the powers in the file; -1 where they are given as positive losses.
+        missing: rows without a value: refuse the file, or drop them (their number is said).
+        radio: what channel and band numbers belong to, where the file does not say: lte, nr, umts, gsm or wifi.
+        by: column of the cell's identity, pci for example; where several cells were measured at one place, the strongest
+            counts.
+        only: values of that column whose rows are taken; one value maps one cell.
+        track: file with times and positions, for measurements that have times alone (rtl_power).
+        at: latitude and longitude of all measurements of a file without positions.
         cell: side of a map's cell in meters; default: the raster's, or half of the measurements' spacing.
     """
 
@@ -248,10 +255,18 @@ class FileSettings(Settings):
     crs: str | None = None
     freq_mhz: Megahertz | None = None
     sign: Literal[1, -1] = 1
+    missing: Literal["refuse", "drop"] = "refuse"
+    radio: Literal["lte", "nr", "umts", "gsm", "wifi"] | None = None
+    by: str | None = None
+    only: list[str] = field(default_factory=list)
+    track: str | None = None
+    at: tuple[float, float] | None = None
     cell: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.only and self.by is None:
+            raise SettingError("only", "expected with --by, the column that the values are of")
         for pair in self.columns:
             if "=" not in pair:
                 raise SettingError("columns", f"expected role=name, got '{pair}'")
