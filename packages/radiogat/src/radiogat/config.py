@@ -241,7 +241,7 @@ class FileSettings(Settings):
         radio: what channel and band numbers belong to, where the file does not say: lte, nr, umts, gsm or wifi.
         by: column of the cell's identity, pci for example; where several cells were measured at one place, the strongest
             counts.
-        only: values of that column whose rows are taken; one value maps one cell.
+        only: values of that column whose rows are taken, separated by commas; one value maps one cell.
         track: file with times and positions, for measurements that have times alone (rtl_power).
         at: latitude and longitude of all measurements of a file without positions.
         cell: side of a map's cell in meters; default: the raster's, or half of the measurements' spacing.
@@ -258,7 +258,7 @@ class FileSettings(Settings):
     missing: Literal["refuse", "drop"] = "refuse"
     radio: Literal["lte", "nr", "umts", "gsm", "wifi"] | None = None
     by: str | None = None
-    only: list[str] = field(default_factory=list)
+    only: str | None = None
     track: str | None = None
     at: tuple[float, float] | None = None
     cell: Positive | None = None
