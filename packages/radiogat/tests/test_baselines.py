@@ -241,7 +241,7 @@ def test_conformal_intervals_cover(seed):
 
 def test_too_few_scores_give_an_infinite_interval_and_a_warning():
     conformal = SpatialConformal([1.0, 2.0, 3.0])
-    with pytest.warns(UserWarning, match="3 held-out measurements are too few for an interval of 90%"):
+    with pytest.warns(UserWarning, match="3 held-out places are too few for an interval of 90%"):
         low, high = conformal.interval([0.0], [1.0], 0.9)
     assert np.isinf([low[0], high[0]]).all()
     assert conformal.quantile(0.5) == 2.0

@@ -53,8 +53,8 @@ def g_nettrack(tmp_path, cells=(101, 101, 101, 101)):
     )
     head += "\tNetworkMode\tLevel\tQual\tSNR\tCQI\tLTERSSI\tARFCN\tDL_bitrate\tUL_bitrate\tPSC\tAltitude\tAccuracy"
     rows = [
-        f"2026.03.01_10.00.0{i}\t{lon}\t{lat}\t12\tOp\t26201\t26201-1\t-\t77\t{900 + cells[i]}\t5\t4G\tLTE\t{-80 - i}\t-9\t12\t-"
-        f"\t-60\t1300\t100\t20\t{cells[i]}\t520\t4"
+        f"2026.03.01_10.00.0{i}\t{lon}\t{lat}\t12\tOp\t26201\t26201-1\t-\t77\t{900 + cells[i]}\t5\t4G\tLTE\t{-80 - i}\t-9"
+        f"\t12\t-\t-60\t1300\t100\t20\t{cells[i]}\t520\t4"
         for i, (lat, lon) in enumerate(PLACES)
     ]
     return written(tmp_path, [head, *rows], "gnettrack.txt")
