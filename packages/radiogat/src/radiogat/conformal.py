@@ -26,6 +26,7 @@ class SpatialConformal:
         least: scores below which a group takes the quantile of all.
         weights: (n), of any sum; default: all the same.
         places: (n) numbers of the places, several scores of which count as one.
+        clusters: (n) numbers of what lies together, whose errors are alike: where there are few, the quantile is a higher one.
 
     Source: the finite-sample quantile is that of split conformal prediction (Vovk et al. 2005), weighted as by Tibshirani et
     al. (NeurIPS 2019); places and grouping are ours.
@@ -38,16 +39,19 @@ class SpatialConformal:
         least: int = 200,
         weights: ArrayLike | None = None,
         places: ArrayLike | None = None,
+        clusters: ArrayLike | None = None,
     ) -> None:
         self.scores = np.asarray(scores, dtype=np.float64)
         count = len(self.scores)
         labels = np.zeros(count, dtype=np.int64) if groups is None else np.asarray(groups)
         weight = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
         place = np.arange(count) if places is None else np.asarray(places).astype(np.int64)
-        self._sorted: dict[int | None, tuple[Floats, Floats, float]] = {None: _ranked(self.scores, weight, place)}
+        cluster = place if clusters is None else np.asarray(clusters).astype(np.int64)
+        whole = _ranked(self.scores, weight, place, cluster)
+        self._sorted: dict[int | None, tuple[Floats, Floats, float, float]] = {None: whole}
         for group in np.unique(labels):
             of_it = labels == group
-            ranked = _ranked(self.scores[of_it], weight[of_it], place[of_it])
+            ranked = _ranked(self.scores[of_it], weight[of_it], place[of_it], cluster[of_it])
             if ranked[2] >= least - 1e-6:
                 self._sorted[int(group)] = ranked
 
@@ -55,9 +59,9 @@ class SpatialConformal:
         """The factor q on sigma; infinite, with a warning, when there are too few scores for the level."""
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level}")
-        scores, share, n = self._sorted.get(group, self._sorted[None])
-        rank = (n + 1) * level / n
-        if rank > 1 + 1e-12:
+        scores, share, n, clusters = self._sorted.get(group, self._sorted[None])
+        rank = min(1.0, (clusters + 1) * level / clusters)
+        if (n + 1) * level / n > 1 + 1e-12:
             warnings.warn(
                 f"{n:.0f} held-out places are too few for an interval of {level:.0%}: it is infinite",
                 stacklevel=2,
@@ -90,12 +94,19 @@ class SpatialConformal:
         return center - half, center + half
 
 
-def _ranked(scores: Floats, weight: Floats, place: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
-    """Scores in order, the share of the weight up to each, and the number of places that the weights amount to."""
+def _ranked(
+    scores: Floats, weight: Floats, place: NDArray[np.int64], cluster: NDArray[np.int64]
+) -> tuple[Floats, Floats, float, float]:
+    """Scores in order, the share of the weight up to each, and the numbers of places and clusters behind them."""
     order = np.argsort(scores, kind="stable")
-    total = np.bincount(np.unique(place, return_inverse=True)[1].ravel(), weight)
     share = weight / weight.sum()
-    return scores[order], np.cumsum(share[order]), float(weight.sum() ** 2 / (total**2).sum())
+    return scores[order], np.cumsum(share[order]), _amount(place, share), _amount(cluster, share)
+
+
+def _amount(label: NDArray[np.int64], share: Floats) -> float:
+    """Number of equally weighted labels that have the variance of these."""
+    total = np.bincount(np.unique(label, return_inverse=True)[1].ravel(), share)
+    return float(1 / (total**2).sum())
 
 
 def spatial_blocks(xy: ArrayLike, side: float) -> NDArray[np.int64]:

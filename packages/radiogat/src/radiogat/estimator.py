@@ -39,7 +39,7 @@ _PULL = 20.0
 """Cases that speak for equal weights that do not change with the distance, in the stack."""
 _SCALED = ("radiogatx", "kriging", "pooled_kriging")
 """Models that say how large their errors are."""
-_HELD = ("targets", "round", "rows", "radius", "distance", "weight", "place", "levels")
+_HELD = ("targets", "round", "rows", "radius", "distance", "weight", "place", "disc", "levels")
 NAMES = {"rich_trees": "trees (ensemble)"}
 """What people are shown of a model's name."""
 _APART = ("rbf", "radiogat")
@@ -141,7 +141,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             together = np.stack([powers[name] for name in self.parts_], axis=1)
             cases = (together, truth, held.distance, held.weight)
             self.weights_ = Weights.fit(*cases, self.knots_, _PULL)
-            powers["stack"] = cross_fitted(*cases, held.place, self.knots_, _PULL)
+            powers["stack"] = cross_fitted(*cases, held.disc, self.knots_, _PULL)
             self.heldout_["stack"] = self._rmse(truth - powers["stack"])
         names = list(self.heldout_) if self.fallback else [self.method]
         self.chosen_ = min(names, key=lambda name: self.heldout_[name])
@@ -157,6 +157,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             "scale": self.spread_(features),
             "band": bands.astype(np.float64),
             "place": held.place.astype(np.float64),
+            "disc": held.disc.astype(np.float64),
             "weight": held.weight,
             "distance": held.distance,
         }
@@ -173,7 +174,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
     def _conformal(self, which: Bools | None = None) -> SpatialConformal:
         c = self.calibration_ if which is None else {name: values[which] for name, values in self.calibration_.items()}
         scores = np.abs(c["truth"] - c["power"]) / c["scale"]
-        return SpatialConformal(scores, c["band"], weights=c["weight"], places=c["place"])
+        return SpatialConformal(scores, c["band"], weights=c["weight"], places=c["place"], clusters=c["disc"])
 
     def _krigings(self) -> list[str]:
         bands = self.samples_.bands
@@ -204,14 +205,16 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             columns.append(np.log(np.std([power for power, _ in found.values()], axis=0) + 0.1))
         return np.stack(columns, axis=1)
 
-    def _make(self, name: str, samples: RadioSamples, targets: Bools | None = None) -> Predictor:
-        """The model of this name over some of the measurements, not yet trained."""
-        scene = self.scene_
+    def _make(self, name: str, samples: RadioSamples, targets: Bools | None = None, shorter: bool = False) -> Predictor:
+        """The model of this name over some of the measurements, not yet trained; a shorter training takes half the steps."""
+        scene, network = self.scene_, self.network or RadioGATxConfig()
+        if shorter:
+            network = dataclasses.replace(network, steps=-(-network.steps // 2))
         return predictors.make(
             name,
             samples,
             scene,
-            network=self.network,
+            network=network,
             gat=self.gat,
             graph=self.graph,
             trees=self.trees,
@@ -241,7 +244,7 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             predictor = self._make(name, samples)
             return predictor, predictor.left_out(held.rows, held.radius)
         for number, targets in enumerate(held.targets):
-            predictor = self._make(name, samples, targets)
+            predictor = self._make(name, samples, targets, len(held.targets) > 1)
             predictor.train(train)
             cases = held.round == number
             power[cases], scale[cases] = predictor.left_out(held.rows[cases], held.radius[cases])
@@ -381,9 +384,9 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         """
         c = self.calibration_
         scores, band = np.abs(c["truth"] - c["power"]) / c["scale"], c["band"].astype(np.int64)
-        places = np.unique(c["place"])
+        places = np.unique(c["disc"])
         order = np.random.default_rng(self.seed).permutation(len(places)) % min(folds, len(places))
-        fold = order[np.searchsorted(places, c["place"])]
+        fold = order[np.searchsorted(places, c["disc"])]
         shares = []
         for number in range(min(folds, len(places))):
             out = fold == number

@@ -26,9 +26,11 @@ _CASES = 6000
 """Held-out cases at most."""
 _LEVELS = (0.15, 0.3, 0.5, 0.7, 0.85, 0.95)
 """Quantiles of the map's distances that become radii."""
-_DISCS = 40
+_DISCS = 16
 """Discs in a fifth of the places from which on one round is enough; with fewer, each place is held out in one of several."""
 _ROUNDS = 4
+_FARTHER = 2.5
+"""A radius is tried from this many times the distance between neighboring places on; random places need none."""
 _LEAST = 12
 """Cases that a stratum of distances has at least, or it is merged with the next one."""
 
@@ -151,6 +153,7 @@ class HeldOut:
         distance: (N) from the nearest measurement that is left.
         weight: (N) of sum one, see ``strata_weights``.
         place: (N) number of the case's place.
+        disc: (N) number of its disc: errors within one are alike.
         beyond: share of the map that lies farther from all measurements than any case.
         levels: the radii that a model should be trained with.
     """
@@ -162,6 +165,7 @@ class HeldOut:
     distance: Floats
     weight: Floats
     place: Ints
+    disc: Ints
     beyond: float
     levels: tuple[float, ...]
 
@@ -195,12 +199,17 @@ def hold_out(samples: RadioSamples, asked: Floats, share: float = 0.2, enough: i
         enough: places that are wanted in them, up to half of all.
         seed: seed of the draw.
 
+    Raises:
+        UserError: there is one place alone.
+
     Source: matching the distances of the held-out cases to those of the map is nearest neighbor distance matching (Mila et al.,
     Methods in Ecology and Evolution 13, 2022); discs, radii and weights are ours.
     """
     rng = np.random.default_rng([seed, 11])
     places, label = places_of(samples.xy)
     count = len(places)
+    if count < 2:
+        raise UserError("all measurements are at one place: measure more places")
     near = cKDTree(places).query(places[rng.permutation(count)[:500]], k=2)[0][:, 1] if count > 1 else np.ones(1)
     own = float(np.median(near))
     reach = max(1.4 * float(np.quantile(asked, 0.95)), own)
@@ -236,7 +245,8 @@ def hold_out(samples: RadioSamples, asked: Floats, share: float = 0.2, enough: i
     rows, radius, turns = rows[keep], radius[keep], turns[keep]
     distance = beyond(cKDTree(places), samples.xy[rows], 1, radius)[0][:, 0]
     weight, far = strata_weights(distance, asked)
-    return HeldOut(targets, turns, rows, radius, distance, weight, label[rows], far, tuple(levels))
+    which = label[rows]
+    return HeldOut(targets, turns, rows, radius, distance, weight, which, disc[which], far, tuple(levels))
 
 
 def _discs(places: Floats, reach: float, rng: np.random.Generator) -> Ints:
