@@ -124,6 +124,72 @@ def test_the_estimator_follows_the_conventions_of_scikit_learn(measured, town):
     assert 0.5 < copy.score(measured.take(np.arange(0, len(measured), 7))) <= 1
 
 
+def rows_of(samples):
+    return np.column_stack([samples.xy, samples.freq_mhz])
+
+
+def test_arrays_and_data_frames_are_fitted_as_samples_are(measured, town):
+    import pandas
+
+    few = measured.take(np.arange(0, len(measured), 3))
+    X, y = rows_of(few), few.rss_dbm
+    one = RadioMapEstimator("pooled_idw").fit(few)
+    other = RadioMapEstimator("pooled_idw").fit(X, y)
+    frame = RadioMapEstimator("pooled_idw").fit(pandas.DataFrame(X[:, ::-1], columns=["freq_mhz", "y", "x"]), y)
+    at = X[:50] + np.array([0.5, 0.5, 0.0])
+    assert np.array_equal(other.predict(at), frame.predict(at))
+    for f in few.bands:
+        rows = at[:, 2] == f
+        assert np.array_equal(one.predict(at[rows, :2], f), other.predict(at)[rows])
+    assert other.score(X, y) == one.score(few)
+    assert RadioMapEstimator("pooled_idw").fit(X, y, scene=town.scene).scene_ is town.scene
+
+
+def test_nested_settings_are_searched_over_groups_of_places(measured):
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+
+    few = measured.take(np.arange(0, len(measured), 4))
+    search = GridSearchCV(
+        RadioMapEstimator("trees", trees=TreesConfig(iterations=10), fallback=False),
+        {"trees__leaves": [2, 8]},
+        cv=GroupKFold(2),
+    )
+    search.fit(rows_of(few), few.rss_dbm, groups=np.floor(few.xy[:, 0] / 40))
+    assert search.best_params_ == {"trees__leaves": 8}
+    estimator = RadioMapEstimator().set_params(network__steps=7, method="idw")
+    assert (estimator.network.steps, estimator.method) == (7, "idw")
+    assert clone(estimator).get_params()["network__steps"] == 7
+    with pytest.raises(ValueError, match="invalid parameter 'network__step'"):
+        estimator.set_params(network__step=7)
+
+
+def test_shapes_are_never_reshaped_and_nothing_is_predicted_before_fit(measured):
+    from sklearn.exceptions import NotFittedError
+
+    with pytest.raises(NotFittedError):
+        RadioMapEstimator().predict(np.zeros((3, 2)))
+    X, y = rows_of(measured), measured.rss_dbm
+    for wrong, power, said in (
+        (X.ravel(), y, r"X has shape \(\d+,\), expected \(n, 3\)"),
+        (X[:, :2], y, r"expected \(n, 3\): x, y, frequency"),
+        (X, y[:, None], r"y has shape \(\d+, 1\)"),
+        (X, None, "requires y to be passed"),
+    ):
+        with pytest.raises(UserError, match=said):
+            RadioMapEstimator("idw").fit(wrong, power)
+    fitted = RadioMapEstimator("pooled_idw").fit(X, y)
+    with pytest.raises(UserError, match=r"positions have shape \(4,\), expected \(n, 2\)"):
+        fitted.predict(np.zeros(4), 1750.0)
+
+
+def test_frequencies_compare_with_a_tolerance(measured):
+    fitted = RadioMapEstimator("kriging", fallback=False).fit(measured)
+    at = measured.xy[:5] + 0.5
+    assert np.array_equal(fitted.predict(at, 1750.0 * (1 + 1e-9)), fitted.predict(at, 1750.0))
+    with pytest.raises(UserError, match="no measurement at 1751 MHz"):
+        fitted.predict(at, 1751.0)
+
+
 def test_few_measurements_still_make_a_map():
     rng = np.random.default_rng(0)
     samples = RadioSamples(rng.uniform(0, 100, (5, 2)), 1800.0, rng.uniform(-80, -60, 5))

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
 
 from radiogat import predictors
 from radiogat.config import METHODS, GraphConfig, RadioGATConfig, RadioGATxConfig, TreesConfig
@@ -37,6 +38,13 @@ _CELLS = 65536
 """Cells of a map that are predicted at once."""
 _PULL = 20.0
 """Cases that speak for equal weights that do not change with the distance, in the stack."""
+_KINDS: dict[str, Any] = {
+    "network": RadioGATxConfig,
+    "gat": RadioGATConfig,
+    "graph": GraphConfig,
+    "trees": TreesConfig,
+}
+"""Settings that are groups."""
 _SCALED = ("radiogatx", "kriging", "pooled_kriging")
 """Models that say how large their errors are."""
 _HELD = ("targets", "round", "rows", "radius", "distance", "weight", "place", "disc", "levels")
@@ -46,7 +54,7 @@ _APART = ("rbf", "radiogat")
 """Models without a fast way of leaving out: judged by another that was fitted without the discs."""
 
 
-class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
+class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Learns an area from its measurements and predicts power with error bars, at any place.
 
     Discs of places train nothing. In them measurements are predicted without what lies within a radius, several radii in
@@ -101,22 +109,63 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
 
     # Fitting
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Settings by name; deep ones too, as ``network__steps``."""
+        own: dict[str, Any] = super().get_params(deep=False)
+        if deep:
+            for name, kind in _KINDS.items():
+                inner = own[name] if own[name] is not None else kind()
+                own |= {f"{name}__{f.name}": getattr(inner, f.name) for f in dataclasses.fields(inner)}
+        return own
+
+    def set_params(self, **params: Any) -> "RadioMapEstimator":
+        """Change settings; ``network__steps=200`` changes one of the network's.
+
+        Raises:
+            ValueError: there is no such setting.
+        """
+        plain_ones = {name: value for name, value in params.items() if "__" not in name}
+        super().set_params(**plain_ones)
+        for name, value in params.items():
+            outer, _, inner = name.partition("__")
+            if not inner:
+                continue
+            if outer not in _KINDS or inner not in {f.name for f in dataclasses.fields(_KINDS[outer])}:
+                raise ValueError(f"invalid parameter '{name}'; valid ones: {sorted(self.get_params())}")
+            settings = getattr(self, outer)
+            settings = _KINDS[outer]() if settings is None else settings
+            setattr(self, outer, dataclasses.replace(settings, **{inner: value}))
+        return self
+
     def fit(
         self,
-        samples: RadioSamples,
-        scene: RadioScene | None = None,
+        X: RadioSamples | ArrayLike,
+        y: RadioScene | ArrayLike | None = None,
         train: Trainer = run_task,
         where: Grid | ArrayLike | None = None,
+        scene: RadioScene | None = None,
     ) -> "RadioMapEstimator":
         """Train, choose and calibrate.
 
         Args:
-            samples: the measurements.
-            scene: buildings and masts, where they are known.
+            X: the measurements; or (n, 3) x, y and frequency in MHz, an array or a data frame with these columns.
+            y: (n) received powers in dBm, where X is an array; where X are measurements, the scene may stand here.
             train: runs a task; the command line gives one that shows progress and can be resumed.
             where: grid or places at which the map will be read, whose distances to the measurements decide what is checked;
                 default: the scene's grid, or the rectangle around the measurements.
+            scene: buildings and masts, where they are known.
         """
+        if isinstance(X, RadioSamples):
+            scene, samples = (y if isinstance(y, RadioScene) else scene), X
+        else:
+            xy, freq = _rows(X)
+            if y is None or isinstance(y, RadioScene):
+                raise UserError("requires y to be passed, but the target y is None: the received powers in dBm")
+            power = np.asarray(y, dtype=np.float64)
+            if power.shape != (len(xy),):
+                raise UserError(f"y has shape {power.shape}, expected ({len(xy)},), a power for each row of X")
+            samples = RadioSamples(xy, freq, power, None if scene is None else scene.crs)
+            self.n_features_in_ = 3
         if self.method not in METHODS:
             raise UserError(f"unknown method '{self.method}': {did_you_mean(self.method, METHODS)}")
         if len(samples) < 3:
@@ -261,22 +310,34 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         """Received power in dBm.
 
         Args:
-            where: a grid, or positions (n, 2).
+            where: a grid, or positions (n, 2); or (n, 3), positions each with its frequency.
             freq_mhz: one or several; default: the measured bands.
             interval: level of the error bars, 0.9 for example.
 
         Returns:
             For a grid, a ``RadioMap``. For positions (F, n) powers, without the first axis where one frequency is given;
-            with ``interval`` the tuple (power, low, high).
+            with ``interval`` the tuple (power, low, high). For (n, 3) always (n).
 
         Raises:
-            UserError: a band was not measured, and the model cannot answer for other frequencies.
+            NotFittedError: before ``fit``.
+            UserError: a shape is another, or a band was not measured, and the model cannot answer for other frequencies.
         """
+        check_is_fitted(self, "fitted_")
+        if not isinstance(where, Grid) and np.ndim(where) == 2 and np.shape(where)[1] == 3 and freq_mhz is None:
+            xy, freq = _rows(where)
+            self.frequencies(tuple(np.unique(freq)))
+            found = np.empty((1 if interval is None else 3, len(xy)))
+            for f in np.unique(freq):
+                rows = freq == f
+                found[:, rows] = [v[0] for v in self._at(xy[rows], (float(f),), interval).values()]
+            return found[0] if interval is None else tuple(found)
         freqs = self.frequencies(freq_mhz)
         if isinstance(where, Grid):
             layout = MapLayout(where, freqs, interval, self.samples_.crs)
             return RadioMap.collect(layout, self.tiles(where, freqs, interval))
-        xy = np.asarray(where, dtype=np.float64).reshape(-1, 2)
+        xy = np.asarray(where, dtype=np.float64)
+        if xy.ndim != 2 or xy.shape[1] != 2:
+            raise UserError(f"positions have shape {xy.shape}, expected (n, 2), or (n, 3) with frequencies")
         if not np.isfinite(xy).all():
             raise UserError(f"position {int(np.argwhere(~np.isfinite(xy))[0][0])} is not finite")
         values = self._at(xy, freqs, interval)
@@ -316,11 +377,14 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         Raises:
             UserError: one of them was not measured, and the model cannot answer for it.
         """
-        freqs = self.samples_.bands if freq_mhz is None else tuple(float(f) for f in np.atleast_1d(freq_mhz))
+        check_is_fitted(self, "fitted_")
+        bands = self.samples_.bands
+        asked = bands if freq_mhz is None else tuple(float(f) for f in np.atleast_1d(np.asarray(freq_mhz)))
+        freqs = tuple(min(bands, key=lambda b: abs(b - f)) if _measured(f, bands) else f for f in asked)
         for f in freqs:
             check_frequency(f)
-            if f not in self.samples_.bands and not all(m.any_frequency for m in self.fitted_.values()):
-                known = ", ".join(f"{band:g}" for band in self.samples_.bands)
+            if f not in bands and not all(model.any_frequency for model in self.fitted_.values()):
+                known = ", ".join(f"{band:g}" for band in bands)
                 raise UserError(
                     f"no measurement at {f:g} MHz; there are {known}. For other frequencies fit radiogatx with"
                     " head='spectral' (--network.head spectral)"
@@ -356,14 +420,13 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
                 layers["rss_hi"].append(high)
         return {name: np.stack(values) for name, values in layers.items() if values}
 
-    def score(self, samples: RadioSamples) -> float:
-        """R squared on other measurements."""
-        power = np.empty(len(samples))
-        for f in samples.bands:
-            rows = samples.freq_mhz == f
-            power[rows] = self.predict(samples.xy[rows], f)
-        residual = ((samples.rss_dbm - power) ** 2).sum()
-        return float(1 - residual / ((samples.rss_dbm - samples.rss_dbm.mean()) ** 2).sum())
+    def score(self, X: RadioSamples | ArrayLike, y: ArrayLike | None = None) -> float:
+        """R squared on other measurements, or on rows (n, 3) and their powers."""
+        if isinstance(X, RadioSamples):
+            X, y = np.column_stack([X.xy, X.freq_mhz]), X.rss_dbm
+        truth = np.asarray(y, dtype=np.float64)
+        residual = ((truth - self.predict(X)) ** 2).sum()
+        return float(1 - residual / ((truth - truth.mean()) ** 2).sum())
 
     # Judging the error bars
 
@@ -432,14 +495,8 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
         found = checkpoints.load(path, method=KIND)
         about = copy.deepcopy(found.config)
         array = {k: v.numpy() for k, v in found.tensors.items() if not k.startswith("part.")}
-        kinds: dict[str, type[Any]] = {
-            "network": RadioGATxConfig,
-            "gat": RadioGATConfig,
-            "graph": GraphConfig,
-            "trees": TreesConfig,
-        }
         settings = {
-            k: from_plain(kinds[k], v) if k in kinds and v is not None else v for k, v in about["settings"].items()
+            k: from_plain(_KINDS[k], v) if k in _KINDS and v is not None else v for k, v in about["settings"].items()
         }
         self = cls(**settings)
         self.samples_ = RadioSamples(array["xy"], array["freq_mhz"], array["rss_dbm"], about["crs"])
@@ -464,6 +521,30 @@ class RadioMapEstimator(BaseEstimator):  # type: ignore[misc]
             start = f"part.{name}."
             model.restore(path, {k.removeprefix(start): v for k, v in found.tensors.items() if k.startswith(start)})
         return self
+
+
+def _measured(freq_mhz: float, bands: Sequence[float]) -> bool:
+    """Whether this is one of the bands, up to rounding: a millionth."""
+    return any(abs(freq_mhz - band) <= 1e-6 * band for band in bands)
+
+
+def _rows(X: Any) -> tuple[Floats, Floats]:
+    """Positions and frequencies of rows x, y, freq_mhz.
+
+    Raises:
+        UserError: another shape, or a data frame without these columns.
+    """
+    if hasattr(X, "columns"):
+        missing = [name for name in ("x", "y", "freq_mhz") if name not in X.columns]
+        if missing:
+            raise UserError(f"X has no column {', '.join(missing)}; expected x, y, freq_mhz")
+        X = X[["x", "y", "freq_mhz"]]
+    rows = np.asarray(X, dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] != 3:
+        raise UserError(f"X has shape {rows.shape}, expected (n, 3): x, y, frequency in MHz")
+    if not np.isfinite(rows).all():
+        raise UserError(f"X: row {int(np.argwhere(~np.isfinite(rows))[0][0])} is not finite")
+    return rows[:, :2], rows[:, 2]
 
 
 def describe(estimator: RadioMapEstimator) -> str:
