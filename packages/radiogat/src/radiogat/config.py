@@ -479,7 +479,7 @@ class SuggestSettings(Settings):
     Args:
         run: folder of a `radiogat train`.
         count: number of places.
-        reach: distance in meters over which a measurement informs; default: 10 cells.
+        reach: distance in meters over which a measurement informs; default: the range of the measurements' variogram.
         cell: side of a cell in meters; default: the scene's, or half of the measurements' spacing.
     """
 

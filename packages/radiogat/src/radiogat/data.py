@@ -1,6 +1,7 @@
 """Files: measurements, buildings, transmitters and complete maps; positions in degrees become meters (``planes``)."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,31 @@ def read_scene(
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix.lower() in {".json", ".geojson"}:
-        return RadioScene(grid, polygons_on(path, grid, samples.crs), masts, samples.crs)
+        building = polygons_on(path, grid, samples.crs)
+        _say_built(path, building)
+        return RadioScene(grid, building, masts, samples.crs)
     mask, grid, crs = read_raster(path)
     if samples.crs is not None and not same_plane(crs, samples.crs):
         raise UserError(f"{path} lies in {crs}, the samples in {samples.crs}: give --crs {crs} or reproject the raster")
     outside = ~grid.inside(samples.xy)
     if outside.mean() > 0.5:
         raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside this raster")
-    return RadioScene(grid, np.nan_to_num(mask) != 0, masts, samples.crs or crs)
+    building = np.nan_to_num(mask) != 0
+    _say_built(path, building)
+    return RadioScene(grid, building, masts, samples.crs or crs)
+
+
+def _say_built(path: Path, building: Bools) -> None:
+    """Say how much is built up.
+
+    Raises:
+        UserError: nothing is: the file would have no effect.
+    """
+    if not building.any():
+        raise UserError(
+            f"{path}: no cell of the map is built up, so that it would have no effect: check its plane and place"
+        )
+    warnings.warn(f"{path}: {int(building.sum())} of {building.size} cells are built up", stacklevel=4)
 
 
 def read_raster(path: str | Path) -> tuple[Floats, Grid, str]:
@@ -145,24 +163,57 @@ def polygons_on(path: str | Path, grid: Grid, crs: str | None) -> Bools:
     from matplotlib.path import Path as Outline
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a GeoJSON file ({error})") from error
+    own = _plane_of(path, content)
     mask = np.zeros(grid.shape, dtype=bool)
     centers = grid.centers().reshape(*grid.shape, 2)
+    shapes, outside = 0, 0
     for rings in _polygons(path, content):
+        shapes += 1
         inside = np.zeros(grid.shape, dtype=bool)
         for ring in rings:
             outline = np.asarray(ring, dtype=np.float64)[:, :2]
-            if crs is not None:
+            if own is not None:
+                outline = _moved(path, outline, own, crs)
+            elif crs is not None:
                 plane_for(outline[:, 0], outline[:, 1], str(path))
                 outline = project(outline[:, 0], outline[:, 1], crs)
             low, high = np.sort(grid.rowcol(np.stack([outline.min(axis=0), outline.max(axis=0)])), axis=0)
             rows, columns = (slice(max(0, int(a)), max(0, int(b) + 1)) for a, b in zip(low, high, strict=True))
             part = centers[rows, columns]
             inside[rows, columns] ^= Outline(outline).contains_points(part.reshape(-1, 2)).reshape(part.shape[:2])
+        outside += not inside.any()
         mask |= inside
+    if outside:
+        warnings.warn(
+            f"{path}: {outside} of {shapes} shapes cover no cell's center: outside of the map, or smaller", stacklevel=4
+        )
     return mask
+
+
+def _plane_of(path: str | Path, content: Any) -> str | None:
+    """The plane that a GeoJSON file of the older kind names; None for degrees."""
+    named = content.get("crs") if isinstance(content, dict) else None
+    if not named:
+        return None
+    try:
+        name = str(named["properties"]["name"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: its member crs names no coordinate system") from None
+    return None if "CRS84" in name or name.endswith(":4326") else name
+
+
+def _moved(path: str | Path, outline: Floats, own: str, crs: str | None) -> Floats:
+    """An outline of another plane in the map's."""
+    if crs is None:
+        return outline
+    needs("pyproj", "geo", "radiogat", why=f"the plane {own} of {path}")
+    import pyproj
+
+    transform = pyproj.Transformer.from_crs(own, crs, always_xy=True).transform
+    return np.stack(transform(outline[:, 0], outline[:, 1]), axis=1)
 
 
 def _polygons(path: str | Path, content: Any) -> Iterator[Any]:
@@ -171,7 +222,11 @@ def _polygons(path: str | Path, content: Any) -> Iterator[Any]:
         for feature in content["features"]:
             yield from _polygons(path, feature)
     elif kind == "Feature":
-        yield from _polygons(path, content["geometry"])
+        if content["geometry"] is not None:
+            yield from _polygons(path, content["geometry"])
+    elif kind == "GeometryCollection":
+        for geometry in content["geometries"]:
+            yield from _polygons(path, geometry)
     elif kind == "Polygon":
         yield content["coordinates"]
     elif kind == "MultiPolygon":

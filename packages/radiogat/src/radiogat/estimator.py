@@ -423,7 +423,7 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def score(self, X: RadioSamples | ArrayLike, y: ArrayLike | None = None) -> float:
         """R squared on other measurements, or on rows (n, 3) and their powers."""
         if isinstance(X, RadioSamples):
-            X, y = np.column_stack([X.xy, X.freq_mhz]), X.rss_dbm
+            return self.score(np.column_stack([X.xy, X.freq_mhz]), X.rss_dbm)
         truth = np.asarray(y, dtype=np.float64)
         residual = ((truth - self.predict(X)) ** 2).sum()
         return float(1 - residual / ((truth - truth.mean()) ** 2).sum())
@@ -507,10 +507,10 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             self.scene_ = RadioScene(grid, building, array.get("transmitters"), about["scene"]["crs"])
         self.chosen_, self.heldout_ = about["chosen"], about["heldout"]
         self.calibration_ = {k.partition(".")[2]: v for k, v in array.items() if k.startswith("calibration.")}
-        held = {name: array[f"heldout.{name}"] for name in _HELD}
+        held: dict[str, Any] = {name: array[f"heldout.{name}"] for name in _HELD}
         held["levels"] = tuple(held["levels"].tolist())
         self.held_ = HeldOut(**held, beyond=float(about["beyond"]))
-        spread = {f.name: array[f"spread.{f.name}"] for f in dataclasses.fields(Spread)}
+        spread: dict[str, Any] = {f.name: array[f"spread.{f.name}"] for f in dataclasses.fields(Spread)}
         self.spread_ = Spread(**spread | {"level": float(spread["level"].item())})
         self.knots_, self.parts_ = array["knots"], list(about["parts"])
         self.weights_ = Weights(array["weights.near"], array["weights.far"], self.knots_) if self.parts_ else None

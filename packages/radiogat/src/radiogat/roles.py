@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from radiogat.channels import RADIOS, radio_of
+from radiogat.planes import check_plane
 from radiogat.tables import Layout, column, parquet_layout, sniff
 from tenfold import UserError
 from tenfold.errors import did_you_mean
@@ -130,6 +131,8 @@ class Reading:
         for role in self.columns:
             if role not in COLUMNS:
                 raise UserError(f"unknown column role '{role}': {did_you_mean(role, COLUMNS)}")
+        if self.crs is not None:
+            check_plane(self.crs)
         if self.radio is not None and self.radio not in RADIOS:
             raise UserError(f"radio '{self.radio}': {did_you_mean(self.radio, RADIOS)}")
 
