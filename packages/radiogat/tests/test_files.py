@@ -304,6 +304,14 @@ def test_collections_null_geometries_heights_and_projected_files_are_read(tmp_pa
         assert polygons_on(path, Grid(x, y, 1, 20, 20), "EPSG:32632").sum() == 100
 
 
+def test_a_scene_that_would_not_fit_is_refused_with_the_cell_that_would(tmp_path):
+    samples = RadioSamples([[0.0, 0], [90000.0, 80000]], 1800.0, [-70.0, -80.0])
+    masts = csv_file(tmp_path, "x,y\n10,10\n20,20\n30,30\n", "masts.csv")
+    with pytest.raises(UserError, match=r"takes 17\.1 GB with 3 masts, more than 4: give --cell 7\.8"):
+        read_scene(None, masts, samples, cell=3.6)
+    assert read_scene(None, masts, samples, cell=400.0).grid.cell == 400.0
+
+
 def test_buildings_without_any_effect_are_an_error(tmp_path):
     away = {"type": "Polygon", "coordinates": [[[20, 50], [20.1, 50], [20.1, 50.1], [20, 50]]]}
     path = csv_file(tmp_path, json.dumps(away), "b.geojson")

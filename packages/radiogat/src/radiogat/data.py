@@ -20,6 +20,8 @@ from tenfold.files import replacing
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+_MOST_GB = 4.0
+"""Gigabytes that the rasters of a scene may take."""
 
 
 # Measurements
@@ -100,6 +102,7 @@ def read_scene(
         masts, _ = read_positions(transmitters, samples.crs)
     around = samples.xy if masts is None else np.concatenate([samples.xy, masts])
     grid = Grid.around(around, side, margin=side)
+    _bounded(grid, 0 if masts is None else len(masts))
     if buildings is None:
         return RadioScene(grid, None, masts, samples.crs)
     path = Path(buildings)
@@ -110,6 +113,7 @@ def read_scene(
         _say_built(path, building)
         return RadioScene(grid, building, masts, samples.crs)
     mask, grid, crs = read_raster(path)
+    _bounded(grid, 0 if masts is None else len(masts))
     if samples.crs is not None and not same_plane(crs, samples.crs):
         raise UserError(f"{path} lies in {crs}, the samples in {samples.crs}: give --crs {crs} or reproject the raster")
     outside = ~grid.inside(samples.xy)
@@ -118,6 +122,21 @@ def read_scene(
     building = np.nan_to_num(mask) != 0
     _say_built(path, building)
     return RadioScene(grid, building, masts, samples.crs or crs)
+
+
+def _bounded(grid: Grid, masts: int) -> None:
+    """Refuse a scene whose rasters would not fit.
+
+    Raises:
+        UserError: more than a few gigabytes; the message says how many, and which cell would do.
+    """
+    size = grid.height * grid.width * (1 + 8 * (masts + 1)) / 2**30
+    if size > _MOST_GB:
+        enough = grid.cell * (size / _MOST_GB) ** 0.5
+        raise UserError(
+            f"a scene of {grid.height} x {grid.width} cells of {grid.cell:.3g} m takes {size:.1f} GB with {masts} masts,"
+            f" more than {_MOST_GB:g}: give --cell {enough * 1.05:.2g} or more"
+        )
 
 
 def _say_built(path: Path, building: Bools) -> None:

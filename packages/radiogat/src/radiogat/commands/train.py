@@ -100,7 +100,7 @@ class _Resumable:
 
 
 def draw_calibration(folder: Run, estimator: RadioMapEstimator, maps: RadioMaps | None, settings: TrainSettings) -> str:
-    """Draw error bars at unmeasured places where the truth is known; else on held-out blocks that others calibrated.
+    """Draw error bars at unmeasured places where the truth is known; else on held-out places that others calibrated.
 
     Returns the picture's caption; there is no picture of a few held-out measurements.
     """
@@ -112,10 +112,10 @@ def draw_calibration(folder: Run, estimator: RadioMapEstimator, maps: RadioMaps 
         calibration_picture(folder.figure("calibration"), curves, "unmeasured cells")
         return "Share of the unmeasured cells inside the intervals, at each level."
     if len(estimator.calibration_["truth"]) >= _ENOUGH:
-        name = "a fifth of the held-out blocks,\ncalibrated on the others"
+        name = "a fifth of the held-out places,\ncalibrated on the others"
         curves = {name: estimator.cross_coverage(LEVELS)}
         calibration_picture(folder.figure("calibration"), curves, "held-out measurements")
     return (
-        "Share of the held-out measurements of a fifth of the blocks inside intervals that the other blocks calibrated;"
-        " their mean is straight by construction, their spread shows what the choice of blocks does."
+        "Share of the held-out cases of a fifth of the places inside intervals that the other places calibrated, weighted as the"
+        " map; their mean is straight by construction, their spread shows what the choice of places does."
     )
