@@ -116,6 +116,6 @@ def draw_calibration(folder: Run, estimator: RadioMapEstimator, maps: RadioMaps 
         curves = {name: estimator.cross_coverage(LEVELS)}
         calibration_picture(folder.figure("calibration"), curves, "held-out measurements")
     return (
-        "Share of the held-out cases of a fifth of the places inside intervals that the other places calibrated, weighted as the"
+        "Share of the held-out cases of a fifth of the places inside intervals that the others calibrated, weighted as the"
         " map; their mean is straight by construction, their spread shows what the choice of places does."
     )
