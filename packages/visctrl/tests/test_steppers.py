@@ -3,7 +3,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from visctrl_tiny import SCHEDULE, ddim
 from diffusers import (
     DDIMInverseScheduler,
     DPMSolverMultistepScheduler,
@@ -13,6 +12,7 @@ from diffusers import (
 )
 from visctrl.inversion import Trajectory, denoise, invert
 from visctrl.steppers import DDIMStepper, stepper_of
+from visctrl_tiny import SCHEDULE, ddim
 
 from tenfold import UserError
 

@@ -1,20 +1,14 @@
 """Every setting of `visctrl`, and the one home of each default. Imports no torch."""
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import tenfold.config
-from tenfold import UserError
 from tenfold.config import (
     Count,
-    Device,
-    Ge,
-    Length,
     NonNegative,
     Positive,
     Probability,
-    Seeds,
     SettingError,
     Settings,
     Share,
@@ -47,8 +41,9 @@ class VisCtrlConfig(Settings):
         later_steps: steps of the rounds after the first (default: as the first).
         later_start: start of the rounds after the first (default: as the first).
         later_guidance: guidance of the rounds after the first (default: as the first).
-        bank: where the reference's features are kept: memory, pinned (CPU), stream (not at all), auto by max_bank.
-        max_bank: largest size of the features in memory, and of those in pinned memory; 4GB, 500MiB.
+        bank: where the reference's features are kept: memory, pinned (CPU), stream (not at all: its rows ride in the
+            batch), or auto (memory up to max_bank, else stream).
+        max_bank: largest size of the features for bank auto, such as 4GB or 500MiB.
         lock: hold everything outside of the target's mask to the target, where there is a mask.
         guard: stop before a round that would drift, and return the round before it.
         max_residual: relative change in the last evaluation of an inversion beyond which a round is not begun.
@@ -98,39 +93,39 @@ class VisCtrlConfig(Settings):
     @classmethod
     def paper(cls, rounds: int = 5, **changes: Any) -> "VisCtrlConfig":
         """The settings of the authors' released code: guided plain inversion, 10 steps, then 5; no guard."""
-        own: dict[str, Any] = dict(
-            steps=10,
-            start=0.2,
-            layers="1:",
-            rounds=rounds,
-            guidance=6.0,
-            inversion_guidance=None,
-            guidance_rows="match",
-            refine=1,
-            partial=False,
-            later_steps=5,
-            later_start=0.2,
-            later_guidance=4.0,
-            lock=False,
-            guard=False,
-        )
+        own: dict[str, Any] = {
+            "steps": 10,
+            "start": 0.2,
+            "layers": "1:",
+            "rounds": rounds,
+            "guidance": 6.0,
+            "inversion_guidance": None,
+            "guidance_rows": "match",
+            "refine": 1,
+            "partial": False,
+            "later_steps": 5,
+            "later_start": 0.2,
+            "later_guidance": 4.0,
+            "lock": False,
+            "guard": False,
+        }
         return cls(**(own | changes))
 
     @classmethod
     def masactrl(cls, **changes: Any) -> "VisCtrlConfig":
         """One round in the manner of MasaCtrl: 50 steps, from step 4 and layer 10 on, plain inversion."""
-        own: dict[str, Any] = dict(
-            steps=50,
-            start=0.08,
-            layers="10:",
-            rounds=1,
-            guidance=7.5,
-            guidance_rows="match",
-            refine=1,
-            partial=False,
-            lock=False,
-            guard=False,
-        )
+        own: dict[str, Any] = {
+            "steps": 50,
+            "start": 0.08,
+            "layers": "10:",
+            "rounds": 1,
+            "guidance": 7.5,
+            "guidance_rows": "match",
+            "refine": 1,
+            "partial": False,
+            "lock": False,
+            "guard": False,
+        }
         return cls(**(own | changes))
 
     @classmethod
