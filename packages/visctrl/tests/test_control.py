@@ -11,11 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from visctrl.banks import FeatureBank
 from visctrl.control import SelfAttentionController, Source
 from visctrl.errors import AttachedError, MissingFeaturesError, ShapeMismatchError, UnsupportedModelError
-from visctrl.layers import select_layers, self_attention_layers, watch_tokens
+from visctrl.layers import select_layers, self_attention_layers, watching
 from visctrl.selection import ReferenceTokens, choose_keys, foreground_tokens
 from visctrl_tiny import latents, tiny_unconditional, tiny_unet
 
 from tenfold import UserError
+
+
+def watch_tokens(model, *args, **kwargs):
+    with watching(model) as seen:
+        model(*args, **kwargs)
+    return seen
 
 
 def ask(unet, z, t, text):

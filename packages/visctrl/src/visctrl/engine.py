@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold import UserError
-from visctrl.banks import FeatureBank, time_key
+from visctrl.banks import FeatureBank, Where, time_key
 from visctrl.config import VisCtrlConfig
 from visctrl.control import SelfAttentionController, Source
 from visctrl.errors import BankMismatchError, ShapeMismatchError, UnsupportedModelError
 from visctrl.families import Conditions, adapter_of
 from visctrl.guard import DriftGuard
-from visctrl.inversion import Trajectory, invert
+from visctrl.inversion import Trajectory, denoise, invert
 from visctrl.layers import self_attention_layers
 from visctrl.provenance import Trace, provenance_picture
 from visctrl.selection import token_grid
@@ -155,6 +155,17 @@ class VisCtrl:
         return self._invert(z, told, self.config, stepper, len(stepper))
 
     @torch.inference_mode()
+    def denoise(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Latents at the clean end from those at the noisiest, under the engine's settings, without injection."""
+        stepper, g = self.adapter.stepper(self.config.steps, latents), self._inversion_guidance(self.config)
+        branches = self.adapter.branches(conditions, g)
+
+        def predict(w: Tensor, i: int, last: bool) -> Tensor:
+            return self._guided(self._call(w, stepper.timesteps[i - 1], branches), len(branches), g)
+
+        return denoise(predict, latents, stepper)
+
+    @torch.inference_mode()
     def reference(
         self,
         image: Tensor,
@@ -184,14 +195,49 @@ class VisCtrl:
     def features(self, reference: Reference, config: VisCtrlConfig | None = None) -> Features:
         """The reference's trajectory and bank under the settings of a round; made once."""
         config = config or self.config
-        stepper = self.adapter.stepper(config.steps, reference.latents)
-        g, inverting = self.guidance(config), self._inversion_guidance(config)
-        level = stepper.injected(config.start)
-        kind = config.bank if config.bank != "auto" else f"auto {config.max_bank}"
-        key = (stepper.key, level, config.layers, config.refine, inverting, config.guidance_rows, g > 1, kind)
+        key = self._key(reference, config)
         if key not in reference.made:
-            reference.made[key] = self._features(reference, config, stepper, level, g)
+            stepper = self.adapter.stepper(config.steps, reference.latents)
+            level = stepper.injected(config.start)
+            reference.made[key] = self._features(reference, config, stepper, level, self.guidance(config))
         return reference.made[key]
+
+    def adopt(self, reference: Reference, features: Features, config: VisCtrlConfig | None = None) -> None:
+        """Use features that were made before, under the same settings.
+
+        Raises:
+            BankMismatchError: they are of another model, schedule or size, or have too few levels.
+        """
+        config = config or self.config
+        stepper = self.adapter.stepper(config.steps, reference.latents)
+        features.trajectory.check(stepper, tuple(reference.latents.shape[1:]))
+        if features.bank is not None:
+            features.bank.check(self._about(reference, stepper))
+        if len(features.trajectory) < stepper.injected(config.start):
+            raise BankMismatchError(
+                f"the features have {len(features.trajectory)} levels, expected {stepper.injected(config.start)} or more"
+            )
+        reference.made[self._key(reference, config)] = features
+
+    def _about(self, reference: Reference, stepper: Stepper) -> dict[str, Any]:
+        return self.adapter.about | {"schedule": list(stepper.key), "latents": list(reference.latents.shape[1:])}
+
+    def _key(self, reference: Reference, config: VisCtrlConfig) -> tuple[Any, ...]:
+        """What features depend on."""
+        stepper = self.adapter.stepper(config.steps, reference.latents)
+        kind = config.bank if config.bank != "auto" else f"auto {config.max_bank}"
+        guided = self.guidance(config) > 1
+        rows, inverting = config.guidance_rows, self._inversion_guidance(config)
+        return (
+            stepper.key,
+            stepper.injected(config.start),
+            config.layers,
+            config.refine,
+            inverting,
+            rows,
+            guided,
+            kind,
+        )
 
     def _features(
         self, reference: Reference, config: VisCtrlConfig, stepper: Stepper, level: int, g: float
@@ -199,8 +245,8 @@ class VisCtrl:
         bank: FeatureBank | None = None
         if config.bank != "stream":
             limit = config.bank_bytes if config.bank == "auto" else None
-            about = self.adapter.about | {"schedule": list(stepper.key), "latents": list(reference.latents.shape[1:])}
-            bank = FeatureBank("pinned" if config.bank == "pinned" else "memory", max_bytes=limit, about=about)
+            where: Where = "pinned" if config.bank == "pinned" else "memory"
+            bank = FeatureBank(where, max_bytes=limit, about=self._about(reference, stepper))
         inverting = self._inversion_guidance(config)
         branches = self._recorded(reference.conditions, config, g)
         alike = len(branches) == len(self.adapter.branches(reference.conditions, inverting))
@@ -523,13 +569,7 @@ class VisCtrl:
 
     def _share(self, reference: Reference, widest: VisCtrlConfig, config: VisCtrlConfig) -> None:
         """Let a round use features that were made for an earlier start."""
-        made = self.features(reference, widest)
-        stepper = self.adapter.stepper(config.steps, reference.latents)
-        g, inverting = self.guidance(config), self._inversion_guidance(config)
-        kind = config.bank if config.bank != "auto" else f"auto {config.max_bank}"
-        level = stepper.injected(config.start)
-        key = (stepper.key, level, config.layers, config.refine, inverting, config.guidance_rows, g > 1, kind)
-        reference.made.setdefault(key, made)
+        reference.made.setdefault(self._key(reference, config), self.features(reference, widest))
 
 
 class _State:

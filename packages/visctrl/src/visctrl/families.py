@@ -63,7 +63,7 @@ class ModelAdapter(ABC):
 
     def __init__(self, pipe: Any, network: nn.Module, scheduler: Any) -> None:
         self.pipe = pipe
-        self.model = unwrapped(network)
+        self.model: Any = unwrapped(network)
         self.scheduler = scheduler
 
     @classmethod
@@ -268,7 +268,7 @@ class SDAdapter(_Autoencoder):
         return Conditions(pair[0], pair[1], prompt)
 
     def _add_pictures(self, pair: tuple[dict[str, Tensor], dict[str, Tensor]], picture: Any) -> None:
-        needed = self.model.config.get("encoder_hid_dim_type") == "ip_image_proj"
+        needed = getattr(self.model.config, "encoder_hid_dim_type", None) == "ip_image_proj"
         if needed != (picture is not None):
             raise UnsupportedModelError(
                 "an IP-Adapter is loaded and no ip_adapter_image is given: give one, or call unload_ip_adapter()"
@@ -311,7 +311,7 @@ class SDXLAdapter(SDAdapter):
         if self.pipe.tokenizer is not None:
             _warn_of_length(self.pipe.tokenizer, prompt)
         own, null, pooled, null_pooled = self.pipe.encode_prompt(
-            prompt, device=self.device, do_classifier_free_guidance=True, negative_prompt=negative
+            prompt, device=self.device, do_classifier_free_guidance=True, negative_prompt=negative or None
         )
         side = (self.size, self.size)
         times = self.pipe._get_add_time_ids(side, (0, 0), side, own.dtype, pooled.shape[-1]).to(self.device)

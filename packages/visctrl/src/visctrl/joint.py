@@ -47,7 +47,7 @@ def attend_joint(
     size = attn.to_q.out_features // attn.heads
 
     def heads(x: Tensor, norm: Any) -> Tensor:  # (B, N, H d) -> (B, N, H, d)
-        x = x.unflatten(-1, (attn.heads, size))
+        x = x.view(*x.shape[:-1], attn.heads, size)
         if norm is None:
             return x
         return norm(x) if flux else norm(x.transpose(1, 2)).transpose(1, 2)

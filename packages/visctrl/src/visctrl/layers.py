@@ -4,7 +4,9 @@ Names of diffusers' own dictionaries come in the order of registration (down, up
 are executed: down, middle, up.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -99,12 +101,16 @@ def _width(module: Any) -> int:
     return int(module.to_k.in_features if hasattr(module, "to_k") else module.to_qkv.in_features)
 
 
-def watch_tokens(model: nn.Module, *args: Any, **kwargs: Any) -> list[LayerInfo]:
-    """The layers with their numbers of tokens and in the order seen, from one forward pass (also on the meta device)."""
-    layers = self_attention_layers(model)
+@contextlib.contextmanager
+def watching(model: nn.Module) -> Iterator[list[LayerInfo]]:
+    """Within the block, the layers that run are added to a list as they do, with their numbers of tokens.
+
+    Raises:
+        UnsupportedModelError: the model has no self-attention.
+    """
     seen: list[LayerInfo] = []
     handles = []
-    for layer in layers:
+    for layer in self_attention_layers(model):
 
         def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], layer: LayerInfo = layer) -> None:
             h = given[0] if given else named["hidden_states"]
@@ -113,11 +119,10 @@ def watch_tokens(model: nn.Module, *args: Any, **kwargs: Any) -> list[LayerInfo]
         module = unwrapped(model).get_submodule(layer.name)
         handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
-        model(*args, **kwargs)
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
 def select_layers(text: str, layers: list[LayerInfo]) -> tuple[int, ...]:
