@@ -124,7 +124,7 @@ def test_a_bank_is_recorded_once_and_gives_the_same_edit(place, tmp_path, capsys
         "--out",
         tmp_path / "c",
     ]
-    assert_user_error(main, [str(w) for w in words], capsys, "latents")
+    assert_user_error(main, [str(w) for w in words], capsys, "another family: sd, expected unconditional")
 
 
 def test_an_inversion_writes_its_trajectory_and_what_it_loses(place, tmp_path, capsys):

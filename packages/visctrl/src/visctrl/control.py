@@ -398,13 +398,14 @@ def _check(layer: LayerInfo, attn: Any, trust: tuple[type[Any], ...]) -> None:
         raise AttachedError(f"layer {layer.name} is under the control of another controller")
     if trust == (object,):
         return
-    if getattr(attn, "fused_projections", False) or not hasattr(attn, "to_k"):
+    name = type(attn.processor).__name__
+    # unfusing a U-Net puts its processors back and leaves the flag, which only Flux and SD3 look at
+    if name.startswith("Fused") or (layer.kind != "plain" and getattr(attn, "fused_projections", False)):
         raise UnsupportedModelError(
             f"layer {layer.name} has fused projections: call unfuse_qkv_projections() on the model or pipeline first"
         )
     if getattr(attn, "norm_cross", None) or getattr(attn, "spatial_norm", None) is not None:
         raise UnsupportedModelError(f"layer {layer.name} norms keys from elsewhere in a way of its own")
-    name = type(attn.processor).__name__
     known = PLAIN if layer.kind == "plain" else JOINT[layer.kind]
     if name not in known and not isinstance(attn.processor, trust):
         raise UnsupportedModelError(

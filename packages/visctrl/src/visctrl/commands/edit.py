@@ -13,7 +13,7 @@ from tenfold.report import write_report
 from tenfold.terminal import table, track
 from visctrl.commands import _banks, _work
 from visctrl.config import EditSettings
-from visctrl.data import Pair, load_model, read_pairs, read_picture
+from visctrl.data import Pair, load_model, read_mask, read_pairs, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Picture
 
