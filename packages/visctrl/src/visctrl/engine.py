@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from visctrl.families import Conditions, adapter_of
 from visctrl.guard import DriftGuard
 from visctrl.inversion import Trajectory, denoise, invert
 from visctrl.layers import self_attention_layers
+from visctrl.outcome import EditOutput, State
 from visctrl.provenance import Trace, provenance_picture
 from visctrl.selection import token_grid
 from visctrl.steppers import Stepper
@@ -59,35 +59,6 @@ class Features:
 
     trajectory: Trajectory
     bank: FeatureBank | None
-
-
-@dataclass
-class EditOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
-    """What an edit gives.
-
-    Attributes:
-        images: the edited pictures (B, 3, H, W) in [-1, 1].
-        latents: their latents.
-        history: the pictures after each round, where they were asked for; one tensor per round that was made.
-        residuals: of each round, the inversion's residual of each picture (NaN where it was not made).
-        rounds: the round that each picture is of, 0 for the target itself.
-        verdicts: why no further round was made; empty where all were.
-        rows: pictures that went through the network, guidance branches and references counted.
-        seconds: wall time.
-        provenance: for each picture, which place of the (first) reference each token came from, as a picture.
-        unsafe: what the pipeline's safety checker said of each picture, where it has one; such pictures are black.
-    """
-
-    images: Tensor
-    latents: Tensor
-    history: list[Tensor] | None = None
-    residuals: list[list[float]] | None = None
-    rounds: list[int] | None = None
-    verdicts: list[str] | None = None
-    rows: int = 0
-    seconds: float = 0.0
-    provenance: list[NDArray[np.uint8]] | None = None
-    unsafe: list[bool] | None = None
 
 
 class VisCtrl:
@@ -365,7 +336,7 @@ class VisCtrl:
             raise ValueError("mode subject needs a mask of the target, of the reference, or of both")
         told = conditions or self.conditions(prompt, negative_prompt)
         z = self.encode(target)
-        state = _State(z.float(), target.to(z.device), config.rounds)
+        state = State(z.float(), target.to(z.device), config.rounds)
         guard = DriftGuard(config.max_residual, config.max_clipped) if config.guard else None
         trace: Trace | None = None
         for number in range(config.rounds):
@@ -509,7 +480,7 @@ class VisCtrl:
         black = torch.tensor(unsafe, device=images.device).view(-1, 1, 1, 1)
         return torch.where(black, -1.0, images), [bool(x) for x in unsafe]
 
-    def _provenance(self, state: "_State", reference: Reference) -> list[NDArray[np.uint8]] | None:
+    def _provenance(self, state: "State", reference: Reference) -> list[NDArray[np.uint8]] | None:
         if any(found is None for found in state.traces):
             return None
         target, other = self.adapter.grid(state.latents), self.adapter.grid(reference.latents)
@@ -570,60 +541,6 @@ class VisCtrl:
     def _share(self, reference: Reference, widest: VisCtrlConfig, config: VisCtrlConfig) -> None:
         """Let a round use features that were made for an earlier start."""
         reference.made.setdefault(self._key(reference, config), self.features(reference, widest))
-
-
-class _State:
-    """Where each target stands."""
-
-    def __init__(self, latents: Tensor, target: Tensor, rounds: int) -> None:
-        self.latents = latents.clone()
-        self.target = target
-        self.images = target.float().clone()
-        self.rounds = [0] * len(latents)
-        self.verdicts = [""] * len(latents)
-        self.residuals = [[float("nan")] * len(latents) for _ in range(rounds)]
-        self.traces: list[tuple[Tensor, Tensor] | None] = [None] * len(latents)
-        self.history: list[Tensor] = []
-        self._stopped = torch.zeros(len(latents), dtype=torch.bool)
-
-    def active(self) -> Tensor:
-        """Numbers of the targets that go on."""
-        return (~self._stopped).nonzero().flatten().to(self.latents.device)
-
-    def stop(self, active: Tensor, reasons: Sequence[str]) -> None:
-        """Stop those with a reason, at the round before."""
-        for i, reason in zip(active.tolist(), reasons, strict=True):
-            if reason:
-                self._stopped[i] = True
-                self.verdicts[i] = f"stopped after round {self.rounds[i]}: {reason}"
-
-    def note_residuals(self, number: int, active: Tensor, residual: Tensor) -> None:
-        """Keep the residuals that a round starts from."""
-        for i, x in zip(active.tolist(), residual.tolist(), strict=True):
-            self.residuals[number][i] = x
-
-    def keep(self, number: int, active: Tensor, latents: Tensor, images: Tensor, reasons: Sequence[str]) -> None:
-        """Take over a round's results, but those with a reason from the second round on."""
-        for n, (i, reason) in enumerate(zip(active.tolist(), reasons, strict=True)):
-            if not reason or number == 0:
-                self.latents[i], self.images[i], self.rounds[i] = (
-                    latents[n],
-                    images[n].to(self.images.device),
-                    number + 1,
-                )
-        self.stop(active, reasons)
-
-    def take_trace(self, active: Tensor, trace: Trace | None) -> None:
-        """Keep where the parts of the pictures of this round came from."""
-        if trace is None or trace.source is None or trace.share is None:
-            return
-        for n, i in enumerate(active.tolist()):
-            if not self._stopped[i] or self.traces[i] is None:
-                self.traces[i] = (trace.source[n], trace.share[n])
-
-    def remember(self) -> None:
-        """Add the pictures as they are to the history."""
-        self.history.append(self.images.clone())
 
 
 def _stacked(branches: Sequence[Mapping[str, Tensor]], rows: int) -> dict[str, Tensor]:

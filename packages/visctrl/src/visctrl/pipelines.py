@@ -17,9 +17,10 @@ from typing_extensions import override
 
 from visctrl.config import VisCtrlConfig
 from visctrl.control import SelfAttentionController, Source
-from visctrl.engine import EditOutput, Reference, VisCtrl
+from visctrl.engine import Reference, VisCtrl
 from visctrl.inversion import Trajectory
 from visctrl.masks import to_images, to_pictures
+from visctrl.outcome import EditOutput
 
 
 class VisCtrlCallback(PipelineCallback):  # type: ignore[misc]  # diffusers has no types

@@ -107,7 +107,7 @@ class ToyDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers h
         blocks: number of blocks.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, channels: int = 16, width: int = 64, heads: int = 4, blocks: int = 3) -> None:
         super().__init__()
         self.read = nn.Linear(channels, width)

@@ -14,7 +14,7 @@ from tenfold.figures import image_grid
 from tenfold.runs import Run
 from visctrl.config import EditSettings, VisCtrlConfig
 from visctrl.data import Pair, read_mask, read_picture, write_picture
-from visctrl.engine import EditOutput, Reference, VisCtrl
+from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import (
     Crop,
     Mask,
@@ -27,6 +27,7 @@ from visctrl.masks import (
     to_images,
     to_pictures,
 )
+from visctrl.outcome import EditOutput
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def prepare(engine: VisCtrl, path: Path, mask: str | None, size: int | None, cro
         if found is None:
             raise UserError(f"--crop cuts subjects out: {path} has no mask")
         cut = crop_subject(photo, found, side)
-        shown, small = cut.picture, cut.mask
+        shown: Picture = cut.picture
+        small: Mask | None = cut.mask
     else:
         scale = min(1.0, side / max(photo.shape[:2]))
         h, w = (max(1, round(scale * x)) for x in photo.shape[:2])

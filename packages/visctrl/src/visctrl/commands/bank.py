@@ -26,7 +26,7 @@ def run(settings: BankSettings, invocation: Invocation) -> None:
     _banks.write(invocation.folder, reference, features, shown)
     about = _banks.summary(features)
     invocation.folder.write_json("bank.json", about)
-    rows = [
+    rows: list[list[object]] = [
         ["levels", len(about["timesteps"])],
         ["layers", len(about["layers"])],
         ["megabytes", f"{about['bytes'] / 1e6:.2f}"],

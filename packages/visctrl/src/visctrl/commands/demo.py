@@ -23,8 +23,9 @@ from tenfold.terminal import show_claims, table, track
 from visctrl import metrics
 from visctrl.blobs import Pairs, render, render_pairs
 from visctrl.config import DemoSettings, VisCtrlConfig
-from visctrl.engine import EditOutput, VisCtrl
+from visctrl.engine import VisCtrl
 from visctrl.masks import to_pictures
+from visctrl.outcome import EditOutput
 from visctrl.toy import PatchCodec, ToyDenoiser, Training, toy_adapter, train_toy
 
 DATA = "rendered discs and squares of one color on white, 32 x 32 pixels"

@@ -75,7 +75,7 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
         rows.append([name, *(_shown(x) for x in values.values())])
     heads = list(next(iter(everything.values())))
     if len(rows) > 1:
-        numbers = {h: [v[h] for v in everything.values() if v[h] is not None] for h in heads}
+        numbers = {h: [x for v in everything.values() if (x := v[h]) is not None] for h in heads}
         means = [_shown(float(np.mean(x)) if x else None) for x in numbers.values()]
         rows.append(["mean", *means])
     invocation.folder.write_json("evaluation.json", everything)

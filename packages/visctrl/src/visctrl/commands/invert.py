@@ -34,10 +34,11 @@ def run(settings: InvertSettings, invocation: Invocation) -> None:
         write_picture(temporary, back, "reconstructed with visctrl")
     image_grid(folder.own("grid.png"), [[target.photo, back]], column_titles=["target", "reconstruction"], cell=1.6)
     last = [float(x) for x in trajectory.residuals[:, -1, 0]]
+    fell_back = trajectory.fallen_back[:, 0].tolist()
     about = {
         "timesteps": trajectory.timesteps,
         "residuals": trajectory.residuals[..., 0].tolist(),
-        "fallen_back": trajectory.fallen_back[:, 0].tolist(),
+        "fallen_back": fell_back,
         "reconstruction_rmse": _banks.mean_square(images, own),
         "autoencoder_rmse": _banks.mean_square(through, own),
         "rows": engine.rows,
@@ -45,7 +46,7 @@ def run(settings: InvertSettings, invocation: Invocation) -> None:
     folder.write_json("invert.json", about)
     rows = [
         [i + 1, f"{t:g}", f"{x:.2e}", "plain step" if back_ else ""]
-        for i, (t, x, back_) in enumerate(zip(trajectory.timesteps, last, about["fallen_back"], strict=True))
+        for i, (t, x, back_) in enumerate(zip(trajectory.timesteps, last, fell_back, strict=True))
     ]
     sys.stdout.write(table(["level", "timestep", "last change", "fell back"], rows) + "\n\n")
     sys.stdout.write(
