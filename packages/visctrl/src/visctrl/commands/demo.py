@@ -33,7 +33,7 @@ SEEDS = {"quick": 1, "default": 1, "full": 5}
 LENGTHS = {"quick": (60, 2), "default": (2500, 24), "full": (2500, 48)}
 """Training steps and pairs."""
 ROUNDS = 4
-CONFIG = VisCtrlConfig(steps=10, start=0.6, layers="0:", rounds=ROUNDS, refine=3, guard=False, max_bank="64MB")
+CONFIG = VisCtrlConfig(steps=10, start=0.8, layers="0:", rounds=ROUNDS, refine=3, guard=False, max_bank="64MB")
 ARMS: dict[str, dict[str, object]] = {
     "rounds": {},
     "plain inversion": {"refine": 1},
