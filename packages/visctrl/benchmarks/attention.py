@@ -67,6 +67,7 @@ def measure() -> list[Comparison]:
             close,
             shape=f"{TOKENS} tokens of {WIDTH}, {HEADS} heads",
             required=">= 10",
+            pairs=5,
         ),
         compare(
             "chosen_keys",

@@ -7,7 +7,7 @@ from PIL import Image
 from visctrl.cli import main
 from visctrl.data import read_pairs
 from visctrl.inversion import Trajectory
-from visctrl_tiny import sd, unconditional
+from visctrl_tiny import sd, sdxl, unconditional
 
 from tenfold import UserError
 from tenfold.readers import read_image
@@ -25,6 +25,7 @@ def place(tmp_path_factory):
     """A folder with two models, pictures of odd sizes and masks."""
     folder = tmp_path_factory.mktemp("place")
     sd(folder).save_pretrained(folder / "sd")
+    sdxl(folder).save_pretrained(folder / "xl")
     unconditional(folder).save_pretrained(folder / "plain")
     for seed, name in enumerate(("target", "reference", "other")):
         x = torch.nn.functional.interpolate(
@@ -222,6 +223,19 @@ def test_a_row_of_a_table_may_hold_prompts_and_kinds_of_masks(place, tmp_path):
     assert (pair.target_mask, pair.reference_mask, pair.target_prompt) == ("white", None, "a dog")
     with pytest.raises(UserError, match="No such file"):
         read_pairs(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15-paper", "sdxl"])
+def test_recipes_run_on_tiny_stand_ins_of_their_models(name, place, tmp_path):
+    short = {
+        "sd15": ["--control.steps", "4"],
+        "sd15-paper": [],
+        "sdxl": ["--control.layers", "1:", "--control.steps", "4"],
+    }
+    words = ["--model", place / ("xl" if name == "sdxl" else "sd"), "--size", "16", *short[name]]
+    pair = ["--target", place / "target.png", "--reference", place / "reference.png"]
+    run("edit", "--config", f"recipe:{name}", *words, *pair, "--out", tmp_path / "out")
+    assert read_image(tmp_path / "out/edited.png").shape == (21, 30, 3)
 
 
 def test_the_demonstration_runs_in_its_quick_form(tmp_path, capsys):

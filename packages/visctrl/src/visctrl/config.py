@@ -72,7 +72,7 @@ class VisCtrlConfig(Settings):
     max_bank: str = "4GB"
     lock: bool = True
     guard: bool = True
-    max_residual: Positive = 0.25
+    max_residual: Positive = 0.1
     max_clipped: Share = 0.05
 
     def __post_init__(self) -> None:
