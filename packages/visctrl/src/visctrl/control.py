@@ -212,7 +212,7 @@ class SelfAttentionController:
             if self._state is None:
                 return
             call = dict(zip(arguments, given, strict=False)) | named
-            self._time = _one_time(call.get("timestep"))
+            self._time = one_time(call.get("timestep"))
             sample = call.get("sample", call.get("hidden_states"))
             if isinstance(sample, Tensor) and sample.ndim == 4:
                 self.grid = (sample.shape[-2], sample.shape[-1])
@@ -372,7 +372,7 @@ def _spread(found: Tensor, rows: int, groups: int) -> Tensor:
     return found.expand(rows, -1, -1) if len(found) == 1 else found.repeat_interleave(rows // len(found), dim=0)
 
 
-def _one_time(timestep: Any) -> float:
+def one_time(timestep: Any) -> float:
     """The timestep of a call.
 
     Raises:

@@ -313,16 +313,19 @@ class SDXLAdapter(SDAdapter):
         own, null, pooled, null_pooled = self.pipe.encode_prompt(
             prompt, device=self.device, do_classifier_free_guidance=True, negative_prompt=negative or None
         )
-        side = (self.size, self.size)
-        times = self.pipe._get_add_time_ids(side, (0, 0), side, own.dtype, pooled.shape[-1]).to(self.device)
         pair: tuple[dict[str, Tensor], dict[str, Tensor]] = (
             {"encoder_hidden_states": own, "added_cond_kwargs/text_embeds": pooled},
             {"encoder_hidden_states": null, "added_cond_kwargs/text_embeds": null_pooled},
         )
-        for rows in pair:
-            rows["added_cond_kwargs/time_ids"] = times
         self._add_pictures(pair, more.get("ip_adapter_image"))
         return Conditions(pair[0], pair[1], prompt)
+
+    @override
+    def network(self, z: Tensor, timestep: float, rows: Rows) -> Tensor:
+        side = (z.shape[-2] * self.factor, z.shape[-1] * self.factor)
+        width = rows["added_cond_kwargs/text_embeds"].shape[-1]
+        times = self.pipe._get_add_time_ids(side, (0, 0), side, self.dtype, width).repeat(len(z), 1)
+        return super().network(z, timestep, dict(rows) | {"added_cond_kwargs/time_ids": times})
 
 
 @register_adapter

@@ -93,7 +93,8 @@ def choose_keys(
         references: the references' tokens, in the same rows.
         mode: as above.
         bias: as above.
-        own_mask: where the target's subject is, (T, H, W); rows of ``own`` are T targets per guidance branch.
+        own_mask: where the target's subject is, (T, H, W); rows of ``own`` are T targets per guidance branch. Without it
+            all of the target's own tokens are keys in mode subject.
         grid: height and width of the target's latents, for masks.
 
     Shapes: ``own`` (B, N, d).

@@ -1,16 +1,12 @@
 """A recorded reference as files, and back."""
 
-import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from tenfold import UserError, checkpoints, runs
 from tenfold.runs import Run
 from visctrl.banks import FeatureBank
-from visctrl.commands._work import Prepared, without_notes
+from visctrl.commands._work import Prepared, one_round
 from visctrl.config import BankSettings
 from visctrl.data import read_picture, write_picture
 from visctrl.engine import Features, Reference, VisCtrl
@@ -43,7 +39,7 @@ def read(engine: VisCtrl, folder: str) -> tuple[Reference, Picture]:
         BankMismatchError: of another model, schedule, size or settings.
     """
     found: Any = runs.read(folder, BankSettings, package="visctrl", verb="bank")
-    then, now = without_notes(found.settings.control), without_notes(engine.config)
+    then, now = one_round(found.settings.control), one_round(engine.config)
     for name in ("steps", "start", "layers", "refine", "guidance_rows", "inversion_guidance"):
         if getattr(then, name) != getattr(now, name):
             raise BankMismatchError(
@@ -77,13 +73,3 @@ def summary(features: Features) -> dict[str, Any]:
         "residual": float(residual.max()),
         "fallen_back": int(features.trajectory.fallen_back.sum()),
     }
-
-
-def as_json(value: Any) -> str:
-    """One line of JSON."""
-    return json.dumps(value)
-
-
-def mean_square(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Root mean square difference of two images, clipped to what can be shown."""
-    return float(np.sqrt(float((a.clamp(-1, 1) - b).square().mean())))

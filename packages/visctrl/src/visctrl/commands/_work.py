@@ -159,6 +159,6 @@ def write_edit(
     return result
 
 
-def without_notes(config: VisCtrlConfig) -> VisCtrlConfig:
-    """The settings of a single round, as a bank is made for."""
+def one_round(config: VisCtrlConfig) -> VisCtrlConfig:
+    """The settings of the first round, which are all that a bank is made for."""
     return replace(config, later_steps=None, later_start=None, later_guidance=None)

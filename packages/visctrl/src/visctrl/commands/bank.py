@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.terminal import table
 from visctrl.commands import _banks, _work
@@ -20,8 +21,6 @@ def run(settings: BankSettings, invocation: Invocation) -> None:
     reference = _work.reference_of(engine, shown, settings.reference_prompt)
     features = engine.features(reference)
     if features.bank is None:
-        from tenfold import UserError
-
         raise UserError(f"--control.max_bank {settings.control.max_bank}: the features of this reference need more")
     _banks.write(invocation.folder, reference, features, shown)
     about = _banks.summary(features)

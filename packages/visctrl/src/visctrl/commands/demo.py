@@ -30,7 +30,7 @@ from visctrl.toy import PatchCodec, ToyDenoiser, Training, toy_adapter, train_to
 
 DATA = "rendered discs and squares of one color on white, 32 x 32 pixels"
 SEEDS = {"quick": 1, "default": 1, "full": 5}
-LENGTHS = {"quick": (60, 2), "default": (2500, 24), "full": (2500, 48)}
+LENGTHS = {"quick": (20, 1), "default": (2500, 24), "full": (2500, 48)}
 """Training steps and pairs."""
 ROUNDS = 4
 CONFIG = VisCtrlConfig(steps=10, start=0.8, layers="0:", rounds=ROUNDS, refine=3, guard=False, max_bank="64MB")

@@ -97,8 +97,10 @@ def _one(
             history=True,
             provenance=True,
         )
+    except UserError:
+        raise
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{pair.target}: {error}") from error
+        raise UserError(f"{pair.target}: {error}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{pair.target}: out of memory at {target.shown.shape[1]} x {target.shown.shape[0]} pixels: give a smaller"

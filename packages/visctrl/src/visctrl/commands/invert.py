@@ -8,7 +8,8 @@ import torch
 from tenfold.cli import Invocation
 from tenfold.figures import image_grid
 from tenfold.terminal import table
-from visctrl.commands import _banks, _work
+from visctrl import metrics
+from visctrl.commands import _work
 from visctrl.config import InvertSettings
 from visctrl.data import load_model, read_picture, write_picture
 from visctrl.engine import VisCtrl
@@ -39,8 +40,8 @@ def run(settings: InvertSettings, invocation: Invocation) -> None:
         "timesteps": trajectory.timesteps,
         "residuals": trajectory.residuals[..., 0].tolist(),
         "fallen_back": fell_back,
-        "reconstruction_rmse": _banks.mean_square(images, own),
-        "autoencoder_rmse": _banks.mean_square(through, own),
+        "reconstruction_rmse": _distance(images, own),
+        "autoencoder_rmse": _distance(through, own),
         "rows": engine.rows,
     }
     folder.write_json("invert.json", about)
@@ -53,3 +54,8 @@ def run(settings: InvertSettings, invocation: Invocation) -> None:
         f"reconstruction: RMSE {about['reconstruction_rmse']:.4f} in [-1, 1], of which the autoencoder alone"
         f" {about['autoencoder_rmse']:.4f}\n"
     )
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Root mean square difference of two images as they would be shown."""
+    return float(metrics.rmse(a.clamp(-1, 1), b))
