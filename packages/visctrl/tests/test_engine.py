@@ -243,6 +243,7 @@ def test_rows_are_counted_and_partial_inversion_and_shared_banks_save_them(pipes
     finally:
         pipe.scheduler.register_to_config(steps_offset=1)
     official = 12 * 10 + 4 * 12 * 5
+    assert rows == 140
     assert official / rows >= 2.4
     assert official / partial >= 2.9
 
