@@ -73,7 +73,7 @@ def measure():
     for name, (shape, make) in MODELS.items():
         whole, seconds = step_of(make, "bp")
         for way in WAYS:
-            if way == "bp":
+            if way == "bp" or (way == "accum" and name == "gpt2"):  # one sequence is not divided
                 continue
             peak, took = step_of(make, way)
             rows.append(

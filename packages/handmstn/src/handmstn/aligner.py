@@ -78,6 +78,7 @@ class _Places(nn.Module):
         self.dense = _Head(maps[0].numel(), outputs, 1.0, hidden=256)
         self.expect = nn.Conv2d(maps.shape[1], len(pose), 1)
         nn.init.normal_(self.expect.weight, std=1e-3)
+        assert self.expect.bias is not None
         nn.init.zeros_(self.expect.bias)
         rows, columns = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in maps.shape[-2:])
         where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).view(-1, 2)

@@ -58,7 +58,7 @@ class HandItems(Dataset[Any]):
         gain, lift = 0.8 + 0.4 * torch.rand(()), 0.2 * (torch.rand(()) - 0.5)
         points = self.points[index]
         if self.jitter:
-            points = torch.cat([_moved(part, self.jitter) for part in points.split(self.counts)])
+            points = torch.cat([_moved(part, self.jitter) for part in torch.split(points, self.counts)])
         return {
             "images": ((image - 0.5) * gain + 0.5 + lift).clamp(0, 1),
             "labels": self.labels[index],
