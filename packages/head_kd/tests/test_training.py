@@ -100,9 +100,19 @@ def test_two_processes_of_a_launcher_train_on_a_cpu(project, tmp_path):
     words = train_words(project, tmp_path / "out", "--launcher", "pytorch", "--steps", "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     port = str(20000 + (os.getpid() + 7) % 20000)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+        "--no-python",
+    ]
+    script = Path(sys.executable).with_name("head-kd")
     done = subprocess.run(
-        [*launch, "head_kd.cli", *words], env=environment, timeout=280, capture_output=True, text=True, check=False
+        [*launch, str(script), *words], env=environment, timeout=280, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 steps" in done.stdout

@@ -70,7 +70,7 @@ def test_any_frequency_can_be_asked_of_the_spectral_head(fitted, town, measured)
     assert np.allclose(between, middle, atol=1e-3)
     direct = RadioMapEstimator("radiogatx", dataclasses.replace(QUICK, head="direct"), fallback=False)
     direct.fit(measured, town.scene)
-    with pytest.raises(UserError, match="no measurement at 2600 MHz.*--network.head spectral"):
+    with pytest.raises(UserError, match="no measurement at 2600 MHz.*--method radiogatx --network.head spectral"):
         direct.predict(xy, 2600.0)
 
 

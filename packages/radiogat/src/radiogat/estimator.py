@@ -386,8 +386,8 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             if f not in bands and not all(model.any_frequency for model in self.fitted_.values()):
                 known = ", ".join(f"{band:g}" for band in bands)
                 raise UserError(
-                    f"no measurement at {f:g} MHz; there are {known}. For other frequencies fit radiogatx with"
-                    " head='spectral' (--network.head spectral)"
+                    f"no measurement at {f:g} MHz; there are {known}. For other frequencies fit"
+                    " method='radiogatx' with head='spectral' (--method radiogatx --network.head spectral)"
                 )
         return freqs
 
