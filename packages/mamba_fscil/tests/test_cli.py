@@ -164,6 +164,7 @@ def test_added_classes_are_measured_on_test_folders_that_hold_them_and_else_on_t
     assert len(whole.test) == sum(1 for _ in (photos / "test").glob("*/*"))  # no fifth held out
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
 def test_other_exports_give_the_learners_logits(learner, tmp_path, kind):
     assert main(["export", "--learner", str(learner), "--format", kind, "--out", str(tmp_path / "x"), "--quiet"]) == 0
     if kind == "torch-export":
