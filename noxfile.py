@@ -64,6 +64,12 @@ def test_extras(name: str) -> str:
     return next((entry.removeprefix(name) for entry in group if entry.startswith(f"{name}[")), "")
 
 
+def demo_extras(name: str) -> str:
+    """The extras that a distribution's demo needs: ``demo``, and with alternatives the one that is tested."""
+    settings = tomllib.loads((PROJECTS[name] / "pyproject.toml").read_text(encoding="utf-8")).get("tool", {})
+    return f"[{','.join(['demo', *settings.get('tenfold', {}).get('demo-with', [])])}]"
+
+
 def install(session: nox.Session, *names: str, extras: str = "", group: bool = False, lowest: bool = False) -> None:
     """The named distributions with tenfold; with ``group`` the test dependencies of each, and nothing else."""
     groups = [f"--group={PROJECTS[name] / 'pyproject.toml'}:test" for name in names if group]
@@ -150,7 +156,7 @@ def lowest(session: nox.Session, name: str) -> None:
 @each_package
 def demo(session: nox.Session, name: str) -> None:
     """A package's demo; `-- --full` decides every claim. Rebuilds demo-report/index.html, prints all claims so far."""
-    install(session, name, extras="[demo]")
+    install(session, name, extras=demo_extras(name))
     session.run(name, "demo", "--out", f"demo-report/{name}", "--overwrite", *session.posargs)
     session.run("python", "-m", "tenfold.report", "demo-report")
 

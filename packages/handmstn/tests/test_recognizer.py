@@ -5,7 +5,7 @@ import pytest
 import torch
 from handmstn import HandMSTN, match, preset
 from handmstn.aligner import ChannelNorm, MultiSpatialTransformer, scrambled, warped
-from handmstn.backbones import build_map, build_pooled
+from handmstn.backbones import build_map, build_placed, build_pooled
 from handmstn.recognizer import assessable, fuse, gated, part_scores, score_block
 from handmstn.warping import compose
 
@@ -136,6 +136,32 @@ def test_models_that_cannot_be_used_are_refused_by_name():
         model(torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="gray ones need 3 channels"):
         model(torch.rand(1, 1, 16, 16))
+
+
+def test_a_feature_that_keeps_places_knows_where_a_mark_lies_and_a_mean_does_not():
+    crops = torch.zeros(2, 3, 64, 64)
+    crops[0, :, 16:24, 16:24] = 1
+    crops[1, :, 40:48, 40:48] = 1
+    for spec, apart in (("hand:cnn4", 1e-5), ("timm:resnet10t", None)):
+        torch.manual_seed(0)
+        kept, width, _ = build_placed(spec, (64, 64), 4)
+        with torch.no_grad():
+            found = kept.eval()(crops)
+        assert found.shape == (2, width)
+        maps = found.view(2, 16, -1)
+        assert (found[0] - found[1]).abs().max() > 0.05 * found.std()
+        if apart is not None:
+            inner = maps.view(2, 16, 8, 8)
+            assert torch.allclose(inner[0, :, 1:4, 1:4], inner[1, :, 4:7, 4:7], atol=apart)  # the same mark, elsewhere
+    with pytest.raises(UserError, match=r"--recognizer.places 40: --recognizer.palm hand:cnn4 has no map of so many"):
+        build_placed("hand:cnn4", (64, 64), 40)
+
+
+def test_a_model_that_keeps_places_reads_crops_that_are_not_square():
+    torch.manual_seed(0)
+    model = HandMSTN(PARTS, "hand:cnn4", "hand:cnn4", 8, None, places=2).eval()
+    points = torch.cat([torch.from_numpy(part.start) for part in PARTS]).float().expand(2, -1, -1)
+    assert model(torch.rand(2, 3, 32, 32), points).parts.shape == (2, 6, 8)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from handmstn.aligner import MultiSpatialTransformer, near
+from handmstn.aligner import MultiSpatialTransformer, near, quartered
 from handmstn.parts import PartSpec, from_landmarks, landmarks_21, mirror_points, palm_part, preset
 from handmstn.warping import (
     ControlPointGrid,
@@ -218,7 +218,8 @@ def test_an_untrained_aligner_puts_every_part_where_an_upright_hand_has_it():
     parts = preset("hand6", 24, (20, 8))
     for levels in (1, 2):
         torch.manual_seed(0)
-        aligner = MultiSpatialTransformer(parts, "hand:loc", levels, 48).eval()
+        head = "dense" if levels == 1 else "places"
+        aligner = MultiSpatialTransformer(parts, "hand:loc6", levels, 48, head=head).eval()
         found = aligner(torch.rand(2, 3, 64, 64))
         pose = torch.cat([torch.from_numpy(p.start) for p in parts]).float()
         assert (found.points - pose).abs().max() < 0.1
@@ -246,6 +247,17 @@ def test_quarter_turns_of_a_picture_are_turned_back_before_they_vote(monkeypatch
     aligner.votes = 1
     assert torch.allclose(four, aligner(pictures).transform, atol=1e-5)
     assert torch.allclose(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) @ four, turned, atol=1e-5)
+
+
+def test_a_picture_turned_by_a_quarter_keeps_its_points_on_the_same_pixels():
+    pictures = torch.rand(24, 3, 9, 9)
+    places = torch.randint(9, (24, 5, 2), generator=torch.Generator().manual_seed(0))
+    points = places / 4 - 1.0  # the centers of pixels, (x, y)
+    turned, moved = quartered(pictures, points, torch.Generator().manual_seed(1))
+    at = ((moved + 1) * 4).round().long()
+    before = pictures[torch.arange(24)[:, None], :, places[..., 1], places[..., 0]]
+    assert torch.equal(turned[torch.arange(24)[:, None], :, at[..., 1], at[..., 0]], before)
+    assert len({tuple(row.tolist()) for row in (moved[:, 0] - points[:, 0]).sign()}) > 1
 
 
 def test_level_1_trains_in_frames_that_it_is_given_and_leaves_level_0_alone():

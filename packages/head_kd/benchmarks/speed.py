@@ -18,10 +18,10 @@ import torchvision
 from head_kd import rendered, small, stack
 from head_kd.cache import write_cache
 from head_kd.configs import resolve_config
+from head_kd.decoders import dense_decoder
 from head_kd.detector import HEADDetector
 from head_kd.inspection import training_flops
 from head_kd.proposals import Provenance, dense_proposals, gather_at
-from head_kd.signals import dense_decoder
 from head_kd.teacher import TeacherView
 from mmcv.ops import RoIAlign, nms
 from mmdet.models.dense_heads import RPNHead

@@ -10,6 +10,7 @@ from head_kd import rendered
 from head_kd.checkpoints import read_weights
 from head_kd.cli import main
 from head_kd.config import CompareSettings, TrainSettings
+from PIL import Image
 from tiny_detectors import STUDENTS, build, pair_words, train_words
 
 from tenfold import UserError
@@ -191,7 +192,7 @@ def test_damaged_voc_data_leaves_no_folder_behind(project, tmp_path, capsys):
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     (root / "ImageSets/Main/train.txt").write_text("a\n")
-    (root / "JPEGImages/a.jpg").write_bytes(b"")
+    Image.new("RGB", (10, 8)).save(root / "JPEGImages/a.jpg")
     box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>6</ymax></bndbox>"
     size = "<size><width>10</width><height>8</height></size>"
     text = f"<annotation>{size}<object><name>dog</name>{box}</object></annotation>"

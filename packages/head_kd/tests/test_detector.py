@@ -470,10 +470,14 @@ def test_what_needs_a_teacher_says_so(teacher):
             wrap(STUDENTS["retinanet"], **settings)
 
 
-def test_pairs_without_a_signal_in_common_say_which(teacher, tmp_path):
+def test_an_assistant_takes_the_maps_that_the_student_has():
+    """A head that pools from five maps, on a neck of four."""
     head = rcnn_head(6, 16, [4, 8, 16, 32, 64])
-    with pytest.raises(UserError, match="the assistant's RoI extractor wants 5"):
-        wrap(STUDENTS["retinanet"], assistants=[{"head": head, "train_cfg": rcnn_train_cfg(), "akd_weight": 0}])
+    model = wrap(STUDENTS["retinanet"], assistants=[{"head": head, "train_cfg": rcnn_train_cfg(), "akd_weight": 0}])
+    assert model.assistants[0].head.bbox_roi_extractor.featmap_strides == [8, 16, 32, 64]
+
+
+def test_pairs_without_a_signal_in_common_say_which(teacher, tmp_path):
     with pytest.raises(UserError, match="do not cover the dense head's"):
         wrap(STUDENTS["retinanet"], assistants=[{"kind": "dense", "head": fcos_head(6, 16, [4, 8]), "akd_weight": 0}])
     softmax = copy.deepcopy(STUDENTS["retinanet"])

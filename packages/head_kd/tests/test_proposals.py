@@ -1,7 +1,7 @@
 import pytest
 import torch
+from head_kd.decoders import dense_decoder
 from head_kd.proposals import Provenance, center_locations, dense_proposals, gather_at
-from head_kd.signals import dense_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.config import ConfigDict
@@ -75,7 +75,7 @@ def test_a_cells_own_prediction_gives_its_proposal(kind, training):
         assert (where.level >= 0).all()
         for k in range(0, len(where), 7):
             level, y, x, a = (int(t[k]) for t in (where.level, where.y, where.x, where.anchor))
-            anchors = decoder.num_anchors
+            anchors = int(detector.bbox_head.num_base_priors)
             raw = outputs[1][level][image].view(anchors, -1, *sizes[level])[a, :, y, x]
             prior = priors[level][(y * sizes[level][1] + x) * anchors + a]
             box = decoder.decode(level, prior[None].float(), raw[None].float()).clamp(0, 1000)

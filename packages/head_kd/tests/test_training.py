@@ -74,8 +74,8 @@ def test_killed_and_resumed_is_unbroken(project, trained):
     assert list(ours) == list(theirs)
 
 
-def test_mmdets_own_runner_takes_the_composed_config(trained, tmp_path):
-    """What ``tools/train.py`` does with ``config.py``: train, save, resume, with mmengine's loop and checkpoints."""
+def test_mmdets_own_runner_takes_the_config_that_ran(trained, tmp_path):
+    """What ``tools/train.py`` does with ``config.py``: train, save, resume, with mmengine's checkpoints."""
     cfg = Config.fromfile(trained / "config.py")
     cfg.work_dir, cfg.log_level = str(tmp_path), "ERROR"
     cfg.train_cfg.max_iters, cfg.val_cfg, cfg.val_dataloader, cfg.val_evaluator = 2, None, None, None
@@ -93,6 +93,22 @@ def test_mmdets_own_runner_takes_the_composed_config(trained, tmp_path):
         runner.train()
     assert runner.iter == 3
     assert int(runner.model.head_kd.step) == 3
+
+
+def test_two_processes_of_a_launcher_train_on_a_cpu(project, tmp_path):
+    """torchrun with gloo, through the command: mmengine's own start of processes wants CUDA."""
+    words = train_words(project, tmp_path / "out", "--launcher", "pytorch", "--steps", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    port = str(20000 + (os.getpid() + 7) % 20000)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m"]
+    done = subprocess.run(
+        [*launch, "head_kd.cli", *words], env=environment, timeout=280, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 steps" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "out/metrics.csv").open()))
+    assert [int(r["step"]) for r in rows] == [1, 2]
+    assert (tmp_path / "out/student.safetensors").exists()
 
 
 def test_two_ranks_agree_and_do_not_wait(project, tmp_path):

@@ -5,6 +5,7 @@ import copy
 import head_kd.ops_fallback  # noqa: F401
 import torch
 from head_kd import rendered, small
+from head_kd.configs import resolve_config
 from head_kd.detector import HEADDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -79,3 +80,64 @@ def train_words(project, out, *more):
     every = ["--checkpoint_every", "1", "--log_every", "1", "--distill.warmup", "2"]
     rest = ["--quiet", "--device", "cpu", "--guard", "-1", "--out", str(out)]
     return ["train", *pair_words(project), *every, *rest, *more]
+
+
+def stock(name, classes=6):
+    """A model of mmdet's own configs with few channels; what makes it that model stays."""
+    model = copy.deepcopy(resolve_config(f"mmdet::{name}").model)
+    model.backbone.init_cfg = None
+    model.data_preprocessor.pop("batch_augments", None)
+    neck = model.neck[0] if isinstance(model.neck, list) else model.neck
+    if model.backbone.type == "ResNet":
+        last = model.backbone.out_indices
+        model.backbone.update(depth=18, stem_channels=8, base_channels=8, dcn=None, stage_with_dcn=(False,) * 4)
+        widths = [8, 16, 32, 64]
+        if neck.type == "FPN":
+            neck.update(in_channels=widths, out_channels=16)
+        else:  # YOLOF's encoder
+            neck.update(in_channels=widths[last[0]], out_channels=16, block_mid_channels=8)
+    else:  # RTMDet, YOLOX
+        model.backbone.update(deepen_factor=0.167, widen_factor=0.125)
+        neck.update(in_channels=[32, 64, 128], out_channels=16, num_csp_blocks=1)
+    if isinstance(model.neck, list):
+        for part in model.neck[1:]:
+            part.in_channels = 16
+    heads = [model.bbox_head] if "bbox_head" in model else []
+    if "roi_head" in model:
+        model.rpn_head.update(in_channels=16, feat_channels=16)
+        extractor = model.roi_head.bbox_roi_extractor
+        extractor.out_channels = 16
+        head = model.roi_head.bbox_head
+        head.update(in_channels=16, num_classes=classes, fc_out_channels=48)
+        if "conv_out_channels" in head:
+            head.conv_out_channels = 48
+        model.train_cfg.rcnn.sampler.num = 16
+    for head in heads:
+        head.update(in_channels=16, num_classes=classes)
+        if "feat_channels" in head:
+            head.feat_channels = 16
+        for key in ("norm_cfg",):
+            if head.get(key, {}) and head[key].get("type") == "SyncBN":
+                head[key] = {"type": "BN"}
+        if "norm_cfg" not in head and head.type not in ("YOLOFHead", "YOLOXHead"):
+            head.norm_cfg = small.group_norm(8)
+    if (head_norm := (heads[0].get("norm_cfg") if heads else None)) and head_norm.get("type") == "GN":
+        head_norm["num_groups"] = 8
+    return model.to_dict()
+
+
+ONE_STAGE = {
+    "rtmdet": "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
+    "yolox": "yolox/yolox_tiny_8xb8-300e_coco.py",
+    "tood": "tood/tood_r50_fpn_1x_coco.py",
+    "tood_anchors": "tood/tood_r50_fpn_anchor-based_1x_coco.py",
+    "vfnet": "vfnet/vfnet_r50_fpn_1x_coco.py",
+    "yolof": "yolof/yolof_r50-c5_8xb8-1x_coco.py",
+}
+TWO_STAGE = {
+    "dynamic": "dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py",
+    "pisa": "pisa/faster-rcnn_r50_fpn_pisa_1x_coco.py",
+    "double": "double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py",
+    "libra": "libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py",
+    "ohem": "faster_rcnn/faster-rcnn_r50_fpn_ohem_1x_coco.py",
+}

@@ -22,7 +22,7 @@ from radiogat.conformal import SpatialConformal, spatial_blocks
 from radiogat.metrics import block_rmse, coverage, interval_score, mae, rmse
 from radiogat.samples import Grid, RadioSamples
 from radiogat.spectral import fit_spectrum, free_space_shift, reference_frequency, spectrum_at
-from radiogat.suggest import suggest_places
+from radiogat.suggest import reach_of, suggest_places
 from scipy.spatial import cKDTree
 
 from tenfold import UserError
@@ -241,7 +241,7 @@ def test_conformal_intervals_cover(seed):
 
 def test_too_few_scores_give_an_infinite_interval_and_a_warning():
     conformal = SpatialConformal([1.0, 2.0, 3.0])
-    with pytest.warns(UserWarning, match="3 held-out measurements are too few for an interval of 90%"):
+    with pytest.warns(UserWarning, match="3 held-out places are too few for an interval of 90%"):
         low, high = conformal.interval([0.0], [1.0], 0.9)
     assert np.isinf([low[0], high[0]]).all()
     assert conformal.quantile(0.5) == 2.0
@@ -264,6 +264,18 @@ def test_spatial_blocks_are_squares():
     labels = spatial_blocks([[0.1, 0.1], [9.9, 9.9], [10.1, 0.1], [0.2, 10.5]], 10)
     assert labels[0] == labels[1]
     assert len(set(labels.tolist())) == 3
+
+
+def test_the_reach_of_a_measurement_is_the_variograms_range_whatever_the_cell():
+    """A field that was made with a range of 60 m is found to have about that; the default of ten cells was 10 or 100 m."""
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, 400, (500, 2))
+    apart = np.sqrt(((xy[:, None] - xy) ** 2).sum(axis=2))
+    field = np.linalg.cholesky(25 * np.exp(-3 * apart / 60) + 1e-6 * np.eye(500)) @ rng.standard_normal(500)
+    for offset in (0.0, 40.0):  # a second band does not change it
+        freq = np.where(np.arange(500) % 2, 1800.0, 2600.0)
+        samples = RadioSamples(xy, freq, -80 + field + np.where(freq == 1800.0, offset, 0))
+        assert 35 < reach_of(samples) < 100
 
 
 def test_suggestions_are_apart_and_where_doubt_is():

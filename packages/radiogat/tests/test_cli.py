@@ -40,7 +40,24 @@ def simulated(tmp_path_factory):
 def trained(simulated, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
     files = ["--data", f"csv:{simulated / 'samples.csv'}", "--transmitters", str(simulated / "transmitters.csv")]
-    assert main(["train", *files, "--cell", "4", *STEPS, "--fallback", "false", "--out", str(folder)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *files,
+                "--cell",
+                "4",
+                *STEPS,
+                "--method",
+                "radiogatx",
+                "--fallback",
+                "false",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -65,11 +82,13 @@ def test_train_makes_a_model_a_map_and_a_report(trained):
 
 
 def test_the_command_trains_as_the_estimator_does(trained, simulated):
+    from radiogat.commands._files import grid_for
     from radiogat.data import read_samples, read_scene
 
     samples = read_samples(simulated / "samples.csv")
     scene = read_scene(None, simulated / "transmitters.csv", samples, 4.0)
-    estimator = RadioMapEstimator(network=RadioGATxConfig(steps=30), fallback=False).fit(samples, scene)
+    estimator = RadioMapEstimator("radiogatx", RadioGATxConfig(steps=30), fallback=False)
+    estimator.fit(samples, scene, where=grid_for(samples, scene, 4.0))
     xy = samples.xy[:20] + 0.3
     assert np.array_equal(RadioMapEstimator.load(trained).predict(xy), estimator.predict(xy))
 
@@ -254,7 +273,17 @@ def test_a_map_without_a_plane_can_be_drawn(trained, tmp_path):
 
 
 def test_an_unknown_band_is_one_line(trained, simulated, capsys, tmp_path):
-    direct = ["--data", f"csv:{simulated / 'samples.csv'}", *STEPS, "--network.head", "direct", "--fallback", "false"]
+    direct = [
+        "--data",
+        f"csv:{simulated / 'samples.csv'}",
+        *STEPS,
+        "--network.head",
+        "direct",
+        "--method",
+        "radiogatx",
+        "--fallback",
+        "false",
+    ]
     assert main(["train", *direct, "--map", "none", "--out", str(tmp_path / "d"), "--quiet"]) == 0
     words = ["predict", "--run", str(tmp_path / "d"), "--freq_mhz", "2600", "--out", str(tmp_path / "o")]
     assert_user_error(main, words, capsys, "no measurement at 2600 MHz; there are 1750, 5750")
@@ -270,7 +299,7 @@ def test_a_killed_training_ends_with_the_same_bits(simulated, tmp_path):
         "--checkpoint_every",
         "20",
     ]
-    words += ["--map", "none", "--fallback", "false"]
+    words += ["--map", "none", "--method", "radiogatx", "--fallback", "false"]
     assert main([*words, "--out", str(tmp_path / "whole"), "--quiet"]) == 0
     command = [sys.executable, "-m", "radiogat.cli", *words, "--out", str(tmp_path / "cut"), "--quiet"]
     script = "import sys; from radiogat.cli import main; sys.exit(main(sys.argv[1:]))"

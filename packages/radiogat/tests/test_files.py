@@ -76,7 +76,8 @@ def test_the_plane_without_pyproj_agrees_with_utm(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,2,1800\n", "line 3: 3 fields, expected 4"),
+        ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,2,1800\n", "line 3, column rss_dbm: is empty: --missing drop"),
+        ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,2,1800,-80,5\n", "line 3: more than 4 fields"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,3,1800,abc\n", "line 3, column rss_dbm: 'abc' is no number"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1800,-80\n1,3,,-70\n", "line 3, column freq_mhz: is empty"),
         ("x,y,freq_mhz\n1,2,1800\n", "no column of received power"),
@@ -84,10 +85,10 @@ def test_the_plane_without_pyproj_agrees_with_utm(monkeypatch):
         ("x,freq_mhz,rss_dbm\n1,1800,-80\n", "no columns x and y, nor lat and lon"),
         ("x,y,freq_mhz,rss_dbm\n", "expected a line of column names"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1.8,-80\n", "give MHz, not GHz"),
-        ("x,y,freq_mhz,rss_dbm\n1,2,1800,0\n2,2,1800,-70\n", "1 values are 0 dBm"),
+        ("x,y,freq_mhz,rss_dbm\n1,2,1800,0\n2,2,1800,-70\n", "line 2, column rss_dbm: 0 dBm or out of range"),
         ("x,y,freq_mhz,rss_dbm\n1,2,1800,80\n2,2,1800,90\n", "looks like path loss"),
         ("lat,lon,freq_mhz,rss_dbm\n111.57,48.14,1800,-80\n", "are latitude and longitude swapped"),
-        ("lat,lon,freq_mhz,rss_dbm\nnan,48.14,1800,-80\n", "line 2: the latitude is not finite"),
+        ("lat,lon,freq_mhz,rss_dbm\nnan,48.14,1800,-80\n", "line 2, column lat: is empty"),
         ("lat,lon,freq_mhz,rss_dbm\n10,179.9,1800,-80\n10,-179.9,1800,-80\n", "antimeridian"),
     ],
 )
@@ -148,6 +149,39 @@ def test_a_map_survives_netcdf(tmp_path):
     assert float(dataset["rss_dbm"].sel(freq=1750.0, x=691002.5, y=5334997.5)) == found.rss_dbm[0, 0, 0]
 
 
+def test_netcdf_opens_in_xarray_and_gdal_where_it_lies(tmp_path):
+    import pyproj
+    import xarray
+
+    found = a_map()
+    found.to_netcdf(tmp_path / "m.nc")
+    with xarray.open_dataset(tmp_path / "m.nc", decode_coords="all") as opened:
+        assert opened["rss_dbm"].encoding["grid_mapping"] == "spatial_ref"
+        plane = pyproj.CRS.from_cf(opened["spatial_ref"].attrs)
+        assert plane.to_epsg() == 32632
+        assert opened["x"].attrs["standard_name"] == "projection_x_coordinate"
+        assert opened["rss_dbm"].attrs["units"] == "dBm"
+        assert np.allclose(opened["rss_dbm"], found.rss_dbm, atol=1e-5, equal_nan=True)
+        assert opened.attrs["Conventions"].startswith("CF-")
+    assert found.to_xarray()["spatial_ref"].attrs["grid_mapping_name"] == "transverse_mercator"
+    a_map(crs=None).to_netcdf(tmp_path / "n.nc")
+    assert read_netcdf(tmp_path / "n.nc").layout.crs is None
+
+
+def test_a_large_geotiff_is_tiled_with_overviews_and_units(tmp_path):
+    import rasterio
+
+    grid = Grid(691000.0, 5335000.0, 5.0, 600, 700)
+    power = np.random.default_rng(0).uniform(-90, -50, (1, 600, 700))
+    RadioMap(MapLayout(grid, (1750.0,), None, "EPSG:32632"), {"rss_dbm": power}).to_geotiff(tmp_path / "m.tif")
+    with rasterio.open(tmp_path / "m.tif") as file:
+        assert file.profile["tiled"]
+        assert file.block_shapes[0] == (256, 256)
+        assert file.overviews(1) == [2, 4]
+        assert file.units == ("dBm",)
+        assert np.allclose(file.read(1), power[0], atol=1e-5)
+
+
 def test_a_map_as_csv_has_a_line_for_each_free_cell(tmp_path):
     found = a_map(level=None)
     found = RadioMap(found.layout, {"rss_dbm": found.rss_dbm})
@@ -193,7 +227,8 @@ def test_buildings_come_from_a_raster(tmp_path):
     path = raster(tmp_path / "b.tif", values)
     samples = RadioSamples([[691050.0, 5334950.0], [691150.0, 5334850.0]], 1800.0, [-70.0, -80.0], "EPSG:32632")
     masts = csv_file(tmp_path, "x,y\n691100,5334900\n", "masts.csv")
-    scene = read_scene(path, masts, samples)
+    with pytest.warns(UserWarning, match="20 of 600 cells are built up"):
+        scene = read_scene(path, masts, samples)
     assert np.array_equal(scene.building, values != 0)
     assert scene.grid == Grid(691000.0, 5335000.0, 10.0, 20, 30)
     assert scene.depth.shape == (1, 20, 30)
@@ -243,9 +278,60 @@ def test_polygons_in_degrees_meet_the_samples(tmp_path):
         f"lat,lon,freq_mhz,rss_dbm\n{lat - 0.001},{lon - 0.001},1800,-70\n{lat + 0.002},{lon + 0.002},1800,-80\n",
     )
     samples = read_samples(drive)
-    scene = read_scene(path, None, samples, cell=5.0)
+    with pytest.warns(UserWarning, match="cells are built up"):
+        scene = read_scene(path, None, samples, cell=5.0)
     assert scene.building.sum() * 25 == pytest.approx(74.4 * 111.2, rel=0.03)
     assert np.allclose(read_points(drive, samples.crs), samples.xy)
+
+
+def test_collections_null_geometries_heights_and_projected_files_are_read(tmp_path):
+    square = [[0, 0, 3], [10, 0, 3], [10, 10, 3], [0, 10, 3], [0, 0, 3]]
+    shape = {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": [square]}]}
+    features = [{"type": "Feature", "geometry": shape}, {"type": "Feature", "geometry": None}]
+    content = {"type": "FeatureCollection", "features": features}
+    grid = Grid(0, 20, 1, 20, 20)
+    assert polygons_on(csv_file(tmp_path, json.dumps(content), "b.geojson"), grid, None).sum() == 100
+    x, y = 691000.0, 5335000.0
+    far = [[x + a, y + b] for a, b in ((5, -15), (15, -15), (15, -5), (5, -5), (5, -15))]
+    away = [[x + 900, y], [x + 910, y], [x + 910, y + 9], [x + 900, y]]
+    named = {
+        "type": "MultiPolygon",
+        "coordinates": [[far], [away]],
+        "crs": {"properties": {"name": "urn:ogc:def:crs:EPSG::32632"}},
+    }
+    path = csv_file(tmp_path, json.dumps(named), "c.geojson")
+    with pytest.warns(UserWarning, match="1 of 2 shapes cover no cell"):
+        assert polygons_on(path, Grid(x, y, 1, 20, 20), "EPSG:32632").sum() == 100
+
+
+def test_a_scene_that_would_not_fit_is_refused_with_the_cell_that_would(tmp_path):
+    samples = RadioSamples([[0.0, 0], [90000.0, 80000]], 1800.0, [-70.0, -80.0])
+    masts = csv_file(tmp_path, "x,y\n10,10\n20,20\n30,30\n", "masts.csv")
+    with pytest.raises(UserError, match=r"takes 17\.1 GB with 3 masts, more than 4: give --cell 7\.8"):
+        read_scene(None, masts, samples, cell=3.6)
+    assert read_scene(None, masts, samples, cell=400.0).grid.cell == 400.0
+
+
+def test_buildings_without_any_effect_are_an_error(tmp_path):
+    away = {"type": "Polygon", "coordinates": [[[20, 50], [20.1, 50], [20.1, 50.1], [20, 50]]]}
+    path = csv_file(tmp_path, json.dumps(away), "b.geojson")
+    samples = RadioSamples([[691050.0, 5334950.0], [691150.0, 5334850.0]], 1800.0, [-70.0, -80.0], "EPSG:32632")
+    with pytest.warns(UserWarning, match="1 of 1 shapes"), pytest.raises(UserError, match="it would have no effect"):
+        read_scene(path, None, samples)
+
+
+@pytest.mark.parametrize(
+    ("crs", "said"),
+    [
+        ("EPSG:4326", "is in degrees"),
+        ("EPSG:2263", "is in US survey foot"),
+        ("EPSG:99999", "not a known"),
+        ("utm32", "not a known"),
+    ],
+)
+def test_a_plane_that_is_none_is_refused_before_anything_is_read(tmp_path, crs, said):
+    with pytest.raises(UserError, match=said):
+        read_samples(tmp_path / "none.csv", crs=crs)
 
 
 def test_complete_maps_survive_npz(town, tmp_path):

@@ -111,13 +111,30 @@ def test_leave_one_out_never_finds_the_target_even_among_equal_places():
     freq = np.resize([1750.0, 3500.0, 5750.0], 90)
     samples = RadioSamples(places, freq, rng.normal(-60, 5, 90), conflict=100.0)
     rows = np.arange(len(samples))
-    for leave_out in ("sample", "place"):
-        task = NeighborTask(samples, None, RadioGATxConfig(leave_out=leave_out, neighbors=8))
-        distance, index = task.donors(rows)
-        assert not (index == rows[:, None]).any()
-        same = (samples.xy[index] == samples.xy[:, None]).all(axis=2)
-        assert same.any() == (leave_out == "sample")
-        assert (distance[same] == 0).all()
+    task = NeighborTask(samples, None, RadioGATxConfig(neighbors=8))
+    for radius in (0.0, 2.0):
+        distance, index = task.donors(rows, np.full(len(rows), radius))
+        apart = np.sqrt(((samples.xy[index] - samples.xy[:, None]) ** 2).sum(axis=2))
+        assert np.allclose(apart, distance)
+        assert distance.min() > radius
+        for row in rows[::9]:
+            d = np.sqrt(((samples.xy - samples.xy[row]) ** 2).sum(axis=1))
+            assert np.allclose(distance[row], np.sort(d[d > radius])[:8])
+
+
+def test_the_correction_is_bounded_outside_of_what_was_trained(town, measured):
+    """Far away the network departs no farther from its weighted mean than any training target did, however it was tilted."""
+    xy = np.array([[-5e4, 9e4], [3e5, 3e5]])
+    for head, spectral in (("direct", 0.0), ("spectral", 40.0)):
+        task = NeighborTask(measured, town.scene, RadioGATxConfig(head=head))
+        for parameter in tilted(task.network).parameters():
+            parameter.data.mul_(50)
+        power, _ = task.predict(xy, np.full(2, 1750.0))
+        decades = np.log10(1750.0 / task.hoods.reference_mhz)
+        bound = float(task.network.limit) + spectral * abs(decades) + 1e-3
+        assert 0 < bound < 100
+        assert (power + 20 * decades <= task.hoods.values().max() + bound).all()
+        assert (power + 20 * decades >= task.hoods.values().min() - bound).all()
 
 
 def gat_task(labels="heldout", seed=100, **settings):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,41 @@ class _Head(nn.Module):
         return out
 
 
+class _Places(nn.Module):
+    """Two layers on the flattened map, and for each point a map of where it is expected, whose mean is added.
+
+    Both begin at zero: the maps of expectation begin around the pose (``spread``, in half widths), or even.
+    """
+
+    def __init__(self, maps: Tensor, pose: Tensor, outputs: int, spread: float) -> None:
+        super().__init__()
+        self.dense = _Head(maps[0].numel(), outputs, 1.0, hidden=256)
+        self.expect = nn.Conv2d(maps.shape[1], len(pose), 1)
+        nn.init.normal_(self.expect.weight, std=1e-3)
+        assert self.expect.bias is not None
+        nn.init.zeros_(self.expect.bias)
+        rows, columns = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in maps.shape[-2:])
+        where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).view(-1, 2)
+        prior = (
+            -(pose[:, None] - where).square().sum(-1) / (2 * spread**2)
+            if spread
+            else torch.zeros(len(pose), len(where))
+        )
+        self.register_buffer("where", where, persistent=False)
+        self.register_buffer("prior", prior, persistent=False)
+        self.register_buffer("mean", prior.softmax(1) @ where, persistent=False)
+
+    where: Tensor
+    prior: Tensor
+    mean: Tensor
+
+    def forward(self, maps: Tensor) -> Tensor:
+        out: Tensor = self.dense(maps)
+        expected = (4 * self.expect(maps).flatten(2) + self.prior).softmax(2) @ self.where - self.mean
+        count = expected.shape[1] * 2
+        return torch.cat([out[:, :count] + expected.flatten(1), out[:, count:]], 1)
+
+
 class MultiSpatialTransformer(nn.Module):
     """Picture -> control points and visibility of every part.
 
@@ -84,6 +120,7 @@ class MultiSpatialTransformer(nn.Module):
         passes: how often level 1 looks in evaluation; each further time in the frame of the points that it found.
         votes: quarter turns of the picture that level 0 looks at in evaluation, 1 or 4; the mean of what they say, turned
             back, is taken where they agree. 4 is for an aligner that has learned from hands at any angle.
+        head: dense, or places; places does without the per-pixel normalization.
 
     Source: the two levels, the pose at the start and the visibility are choices of ours; the head is the predecessor's.
     """
@@ -100,6 +137,7 @@ class MultiSpatialTransformer(nn.Module):
         normalize: bool = True,
         passes: int = 2,
         votes: int = 4,
+        head: Literal["dense", "places"] = "dense",
     ) -> None:
         super().__init__()
         if levels not in {1, 2}:
@@ -111,13 +149,18 @@ class MultiSpatialTransformer(nn.Module):
         self.register_buffer("pose", pose, persistent=False)
         outputs = pose.numel() + len(self.parts) + 1
         sizes = [pose.numel(), outputs] if levels == 2 else [outputs]
+        normalize = normalize and head == "dense"
         self.nets, self.heads = nn.ModuleList(), nn.ModuleList()
         for size in sizes:
             net = build_map(backbone, loc_size)
             with torch.no_grad():
                 maps = net.eval()(torch.zeros(1, 3, loc_size, loc_size))
             self.nets.append(net.train())
-            self.heads.append(_Head(maps[0].numel(), size, math.sqrt(maps.shape[1]) if normalize else 1.0))
+            if head == "places":
+                spread = 0.3 if size == outputs and levels == 2 else 0.0  # level 1 alone sees the hand upright
+                self.heads.append(_Places(maps, pose, size, spread))
+            else:
+                self.heads.append(_Head(maps[0].numel(), size, math.sqrt(maps.shape[1]) if normalize else 1.0))
         self.norm = ChannelNorm() if normalize else nn.Identity()
         self.register_buffer("view", _view(loc_size), persistent=False)
 
@@ -227,6 +270,18 @@ def warped(
     grid = compose(back, _view(size).to(images).expand(batch, -1, -1)).view(batch, size, size, 2)
     out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return out, forward.to(images)
+
+
+def quartered(images: Tensor, points: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Square pictures and their points (B, K, 2), each by one of its four quarter turns at random."""
+    images, points = images.clone(), points.clone()
+    which = torch.randint(4, (len(images),), generator=generator)
+    for turns in range(1, 4):
+        rows = which == turns
+        images[rows] = torch.rot90(images[rows], turns, (2, 3))
+        for _ in range(turns):  # a quarter turn takes (x, y) to (y, -x)
+            points[rows] = torch.stack([points[rows][..., 1], -points[rows][..., 0]], -1)
+    return images, points
 
 
 def near(transform: Tensor, generator: torch.Generator) -> Tensor:

@@ -40,8 +40,12 @@ def _loc(classes: int = 0) -> nn.Module:
     return SmallNet((16, 32, 48, 64, 64), (2, 2, 1, 2, 1), pooled=False)
 
 
-OWN: dict[str, dict[str, Callable[..., nn.Module]]] = {"hand": {"cnn4": _cnn4, "loc": _loc}}
-"""Models of ours: ``hand:cnn4`` reads crops, ``hand:loc`` gives maps for the aligner."""
+def _loc6(classes: int = 0) -> nn.Module:
+    return SmallNet((16, 32, 48, 64, 96, 128), (2, 2, 1, 2, 1, 2), pooled=False)
+
+
+OWN: dict[str, dict[str, Callable[..., nn.Module]]] = {"hand": {"cnn4": _cnn4, "loc": _loc, "loc6": _loc6}}
+"""Models of ours: ``hand:cnn4`` reads crops, ``hand:loc`` and ``hand:loc6`` give maps for the aligner."""
 
 
 class _LastMap(nn.Module):
@@ -120,6 +124,52 @@ def build_pooled(
             shape = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
             raise ValueError(f"it gives {shape}, expected features (B, D)")
     return net.train(), int(feature.shape[1]), statistics
+
+
+class _Placed(nn.Module):
+    """A map in few channels, flattened: what lies where is kept."""
+
+    def __init__(self, net: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.net = net
+        self.reduce = nn.Conv2d(channels, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.reduce(self.net(x))
+        return out.flatten(1)
+
+
+CHANNELS = 16
+"""Numbers per place of a feature that keeps places."""
+
+
+def build_placed(
+    spec: str, size: tuple[int, int], places: int, *, pretrained: bool = False, option: str = "--recognizer.palm"
+) -> tuple[nn.Module, int, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """As ``build_pooled``, but the feature keeps what lies where in a crop: the deepest map with ``places`` or more a side.
+
+    Raises:
+        UserError: an unknown name, or a network that gives no such map of crops of this size.
+    """
+    own = spec.startswith("hand:")
+    net: nn.Module = models.build(spec, features_only=not own, pretrained=pretrained, own=OWN, option=option)
+    statistics = models.expected_statistics(net) or ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    with _one_line(f"{option} {spec}", size), torch.no_grad():
+        if isinstance(net, SmallNet):
+            net.pooled = False
+            maps = [net.eval()(torch.zeros(2, 3, *size))]
+        else:
+            maps = list(net.eval()(torch.zeros(2, 3, *size)))
+    if any(m.ndim != 4 for m in maps) or max(maps[0].shape[2:]) < places:
+        shape = tuple(maps[0].shape)
+        raise UserError(
+            f"--recognizer.places {places}: {option} {spec} has no map of so many places a side of crops of"
+            f" {size[0]} x {size[1]} pixels, its largest is {shape}"
+        )
+    stage = max(i for i, m in enumerate(maps) if max(m.shape[2:]) >= places)
+    found = maps[stage]
+    kept = net if isinstance(net, SmallNet) else _LastMap(net, stage)
+    return _Placed(kept, found.shape[1]).train(), CHANNELS * found[0, 0].numel(), statistics
 
 
 @contextlib.contextmanager

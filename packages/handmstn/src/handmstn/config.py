@@ -76,11 +76,16 @@ class AlignerSettings(Settings):
         steps: updates in stage A; 0 leaves the aligner as it begins.
         batch_size: pictures per step.
         lr: learning rate of stage A (1e-3 in the predecessor's).
-        point: weight of the squared error of the points.
+        point: weight of the error of the points.
+        distance: squared (mean squared error, as in the predecessor), or plain (mean distance, which a few covered hands do
+            not govern).
+        head: dense (the predecessor's two layers on the flattened map), or places (the same, and for each point a map of
+            where it is expected, whose mean is added).
         bending: weight of the splines' bending energy.
         visibility: weight of the visibility's cross-entropy.
         scrambled: share of the pictures whose blocks are shuffled, so that it learns what no hand is.
-        turns: turn, scale and shift every training picture at random, its points alike.
+        turns: any turns, scales and shifts every training picture at random, its points alike; quarter gives each one of its
+            four quarter turns, which blurs nothing; none leaves it.
         warps: learn from self-made warps of upright hands, where there are no points: auto does where the data has none.
     """
 
@@ -93,10 +98,12 @@ class AlignerSettings(Settings):
     batch_size: Count = 64
     lr: Positive = 1e-3
     point: NonNegative = 1.0
+    distance: Literal["squared", "plain"] = "squared"
+    head: Literal["dense", "places"] = "dense"
     bending: NonNegative = 1e-2
     visibility: NonNegative = 0.1
     scrambled: Annotated[float, Interval(ge=0, lt=1)] = 0.125
-    turns: bool = True
+    turns: Literal["any", "quarter", "none"] = "any"
     warps: Literal["auto", "always", "never"] = "auto"
 
 
@@ -111,7 +118,10 @@ class RecognizerSettings(Settings):
         dim: size of the descriptor of a part (512 in the predecessor's).
         palm_size: side of the palm's crop in pixels.
         finger_size: height and width of a finger's crop in pixels.
-        jitter: deviation of noise on the control points in training, in half widths of the picture.
+        places: 0 takes the mean of a network's map as its feature; N keeps what lies where: the deepest map of N places or more
+            a side, in 16 channels a place (the predecessor's descriptor sees every place of a 14 x 14 map).
+        jitter: how far the points of each part are shifted together, turned and scaled in training: the deviation, as a share
+            of their distance from the part's middle.
     """
 
     palm: str = "timm:resnet50"
@@ -120,7 +130,8 @@ class RecognizerSettings(Settings):
     dim: Count = 512
     palm_size: Annotated[int, Ge(8)] = 112
     finger_size: tuple[Annotated[int, Ge(4)], Annotated[int, Ge(4)]] = (96, 32)
-    jitter: NonNegative = 0.02
+    places: Natural = 0
+    jitter: NonNegative = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)

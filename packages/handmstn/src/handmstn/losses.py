@@ -6,6 +6,7 @@ them. Letters of shapes: B pictures, D dimensions, C classes, P parts, K control
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -154,13 +155,17 @@ class CenterLoss(nn.Module):
         return 0.5 * (embeddings - own).square().sum(1).mean()
 
 
-def point_loss(points: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Weighted mean of squared errors in half widths of the picture: (B, K, 2), (B, K, 2), (B, K) -> scalar.
+def point_loss(
+    points: Tensor, target: Tensor, counted: Tensor, distance: Literal["squared", "plain"] = "squared"
+) -> Tensor:
+    """Weighted mean of squared errors, or of distances, in half widths of the picture: (B, K, 2), (B, K, 2), (B, K) -> scalar.
 
     Points that are not known (NaN) are to have weight 0; a batch without any gives 0.
     """
     gap = torch.where(counted[..., None] > 0, points - target, torch.zeros_like(points))
-    return (gap.square().sum(-1) * counted).sum() / counted.sum().clamp_min(1e-6)
+    each = gap.square().sum(-1)
+    each = each if distance == "squared" else (each + 1e-8).sqrt()
+    return (each * counted).sum() / counted.sum().clamp_min(1e-6)
 
 
 def visibility_loss(logits: Tensor, visibility: Tensor) -> Tensor:

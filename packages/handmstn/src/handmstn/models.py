@@ -38,14 +38,16 @@ def build_aligner(settings: ModelSettings, seed: int) -> MultiSpatialTransformer
     a = settings.aligner
     parts = parts_of(settings)
     with keyed(seed, 11):
-        return MultiSpatialTransformer(parts, a.backbone, a.levels, a.loc_size, passes=a.passes, votes=a.votes)
+        return MultiSpatialTransformer(
+            parts, a.backbone, a.levels, a.loc_size, passes=a.passes, votes=a.votes, head=a.head
+        )
 
 
 def build_model(settings: ModelSettings, seed: int, aligner: MultiSpatialTransformer | None) -> HandMSTN:
     """A fresh model around an aligner; its weights depend on the seed alone."""
     r = settings.recognizer
     with keyed(seed, 12):
-        return HandMSTN(parts_of(settings), r.palm, r.finger, r.dim, aligner, r.pretrained)
+        return HandMSTN(parts_of(settings), r.palm, r.finger, r.dim, aligner, r.pretrained, r.places)
 
 
 def save_model(path: Path, model: HandMSTN, card: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from handmstn.aligner import AlignedHand, MultiSpatialTransformer
-from handmstn.backbones import build_pooled
+from handmstn.backbones import build_placed, build_pooled
 from handmstn.parts import PartSpec
 from handmstn.warping import ControlPointGrid, check_finite
 
@@ -54,6 +54,7 @@ class HandMSTN(nn.Module):
         dim: size D of a part's descriptor.
         aligner: what finds the points; None where they are always given.
         pretrained: start from the weights that timm publishes (``packaged:`` networks always have theirs).
+        places: 0 takes the mean of a network's map; N keeps what lies where in a map of N or more places a side.
 
     Source: fusion, matching and the networks are choices of ours; the paper's abstract says "pretrained CNNs".
     """
@@ -66,6 +67,7 @@ class HandMSTN(nn.Module):
         dim: int = 512,
         aligner: MultiSpatialTransformer | None = None,
         pretrained: bool = False,
+        places: int = 0,
     ) -> None:
         super().__init__()
         self.parts = tuple(parts)
@@ -84,7 +86,10 @@ class HandMSTN(nn.Module):
             self.batches[keys.index(key)].append(number)
         for index, (members, (kind, size)) in enumerate(zip(self.batches, keys, strict=True)):
             spec, option = (palm, "--recognizer.palm") if kind == "palm" else (finger, "--recognizer.finger")
-            net, width, (mean, std) = build_pooled(spec, size, pretrained=pretrained, option=option)
+            if places:
+                net, width, (mean, std) = build_placed(spec, size, places, pretrained=pretrained, option=option)
+            else:
+                net, width, (mean, std) = build_pooled(spec, size, pretrained=pretrained, option=option)
             self.nets.append(net)
             self.register_buffer(f"mean_{index}", torch.tensor(mean).view(1, -1, 1, 1))
             self.register_buffer(f"std_{index}", torch.tensor(std).view(1, -1, 1, 1))

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from handmstn.aligner import MultiSpatialTransformer, near, scrambled, warped
+from handmstn.aligner import MultiSpatialTransformer, near, quartered, scrambled, warped
 from handmstn.config import Optimizer, RunSettings
 from handmstn.losses import IdentityLoss, point_loss, sum_weighted, visibility_loss
 from handmstn.models import _batches, build_aligner, build_model, given, parts_of
+from handmstn.parts import PartSpec
 from handmstn.recognizer import HandMSTN, fuse
 from handmstn.records import Hands
 from handmstn.sampling import people_and_views
@@ -30,15 +31,23 @@ from tenfold.training import fit
 
 
 class HandItems(Dataset[Any]):
-    """Pictures with labels, points and visibility, and light augmentation: brightness, contrast, and noise on the points.
+    """Pictures with labels, points and visibility, and light augmentation: brightness, contrast, and parts that lie a bit off.
 
     There is no flip: a mirrored hand is another hand.
     """
 
-    def __init__(self, hands: Hands, labels: Tensor, points: Tensor, visibility: Tensor, jitter: float = 0.0) -> None:
+    def __init__(
+        self,
+        hands: Hands,
+        labels: Tensor,
+        points: Tensor,
+        visibility: Tensor,
+        parts: Sequence[PartSpec] = (),
+        jitter: float = 0.0,
+    ) -> None:
         assert hands.images is not None
         self.images, self.labels, self.points, self.visibility = hands.images, labels, points, visibility
-        self.jitter = jitter
+        self.counts, self.jitter = [part.count for part in parts], jitter
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,13 +58,25 @@ class HandItems(Dataset[Any]):
         gain, lift = 0.8 + 0.4 * torch.rand(()), 0.2 * (torch.rand(()) - 0.5)
         points = self.points[index]
         if self.jitter:
-            points = points + self.jitter * torch.randn(points.shape)
+            points = torch.cat([_moved(part, self.jitter) for part in torch.split(points, self.counts)])
         return {
             "images": ((image - 0.5) * gain + 0.5 + lift).clamp(0, 1),
             "labels": self.labels[index],
             "points": points,
             "visibility": self.visibility[index],
         }
+
+
+def _moved(points: Tensor, deviation: float) -> Tensor:
+    """A part's points (K, 2) shifted, turned and scaled together at random."""
+    center = points.mean(0)
+    away = points - center
+    extent = away.square().sum(1).mean().sqrt()
+    turn, size, shift = deviation * torch.randn(()), 1 + deviation * torch.randn(()), deviation * torch.randn(2)
+    turned = torch.stack(
+        [away[:, 0] * turn.cos() - away[:, 1] * turn.sin(), away[:, 0] * turn.sin() + away[:, 1] * turn.cos()], 1
+    )
+    return center + size * turned + extent * shift
 
 
 class AlignTask(pl.LightningModule):
@@ -77,9 +98,11 @@ class AlignTask(pl.LightningModule):
             images, moved = warped(images, generator)
             points = compose(moved, self.aligner.pose.expand(count, -1, -1))
             visibility = torch.full_like(visibility, float("nan"))
-        elif config.turns:
+        elif config.turns == "any":
             images, moved = warped(images, generator, 0.15, 0.1)
             points = compose(moved, points)
+        elif config.turns == "quarter":
+            images, points = quartered(images, points, generator)
         empty = round(config.scrambled * count)
         flipped = count // 8
         images = images.clone()
@@ -99,9 +122,9 @@ class AlignTask(pl.LightningModule):
         counted = known * (0.2 + 0.8 * spread)  # a covered part still lies somewhere
         terms: dict[str, Tensor] = {}
         if config.point:
-            terms["point"] = point_loss(found.points[kept], points[kept], counted)
+            terms["point"] = point_loss(found.points[kept], points[kept], counted, config.distance)
             if self.aligner.levels == 2:
-                terms["point0"] = point_loss(found.first[kept], points[kept], counted)
+                terms["point0"] = point_loss(found.first[kept], points[kept], counted, config.distance)
         if config.bending:
             terms["bending"] = self.aligner.grid.bending_energy(found.points[kept]).mean()
         if config.visibility:
@@ -320,8 +343,7 @@ def train_identities(
     torch.manual_seed(seed)
     losses = losses_of(settings, len(classes), len(model.parts))
     order = people_and_views(hands.classes, settings.people, settings.views)
-    jitter = settings.recognizer.jitter if settings.preset != "whole" or settings.given_points else 0.0
-    items = HandItems(hands, labels, points, visibility, jitter)
+    items = HandItems(hands, labels, points, visibility, model.parts, settings.recognizer.jitter)
     stages: Sequence[tuple[str, int, bool]] = [
         ("identity", settings.steps or 0, False),
         ("joint", settings.joint_steps, True),

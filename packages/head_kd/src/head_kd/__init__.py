@@ -13,12 +13,12 @@ from tenfold.lazy import attach
 if TYPE_CHECKING:
     from head_kd.cache import TargetCache as TargetCache
     from head_kd.cache import write_cache as write_cache
+    from head_kd.coco import check_coco as check_coco
     from head_kd.compose import pair as pair
     from head_kd.config import AssistantSettings as AssistantSettings
     from head_kd.config import Distillation as Distillation
     from head_kd.config import NeckMimic as NeckMimic
     from head_kd.config import Schedule as Schedule
-    from head_kd.data import check_coco as check_coco
     from head_kd.detector import HEADDetector as HEADDetector
     from head_kd.export import export_student as export_student
     from head_kd.losses import PerAnchorLinear as PerAnchorLinear
@@ -34,5 +34,5 @@ if TYPE_CHECKING:
     from head_kd.teacher import TeacherView as TeacherView
 
 __version__ = "0.1.0"
-_MM = ("cache", "compose", "data", "detector", "export", "ops_fallback", "teacher")
+_MM = ("cache", "compose", "detector", "export", "ops_fallback", "teacher")
 __all__, __getattr__, __dir__ = attach(__name__, needs=dict.fromkeys(_MM, "mmdet"))

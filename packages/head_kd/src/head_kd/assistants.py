@@ -87,7 +87,8 @@ def width_of(consumer: nn.Module, owner: str) -> tuple[int, bool]:
     Raises:
         UserError: the module does not say how many channels it takes.
     """
-    module = getattr(consumer, "conv", consumer)
+    first = consumer[0] if isinstance(consumer, nn.ModuleList) else consumer
+    module = getattr(first, "conv", first)
     if isinstance(module, nn.Linear):
         return module.in_features, False
     channels = getattr(module, "in_channels", None)

@@ -17,17 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from head_kd.config import Storage
+from head_kd.configs import transforms
 from head_kd.proposals import Proposals, Provenance
-from head_kd.teacher import TeacherView
+from head_kd.signals import box_heads
+from head_kd.teacher import TeacherView, normalization
 from tenfold import UserError, randomness
 from tenfold.checkpoints import digest
 
 _DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
+_PARTS = ("backbone.", "neck.", "rpn_head.", "roi_head.bbox_head.")
+
+
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """Digest of a teacher's RoI head, by which a cache knows its teacher."""
-    return digest({name: state_dict[name] for name in sorted(state_dict) if name.startswith("roi_head.")})
+    """Digest of all of a teacher that makes its targets, by which a cache knows it."""
+    names = sorted(n for n in state_dict if n.startswith(_PARTS) and not n.endswith("num_batches_tracked"))
+    return digest({name: state_dict[name] for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +73,26 @@ class TargetCache:
         row = {image: number for number, image in enumerate(header["images"])}
         return cls(path, header, np.load(path / "boxes.npy", mmap_mode="r"), np.load(path / "count.npy"), targets, row)
 
-    def check_teacher(self, state_dict: Mapping[str, Tensor]) -> None:
+    def check_teacher(self, state_dict: Mapping[str, Tensor], normalized: Mapping[str, Any]) -> None:
         """Check that the cache was made with this teacher.
 
+        Args:
+            state_dict: the teacher's weights.
+            normalized: what ``teacher.normalization`` gives for its input.
+
         Raises:
-            UserError: it was made with another one.
+            UserError: it was made with another one, or with another normalization of its input.
         """
         found = weights_digest(state_dict)
         if found != self.header["teacher"]:
             raise UserError(
-                f"{self.path} was made with another teacher (RoI head {self.header['teacher'][:12]}, this one {found[:12]}):"
+                f"{self.path} was made with another teacher ({self.header['teacher'][:12]}, this one {found[:12]}):"
                 " make a new one with 'head-kd cache'"
+            )
+        if dict(normalized) != self.header.get("input"):
+            raise UserError(
+                f"{self.path} was made with another normalization of the teacher's input ({self.header.get('input')}, now"
+                f" {dict(normalized)}): make a new one with 'head-kd cache'"
             )
 
     def check_data(self, digest: str) -> None:
@@ -118,6 +133,30 @@ class TargetCache:
                 found[name] = values.to(device)
             targets.append(found)
         return boxes, targets
+
+
+STILL = (
+    "LoadImageFromFile", "LoadAnnotations", "PackDetInputs", "Resize", "RandomResize", "RandomChoiceResize", "RandomChoice",
+    "RandomFlip", "Pad", "PhotoMetricDistortion", "YOLOXHSVRandomAug", "Corrupt", "FilterAnnotations", "Normalize",
+)  # fmt: skip
+"""Transforms that leave boxes where they are, or whose moves the size and the flip of an image tell."""
+MOVING = ("RandomCrop", "RandomAffine", "Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "GeomTransform")
+"""Transforms that record what they do in ``homography_matrix``."""
+
+
+def check_pipeline(dataset: Any) -> None:
+    """Check that cached boxes can follow the transforms of a training data set's config.
+
+    Raises:
+        UserError: one of them moves boxes in a way that no image tells.
+    """
+    steps = list(transforms(dataset))
+    packed = any("homography_matrix" in (step.get("meta_keys") or ()) for step in steps)
+    for step in steps:
+        kind = str(step.get("type"))
+        if kind not in STILL and not (packed and kind in MOVING):
+            hint = ": let PackDetInputs pack 'homography_matrix'" if kind in MOVING else ": train without a cache"
+            raise UserError(f"--cache: cached boxes cannot follow {kind} of the training pipeline{hint}")
 
 
 def move_boxes(boxes: Tensor, meta: Mapping[str, Any]) -> Tensor:
@@ -215,6 +254,11 @@ def write_cache(
     path.mkdir(parents=True, exist_ok=True)
     if not teacher.two_stage:
         raise UserError("a cache needs a teacher with a RoI head: the targets of a dense head depend on every pixel")
+    if len(box_heads(teacher.detector.roi_head)) > 1:
+        raise UserError(
+            "a cache holds one activation for each box, and a cascade's later stages look at boxes that the assistant moves:"
+            " train without a cache"
+        )
     ids: list[Any] = []
     boxes = np.lib.format.open_memmap(path / "boxes.npy", "w+", np.float32, (images, boxes_per_image, 4))
     count = np.full(images, boxes_per_image, dtype=np.int64)
@@ -259,6 +303,7 @@ def write_cache(
             np.save(path / f"{name}.scale.npy", scale)
     header = {
         "teacher": weights_digest(teacher.detector.state_dict()),
+        "input": normalization(teacher.detector.data_preprocessor),
         "data": data,
         "signals": list(arrays),
         "boxes": boxes_per_image,

@@ -51,8 +51,9 @@ def read_weights(path: str | Path, *, option: str = "") -> Weights:
     if "tenfold" in found.meta:
         stated = json.loads(found.meta["tenfold"]).get("config", {}).get("classes")
     elif isinstance(found.meta.get("meta"), dict):
-        about = found.meta["meta"].get("dataset_meta")
-        stated = (about.get("classes") or about.get("CLASSES")) if isinstance(about, dict) else None
+        meta = found.meta["meta"]
+        about = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else meta  # mmdet 3.x, 2.x
+        stated = about.get("classes") or about.get("CLASSES")
     classes = tuple(map(str, stated)) if isinstance(stated, list | tuple) and stated else None
     return Weights(found.tensors, classes)
 

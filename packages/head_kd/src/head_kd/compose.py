@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.registry import MODELS
 from mmengine.utils import import_modules_from_strings
 
 from head_kd.config import READ_AT_REGIONS, WITH_TEACHER, Distillation, Method, Terms
@@ -16,7 +18,15 @@ from head_kd.configs import innermost, resolve_config
 from head_kd.heads import fcos_head, rcnn_head, rcnn_train_cfg, retina_head, retina_train_cfg
 from tenfold import UserError
 
-IMPORTS = ("head_kd.ops_fallback", "head_kd.detector", "head_kd.training.loop")
+IMPORTS = (
+    "head_kd.ops_fallback",
+    "head_kd.detector",
+    "head_kd.training.loop",
+    "head_kd.training.hooks",
+    "head_kd.training.guard",
+)
+HOOKS = ("PlainCheckpointHook", "ScheduleHook", "GuardHook", "ExportHook")
+"""What a composed config brings for mmengine's own runner; ``head-kd train`` puts its own guard and export in place."""
 _OWN_AKD, _OWN_CKD = 0.5, 0.25
 """Weights of losses that are divided by the target's variance (ours)."""
 
@@ -88,6 +98,9 @@ def pair(
             raise UserError(f"the method {method} reads no teacher at regions, so a cache has no part in it")
         parts["teacher"]["cache"] = str(cache)
     cfg.model = parts
+    ours = [{"type": kind} for kind in HOOKS if method != "plain" or kind == "PlainCheckpointHook"]
+    kept = [hook for hook in cfg.get("custom_hooks") or [] if hook.get("type") not in HOOKS]
+    cfg.custom_hooks = [*kept, *ours]
     import_modules_from_strings(list(IMPORTS))  # as mmengine does when it reads a config from a file
     return cfg
 
@@ -109,12 +122,17 @@ def _neck_mimic(method: Method, how: Distillation) -> dict[str, Any]:
 def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> dict[str, Any]:
     """Settings of an assistant that is a copy of the teacher's head."""
     kind = "roi" if "roi_head" in theirs else "dense"
+    if kind == "dense" and "in_channels" not in (theirs.get("bbox_head") or {}):
+        raise UserError(
+            f"the teacher's {_head_type(theirs)} works on queries, not on regions or maps: it has no signal for an assistant;"
+            " the methods pkd and fitnet imitate its neck"
+        )
     two_stage = "roi_head" in model
     paper = method == "paper"
     assistant: dict[str, Any] = {"kind": kind, "normalize": not paper}
     akd, ckd = _paper_weights(model, theirs) if paper else (_OWN_AKD, _OWN_CKD)
-    if kind == "dense" and two_stage:
-        ckd = 0.0  # the student's head has no map that a dense head's would match
+    if (kind == "dense" and two_stage) or not _shares_regions(model):
+        ckd = 0.0  # the student's head has no map that a dense head's would match, or samples anew at every stage
     if method == "assist":
         akd = ckd = 0.0
         roi = kind == "roi"
@@ -124,6 +142,11 @@ def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> di
             "transfer": False,
         }
     elif method == "direct":
+        if ckd == 0:
+            raise UserError(
+                f"the method direct lets the student's head imitate the teacher's, and nothing of the student's"
+                f" {_head_type(model)} matches the teacher's {_head_type(theirs)}"
+            )
         akd, ckd = 0.0, 0.5
         assistant["detection_weight"] = 0.0
     assistant["akd_weight"] = akd if how.akd_weight is None else how.akd_weight
@@ -133,6 +156,18 @@ def _assistant(method: Method, how: Distillation, model: Any, theirs: Any) -> di
         assistant["rois_per_image"] = how.rois_per_image
         assistant["align_strides"] = how.align_strides
     return assistant
+
+
+def _head_type(model: Any) -> str:
+    return str((model.roi_head if "roi_head" in model else model.bbox_head)["type"])
+
+
+def _shares_regions(model: Any) -> bool:
+    """Whether a student's signals can be read at regions: not those of a cascade, which samples anew at every stage."""
+    if "roi_head" not in model:
+        return True
+    kind = MODELS.get(model.roi_head.type) if isinstance(model.roi_head.type, str) else model.roi_head.type
+    return isinstance(kind, type) and issubclass(kind, StandardRoIHead)
 
 
 def _paper_weights(model: Any, theirs: Any) -> tuple[float, float]:
@@ -223,11 +258,13 @@ def use_data(cfg: Any, train: Any, val: Any) -> None:
         if loader is None:
             continue
         dataset = innermost(loader.dataset)
+        assert dataset is not None
         if "datasets" in dataset or "pipeline" not in dataset:
             raise UserError(
                 f"--data: the {name} data of the student's config is a {dataset.get('type')}, which is not replaced"
             )
-        extra = {"filter_cfg": {"filter_empty_gt": True, "min_size": 1}} if name == "train" else {"test_mode": True}
+        usual = {"filter_empty_gt": True, "min_size": 1}
+        extra = {"filter_cfg": dataset.get("filter_cfg", usual)} if name == "train" else {"test_mode": True}
         new = {
             "type": "CocoDataset",
             "ann_file": str(Path(split.annotations).resolve()),
@@ -236,14 +273,16 @@ def use_data(cfg: Any, train: Any, val: Any) -> None:
             "pipeline": dataset.pipeline,
             **extra,
         }
-        loader.dataset = new
+        if dataset is loader.dataset:
+            loader.dataset = new
+        else:  # in its wrappers
+            dataset.clear()
+            dataset.update(new)
     for name in ("val", "test"):
         evaluator = cfg.get(f"{name}_evaluator")
         if evaluator is not None:
-            cfg[f"{name}_evaluator"] = {
-                "type": "CocoMetric",
-                "ann_file": str(Path(val.annotations).resolve()),
-                "metric": "bbox",
-                "format_only": False,
-            }
+            kept = dict(evaluator) if isinstance(evaluator, dict) and evaluator.get("type") == "CocoMetric" else {}
+            file = str(Path(val.annotations).resolve())
+            ours = {"type": "CocoMetric", "ann_file": file, "metric": "bbox", "format_only": False}
+            cfg[f"{name}_evaluator"] = {**kept, **ours}
     set_num_classes(cfg.model, len(train.classes))

@@ -34,6 +34,7 @@ WITH_TEACHER: tuple[Method, ...] = (*READ_AT_REGIONS, "pkd", "fitnet")
 """Methods whose teacher itself runs; ``assist`` takes its config alone."""
 Launcher = Literal["none", "pytorch", "slurm", "mpi"]
 Storage = Literal["fp32", "fp16", "int8"]
+Splits = Annotated[list[str], Length(2, 2)]
 
 
 def from_mapping(kind: type[S], values: Mapping[str, Any] | S | None, what: str) -> S:
@@ -221,12 +222,16 @@ class PairSettings(Settings):
         teacher: mmdet config of the teacher; not for the methods plain and tf_head.
         teacher_weights: weights of the teacher, .pth or .safetensors; for all methods but plain, tf_head and assist.
         data: coco:DIR or voc:DIR, with splits train and val; default: the data of the student's config.
+        split: the splits of --data that are trained on and measured; val stands for valid and validation too.
+        skip_bad: whether bad images and boxes of the data are left out, counted and listed, instead of refused.
     """
 
     student: str
     teacher: str | None = None
     teacher_weights: str | None = None
     data: str | None = None
+    split: Splits = field(default_factory=lambda: ["train", "val"])
+    skip_bad: bool = False
 
     def check_teacher(self, *methods: Method, option: str = "--method") -> None:
         """Raise ``UserError`` where a method needs more of a teacher than there is."""
@@ -365,6 +370,8 @@ class CacheSettings(Settings):
         teacher: mmdet config of the teacher.
         teacher_weights: weights of the teacher, .pth or .safetensors.
         data: coco:DIR or voc:DIR; default: the data of the student's config.
+        split: the splits of --data, as for train.
+        skip_bad: whether bad images and boxes of the data are left out, as for train.
         boxes: boxes per image; fewer than 64 keep less of the gain.
         storage: number format on disk, fp32, fp16, or int8 with one scale per box.
         batch_size: images at once.
@@ -376,6 +383,8 @@ class CacheSettings(Settings):
     teacher: str
     teacher_weights: str
     data: str | None = None
+    split: Splits = field(default_factory=lambda: ["train", "val"])
+    skip_bad: bool = False
     boxes: Annotated[int, Ge(4)] = 64
     storage: Storage = "fp16"
     batch_size: Count = 8
@@ -390,13 +399,17 @@ class EvaluateSettings(Settings):
     Args:
         run: folder of a `head-kd train`, or a file of a student's weights, in a run or from elsewhere.
         student: mmdet config of the plain student; default: the run's.
-        data: coco:DIR or voc:DIR, split val; default: the test data of the config.
+        data: coco:DIR or voc:DIR; default: the test data of the config.
+        split: the split of --data that is measured; val stands for valid and validation too.
+        skip_bad: whether bad images and boxes of the data are left out, as for train.
         device: where to compute; auto takes CUDA where there is one, else the CPU.
     """
 
     run: str
     student: str | None = None
     data: str | None = None
+    split: str = "val"
+    skip_bad: bool = False
     device: Device = "auto"
 
 

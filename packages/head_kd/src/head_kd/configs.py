@@ -7,6 +7,7 @@ import head_kd.ops_fallback  # noqa: F401  # before mmdet
 
 # isort: split
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,28 @@ def innermost(dataset: Any) -> Any:
 def config_classes(cfg: Any) -> tuple[str, ...] | None:
     """The classes that a config states for its training data, directly or through the data set's own list."""
     dataset = innermost((cfg.get("train_dataloader") or {}).get("dataset") or {})
-    stated = (dataset.get("metainfo") or {}).get("classes") or (cfg.get("metainfo") or {}).get("classes")
+    return stated_classes({**dataset, "metainfo": dataset.get("metainfo") or cfg.get("metainfo")})
+
+
+def stated_classes(dataset: Any) -> tuple[str, ...] | None:
+    """The classes that a data set's config states, directly or through the data set's own list."""
+    stated = (dataset.get("metainfo") or {}).get("classes")
     if stated is None and dataset.get("type") is not None:
         kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
         stated = getattr(kind, "METAINFO", {}).get("classes")
+    if isinstance(stated, str):
+        return (stated,)
     return tuple(stated) if stated else None
+
+
+def transforms(node: Any) -> Iterator[Any]:
+    """Configs of all transforms of a data set's config, those inside of wrappers and choices too."""
+    if isinstance(node, dict):
+        for key in ("pipeline", "transforms"):
+            for step in node.get(key) or ():
+                yield from ([step] if isinstance(step, dict) else [])
+        for value in node.values():
+            yield from transforms(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from transforms(value)

@@ -1,124 +1,48 @@
 """Data on disk: COCO JSON and PASCAL VOC, checked before anything trains on them."""
 
-import collections
-import dataclasses
 import hashlib
 import json
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from head_kd import rendered
-from head_kd.configs import innermost
+from head_kd.coco import Split, check_coco, read_coco
+from head_kd.configs import innermost, stated_classes
+from head_kd.voc import voc_folder
 from tenfold import UserError
-from tenfold.errors import did_you_mean
 from tenfold.files import replacing
 from tenfold.readers import parse_source
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """One split of a data set in COCO's format.
-
-    Attributes:
-        annotations: the JSON file.
-        images: folder that its file names are relative to.
-        classes: names in the order of the category ids.
-        count: number of images.
-    """
-
-    annotations: Path
-    images: Path
-    classes: tuple[str, ...]
-    count: int
-
-
-def check_coco(annotations: str | Path, images: str | Path, *, classes: Sequence[str] | None = None) -> Split:
-    """Read a COCO file, and check it for what training would stumble over.
-
-    Args:
-        annotations: the JSON file.
-        images: the folder of its images.
-        classes: names of the wanted categories; default: all, by id.
-
-    Raises:
-        UserError: the file cannot be read or is empty; it names a missing image, an unknown category or image, a box
-            outside its image or without area, or an id twice. The message names file, annotation and field.
-    """
-    path, folder = Path(annotations), Path(images)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or any(
-        not isinstance(content.get(k), list) for k in ("images", "annotations", "categories")
-    ):
-        raise UserError(f"{path}: expected COCO's lists images, annotations and categories")
-    for key in ("images", "annotations", "categories"):
-        if not content[key]:
-            raise UserError(f"{path}: {key} is empty")
-        twice = [i for i, n in collections.Counter(entry.get("id") for entry in content[key]).items() if n > 1]
-        if twice:
-            raise UserError(
-                f"{path}: {key}: id {twice[0]} stands {'more than once' if twice[0] is not None else 'nowhere'}"
-            )
-    categories = {c["id"]: str(c.get("name", c["id"])) for c in content["categories"]}
-    if classes is not None:
-        for name in classes:
-            if name not in categories.values():
-                raise UserError(f"{path}: no category '{name}': {did_you_mean(name, categories.values())}")
-    sizes = {}
-    for entry in content["images"]:
-        for field in ("file_name", "width", "height"):
-            if field not in entry:
-                raise UserError(f"{path}: image {entry['id']} has no {field}")
-        if not (folder / entry["file_name"]).is_file():
-            raise UserError(f"{path}: image {entry['id']}: no file {folder / entry['file_name']}")
-        sizes[entry["id"]] = (entry["width"], entry["height"])
-    for entry in content["annotations"]:
-        where = f"{path}: annotation {entry['id']}"
-        if entry.get("image_id") not in sizes:
-            raise UserError(f"{where}: image_id {entry.get('image_id')} is no image of the file")
-        if entry.get("category_id") not in categories:
-            known = ", ".join(map(str, sorted(categories)))
-            raise UserError(f"{where}: category_id {entry.get('category_id')} is unknown, expected one of {known}")
-        box = entry.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
-            raise UserError(f"{where}: bbox {box} is not x, y, width, height")
-        x, y, w, h = box
-        if not (w > 0 and h > 0):
-            raise UserError(f"{where}: bbox {box} has no area")
-        width, height = sizes[entry["image_id"]]
-        if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-            raise UserError(f"{where}: bbox {box} leaves its image of {width} x {height}")
-    order = tuple(name for _, name in sorted(categories.items()))
-    return Split(path, folder, tuple(classes) if classes is not None else order, len(content["images"]))
-
-
-def read_splits(source: str, folder: str | Path, *, names: tuple[str, str] = ("train", "val")) -> tuple[Split, Split]:
-    """The splits of a ``--data`` source, checked.
+def read_splits(
+    source: str,
+    folder: str | Path,
+    *,
+    names: Sequence[str] = ("train", "val"),
+    skip_bad: bool = False,
+    order: Sequence[str] | None = None,
+) -> tuple[Split, Split]:
+    """The splits of a ``--data`` source, checked; the second one's classes come in the order of the first one's.
 
     Args:
         source: ``coco:DIR`` or ``voc:DIR``.
-        folder: where the COCO files of a VOC folder are written, as ``SPLIT.json``.
-        names: the splits that are trained on and measured.
+        folder: where mended copies, and the COCO files of a VOC folder, are written, as ``SPLIT.json``.
+        names: the split that is trained on and the one that is measured; one name stands for both.
+        skip_bad: whether bad images and boxes are left out instead of refused.
+        order: classes in the order that they must have; default: that of the first split's file.
 
     Raises:
-        UserError: a fault of the data, or splits with different classes.
+        UserError: faults of the data, or a split that has boxes of classes that the other does not know.
     """
     kind, path = parse_source(source, kinds=("coco", "voc"))
     assert path is not None
-    if kind == "coco":
-        train, val = (coco_folder(path, name) for name in names)
-    else:
-        train, val = (voc_folder(path, name, Path(folder) / f"{name}.json") for name in names)
-    if train.classes != val.classes:
-        differ = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5]) or "their order"
-        raise UserError(f"--data {source}: classes of {names[0]} and {names[1]} differ: {differ}")
-    return train, val
+    read = coco_folder if kind == "coco" else voc_folder
+    train = read(path, names[0], Path(folder) / f"{names[0]}.json", skip_bad=skip_bad, order=order)
+    if names[0] == names[-1]:
+        return train, train
+    out = Path(folder) / f"{names[1]}.json"
+    return train, read(path, names[1], out, skip_bad=skip_bad, order=train.classes)
 
 
 def annotation_file(dataset: Any) -> Path:
@@ -131,128 +55,137 @@ def annotation_digest(cfg: Any) -> str:
     return hashlib.sha256(annotation_file(innermost(cfg.train_dataloader.dataset)).read_bytes()).hexdigest()
 
 
-def check_config_data(cfg: Any) -> None:
-    """Check the COCO files that an mmdet config trains and tests on.
+def check_config_data(cfg: Any, folder: str | Path, *, skip_bad: bool = False) -> list[str]:
+    """Check the COCO files that an mmdet config trains and tests on; a mended copy takes a file's place.
+
+    Args:
+        cfg: the student's config; it is changed where a file had to be mended.
+        folder: where mended copies are written.
+        skip_bad: whether bad images and boxes are left out instead of refused.
+
+    Returns:
+        what was left out and filled in, a line each.
 
     Raises:
         UserError: what ``check_coco`` finds.
     """
-    for name in ("train", "test"):
+    notes: list[str] = []
+    checked: dict[Path, Split] = {}
+    train: Split | None = None
+    for name in ("train", "val", "test"):
         dataset = innermost((cfg.get(f"{name}_dataloader") or {}).get("dataset"))
-        if dataset is not None and dataset.get("type") == "CocoDataset":
-            images = Path(dataset.get("data_root") or "") / (dataset.get("data_prefix") or {}).get("img", "")
-            check_coco(annotation_file(dataset), images, classes=(dataset.get("metainfo") or {}).get("classes"))
+        if dataset is None or dataset.get("type") != "CocoDataset" or not dataset.get("ann_file"):
+            continue
+        file = annotation_file(dataset)
+        if file not in checked:
+            checked[file] = check_coco(
+                file,
+                Path(dataset.get("data_root") or "") / (dataset.get("data_prefix") or {}).get("img", ""),
+                classes=stated_classes(dataset),
+                order=None if train is None else train.classes,
+                mended=Path(folder) / f"{name}.json",
+                skip_bad=skip_bad,
+                turned=turns_images(dataset),
+            )
+            notes += checked[file].notes
+        found = checked[file]
+        train = train or found
+        stated = stated_classes(dataset)
+        if stated is not None and stated != found.classes:
+            dataset.metainfo = {**(dataset.get("metainfo") or {}), "classes": found.classes}
+            notes.append(
+                f"{file.name}: the config lists its classes in another order; mmdet numbers them as the file does:"
+                f" label 0 is '{found.classes[0]}'"
+            )
+        if found.annotations != file:
+            dataset.ann_file = str(found.annotations.resolve())
+            evaluator = cfg.get(f"{name}_evaluator")
+            if name != "train" and evaluator is not None and evaluator.get("ann_file"):
+                evaluator.ann_file = dataset.ann_file
+    return notes
 
 
+def turns_images(dataset: Any) -> bool:
+    """Whether a data set's pipeline reads images turned by their camera's tag, as mmcv does unless told otherwise."""
+    loads = [t for t in dataset.get("pipeline") or () if str(t.get("type")) == "LoadImageFromFile"]
+    return not any(str(t.get("color_type", "color")).endswith(("ignore_orientation", "unchanged")) for t in loads)
+
+
+_ALIASES = {"val": ("val", "valid", "validation"), "train": ("train", "training")}
 _LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
     ("annotations/instances_{split}.json", "{split}"),
     ("annotations/{split}.json", "{split}"),
     ("{split}.json", "{split}"),
     ("{split}/_annotations.coco.json", "{split}"),
+    ("{split}/{split}.json", "{split}"),
+    ("{split}/result.json", "{split}"),
+    ("{split}/annotations/instances_default.json", "{split}/images"),
 )
+"""COCO's own, mmdet's usual ones, Roboflow's, Label Studio's and CVAT's (``default`` and ``result`` are their only split)."""
 
 
-def coco_folder(root: str | Path, split: str) -> Split:
+def coco_folder(
+    root: str | Path,
+    split: str,
+    out: str | Path | None = None,
+    *,
+    skip_bad: bool = False,
+    order: Sequence[str] | None = None,
+) -> Split:
     """A split of a COCO folder: ``annotations/instances_train2017.json`` with ``train2017/``, or the like.
 
+    Args:
+        root: the folder.
+        split: name of the split; ``val`` stands for ``valid`` and ``validation`` as well.
+        out: where a mended copy is written, should one be needed.
+        skip_bad: whether bad images and boxes are left out instead of refused.
+        order: classes of another split, whose order this one takes.
+
     Raises:
-        UserError: no layout fits, or ``check_coco`` finds a fault.
+        UserError: no layout fits or several do, or ``check_coco`` finds faults.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"coco:{root}: no such folder")
-    for annotations, images in _LAYOUTS:
-        file = root / annotations.format(split=split)
-        if file.is_file():
-            folder = next(
-                (
-                    f
-                    for f in (root / images.format(split=split), root / "images" / split, root / "images")
-                    if f.is_dir()
-                ),
-                root,
-            )
-            return check_coco(file, folder)
-    expected = " or ".join(a.format(split=split) for a, _ in _LAYOUTS)
-    raise UserError(f"coco:{root}: no annotations of the split '{split}': expected {expected}")
-
-
-def voc_folder(root: str | Path, split: str, out: str | Path) -> Split:
-    """A split of a PASCAL VOC folder (``Annotations``, ``JPEGImages``, ``ImageSets/Main/SPLIT.txt``) as a COCO file.
-
-    Boxes lose VOC's offset of 1; difficult objects become ``iscrowd``, which mmdet ignores in training.
-
-    Args:
-        root: the folder, ``VOC2007`` for one.
-        split: train, val, trainval or test.
-        out: where the COCO file is written.
-
-    Raises:
-        UserError: a file is missing or damaged; the message names file and object.
-    """
-    root, out = Path(root), Path(out)
-    listing = root / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        names = [line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"voc:{root}: {listing}: {error.strerror}") from error
-    images: list[dict[str, Any]] = []
-    objects: list[dict[str, Any]] = []
-    for number, name in enumerate(names, 1):
-        file = root / "Annotations" / f"{name}.xml"
-        try:
-            tree = ET.parse(file).getroot()  # noqa: S314  # entities are not expanded by this parser
-        except (OSError, ET.ParseError) as error:
-            raise UserError(f"{file}: {error}") from error
-
-        def number_in(node: ET.Element, tag: str, file: Path = file) -> float:
-            text = node.findtext(tag)
-            try:
-                return float(text or "")
-            except ValueError:
-                raise UserError(f"{file}: {tag} is '{text}', expected a number") from None
-
-        size = tree.find("size")
-        if size is None:
-            raise UserError(f"{file}: no size")
-        picture = tree.findtext("filename") or f"{name}.jpg"
-        images.append(
-            {
-                "id": number,
-                "file_name": picture,
-                "width": int(number_in(size, "width")),
-                "height": int(number_in(size, "height")),
-            }
-        )
-        for item in tree.iter("object"):
-            box = item.find("bndbox")
-            if box is None:
-                raise UserError(f"{file}: object {item.findtext('name')} has no bndbox")
-            x1, y1, x2, y2 = (
-                number_in(box, tag) - (tag in ("xmin", "ymin")) for tag in ("xmin", "ymin", "xmax", "ymax")
-            )
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": number,
-                    "category": item.findtext("name") or "",
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": int(item.findtext("difficult") or 0),
-                }
-            )
-    classes = sorted({entry["category"] for entry in objects})
-    for entry in objects:
-        entry["category_id"] = classes.index(entry.pop("category")) + 1
-    content = {
-        "images": images,
-        "annotations": objects,
-        "categories": [{"id": i + 1, "name": c} for i, c in enumerate(classes)],
+    found = {
+        file: name
+        for name in _ALIASES.get(split, (split,))
+        for layout, _ in _LAYOUTS
+        if (file := root / layout.format(split=name)).is_file()
     }
-    with replacing(out) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-    return check_coco(out, root / "JPEGImages")
+    if not found:
+        there = _splits_in(root)
+        expected = " or ".join(a.format(split=split) for a, _ in _LAYOUTS)
+        hint = (
+            f"; it has {', '.join(there)}: name two with --split TRAIN,MEASURED" if there else f": expected {expected}"
+        )
+        raise UserError(f"coco:{root}: no annotations of the split '{split}'{hint}")
+    if len(found) > 1:
+        listed = " and ".join(str(file.relative_to(root)) for file in found)
+        raise UserError(f"coco:{root}: {listed} may both be the split '{split}': leave one there")
+    (file, name), *_ = found.items()
+    return check_coco(file, _image_folder(root, file, name), order=order, mended=out, skip_bad=skip_bad)
+
+
+def _splits_in(root: Path) -> list[str]:
+    """Names that ``--split`` would take of a folder."""
+    names: dict[Path, str] = {}
+    for layout, _ in _LAYOUTS:
+        head, tail = layout.split("{split}", 1)
+        for file in root.glob(layout.replace("{split}", "*")) if "{split}" not in tail else ():
+            names.setdefault(file, file.relative_to(root).as_posix().removeprefix(head).removesuffix(tail))
+    return sorted(set(names.values()))
+
+
+def _image_folder(root: Path, file: Path, split: str) -> Path:
+    """The folder in which a COCO file's first images are."""
+    named = [layout[1].format(split=split) for layout in _LAYOUTS]
+    tried = [root / n for n in (*named, f"images/{split}", f"images/{split}2017", "images")]
+    tried = [folder for folder in dict.fromkeys((*tried, file.parent, root)) if folder.is_dir()]
+    names = [str(entry.get("file_name") or "").replace("\\", "/") for entry in read_coco(file)["images"][:20]]
+    hits = [sum((folder / name).is_file() for name in names if name) for folder in tried]
+    return tried[max(range(len(tried)), key=lambda i: hits[i])]
 
 
 def write_drawn(folder: str | Path, name: str, first: int, count: int, *, clutter: bool = True) -> Split:

@@ -20,14 +20,15 @@ from head_kd.cache import TargetCache
 from head_kd.checkpoints import read_weights
 from head_kd.config import AssistantSettings, Balance, NeckMimic, ProposalSettings, Schedule, from_mapping
 from head_kd.configs import resolve_config
+from head_kd.decoders import DenseDecoder, dense_decoder
 from head_kd.dense_assistant import DenseAssistant
 from head_kd.losses import ramp
 from head_kd.neck import NeckImitation
 from head_kd.proposals import Proposals
 from head_kd.roi_assistant import RoIAssistant
-from head_kd.signals import DenseDecoder, dense_decoder, detector_strides, is_two_stage
+from head_kd.signals import detector_strides, is_two_stage
 from head_kd.student import StudentPass, one_stage, two_stage, unlocated
-from head_kd.teacher import Renormalize, TeacherView, head_config, load_roi_head
+from head_kd.teacher import Renormalize, TeacherView, head_config, load_roi_head, normalization
 from tenfold import NonFiniteError, UserError
 
 
@@ -159,7 +160,10 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
             if teacher.get("cache") is not None:
                 self.cache = TargetCache.open(teacher["cache"])
                 weights = read_weights(checkpoint)
-                self.cache.check_teacher(weights.state_dict)
+                preprocessor = MODELS.build(
+                    self._teacher_config.model.get("data_preprocessor") or {"type": "DetDataPreprocessor"}
+                )
+                self.cache.check_teacher(weights.state_dict, normalization(preprocessor))
                 self.__dict__["_cached_head"] = load_roi_head(self._teacher_config, weights, checkpoint)
             else:
                 self.__dict__["teacher"] = TeacherView.load(
@@ -224,6 +228,16 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         if self.teacher is not None:
             self.teacher.detector.eval()
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What the host's hooks and loops ask a detector for (``set_epoch``, ``with_neck``) is the student's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student = self.__dict__.get("student")
+            if student is None or name.startswith("_"):
+                raise
+            return getattr(student, name)
 
     def init_weights(self) -> None:
         """Initialize the student as it would be alone, then the assistants, then copy the teacher's heads into them."""
@@ -324,7 +338,7 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         """
         assistants, neck = self.assistants, self.head_kd.neck
         active = self.schedule.stop is None or self.step < self.schedule.stop
-        student = self._student_pass(features, samples, active)
+        student = self._student_pass(batch, features, samples, active)
         losses, terms = student.losses, {}  # type: dict[str, Any], dict[str, Tensor]
         if not assistants and neck is None:
             return losses, terms
@@ -360,14 +374,13 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
             terms["neck.loss_mimic"] = neck(features, maps, self._observe) if maps is not None else touch(neck)
         return losses, terms
 
-    def _student_pass(self, features: list[Tensor], samples: list[Any], active: bool) -> StudentPass:
+    def _student_pass(self, batch: Tensor, features: list[Tensor], samples: list[Any], active: bool) -> StudentPass:
         wanted = sorted({a.ckd_names[0] for a in self.assistants if a.ckd is not None and active})
         if is_two_stage(self.student):
-            return two_stage(self.student, features, samples, wanted)
+            return two_stage(self.student, batch, features, samples, wanted)
         own = self.cache is None and self.rois == "student"
-        return one_stage(
-            self.student, features, samples, wanted, self._decoder if own else None, self.proposal_settings
-        )
+        decoder = self._decoder if own else None
+        return one_stage(self.student, batch, features, samples, wanted, decoder, self.proposal_settings)
 
     @property
     def _asks_teacher(self) -> bool:

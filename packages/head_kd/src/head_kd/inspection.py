@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +45,8 @@ def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) ->
 
     Returns:
         ``gradient_ratio``: term -> norm of its weighted gradient at the student's maps over that of the detection loss;
-        ``gap_r2``: pair -> R^2, held out, of a linear map from the imitating to the imitated signal.
+        ``gap_r2``: pair -> R^2, held out, of a linear map from the imitating to the imitated signal; None where there are too
+        few rows to measure it.
     """
     pairs: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
@@ -56,6 +58,9 @@ def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) ->
 
     norms: list[Tensor] = []
     names: list[str] = []
+    hub = MessageHub.get_current_instance()
+    if hub.get_info("epoch") is None:
+        hub.update_info("epoch", 0)  # what a run says to heads that ask for it
     with untouched(model):
         model.train()
         model.observer = observe
@@ -71,7 +76,7 @@ def measure(model: HEADDetector, batches: Iterable[tuple[Tensor, list[Any]]]) ->
     mean = torch.stack(norms).mean(dim=0) if norms else torch.zeros(1)
     ratio = {name: float(value / mean[0].clamp_min(1e-30)) for name, value in zip(names, mean[1:], strict=True)}
     gaps = {name: gap_r2(torch.cat(a), torch.cat(b)) for name, (a, b) in pairs.items()}
-    return {"gradient_ratio": ratio, "gap_r2": {k: v for k, v in gaps.items() if math.isfinite(v)}}
+    return {"gradient_ratio": ratio, "gap_r2": {k: v if math.isfinite(v) else None for k, v in gaps.items()}}
 
 
 def training_flops(model: Any, batch: Tensor, samples: list[Any]) -> int:

@@ -327,6 +327,22 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
+def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
+    """Groups of boxes (N, 5) with scores: each that NMS keeps, followed by those that it suppresses, by falling score."""
+    order = dets[:, 4].argsort(descending=True, stable=True).tolist()
+    overlaps = torchvision.ops.box_iou(dets[:, :4], dets[:, :4])
+    groups = []
+    while order:
+        kept, rest = order[0], order[1:]
+        over = [i for i in rest if float(overlaps[kept, i]) >= iou_threshold]
+        groups.append([kept, *over])
+        order = [i for i in rest if i not in set(over)]
+    return groups
+
+
+_OPERATORS["nms_match"] = nms_match
+
+
 def _unsupported(what: str) -> NoReturn:
     raise UserError(
         f"mmcv operator {what}: not compiled here and not covered by head_kd's fallback; install an mmcv with compiled"

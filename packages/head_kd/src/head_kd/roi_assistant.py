@@ -106,14 +106,8 @@ class RoIAssistant(Assistant):
                 self.ckd = adapter((ckd_width, False), (goal, False), bias=not self.shared_sample)
 
     def _fit_to_neck(self, extractors: list[Any], strides: list[int]) -> None:
-        """Let the configs of RoI extractors take the first of the student's maps."""
-        wanted = len(extractors[0]["featmap_strides"])
-        if len(strides) < wanted:
-            raise UserError(
-                f"the student's neck has {len(strides)} maps (strides {strides}), the assistant's RoI extractor"
-                f" wants {wanted}: give a head with fewer featmap_strides"
-            )
-        own = strides[:wanted]
+        """Let the configs of RoI extractors take the first of the student's maps, all where it has fewer."""
+        own = strides[: len(extractors[0]["featmap_strides"])]
         for extractor in extractors:
             if self.settings.align_strides:
                 factor = own[0] / extractor["featmap_strides"][0]

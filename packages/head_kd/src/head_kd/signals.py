@@ -1,4 +1,4 @@
-"""Where a detector's knowledge can be read: names for inner activations of mmdet's heads, and their decoders.
+"""Where a detector's knowledge can be read: names for inner activations of mmdet's heads.
 
 An activation is captured as the *input of the module that consumes it*. Behind an in-place ReLU a hook on the layer
 itself would see the value before or after the ReLU, depending on a flag; the consumer sees what the head really uses.
@@ -8,22 +8,25 @@ import head_kd.ops_fallback  # noqa: F401  # before mmdet
 
 # isort: split
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from mmdet.models.dense_heads import AnchorHead, FCOSHead, GFLHead
 from mmdet.models.roi_heads import StandardRoIHead
-from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.utils import unpack_gt_instances
 from torch import Tensor, nn
 
 from tenfold import UserError
 from tenfold.errors import did_you_mean
 
-_CLASSIFIERS = ("retina_cls", "conv_cls", "atss_cls", "gfl_cls", "rpn_cls")
-_REGRESSORS = ("retina_reg", "conv_reg", "atss_reg", "gfl_reg", "rpn_reg")
+_CLASSIFIERS = (
+    "retina_cls", "conv_cls", "atss_cls", "gfl_cls", "rpn_cls", "rtm_cls", "tood_cls", "vfnet_cls", "multi_level_conv_cls",
+    "cls_score",
+)  # fmt: skip
+_REGRESSORS = (
+    "retina_reg", "conv_reg", "atss_reg", "gfl_reg", "rpn_reg", "rtm_reg", "tood_reg", "vfnet_reg", "multi_level_conv_reg",
+    "bbox_pred",
+)  # fmt: skip
+_BOX_PREDICTORS = ("fc_cls", "fc_reg")
 _REPPOINTS = {
     "cls_tower": "reppoints_cls_conv",
     "reg_tower": "reppoints_pts_init_conv",
@@ -46,6 +49,11 @@ def head_signals(head: nn.Module) -> dict[str, str]:
         )
         consumers = [f"shared_fcs.{i}" for i in range(1, len(shared))] + [after]
         return {f"fc{i + 1}": path for i, path in enumerate(consumers)}
+    for branch in ("fc_branch", "cls_fcs"):  # Double-Head's, and those of heads that share no layer
+        layers = getattr(head, branch, None)
+        if layers is not None and len(layers):
+            consumers = [f"{branch}.{i}" for i in range(1, len(layers))] + ["fc_cls"]
+            return {f"fc{i + 1}": path for i, path in enumerate(consumers)}
     if hasattr(head, "reppoints_cls_out"):
         return dict(_REPPOINTS)
     found = {}
@@ -54,6 +62,12 @@ def head_signals(head: nn.Module) -> dict[str, str]:
         if path is not None:
             found[name] = path
     return found
+
+
+def predictors(head: nn.Module) -> tuple[str, ...]:
+    """The modules of a head that predict classes and boxes; no signal depends on what they hold."""
+    names = (*_BOX_PREDICTORS, *_CLASSIFIERS, *_REGRESSORS)
+    return tuple(name for name in names if isinstance(getattr(head, name, None), nn.Module))
 
 
 def resolve(head: nn.Module, names: Sequence[str], owner: str) -> dict[str, nn.Module]:
@@ -68,83 +82,34 @@ def resolve(head: nn.Module, names: Sequence[str], owner: str) -> dict[str, nn.M
     for name in names:
         path = known.get(name, name)
         if path not in modules or not path:
-            raise UserError(
-                f"{owner} ({type(head).__name__}) has no signal '{name}': {did_you_mean(name, [*known, *modules][:400])}"
-                if not known
-                else f"{owner} ({type(head).__name__}) has no signal '{name}': {did_you_mean(name, known)}"
-            )
+            what = f"{owner} ({type(head).__name__}) has no signal"
+            if not name:
+                raise UserError(f"{what} of a known name: name a module of it, or set the weight of that term to 0")
+            raise UserError(f"{what} '{name}': {did_you_mean(name, known or [m for m in modules if m][:400])}")
         found[name] = modules[path]
     return found
 
 
 @contextlib.contextmanager
 def capturing(consumers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the first input of each consumer, one entry per call (a dense head calls it once per level)."""
+    """Collect the first input of each consumer, one entry per call (a dense head calls it once per level).
+
+    A consumer that is a list of modules has one for each level, which are called in order.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in consumers}
-    handles = []
+    handles: list[Any] = []
     for name, module in consumers.items():
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
             seen[name].append(inputs[0])
 
-        handles.append(module.register_forward_pre_hook(keep))
+        parts = list(module) if isinstance(module, nn.ModuleList) else [module]
+        handles += [part.register_forward_pre_hook(keep) for part in parts]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseDecoder:
-    """How a dense head's outputs become boxes.
-
-    Attributes:
-        priors: function of the levels' sizes and the device that gives (H*W*A, P) for each level.
-        decode: function of level, priors and predictions that gives boxes.
-        num_anchors: anchors A per cell.
-    """
-
-    priors: Callable[[Sequence[tuple[int, int]], torch.device], list[Tensor]]
-    decode: Callable[[int, Tensor, Tensor], Tensor]
-    num_anchors: int
-
-
-def dense_decoder(head: Any) -> DenseDecoder:
-    """The decoder of a RetinaNet, ATSS, FCOS or GFL head, or one derived from them.
-
-    Raises:
-        UserError: it is not known how this head's outputs become boxes.
-    """
-    kind = type(head).__name__
-    if not getattr(head, "use_sigmoid_cls", False):
-        raise UserError(f"the student's {kind} has no sigmoid class scores, which proposals are taken from")
-    generator = head.prior_generator
-
-    def grid(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
-        return list(generator.grid_priors(sizes, device=device))
-
-    if isinstance(head, FCOSHead):
-
-        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
-            if head.norm_on_bbox and head.training:  # the head itself multiplies when it does not train
-                raw = raw * head.strides[level]
-            return head.bbox_coder.decode(priors[:, :2], raw)
-    elif isinstance(head, GFLHead):
-
-        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
-            stride = generator.strides[level]
-            distance = head.integral(raw) * (stride[0] if isinstance(stride, tuple) else stride)
-            return head.bbox_coder.decode(head.anchor_center(priors), distance)
-    elif isinstance(head, AnchorHead) and isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
-
-        def decode(level: int, priors: Tensor, raw: Tensor) -> Tensor:
-            return head.bbox_coder.decode(priors, raw)
-    else:
-        raise UserError(
-            f"the student's {kind} gives no proposals with a known cell: supported are RetinaNet, ATSS, FCOS and GFL heads"
-        )
-    return DenseDecoder(grid, decode, int(head.num_base_priors))
 
 
 def detector_strides(detector: Any) -> list[int]:

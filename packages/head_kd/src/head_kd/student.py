@@ -1,17 +1,17 @@
 """The student's own part of a training step: its losses as mmdet computes them, with what passes by on the way."""
 
-import copy
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from head_kd.config import ProposalSettings
+from head_kd.decoders import DenseDecoder
 from head_kd.proposals import Proposals, Provenance, dense_proposals
-from head_kd.regions import Regions, sample_regions
-from head_kd.signals import DenseDecoder, capturing, dense_losses, gives_regions, resolve
+from head_kd.regions import Regions, collect_regions
+from head_kd.signals import capturing, gives_regions, resolve
 from tenfold import UserError
 
 
@@ -34,29 +34,30 @@ class StudentPass:
 
 def one_stage(
     detector: Any,
+    batch: Tensor,
     features: Sequence[Tensor],
     samples: list[Any],
     wanted: Sequence[str],
     decoder: DenseDecoder | None,
     settings: ProposalSettings,
 ) -> StudentPass:
-    """A dense head's losses, and its proposals from the same outputs.
+    """The detector's own losses, and proposals from the same outputs of its head.
 
     Args:
         detector: the student.
-        features: its maps.
+        batch: images (N, 3, H, W).
+        features: its maps of them.
         samples: mmdet's data sample of each image.
         wanted: signals to capture.
         decoder: makes boxes out of the head's outputs; None leaves proposals out.
         settings: how many boxes are proposed.
     """
     head = detector.bbox_head
-    with capturing(resolve(head, wanted, "the student's head")) as seen:
-        outputs = head(tuple(features))
-    losses = dense_losses(head, outputs, samples)
+    with capturing(resolve(head, wanted, "the student's head")) as seen, _outputs_of(head) as outputs:
+        losses = _losses(detector, batch, features, samples)
     if decoder is None:
         return StudentPass(losses, seen, [])
-    logits, predictions = [t.detach() for t in outputs[0]], [t.detach() for t in outputs[1]]
+    logits, predictions = ([t.detach() for t in part] for part in decoder.split(outputs[-1]))
     sizes = [(t.shape[2], t.shape[3]) for t in logits]
     proposals = dense_proposals(
         logits,
@@ -69,34 +70,104 @@ def one_stage(
     return StudentPass(losses, seen, proposals)
 
 
-def two_stage(detector: Any, features: Sequence[Tensor], samples: list[Any], wanted: Sequence[str]) -> StudentPass:
-    """RPN and RoI head, step by step as in mmdet, so that regions and activations are seen.
+def two_stage(
+    detector: Any, batch: Tensor, features: Sequence[Tensor], samples: list[Any], wanted: Sequence[str]
+) -> StudentPass:
+    """The detector's own losses, with the regions that its RoI head samples and the activations of its box head.
+
+    The head's own ``loss`` runs, whatever it is (Dynamic R-CNN's, PISA's, Double-Head's); its sampler is watched.
 
     Args:
         detector: the student.
-        features: its maps.
+        batch: images (N, 3, H, W).
+        features: its maps of them.
         samples: mmdet's data sample of each image.
         wanted: signals to capture.
 
     Raises:
         UserError: the student has a mask head.
     """
-    if getattr(detector.roi_head, "with_mask", False):
-        raise UserError("instance masks are not supported: take a student without mask head")
-    settings = detector.train_cfg.get("rpn_proposal", detector.test_cfg.rpn)
-    rpn_samples = copy.deepcopy(samples)
-    for sample in rpn_samples:
-        sample.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)
-    rpn_losses, results = detector.rpn_head.loss_and_predict(tuple(features), rpn_samples, proposal_cfg=settings)
-    losses = {(f"rpn_{k}" if "loss" in k and "rpn" not in k else k): v for k, v in rpn_losses.items()}
-    proposals = [unlocated(r.bboxes.detach(), r.scores.detach()) for r in results]
     head = detector.roi_head
-    if not gives_regions(detector):
-        return StudentPass(losses | head.loss(tuple(features), results, samples), {}, proposals)
-    regions = sample_regions(head.bbox_assigner, head.bbox_sampler, proposals, samples, features)
-    with capturing(resolve(head.bbox_head, wanted, "the student's box head")) as seen:
-        losses |= head.bbox_loss(tuple(features), regions.sampling)["loss_bbox"]
-    return StudentPass(losses, seen, proposals, regions)
+    if getattr(head, "with_mask", False):
+        raise UserError("instance masks are not supported: take a student without mask head")
+    proposals: list[Proposals] = []
+    own_loss = head.loss
+
+    def loss(x: Any, results: Any, *rest: Any, **more: Any) -> Any:
+        proposals.extend(unlocated(r.bboxes.detach(), r.scores.detach()) for r in results)
+        return own_loss(x, results, *rest, **more)
+
+    with _instead(head, loss=loss):
+        if not gives_regions(detector):
+            return StudentPass(_losses(detector, batch, features, samples), {}, proposals)
+        watched = _Watched(head.bbox_sampler)
+        with (
+            _instead(head, bbox_sampler=watched),
+            capturing(resolve(head.bbox_head, wanted, "the student's box head")) as seen,
+        ):
+            losses = _losses(detector, batch, features, samples)
+    counts = [len(sample.gt_instances.bboxes) for sample in samples]
+    regions = collect_regions(watched.results, proposals, counts, watched.sampler.add_gt_as_proposals)
+    # a sampler that mines hard examples asks the box head as well; the loss asks it last, with the regions themselves
+    last = {name: values[-1:] for name, values in seen.items()}
+    for name, values in last.items():
+        if not values or len(values[0]) != len(regions.rois):
+            raise UserError(
+                f"the student's {type(head).__name__} does not run its box head on the regions that it samples, so"
+                f" '{name}' has no target: set ckd_weight to 0"
+            )
+    return StudentPass(losses, last, proposals, regions)
+
+
+class _Watched:
+    """A sampler of regions that keeps what it gave; all else is the sampler's.
+
+    Args:
+        sampler: mmdet's sampler.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.results: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+    def sample(self, *args: Any, **more: Any) -> Any:
+        """What the sampler gives; some give weights beside the regions."""
+        found = self.sampler.sample(*args, **more)
+        self.results.append(found[0] if isinstance(found, tuple) else found)
+        return found
+
+
+def _losses(detector: Any, batch: Tensor, features: Sequence[Tensor], samples: list[Any]) -> dict[str, Any]:
+    """A detector's own ``loss`` on feature maps that are there already."""
+    with _instead(detector, extract_feat=lambda _: tuple(features)):
+        return dict(detector.loss(batch, samples))
+
+
+@contextlib.contextmanager
+def _instead(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of an object that stand in for its own for a while."""
+    kept = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+        vars(owner).update(kept)
+
+
+@contextlib.contextmanager
+def _outputs_of(head: nn.Module) -> Iterator[list[Any]]:
+    """What each call of a head gives."""
+    outputs: list[Any] = []
+    handle = head.register_forward_hook(lambda _, inputs, given: outputs.append(given))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def unlocated(boxes: Tensor, scores: Tensor) -> Proposals:

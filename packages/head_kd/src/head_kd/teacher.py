@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from head_kd.checkpoints import Weights, read_weights
 from head_kd.configs import config_classes, resolve_config
-from head_kd.signals import box_heads, capturing, forward_stage, is_two_stage, resolve
+from head_kd.signals import box_heads, capturing, forward_stage, is_two_stage, predictors, resolve
 from tenfold import UserError
 from tenfold.checkpoints import check_shapes, digest
 
-LOADED_AT_LEAST = 0.9
-"""Share of a teacher's tensors that its checkpoint must fill."""
+_COUNTER = "num_batches_tracked"
+"""A buffer of BatchNorm that files of older versions lack, and that evaluation does not read."""
 
 
 class Renormalize:
@@ -69,6 +69,9 @@ def _normalization(preprocessor: Any) -> tuple[Tensor, Tensor, bool]:
 class TeacherView:
     """A frozen teacher: always in eval mode, without gradients, outside of the model's parameters and checkpoints.
 
+    Attributes:
+        missing: tensors that its file does not hold; only what no term reads may be among them.
+
     Args:
         detector: the teacher; it is frozen in place.
         classes: its classes in order, where known.
@@ -80,6 +83,7 @@ class TeacherView:
         self.detector = detector.requires_grad_(False).eval()
         self.classes = None if classes is None else tuple(classes)
         self.renormalize: Renormalize | None = None
+        self.missing: tuple[str, ...] = ()
         self._memory: dict[Any, list[Tensor]] | None = {} if reuse_features else None
 
     @classmethod
@@ -98,8 +102,10 @@ class TeacherView:
         weights = read_weights(checkpoint)
         with torch.random.fork_rng(devices=[]):
             detector = MODELS.build(cfg.model)
-        load_all(detector, weights.state_dict, checkpoint)
-        return cls(detector, classes=weights.classes or config_classes(cfg), reuse_features=reuse_features)
+        missing = load_all(detector, weights.state_dict, checkpoint)
+        view = cls(detector, classes=weights.classes or config_classes(cfg), reuse_features=reuse_features)
+        view.missing = missing
+        return view
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherView":
         return self  # copies of the model (an EMA) share the teacher
@@ -208,20 +214,46 @@ def load_roi_head(cfg: Any, weights: Weights, checkpoint: str | Path) -> nn.Modu
     return head.requires_grad_(False)
 
 
-def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: str | Path) -> None:
-    """Load a checkpoint that must fill at least nine tenths of a module's tensors.
+def load_all(module: nn.Module, state_dict: Mapping[str, Tensor], checkpoint: str | Path) -> tuple[str, ...]:
+    """Load a checkpoint into a detector or a head of one; returns the names of the tensors that it does not fill.
+
+    Only what no term reads may be missing: the layers that predict classes and boxes, whose inputs are the signals, and
+    mask heads.
 
     Raises:
-        UserError: it is of another architecture; the first keys or shapes that differ are named.
+        UserError: another tensor is missing or has another shape; the first of them are named.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     fitting = {k: v for k, v in state_dict.items() if k in expected and tuple(v.shape) == expected[k]}
-    if len(fitting) < LOADED_AT_LEAST * len(expected):
+    missing = [name for name in expected if name not in fitting and not name.endswith(_COUNTER)]
+    spared = _unread(module)
+    needed = [name for name in missing if not name.startswith(spared)]
+    if needed:
         share = (
-            f"{checkpoint} fills {len(fitting)} of {len(expected)} tensors of the configured {type(module).__name__}"
+            f"{checkpoint} fills {len(expected) - len(missing)} of {len(expected)} tensors of the configured"
+            f" {type(module).__name__}"
         )
+        wanted = {name: expected[name] for name in (*fitting, *needed)}
+        given = {name: tensor for name, tensor in state_dict.items() if name in wanted or name not in expected}
         try:
-            check_shapes(checkpoint, expected, dict(state_dict))
+            check_shapes(checkpoint, wanted, given)
         except UserError as error:
             raise UserError(f"{share}; {str(error).partition(': ')[2]}") from None
     module.load_state_dict(fitting, strict=False)
+    return tuple(missing)
+
+
+def _unread(module: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of tensors that no term reads."""
+    prefixes = []
+    for name, part in module.named_modules():
+        if name.rpartition(".")[2] == "mask_head":
+            prefixes.append(f"{name}.")
+        prefixes += [f"{name}.{child}.".removeprefix(".") for child in predictors(part)]
+    return tuple(prefixes)
+
+
+def normalization(preprocessor: Any) -> dict[str, Any]:
+    """Mean, standard deviation and order of channels of a detector's input, as plain values."""
+    mean, std, swap = _normalization(preprocessor)
+    return {"mean": mean.tolist(), "std": std.tolist(), "swap": swap}

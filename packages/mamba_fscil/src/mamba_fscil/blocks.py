@@ -201,6 +201,7 @@ class MambaBlock(nn.Module):
 
     def _scan(self, x_BLD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Convolution and scan; also the low-rank delta, B and C of each token."""
+        assert self.conv1d.bias is not None
         x_BLD = F.silu(_causal(x_BLD, self.conv1d.weight, self.conv1d.bias))
         low_BLR, B_BLN, C_BLN = torch.split(self.x_proj(x_BLD), [self.rank, self.states, self.states], dim=-1)
         y_BDL = selective_scan(

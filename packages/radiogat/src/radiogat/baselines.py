@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 from sklearn.base import BaseEstimator
 
+from radiogat.heldout import beyond
 from radiogat.samples import RadioSamples, RadioScene
 from radiogat.spectral import free_space_shift
 from tenfold import UserError
@@ -65,6 +66,20 @@ def nearest(tree: cKDTree, xy: Floats, k: int, exclude: Ints | None = None) -> t
     return distance, index
 
 
+def donors(tree: cKDTree, xy: Floats, neighbors: int, radius: Floats | None = None) -> tuple[Floats, Ints]:
+    """The nearest points, or as many as there are; with a radius (Q), those that lie farther.
+
+    Raises:
+        UserError: there is none.
+    """
+    if radius is None:
+        return nearest(tree, xy, min(neighbors, tree.n))
+    most = int(np.max(tree.query_ball_point(xy, radius * (1 + 1e-12), return_length=True), initial=0))
+    if most >= tree.n:
+        raise UserError("one measurement alone cannot be predicted from others: measure more places")
+    return beyond(tree, xy, min(neighbors, tree.n - most), radius)
+
+
 class _Interpolator(BaseEstimator):  # type: ignore[misc]
     """Fits by remembering, and predicts each band on its own."""
 
@@ -88,11 +103,11 @@ class _Interpolator(BaseEstimator):  # type: ignore[misc]
         return self.trees_[freq_mhz]
 
     def leave_one_out(self, freq_mhz: float) -> Floats:
-        """What it predicts at each measurement of a band from the others."""
+        """What it predicts at each measurement of a band from the other places."""
         tree, band = self._source(freq_mhz)
-        return self._band(band.xy, freq_mhz, np.arange(tree.n))
+        return self._band(band.xy, freq_mhz, np.zeros(tree.n))
 
-    def _band(self, xy: Floats, freq_mhz: float, exclude: Ints | None) -> Floats:
+    def _band(self, xy: Floats, freq_mhz: float, radius: Floats | None) -> Floats:
         raise NotImplementedError
 
 
@@ -108,15 +123,16 @@ class IDW(_Interpolator):
         self.neighbors = neighbors
         self.power = power
 
-    def _band(self, xy: Floats, freq_mhz: float, exclude: Ints | None) -> Floats:
+    def _band(self, xy: Floats, freq_mhz: float, radius: Floats | None) -> Floats:
         tree, band = self._source(freq_mhz)
-        return idw(tree, band.rss_dbm, xy, self.neighbors, self.power, exclude)
+        return idw(tree, band.rss_dbm, xy, self.neighbors, self.power, radius)
 
 
-def idw(tree: cKDTree, values: Floats, xy: Floats, neighbors: int, power: float, exclude: Ints | None = None) -> Floats:
+def idw(
+    tree: cKDTree, values: Floats, xy: Floats, neighbors: int, power: float, radius: Floats | None = None
+) -> Floats:
     """Inverse distance weighting; a query on a measurement takes its value."""
-    k = min(neighbors, tree.n - (exclude is not None))
-    distance, index = nearest(tree, xy, k, exclude)
+    distance, index = donors(tree, xy, neighbors, radius)
     weight = np.maximum(distance, 1e-9) ** -power
     return np.asarray((weight * values[index]).sum(axis=1) / weight.sum(axis=1))
 
@@ -250,15 +266,14 @@ class LocalKriging(_Interpolator):
         self.variograms_ = {f: self.variogram or _variogram(tree, band) for f, (tree, band) in self.trees_.items()}
         return self
 
-    def _band(self, xy: Floats, freq_mhz: float, exclude: Ints | None) -> Floats:
-        return self.predict_with_std(xy, freq_mhz, exclude)[0]
+    def _band(self, xy: Floats, freq_mhz: float, radius: Floats | None) -> Floats:
+        return self.predict_with_std(xy, freq_mhz, radius)[0]
 
-    def predict_with_std(self, xy: ArrayLike, freq_mhz: float, exclude: Ints | None = None) -> tuple[Floats, Floats]:
-        """Values and kriging standard deviations (Q); ``exclude`` leaves one measurement of the band out for each query."""
+    def predict_with_std(self, xy: ArrayLike, freq_mhz: float, radius: Floats | None = None) -> tuple[Floats, Floats]:
+        """Values and kriging standard deviations (Q); ``radius`` (Q) leaves out what lies within."""
         tree, band = self._source(float(freq_mhz))
         points = np.asarray(xy, dtype=np.float64)
-        k = min(self.neighbors, tree.n - (exclude is not None))
-        distance, index = nearest(tree, points, k, exclude)
+        distance, index = donors(tree, points, self.neighbors, radius)
         value, variance = krige(band.xy, band.rss_dbm, index, distance, self.variograms_[float(freq_mhz)])
         return value, np.sqrt(variance)
 
@@ -283,11 +298,11 @@ class RBF(_Interpolator):
         self.neighbors = neighbors
         self.kernel = kernel
 
-    def _band(self, xy: Floats, freq_mhz: float, exclude: Ints | None) -> Floats:
+    def _band(self, xy: Floats, freq_mhz: float, radius: Floats | None) -> Floats:
         from scipy.interpolate import RBFInterpolator
 
         tree, band = self._source(freq_mhz)
-        if exclude is not None:
+        if radius is not None:
             raise NotImplementedError("radial basis functions have no fast leave-one-out")
         if tree.n < 3:
             raise UserError(f"{tree.n} measurements at {freq_mhz:g} MHz; radial basis functions need 3")
@@ -310,13 +325,11 @@ class FreeSpaceShift(_Interpolator):
         self.neighbors = neighbors
         self.power = power
 
-    def _band(self, xy: Floats, freq_mhz: float, exclude: Ints | None) -> Floats:
+    def _band(self, xy: Floats, freq_mhz: float, radius: Floats | None) -> Floats:
         others = [f for f in self.samples_.bands if f != freq_mhz] or list(self.samples_.bands)
         source = self.source_mhz or min(others, key=lambda f: abs(np.log(f / freq_mhz)))
         tree, band = self._source(source)
-        if exclude is not None and source != freq_mhz:
-            exclude = None  # the measurement that is left out is not among this band's
-        return idw(tree, band.rss_dbm, xy, self.neighbors, self.power, exclude) + free_space_shift(source, freq_mhz)
+        return idw(tree, band.rss_dbm, xy, self.neighbors, self.power, radius) + free_space_shift(source, freq_mhz)
 
 
 class _Pooled(_Interpolator):
@@ -350,9 +363,9 @@ class _Pooled(_Interpolator):
         return np.asarray(self.samples_.rss_dbm + np.array([shifts[g] for g in self.samples_.bands])[label])
 
     def leave_one_out(self, freq_mhz: float) -> Floats:
-        """What it predicts at each measurement of a band from the others, of all bands."""
+        """What it predicts at each measurement of a band from the other places, of all bands."""
         rows = np.flatnonzero(self.samples_.freq_mhz == freq_mhz)
-        return self._band(self.samples_.xy[rows], freq_mhz, rows)
+        return self._band(self.samples_.xy[rows], freq_mhz, np.zeros(len(rows)))
 
 
 class PooledIDW(_Pooled):
@@ -367,8 +380,8 @@ class PooledIDW(_Pooled):
         self.neighbors = neighbors
         self.power = power
 
-    def _band(self, xy: Floats, freq_mhz: float, exclude: Ints | None) -> Floats:
-        return idw(self.tree_, self.shifted(freq_mhz), xy, self.neighbors, self.power, exclude)
+    def _band(self, xy: Floats, freq_mhz: float, radius: Floats | None) -> Floats:
+        return idw(self.tree_, self.shifted(freq_mhz), xy, self.neighbors, self.power, radius)
 
 
 class PooledKriging(_Pooled):
@@ -397,13 +410,14 @@ class PooledKriging(_Pooled):
         self.variogram_ = dataclasses.replace(found, nugget=max(found.nugget, 1e-3 * found.sill))
         return self
 
-    def _band(self, xy: Floats, freq_mhz: float, exclude: Ints | None) -> Floats:
-        return self.predict_with_std(xy, freq_mhz, exclude)[0]
+    def _band(self, xy: Floats, freq_mhz: float, radius: Floats | None) -> Floats:
+        return self.predict_with_std(xy, freq_mhz, radius)[0]
 
-    def predict_with_std(self, xy: ArrayLike, freq_mhz: float, exclude: Ints | None = None) -> tuple[Floats, Floats]:
+    def predict_with_std(self, xy: ArrayLike, freq_mhz: float, radius: Floats | None = None) -> tuple[Floats, Floats]:
         """Values and kriging standard deviations (Q)."""
         points = np.asarray(xy, dtype=np.float64)
-        k = min(self.neighbors, self.tree_.n - (exclude is not None))
-        distance, index = nearest(self.tree_, points, k, exclude)
+        if radius is not None:
+            radius = np.maximum(radius, 1e-3 * self.samples_.spacing)  # what was moved apart is one place
+        distance, index = donors(self.tree_, points, self.neighbors, radius)
         value, variance = krige(self.moved_, self.shifted(float(freq_mhz)), index, distance, self.variogram_)
         return value, np.sqrt(variance)

@@ -21,9 +21,11 @@ from tenfold.config import (
     Share,
 )
 
-Method = Literal["radiogatx", "radiogat", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"]
+Method = Literal[
+    "stack", "radiogatx", "radiogat", "trees", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"
+]
 METHODS: tuple[str, ...] = get_args(Method)
-Arm = Literal["radiogatx", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"]
+Arm = Literal["stack", "radiogatx", "trees", "kriging", "pooled_kriging", "idw", "pooled_idw", "rbf", "shift"]
 """What runs on measurements alone: all but the faithful network, which needs buildings and masts."""
 ProtocolArm = Literal[Method, "radiogatx-nodepth", "radiogat-2025"]
 """What the authors' protocol compares: also RadioGATx without buildings, and RadioGAT as released."""
@@ -130,8 +132,6 @@ class NetworkSettings(Settings):
         depth: use line-of-sight fractions and distances of the transmitters, where the scene has them.
         head: direct (the network sees the frequency that is asked for; only measured bands can be asked for) or spectral
             (it predicts level and slope in dB per decade, and any frequency can be asked for).
-        leave_out: what a training target must not see: sample (itself), place (all measurements at its place, also of
-            other bands) or auto (place, when most places were measured in several bands).
         batch_size: targets per step.
         weight_decay: weight decay of AdamW.
     """
@@ -140,7 +140,6 @@ class NetworkSettings(Settings):
     width: Count = 40
     depth: bool = True
     head: Literal["direct", "spectral"] = "spectral"
-    leave_out: Literal["auto", "sample", "place"] = "auto"
     batch_size: Count = 768
     weight_decay: NonNegative = 1e-3
 
@@ -158,6 +157,27 @@ class RadioGATxConfig(NetworkSettings):
     lr: Positive = 4e-3
     steps: Count = 900
     seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreesConfig(Settings):
+    """Gradient-boosted trees on the same features as the network.
+
+    Args:
+        engine: sklearn (HistGradientBoostingRegressor) or lightgbm (the extra of that name).
+        iterations: number of trees of an ensemble.
+        lr: learning rate.
+        leaves: leaves per tree.
+        neighbors: number of nearest measurements whose values and offsets are features.
+        ensemble: number of ensembles that are averaged, each of another seed; in the stack at least 3.
+    """
+
+    engine: Literal["sklearn", "lightgbm"] = "sklearn"
+    iterations: Count = 300
+    lr: Positive = 0.06
+    leaves: Annotated[int, Ge(2)] = 31
+    neighbors: Count = 16
+    ensemble: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +253,17 @@ class FileSettings(Settings):
         buildings: GeoTIFF (nonzero = building) or GeoJSON polygons.
         transmitters: CSV of the masts, columns x and y or lat and lon.
         columns: names of columns that differ from the usual ones, as role=name: rss_dbm=Signal,freq_mhz=Band; roles are
-            x, y, lon, lat, freq_mhz, rss_dbm.
+            x, y, lon, lat, freq_mhz, channel, band, radio, rss_dbm, cell, time.
         crs: plane of x and y (EPSG:25832 for example), or that lat and lon are projected to; default: UTM.
         freq_mhz: frequency in MHz of files without a column of frequencies.
         sign: sign of the powers in the file; -1 where they are given as positive losses.
+        missing: rows without a value: refuse the file, or drop them (their number is said).
+        radio: what channel and band numbers belong to, where the file does not say: lte, nr, umts, gsm or wifi.
+        by: column of the cell's identity, pci for example; where several cells were measured at one place, the strongest
+            counts.
+        only: values of that column whose rows are taken, separated by commas; one value maps one cell.
+        track: file with times and positions, for measurements that have times alone (rtl_power).
+        at: latitude and longitude of all measurements of a file without positions.
         cell: side of a map's cell in meters; default: the raster's, or half of the measurements' spacing.
     """
 
@@ -248,10 +275,18 @@ class FileSettings(Settings):
     crs: str | None = None
     freq_mhz: Megahertz | None = None
     sign: Literal[1, -1] = 1
+    missing: Literal["refuse", "drop"] = "refuse"
+    radio: Literal["lte", "nr", "umts", "gsm", "wifi"] | None = None
+    by: str | None = None
+    only: str | None = None
+    track: str | None = None
+    at: tuple[float, float] | None = None
     cell: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.only and self.by is None:
+            raise SettingError("only", "expected with --by, the column that the values are of")
         for pair in self.columns:
             if "=" not in pair:
                 raise SettingError("columns", f"expected role=name, got '{pair}'")
@@ -289,11 +324,13 @@ class LearningSettings(Settings):
         steps: number of training steps of each network; default: the network's own, 900 of radiogatx and 250 passes over
             the training blocks of radiogat.
         network: settings of radiogatx.
+        trees: settings of the trees.
         optimizer: settings of the optimizer.
     """
 
     steps: Count | None = None
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    trees: TreesConfig = field(default_factory=TreesConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def radiogatx(self, seed: int) -> RadioGATxConfig:
@@ -311,11 +348,10 @@ class TrainSettings(LearningSettings, InputSettings):
     """Learn an area from measurements, and map it with error bars.
 
     Args:
-        method: radiogatx, radiogat, or a baseline.
+        method: stack (radiogatx, trees and kriging, weighted by held-out places), one of its parts, radiogat, or a baseline.
         gat: settings of radiogat.
         graph: settings of the edges of radiogat.
-        fallback: take kriging where it is better on the held-out blocks.
-        calibration: interpolate (error bars for places between measurements) or extrapolate (wider, for unvisited quarters).
+        fallback: take what is best on the held-out places, at the map's distances: the method, the network, trees or kriging.
         interval: level of the error bars.
         map: file format of the map; auto is GeoTIFF where rasterio is installed, else CSV; none makes no map.
         seed: seed of the held-out blocks, of the networks, and of the choice of measured cells of complete maps.
@@ -323,11 +359,10 @@ class TrainSettings(LearningSettings, InputSettings):
         device: where a network is trained; auto takes a GPU when there is one.
     """
 
-    method: Method = "radiogatx"
+    method: Method = "stack"
     gat: LabeledGATSettings = field(default_factory=LabeledGATSettings)
     graph: GraphConfig = field(default_factory=GraphConfig)
     fallback: bool = True
-    calibration: Literal["interpolate", "extrapolate"] = "interpolate"
     interval: Share = 0.9
     map: Literal[Format, "none"] = "auto"
     seed: Seed = 0
@@ -365,8 +400,8 @@ class EvaluateSettings(LearningSettings, InputSettings):
     """Cross-validate all methods on your measurements.
 
     Args:
-        holdout: random (a held-out measurement keeps its neighbors: how good is the map between the measurements?) or
-            blocks (whole squares are held out: how good is it where nobody was?).
+        holdout: places (each with what lies about as near as the map is read; weighted such that their distances to the
+            measurements are the map's: how good is the map?) or blocks (whole squares: how good is it where nobody was?).
         folds: number of parts that are held out in turn.
         block: side of the squares in meters; default: a tenth of the area.
         arms: methods to compare.
@@ -374,11 +409,11 @@ class EvaluateSettings(LearningSettings, InputSettings):
         seed: seed of the folds, of the network, and of the choice of measured cells of complete maps.
     """
 
-    holdout: Literal["random", "blocks"] = "blocks"
+    holdout: Literal["places", "blocks"] = "places"
     folds: Annotated[int, Ge(2)] = 5
     block: Positive | None = None
     arms: Annotated[list[Arm], Length(1), Distinct()] = field(
-        default_factory=lambda: ["idw", "kriging", "rbf", "shift", "pooled_idw", "pooled_kriging", "radiogatx"]
+        default_factory=lambda: ["idw", "kriging", "rbf", "pooled_kriging", "trees", "radiogatx", "stack"]
     )
     interval: Share = 0.9
     seed: Seed = 0
@@ -386,17 +421,17 @@ class EvaluateSettings(LearningSettings, InputSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(LearningSettings, InputSettings):
-    """Compare methods over several random splits of your measurements, with paired intervals.
+    """Compare methods over several random splits of the measured places, with paired intervals.
 
     Args:
-        arms: methods to compare; ratios are of radiogatx to each other one.
+        arms: methods to compare; ratios are of the stack, or without it of radiogatx, to each other one.
         seeds: seeds of the splits and of the network; of complete maps the first one also draws the measured cells.
-        share: share of the measurements that is held out in each split.
+        share: share of the places that is held out in each split.
         executor: where arms are measured: processes:N of this machine, or dask:ADDRESS; default: here, one after another.
     """
 
     arms: Annotated[list[Arm], Length(1), Distinct()] = field(
-        default_factory=lambda: ["idw", "kriging", "pooled_idw", "pooled_kriging", "radiogatx"]
+        default_factory=lambda: ["idw", "kriging", "pooled_kriging", "trees", "radiogatx", "stack"]
     )
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     share: Share = 0.2
@@ -444,7 +479,7 @@ class SuggestSettings(Settings):
     Args:
         run: folder of a `radiogat train`.
         count: number of places.
-        reach: distance in meters over which a measurement informs; default: 10 cells.
+        reach: distance in meters over which a measurement informs; default: the range of the measurements' variogram.
         cell: side of a cell in meters; default: the scene's, or half of the measurements' spacing.
     """
 
@@ -490,7 +525,7 @@ class ReproduceSettings(LearningSettings):
     seeds: Seeds = field(default_factory=lambda: [0])
     target: int = -1
     arms: Annotated[list[ProtocolArm], Length(1), Distinct()] = field(
-        default_factory=lambda: ["idw", "kriging", "pooled_idw", "pooled_kriging", "radiogatx-nodepth", "radiogatx"]
+        default_factory=lambda: ["idw", "kriging", "pooled_kriging", "trees", "radiogatx", "stack"]
     )
     gat: GATSettings = field(default_factory=GATSettings)
     device: Device = "cpu"

@@ -1,108 +1,30 @@
 """Files: measurements, buildings, transmitters and complete maps; positions in degrees become meters (``planes``)."""
 
-import csv
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radiogat.logs import LogReader, read_positions
 from radiogat.maps import grid_of, write_csv
 from radiogat.planes import plane_for, project, same_plane, unproject
+from radiogat.roles import Missing, Reading
 from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
 from tenfold import UserError
-from tenfold.errors import did_you_mean, needs
+from tenfold.errors import needs
 from tenfold.files import replacing
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-COLUMNS = {
-    "x": ("x", "easting", "x_m"),
-    "y": ("y", "northing", "y_m"),
-    "lon": ("lon", "longitude", "lng", "long"),
-    "lat": ("lat", "latitude"),
-    "freq_mhz": ("freq_mhz", "frequency_mhz", "freq", "frequency", "mhz", "band_mhz"),
-    "rss_dbm": ("rss_dbm", "rss", "rsrp", "rsrp_dbm", "rssi", "rssi_dbm", "power_dbm", "power", "level_dbm", "level"),
-}
-"""What a column is called in files, small or capital, first match first."""
+_MOST_GB = 4.0
+"""Gigabytes that the rasters of a scene may take."""
 
 
-# Tables
-
-
-def _columns(path: Path) -> dict[str, NDArray[Any]]:
-    """The columns of a CSV or parquet file, as text or numbers."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        needs("pyarrow", "geo", "radiogat", why="parquet")
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            read = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: not a parquet file ({error})") from error
-        return {name: read[name].to_numpy() for name in read.column_names}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            sample = file.read(4096)
-            file.seek(0)
-            delimiter = max(",;\t", key=sample.partition("\n")[0].count)
-            rows = list(csv.reader(file, delimiter=delimiter))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
-    rows = [row for row in rows if row]
-    if len(rows) < 2:
-        raise UserError(f"{path}: expected a line of column names and a line for each measurement")
-    names, body = [name.strip() for name in rows[0]], rows[1:]
-    for number, row in enumerate(body, 2):
-        if len(row) != len(names):
-            raise UserError(f"{path}, line {number}: {len(row)} fields, expected {len(names)}")
-    return {name: np.array([row[i] for row in body], dtype=object) for i, name in enumerate(names)}
-
-
-def _number_column(path: Path, name: str, values: NDArray[Any]) -> Floats:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        for line, value in enumerate(values, 2):
-            try:
-                float(value)
-            except (TypeError, ValueError):
-                what = "is empty" if value is None or not str(value).strip() else f"'{value}' is no number"
-                raise UserError(f"{path}, line {line}, column {name}: {what}") from None
-        raise
-
-
-def _find(path: Path, table: Mapping[str, Any], role: str, columns: Mapping[str, str]) -> str | None:
-    if role in columns:
-        if columns[role] not in table:
-            raise UserError(f"{path}: no column '{columns[role]}': {did_you_mean(columns[role], table)}")
-        return columns[role]
-    lower = {name.lower(): name for name in reversed(list(table))}
-    return next((lower[alias] for alias in COLUMNS[role] if alias in lower), None)
-
-
-def _positions(
-    path: Path, table: Mapping[str, Any], columns: Mapping[str, str], crs: str | None
-) -> tuple[Floats, str | None]:
-    names = {role: _find(path, table, role, columns) for role in ("x", "y", "lon", "lat")}
-    if names["x"] and names["y"]:
-        found = [_number_column(path, str(names[role]), table[str(names[role])]) for role in ("x", "y")]
-        return np.stack(found, axis=1), crs
-    if not (names["lon"] and names["lat"]):
-        raise UserError(f"{path}: no columns x and y, nor lat and lon; there are {', '.join(table)}")
-    lon, lat = (_number_column(path, str(names[role]), table[str(names[role])]) for role in ("lon", "lat"))
-    for name, values in (("longitude", lon), ("latitude", lat)):
-        if not np.isfinite(values).all():
-            line = int(np.argmax(~np.isfinite(values))) + 2
-            raise UserError(f"{path}, line {line}: the {name} is not finite: drop rows without a position")
-    crs = crs or plane_for(lon, lat, str(path))
-    return project(lon, lat, crs), crs
+# Measurements
 
 
 def read_samples(
@@ -112,37 +34,35 @@ def read_samples(
     crs: str | None = None,
     sign: int = 1,
     freq_mhz: float | None = None,
+    missing: Missing = "refuse",
+    radio: str | None = None,
+    by: str | None = None,
+    only: Sequence[str] = (),
+    track: str | Path | None = None,
+    at: tuple[float, float] | None = None,
 ) -> RadioSamples:
-    """Measurements from CSV or parquet: x and y, or lat and lon; a frequency in MHz; a power in dBm.
+    """Measurements from a text table or parquet: a position, a frequency (or channel, or band), a power in dBm.
+
+    Encoding, separator, decimal comma, preamble and the tool's names of the columns (``radiogat.roles.COLUMNS``) are found.
 
     Args:
-        path: the file; columns are found by their usual names, see ``COLUMNS``.
+        path: the file.
         columns: role (a key of ``COLUMNS``) -> name, where a file calls it otherwise.
         crs: plane of x and y; or the plane that lat and lon go to, in place of UTM.
         sign: -1 where the column holds path loss or other negated values.
         freq_mhz: frequency of files without a column of it.
+        missing: refuse a file with rows that lack a value, or drop these rows, with a warning that counts them.
+        radio: lte, nr, umts, gsm or wifi: what channel numbers belong to, where the file does not say.
+        by: column of the cell's identity (pci); default: the usual ones. Of several cells at a place the strongest counts.
+        only: values of that column whose rows are taken: one cell's map.
+        track: file of positions over time, for files with times and no positions.
+        at: (lat, lon) of all measurements of a file that has neither.
 
     Raises:
-        UserError: a column is missing, a value cannot be read (with its line), or is not what it is called.
+        UserError: a column is missing, values cannot be read (all faults, with lines), or are not what they are called.
     """
-    path, columns = Path(path), columns or {}
-    unknown = sorted(set(columns) - set(COLUMNS))
-    if unknown:
-        raise UserError(f"unknown column role '{unknown[0]}': {did_you_mean(unknown[0], COLUMNS)}")
-    table = _columns(path)
-    xy, crs = _positions(path, table, columns, crs)
-    power = _find(path, table, "rss_dbm", columns)
-    if power is None:
-        raise UserError(f"{path}: no column of received power (rss_dbm, rsrp ...); there are {', '.join(table)}")
-    rss = sign * _number_column(path, power, table[power])
-    found = _find(path, table, "freq_mhz", columns)
-    if found is None and freq_mhz is None:
-        raise UserError(f"{path}: no column of frequencies (freq_mhz ...): name it, or give one frequency for all")
-    freq = _number_column(path, found, table[found]) if found else np.full(len(rss), float(freq_mhz or 0))
-    try:
-        return RadioSamples(xy, freq, rss, crs)
-    except UserError as error:
-        raise type(error)(f"{path}: {error}") from error
+    how = Reading(columns or {}, crs, sign, freq_mhz, missing, radio, by, only, track, at)
+    return LogReader(path, how).read()
 
 
 def write_samples(path: str | Path, samples: RadioSamples) -> None:
@@ -179,24 +99,57 @@ def read_scene(
     side = cell or samples.spacing / 2
     masts = None
     if transmitters is not None:
-        path = Path(transmitters)
-        masts, _ = _positions(path, _columns(path), {}, samples.crs)
+        masts, _ = read_positions(transmitters, samples.crs)
     around = samples.xy if masts is None else np.concatenate([samples.xy, masts])
     grid = Grid.around(around, side, margin=side)
+    _bounded(grid, 0 if masts is None else len(masts))
     if buildings is None:
         return RadioScene(grid, None, masts, samples.crs)
     path = Path(buildings)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix.lower() in {".json", ".geojson"}:
-        return RadioScene(grid, polygons_on(path, grid, samples.crs), masts, samples.crs)
+        building = polygons_on(path, grid, samples.crs)
+        _say_built(path, building)
+        return RadioScene(grid, building, masts, samples.crs)
     mask, grid, crs = read_raster(path)
+    _bounded(grid, 0 if masts is None else len(masts))
     if samples.crs is not None and not same_plane(crs, samples.crs):
         raise UserError(f"{path} lies in {crs}, the samples in {samples.crs}: give --crs {crs} or reproject the raster")
     outside = ~grid.inside(samples.xy)
     if outside.mean() > 0.5:
         raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside this raster")
-    return RadioScene(grid, np.nan_to_num(mask) != 0, masts, samples.crs or crs)
+    building = np.nan_to_num(mask) != 0
+    _say_built(path, building)
+    return RadioScene(grid, building, masts, samples.crs or crs)
+
+
+def _bounded(grid: Grid, masts: int) -> None:
+    """Refuse a scene whose rasters would not fit.
+
+    Raises:
+        UserError: more than a few gigabytes; the message says how many, and which cell would do.
+    """
+    size = grid.height * grid.width * (1 + 8 * (masts + 1)) / 2**30
+    if size > _MOST_GB:
+        enough = grid.cell * (size / _MOST_GB) ** 0.5
+        raise UserError(
+            f"a scene of {grid.height} x {grid.width} cells of {grid.cell:.3g} m takes {size:.1f} GB with {masts} masts,"
+            f" more than {_MOST_GB:g}: give --cell {enough * 1.05:.2g} or more"
+        )
+
+
+def _say_built(path: Path, building: Bools) -> None:
+    """Say how much is built up.
+
+    Raises:
+        UserError: nothing is: the file would have no effect.
+    """
+    if not building.any():
+        raise UserError(
+            f"{path}: no cell of the map is built up, so that it would have no effect: check its plane and place"
+        )
+    warnings.warn(f"{path}: {int(building.sum())} of {building.size} cells are built up", stacklevel=4)
 
 
 def read_raster(path: str | Path) -> tuple[Floats, Grid, str]:
@@ -229,24 +182,57 @@ def polygons_on(path: str | Path, grid: Grid, crs: str | None) -> Bools:
     from matplotlib.path import Path as Outline
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a GeoJSON file ({error})") from error
+    own = _plane_of(path, content)
     mask = np.zeros(grid.shape, dtype=bool)
     centers = grid.centers().reshape(*grid.shape, 2)
+    shapes, outside = 0, 0
     for rings in _polygons(path, content):
+        shapes += 1
         inside = np.zeros(grid.shape, dtype=bool)
         for ring in rings:
             outline = np.asarray(ring, dtype=np.float64)[:, :2]
-            if crs is not None:
+            if own is not None:
+                outline = _moved(path, outline, own, crs)
+            elif crs is not None:
                 plane_for(outline[:, 0], outline[:, 1], str(path))
                 outline = project(outline[:, 0], outline[:, 1], crs)
             low, high = np.sort(grid.rowcol(np.stack([outline.min(axis=0), outline.max(axis=0)])), axis=0)
             rows, columns = (slice(max(0, int(a)), max(0, int(b) + 1)) for a, b in zip(low, high, strict=True))
             part = centers[rows, columns]
             inside[rows, columns] ^= Outline(outline).contains_points(part.reshape(-1, 2)).reshape(part.shape[:2])
+        outside += not inside.any()
         mask |= inside
+    if outside:
+        warnings.warn(
+            f"{path}: {outside} of {shapes} shapes cover no cell's center: outside of the map, or smaller", stacklevel=4
+        )
     return mask
+
+
+def _plane_of(path: str | Path, content: Any) -> str | None:
+    """The plane that a GeoJSON file of the older kind names; None for degrees."""
+    named = content.get("crs") if isinstance(content, dict) else None
+    if not named:
+        return None
+    try:
+        name = str(named["properties"]["name"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: its member crs names no coordinate system") from None
+    return None if "CRS84" in name or name.endswith(":4326") else name
+
+
+def _moved(path: str | Path, outline: Floats, own: str, crs: str | None) -> Floats:
+    """An outline of another plane in the map's."""
+    if crs is None:
+        return outline
+    needs("pyproj", "geo", "radiogat", why=f"the plane {own} of {path}")
+    import pyproj
+
+    transform = pyproj.Transformer.from_crs(own, crs, always_xy=True).transform
+    return np.stack(transform(outline[:, 0], outline[:, 1]), axis=1)
 
 
 def _polygons(path: str | Path, content: Any) -> Iterator[Any]:
@@ -255,7 +241,11 @@ def _polygons(path: str | Path, content: Any) -> Iterator[Any]:
         for feature in content["features"]:
             yield from _polygons(path, feature)
     elif kind == "Feature":
-        yield from _polygons(path, content["geometry"])
+        if content["geometry"] is not None:
+            yield from _polygons(path, content["geometry"])
+    elif kind == "GeometryCollection":
+        for geometry in content["geometries"]:
+            yield from _polygons(path, geometry)
     elif kind == "Polygon":
         yield content["coordinates"]
     elif kind == "MultiPolygon":
@@ -340,5 +330,4 @@ def write_maps(path: str | Path, maps: RadioMaps) -> None:
 
 def read_points(path: str | Path, crs: str | None) -> Floats:
     """(n, 2) positions in a plane, from a CSV or parquet file with x and y, or lat and lon."""
-    file = Path(path)
-    return _positions(file, _columns(file), {}, crs)[0]
+    return read_positions(path, crs)[0]

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
-from radiogat.config import GraphConfig, RadioGATConfig, RadioGATxConfig
+from radiogat.config import GraphConfig, RadioGATConfig, RadioGATxConfig, TreesConfig
 from radiogat.conformal import spatial_blocks
 from radiogat.estimator import RadioMapEstimator
 from radiogat.graph import Window, blocks
+from radiogat.heldout import map_distances, place_groups, strata_weights
 from radiogat.metrics import block_rmse, coverage, interval_score, mae, rmse
 from radiogat.predictors import BASELINES, Trainer
 from radiogat.samples import RadioMaps, RadioSamples, RadioScene
@@ -172,43 +174,49 @@ def cross_validate(
     folds: int = 5,
     side: float | None = None,
     network: RadioGATxConfig | None = None,
+    trees: TreesConfig | None = None,
     level: float = 0.9,
     seed: int = 0,
     track: Callable[[list[Any]], Iterable[Any]] = lambda cases: cases,
-) -> dict[str, Row]:
-    """RMSE, MAE, coverage, mean width and interval score of each method on measurements that are held out in turn.
+) -> tuple[dict[str, Row], float]:
+    """RMSE, MAE, coverage, mean width and interval score of each method on places that are held out in turn.
 
     Args:
         samples: the measurements.
         scene: buildings and masts, or None.
         arms: methods, of ``radiogat.config.METHODS``.
         folds: number of parts.
-        side: side of the squares that are held out together; None holds out single measurements.
+        side: side of the squares that are held out together; None holds out places, with what lies about as near as the map
+            is read, and weights them such that their distances to the measurements are the map's.
         network: settings of radiogatx.
+        trees: settings of the trees.
         level: level of the error bars.
         seed: seed of the folds.
         track: shows progress over the pairs of a part and a method.
 
     Returns:
-        Method -> metric -> value in dB, the coverage as a share.
+        Method -> metric -> value in dB, the coverage as a share; and the share of the map that lies farther from any
+        measurement than every held-out place did (0 for squares).
 
     Raises:
-        UserError: fewer squares than folds.
+        UserError: fewer squares or places than folds.
     """
     from sklearn.model_selection import GroupKFold
 
-    groups = np.arange(len(samples)) if side is None else spatial_blocks(samples.xy, side)
+    asked = map_distances(samples, scene)
+    groups = place_groups(samples.xy, asked) if side is None else spatial_blocks(samples.xy, side)
     if len(np.unique(groups)) < folds:
-        raise UserError(f"{len(np.unique(groups))} squares of {side:g} do not make {folds} folds: lower block or folds")
+        what = "places" if side is None else f"squares of {side:g}"
+        raise UserError(f"{len(np.unique(groups))} {what} do not make {folds} folds: lower block or folds")
     shuffled = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups]
     parts = list(GroupKFold(folds).split(samples.xy, groups=shuffled))
-    calibration: Literal["interpolate", "extrapolate"] = "interpolate" if side is None else "extrapolate"
     found: dict[str, list[Floats]] = {arm: [] for arm in arms}
     truth: list[Floats] = []
+    distance: list[Floats] = []
     for (train, test), arm in track([(part, arm) for part in parts for arm in arms]):
-        estimator = RadioMapEstimator(arm, network, fallback=False, seed=seed, calibration=calibration)
-        estimator.fit(samples.take(train), scene)
+        estimator = RadioMapEstimator(arm, network, trees=trees, fallback=False, seed=seed)
         held = samples.take(test)
+        estimator.fit(samples.take(train), scene, where=held.xy)
         values = np.empty((3, len(held)))
         for f in held.bands:
             rows = held.freq_mhz == f
@@ -216,18 +224,20 @@ def cross_validate(
         found[arm].append(values)
         if arm == arms[0]:
             truth.append(held.rss_dbm)
-    y = np.concatenate(truth)
+            distance.append(cKDTree(samples.xy[train]).query(held.xy)[0])
+    y, d = np.concatenate(truth), np.concatenate(distance)
+    weight, beyond = strata_weights(d, asked) if side is None else (np.full(len(y), 1 / len(y)), 0.0)
     table = {}
     for arm, parts_of in found.items():
         power, low, high = np.concatenate(parts_of, axis=1)
         table[arm] = {
-            "rmse": rmse(y, power),
-            "mae": mae(y, power),
-            "coverage": coverage(y, low, high),
-            "width": float(np.mean(high - low)),
-            "interval_score": interval_score(y, low, high, level),
+            "rmse": float(np.sqrt((weight * (y - power) ** 2).sum())),
+            "mae": float((weight * np.abs(y - power)).sum()),
+            "coverage": float((weight * ((y >= low) & (y <= high))).sum()),
+            "width": float((weight * (high - low)).sum()),
+            "interval_score": interval_score(y, low, high, level, weight),
         }
-    return table
+    return table, beyond
 
 
 def split_errors(
@@ -238,29 +248,39 @@ def split_errors(
     seed: int,
     network: RadioGATxConfig | None = None,
     train: Trainer = run_task,
+    trees: TreesConfig | None = None,
 ) -> Row:
-    """RMSE and MAE in dB of a method on a random share of the measurements, predicted from the others.
+    """RMSE and MAE in dB of a method on a random share of the places, predicted from the others, weighted as the map.
 
     Args:
         samples: the measurements.
         scene: buildings and masts, or None.
         arm: method, of ``radiogat.config.METHODS``.
-        share: share of the measurements that is held out.
+        share: share of the places that is held out, each with what lies about as near as the map is read.
         seed: seed of the split and of the network.
         network: settings of radiogatx.
         train: runs the task of a network.
+        trees: settings of the trees.
     """
-    order = np.random.default_rng([seed, 1]).permutation(len(samples))
-    cut = max(1, round(share * len(samples)))
-    held, rest = samples.take(np.sort(order[:cut])), samples.take(np.sort(order[cut:]))
+    asked = map_distances(samples, scene)
+    groups = place_groups(samples.xy, asked)
+    count = int(groups.max()) + 1
+    if count < 2:
+        raise UserError("all measurements are at one place: nothing can be held out")
+    order = np.random.default_rng([seed, 1]).permutation(count)
+    out = np.isin(groups, order[: min(count - 1, max(1, round(share * count)))])
+    held, rest = samples.take(out), samples.take(~out)
     estimator: Any
-    if arm == "radiogatx":
-        chosen = dataclasses.replace(network or RadioGATxConfig(), seed=seed)
-        estimator = RadioMapEstimator(arm, chosen, fallback=False, seed=seed).fit(rest, scene, train)
-    else:
+    if arm in BASELINES:
         estimator = BASELINES[arm]().fit(rest, scene)
+    else:
+        chosen = dataclasses.replace(network or RadioGATxConfig(), seed=seed)
+        estimator = RadioMapEstimator(arm, chosen, trees=trees, fallback=False, seed=seed)
+        estimator.fit(rest, scene, train, held.xy)
     power = np.empty(len(held))
     for f in held.bands:
         rows = held.freq_mhz == f
         power[rows] = estimator.predict(held.xy[rows], f)
-    return {"rmse": rmse(held.rss_dbm, power), "mae": mae(held.rss_dbm, power)}
+    weight, _ = strata_weights(cKDTree(rest.xy).query(held.xy)[0], asked)
+    error = held.rss_dbm - power
+    return {"rmse": float(np.sqrt((weight * error**2).sum())), "mae": float((weight * np.abs(error)).sum())}

@@ -118,8 +118,16 @@ class RadioMap:
         }
         x, y = _axes(self.layout.grid)
         coordinates = {"freq": ("freq", list(self.layout.freq_mhz), {"units": "MHz"}), "y": y, "x": x}
-        attributes = {"crs": self.layout.crs or "", "interval": self.layout.level or 0.0}
-        return xarray.Dataset(variables, coordinates, attributes)
+        attributes = {"crs": self.layout.crs or "", "interval": self.layout.level or 0.0, "Conventions": "CF-1.11"}
+        found = xarray.Dataset(variables, coordinates, attributes)
+        found["x"].attrs |= {"units": "m", "standard_name": "projection_x_coordinate"}
+        found["y"].attrs |= {"units": "m", "standard_name": "projection_y_coordinate"}
+        mapping = cf_mapping(self.layout)
+        if mapping:
+            found = found.assign_coords(spatial_ref=((), 0, mapping))
+            for name in self.layers:
+                found[name].attrs["grid_mapping"] = "spatial_ref"
+        return found
 
     def plot(self, path: str | Path, *, building: Bools | None = None, samples: RadioSamples | None = None) -> None:
         """A PNG with one map per band, one color bar for all, buildings gray; with the samples on it where given."""
@@ -135,6 +143,8 @@ class RadioMap:
         return suggest_places(self.layout.grid, self.error_bar.mean(axis=0), count, reach or 10 * self.layout.grid.cell)
 
 
+_TILE = 256
+"""Cells along the sides of a GeoTIFF's tiles."""
 _LONG = {
     "rss_dbm": "received power",
     "rss_lo": "lower bound of the received power",
@@ -195,12 +205,16 @@ def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
         "transform": from_origin(grid.x0, grid.y0, grid.cell, grid.cell),
         "compress": "deflate",
         "interleave": "band",
+        "BIGTIFF": "IF_SAFER",
     }
+    if min(grid.shape) >= _TILE:
+        profile |= {"tiled": True, "blockxsize": _TILE, "blockysize": _TILE}
     with replacing(path) as temporary, rasterio.open(temporary, "w", **profile) as file:
         for f, freq in enumerate(layout.freq_mhz):
             for n, name in enumerate(layers):
                 band = f * len(layers) + n + 1
                 file.set_band_description(band, f"{freq:g} MHz {name}")
+                file.set_band_unit(band, "dBm")
                 file.update_tags(band, freq_mhz=repr(freq), layer=name, units="dBm")
         if layout.level is not None:
             file.update_tags(interval=repr(layout.level))
@@ -209,6 +223,9 @@ def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
             for f in range(len(layout.freq_mhz)):
                 for n, name in enumerate(layers):
                     file.write(values[name][f].astype(np.float32), f * len(layers) + n + 1, window=window)
+        factors = [2**k for k in range(1, 12) if max(grid.shape) // 2**k >= _TILE // 2]
+        if factors:
+            file.build_overviews(factors, rasterio.enums.Resampling.average)
 
 
 def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
@@ -246,6 +263,22 @@ def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
     return RadioMap(layout, {name: np.stack([by[f] for f in freqs]) for name, by in found.items()})
 
 
+def cf_mapping(layout: MapLayout) -> dict[str, Any]:
+    """Attributes of a CF grid mapping of the map's plane, with GDAL's transform; nothing where no plane is named.
+
+    Raises:
+        MissingExtraError: pyproj is not installed.
+    """
+    if not layout.crs:
+        return {}
+    needs("pyproj", "geo", "radiogat", why="the grid mapping of netCDF")
+    import pyproj
+
+    grid = layout.grid
+    attributes = pyproj.CRS.from_user_input(layout.crs).to_cf()
+    return {**attributes, "GeoTransform": f"{grid.x0!r} {grid.cell!r} 0.0 {grid.y0!r} 0.0 {-grid.cell!r}"}
+
+
 def write_netcdf(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
     """Write a map into netCDF as its tiles come."""
     needs("netCDF4", "geo", "radiogat", why="netCDF")
@@ -258,11 +291,20 @@ def write_netcdf(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
             variable = file.createVariable(name, "f8", (name,))
             variable.units = units
             variable[:] = axis
+        file["x"].standard_name, file["y"].standard_name = "projection_x_coordinate", "projection_y_coordinate"
+        file["freq"].long_name = "frequency"
+        file.Conventions = "CF-1.11"
+        mapping = cf_mapping(layout)
+        if mapping:
+            variable = file.createVariable("spatial_ref", "i4")
+            variable.setncatts(mapping)
         file.crs = layout.crs or ""
         file.interval = layout.level or 0.0
         for name in layout.layers:
             variable = file.createVariable(name, "f4", ("freq", "y", "x"), fill_value=np.nan, zlib=True)
             variable.units, variable.long_name = "dBm", _LONG[name]
+            if mapping:
+                variable.grid_mapping = "spatial_ref"
         for rows, values in tiles:
             for name in layout.layers:
                 file[name][:, rows, :] = values[name]

@@ -41,11 +41,15 @@ def coverage(truth: ArrayLike, low: ArrayLike, high: ArrayLike) -> float:
     return float(np.mean((values >= np.asarray(low)) & (values <= np.asarray(high))))
 
 
-def interval_score(truth: ArrayLike, low: ArrayLike, high: ArrayLike, level: float) -> float:
-    """Mean of width + 2 / (1 - level) times the distance of the value from its interval; lower is better.
+def interval_score(
+    truth: ArrayLike, low: ArrayLike, high: ArrayLike, level: float, weight: ArrayLike | None = None
+) -> float:
+    """Mean, perhaps weighted, of width + 2 / (1 - level) times the value's distance from its interval; lower is better.
 
     Source: Gneiting and Raftery, JASA 102, 2007, Eq. 43.
     """
     values, lo, hi = np.asarray(truth), np.asarray(low), np.asarray(high)
     outside = np.maximum(lo - values, 0) + np.maximum(values - hi, 0)
-    return float(np.mean(hi - lo + 2 / (1 - level) * outside))
+    return float(
+        np.average(hi - lo + 2 / (1 - level) * outside, weights=None if weight is None else np.asarray(weight))
+    )

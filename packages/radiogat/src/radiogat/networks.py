@@ -4,6 +4,7 @@ Legend: N nodes, Q queries, K neighbors, C channels, S samples, T transmitters.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,12 +193,19 @@ def tiled_radiogat(
     return out
 
 
+_STEEPEST = 40.0
+"""dB per decade that a learned spectrum differs from free space at most."""
+
+
 class RadioGATx(nn.Module):
     """Attention of a place over its nearest measurements of all bands, starting exactly at inverse distance weighting.
 
         h_j = MLP(edge_j),  alpha = softmax_j(w . h_j - 2 ln(d_j + 1/2)),  c = MLP(sum_j alpha_j h_j, node)
         direct:    P(p, f) = sum_j alpha_j (v_j + delta . h_j) + c - 20 log10(f / f_0)
         spectral:  P(p, f) = sum_j alpha_j (v_j + delta . h_j) + c_0 + (c_1 - 20) log10(f / f_0)
+
+    The features are held within the range of the training queries, and what is learned within the largest difference between a
+    training target and the mean of its neighbors, so that the correction is bounded where nothing like it was trained.
 
     v_j are the measurements with free space taken off, v_j = P_j + 20 log10(f_j / f_0); w, delta and c start at zero. The
     features see values only relative to their mean over the neighbors, so adding a constant to all measurements adds it to
@@ -222,6 +230,9 @@ class RadioGATx(nn.Module):
         self.register_buffer("edge_std", torch.ones(edge_features))
         self.register_buffer("node_mean", torch.zeros(node_features))
         self.register_buffer("node_std", torch.ones(node_features))
+        self.register_buffer("edge_range", torch.tensor([[-torch.inf], [torch.inf]]).repeat(1, edge_features))
+        self.register_buffer("node_range", torch.tensor([[-torch.inf], [torch.inf]]).repeat(1, node_features))
+        self.register_buffer("limit", torch.tensor(torch.inf))
         self.edge = nn.Sequential(nn.Linear(edge_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.attention = nn.Linear(width, 1, bias=False)
         self.delta = nn.Linear(width, 1)
@@ -234,28 +245,41 @@ class RadioGATx(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def standardize(self, edge: Tensor, node: Tensor) -> None:
-        """Take means and deviations of the features from training queries."""
+    def standardize(self, edge: Tensor, node: Tensor, limit: float = math.inf) -> None:
+        """Take means, deviations and ranges of the features from training queries.
+
+        Args:
+            edge: (Q, K, E) features.
+            node: (Q, V) features.
+            limit: dB that the correction of the weighted mean never exceeds.
+        """
+        self.get_buffer("limit").fill_(limit)
         for name, features in (("edge", edge.flatten(0, 1)), ("node", node)):
             std = features.std(dim=0, correction=0)
             self.get_buffer(f"{name}_mean").copy_(features.mean(dim=0))
             self.get_buffer(f"{name}_std").copy_(torch.where(std > 1e-6, std, 1.0))
+            if len(features):
+                self.get_buffer(f"{name}_range").copy_(torch.stack([features.amin(dim=0), features.amax(dim=0)]))
 
     def forward(
         self, edge: Tensor, node: Tensor, log_distance: Tensor, values: Tensor, log_frequency: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Powers and scales (Q)."""
+        # outside of what it was trained on, the network sees the nearest that it was trained on
+        edge, node = (x.clamp(*self.get_buffer(f"{n}_range")) for n, x in (("edge", edge), ("node", node)))
         edge = (edge - self.get_buffer("edge_mean")) / self.get_buffer("edge_std")
         node = (node - self.get_buffer("node_mean")) / self.get_buffer("node_std")
         h = self.edge(edge)
         alpha = (self.attention(h).squeeze(2) - 2 * log_distance).softmax(dim=1)
         gathered = torch.einsum("qk,qkc->qc", alpha, h)
-        moved = values + 4 * self.delta(h).squeeze(2)
+        moved = 4 * self.delta(h).squeeze(2)
         correction = 4 * self.correction(self.context(torch.cat([gathered, node], dim=1)))
         slope = -20 * log_frequency
         if self.config.head == "spectral":
-            slope = slope + correction[:, 1] * log_frequency
-        power = (alpha * moved).sum(dim=1) + correction[:, 0] + slope
+            slope = slope + correction[:, 1].clamp(-_STEEPEST, _STEEPEST) * log_frequency
+        limit = self.get_buffer("limit")
+        own = ((alpha * moved).sum(dim=1) + correction[:, 0]).clamp(-limit, limit)
+        power = (alpha * values).sum(dim=1) + own + slope
         spread = (values - values.mean(dim=1, keepdim=True)).square().mean(dim=1).add(1e-2).log() / 2
         about = torch.cat([gathered, node, spread[:, None], log_distance[:, :1]], dim=1).detach()
         return power, (self.scale(about).squeeze(1) + spread.detach() - 1).clamp(-5, 5).exp()

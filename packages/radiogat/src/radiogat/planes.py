@@ -44,6 +44,31 @@ def plane_for(lon: Floats, lat: Floats, name: str = "position") -> str:
     return f"EPSG:{(32600 if lat0 >= 0 else 32700) + zone}"
 
 
+def check_plane(crs: str) -> None:
+    """Refuse what is no plane in meters.
+
+    Raises:
+        UserError: an unknown name, degrees, or another unit than meters.
+    """
+    if crs.startswith(_PLAIN):
+        return
+    needs("pyproj", "geo", "radiogat", why=f"the plane {crs}")
+    import pyproj
+    from pyproj.exceptions import CRSError
+
+    try:
+        found = pyproj.CRS.from_user_input(crs)
+    except CRSError:
+        raise UserError(
+            f"--crs {crs}: not a known coordinate system; expected a plane in meters, EPSG:25832 for example"
+        ) from None
+    if found.is_geographic or found.is_geocentric:
+        raise UserError(f"--crs {crs} ({found.name}) is in degrees, expected a plane in meters, EPSG:25832 for example")
+    units = {axis.unit_name for axis in found.axis_info[:2]}
+    if units != {"metre"}:
+        raise UserError(f"--crs {crs} ({found.name}) is in {', '.join(sorted(units))}, expected a plane in meters")
+
+
 def _plain_plane(crs: str) -> tuple[float, float] | None:
     if not crs.startswith(_PLAIN):
         return None

@@ -1,21 +1,26 @@
 """The models behind the estimator, with one interface: train, predict with a scale of the error, leave out, save, restore."""
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from radiogat import baselines
-from radiogat.config import GraphConfig, RadioGATConfig, RadioGATxConfig
+from radiogat.config import GraphConfig, RadioGATConfig, RadioGATxConfig, TreesConfig
 from radiogat.graph import blocks
+from radiogat.heldout import beyond
 from radiogat.networks import RadioGAT, tiled_radiogat
 from radiogat.samples import RadioSamples, RadioScene
+from radiogat.spectral import fit_spectrum, reference_frequency
 from radiogat.tasks import BlockTask, NeighborTask, Task
+from radiogat.trees import BoostedTrees, TreeFeatures
 from tenfold import UserError, checkpoints
 
 Floats = NDArray[np.float64]
@@ -32,6 +37,10 @@ BASELINES: dict[str, type[Any]] = {
 }
 
 
+_FEW = 4000
+"""Training rows below which a third of the trees are grown, at twice the rate."""
+
+
 class Predictor(ABC):
     """One model behind the estimator: powers in dBm, and scales of their errors."""
 
@@ -46,13 +55,13 @@ class Predictor(ABC):
     def predict(self, xy: Floats, freq_mhz: Floats) -> tuple[Floats, Floats]:
         """Powers and scales (n) at positions (n, 2), each at its own frequency."""
 
-    def leave_one_out(self, rows: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Powers and scales (n) at some of the measurements, each predicted from all others.
+    def left_out(self, rows: NDArray[np.int64], radius: Floats) -> tuple[Floats, Floats]:
+        """Powers and scales (n) at some of the measurements, each predicted without what lies within a radius.
 
         Raises:
             NotImplementedError: the model has no fast way.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no fast leave-one-out")
+        raise NotImplementedError(f"{type(self).__name__} has no fast way of leaving out")
 
     def state(self) -> dict[str, torch.Tensor]:
         """What was learned, by name; nothing, for a model that only remembers its measurements."""
@@ -79,20 +88,24 @@ def make(
     network: RadioGATxConfig | None = None,
     gat: RadioGATConfig | None = None,
     graph: GraphConfig | None = None,
+    trees: TreesConfig | None = None,
     targets: Bools | None = None,
+    levels: Sequence[float] = (0.0,),
     unit: float | None = None,
     device: str = "cpu",
 ) -> Predictor:
     """The model of this name over some measurements, not yet trained.
 
     Args:
-        method: one of ``radiogat.config.METHODS``.
+        method: one of ``radiogat.config.METHODS`` without stack, or rich_trees, the trees that the stack has.
         samples: the measurements that it predicts from.
         scene: buildings and masts, or None.
         network: settings of radiogatx.
         gat: settings of radiogat.
         graph: settings of the edges of radiogat.
-        targets: (n) mask of the measurements that radiogatx is trained on; default: all.
+        trees: settings of the trees.
+        targets: (n) mask of the measurements that radiogatx and trees are trained on; default: all.
+        levels: radii that they are trained with, see ``radiogat.heldout``.
         unit: length that counts as a cell for radiogatx.
         device: where a network is trained.
 
@@ -100,7 +113,13 @@ def make(
         UserError: the method lacks its scene, or has too few measurements.
     """
     if method == "radiogatx":
-        return _Neighbors(NeighborTask(samples, scene, network or RadioGATxConfig(), targets, unit), device)
+        return _Neighbors(NeighborTask(samples, scene, network or RadioGATxConfig(), targets, unit, levels), device)
+    if method in {"trees", "rich_trees"}:
+        config = trees or TreesConfig()
+        rich = method == "rich_trees"
+        if rich:
+            config = dataclasses.replace(config, ensemble=max(3, config.ensemble))
+        return _Trees(samples, scene, config, targets, levels, rich)
     if method == "radiogat":
         return _Cells(samples, scene, gat or RadioGATConfig(), graph or GraphConfig(), device)
     return _Baseline(BASELINES[method]().fit(samples, scene))
@@ -143,10 +162,106 @@ class _Neighbors(_Network):
         """Powers and scales from the nearest measurements."""
         return self.task.predict(xy, freq_mhz)
 
-    def leave_one_out(self, rows: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Powers and scales at some of the measurements, without themselves, or their place, among the donors."""
+    def left_out(self, rows: NDArray[np.int64], radius: Floats) -> tuple[Floats, Floats]:
+        """Powers and scales at some of the measurements, without donors within a radius."""
         samples = self.task.samples
-        return self.task.predict(samples.xy[rows], samples.freq_mhz[rows], self.task.donors(rows))
+        return self.task.predict(samples.xy[rows], samples.freq_mhz[rows], self.task.donors(rows, radius))
+
+
+class _Trees(Predictor):
+    """Gradient-boosted trees on the features of ``TreeFeatures``; all scales are 1.
+
+    They are trained again when a file is loaded: trees have no format that is safe to read.
+    """
+
+    any_frequency = True
+
+    def __init__(
+        self,
+        samples: RadioSamples,
+        scene: RadioScene | None,
+        config: TreesConfig,
+        targets: Bools | None,
+        levels: Sequence[float],
+        relative: bool,
+    ) -> None:
+        self.samples = samples
+        self.config = config
+        self.features = TreeFeatures(samples.xy, samples.freq_mhz, samples.rss_dbm, scene, relative)
+        self.model = BoostedTrees(
+            config.engine, config.iterations, config.lr, config.leaves, tuple(range(config.ensemble))
+        )
+        self.tree = cKDTree(samples.xy)
+        self.targets = np.ones(len(samples), dtype=bool) if targets is None else np.asarray(targets, dtype=bool)
+        self.levels = tuple(levels)
+        self.neighbors = 0
+        self._wanted = config.neighbors
+
+    def train(self, run: Trainer) -> None:
+        """Grow the trees: each target once for each radius, from what lies farther."""
+        rows = np.flatnonzero(self.targets)
+        radius = np.repeat(np.asarray(self.levels, dtype=np.float64), len(rows))
+        cases = np.tile(rows, len(self.levels))
+        inside = self.tree.query_ball_point(self.samples.xy[cases], radius, return_length=True)
+        keep = (radius == radius.min()) | (len(self.samples) - inside >= max(2, len(self.samples) // 3))
+        cases, radius, inside = cases[keep], radius[keep], inside[keep]
+        self.neighbors = min(self._wanted, len(self.samples) - int(np.max(inside, initial=0)))
+        near = beyond(self.tree, self.samples.xy[cases], self.neighbors, radius)
+        at = self.samples.xy[cases], self.samples.freq_mhz[cases]
+        base = self.features.base(at[1], *near) if self.features.relative else 0.0
+        if len(cases) < _FEW:  # time is that of the trees' number here
+            self.model.iterations, self.model.rate = -(-self.config.iterations // 3), 2 * self.config.lr
+        self.model.fit(self.features.rows(*at, *near), self.samples.rss_dbm[cases] - base)
+
+    def predict(self, xy: Floats, freq_mhz: Floats) -> tuple[Floats, Floats]:
+        """Powers from the nearest measurements; of frequencies that were not measured, on a line over log f."""
+        bands = np.array(self.samples.bands)
+        new = ~np.isin(freq_mhz, bands)
+        if not new.any():
+            return self._from(xy, freq_mhz, None)
+        of_bands = np.stack([self._from(xy, np.full(len(xy), f), None)[0] for f in bands])
+        level, slope = fit_spectrum(bands, of_bands)
+        power = level + slope * np.log10(freq_mhz / reference_frequency(bands))
+        for f, own in zip(bands, of_bands, strict=True):
+            power = np.where(freq_mhz == f, own, power)
+        return power, np.ones(len(xy))
+
+    def left_out(self, rows: NDArray[np.int64], radius: Floats) -> tuple[Floats, Floats]:
+        """Powers at some of the measurements, without donors within a radius."""
+        return self._from(self.samples.xy[rows], self.samples.freq_mhz[rows], radius)
+
+    def _from(self, xy: Floats, freq_mhz: Floats, radius: Floats | None) -> tuple[Floats, Floats]:
+        power = np.empty(len(xy))
+        for start in range(0, len(xy), 16384):
+            part = slice(start, start + 16384)
+            if radius is None:
+                near = baselines.nearest(self.tree, xy[part], self.neighbors)
+            else:
+                near = beyond(self.tree, xy[part], self.neighbors, radius[part])
+            power[part] = self.model.predict(self.features.rows(xy[part], freq_mhz[part], *near))
+            if self.features.relative:
+                power[part] += self.features.base(freq_mhz[part], *near)
+        return power, np.ones(len(xy))
+
+    def restore(self, path: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Take which measurements were targets, and grow the same trees.
+
+        Raises:
+            UserError: names or shapes differ.
+        """
+        checkpoints.check_shapes(
+            path, {"targets": self.targets.shape, "levels": (len(state.get("levels", ())),)}, state
+        )
+        self.targets = state["targets"].numpy().astype(bool)
+        self.levels = tuple(state["levels"].tolist())
+        self.train(lambda task: None)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Which measurements are targets, and the radii."""
+        return {
+            "targets": torch.from_numpy(self.targets.copy()),
+            "levels": torch.tensor(self.levels, dtype=torch.float64),
+        }
 
 
 class _Baseline(Predictor):
@@ -178,22 +293,17 @@ class _Baseline(Predictor):
 
         return self._by_band(freq_mhz, one)
 
-    def leave_one_out(self, rows: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Powers and scales at some of the measurements, each from the others of its band, or of all bands."""
+    def left_out(self, rows: NDArray[np.int64], radius: Floats) -> tuple[Floats, Floats]:
+        """Powers and scales at some of the measurements, each from those of its band, or of all bands, that lie farther."""
         samples: RadioSamples = self.fitted.samples_
-        freq = samples.freq_mhz
-        pooled = isinstance(self.fitted, baselines.PooledKriging)
 
         def one(f: float, chosen: Bools) -> tuple[Floats, Floats]:
-            numbers = rows[chosen]
-            if not pooled:  # its trees hold one band each
-                of_band = np.flatnonzero(freq == f)
-                numbers = np.searchsorted(of_band, numbers)
+            xy, free = samples.xy[rows[chosen]], radius[chosen]
             if hasattr(self.fitted, "predict_with_std"):
-                return self.fitted.predict_with_std(samples.xy[rows[chosen]], f, numbers)
-            return self.fitted.leave_one_out(f)[np.searchsorted(np.flatnonzero(freq == f), rows[chosen])], np.ones(1)
+                return self.fitted.predict_with_std(xy, f, free)
+            return self.fitted._band(xy, f, free), np.ones(1)
 
-        return self._by_band(freq[rows], one)
+        return self._by_band(samples.freq_mhz[rows], one)
 
 
 class _Cells(_Network):

@@ -179,26 +179,30 @@ class RadioSamples:
 
 
 def _merged(xy: Floats, freq: Floats, rss: Floats, conflict: float) -> tuple[Floats, Floats, Floats]:
-    keys = np.concatenate([xy, freq[:, None]], axis=1)
-    unique, first, label, counts = np.unique(keys, axis=0, return_index=True, return_inverse=True, return_counts=True)
-    if len(unique) == len(keys):
+    order = np.lexsort((rss, freq, xy[:, 1], xy[:, 0]))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = False
+    for values in (xy[:, 0], xy[:, 1], freq):
+        values = values[order]
+        new[1:] |= values[1:] != values[:-1]
+    if new.all():
         return xy, freq, rss
-    label = label.ravel()
-    order = np.lexsort((rss, label))
-    ends = np.cumsum(counts)
-    starts = ends - counts
+    starts = np.flatnonzero(new)
+    ends = np.append(starts[1:], len(order))
     sorted_rss = rss[order]
-    median = (sorted_rss[starts + (counts - 1) // 2] + sorted_rss[starts + counts // 2]) / 2
+    median = (sorted_rss[(starts + ends - 1) // 2] + sorted_rss[(starts + ends) // 2]) / 2
     spread = sorted_rss[ends - 1] - sorted_rss[starts]
+    first = np.minimum.reduceat(order, starts)
     if (spread > conflict).any():
-        worst = int(spread.argmax())
+        worst = first[int(spread.argmax())]
         warnings.warn(
             f"{int((spread > conflict).sum())} places were measured several times at one frequency with values up to"
-            f" {spread[worst]:.1f} dB apart (first at x {unique[worst, 0]:g}, y {unique[worst, 1]:g}): their medians are taken",
+            f" {spread.max():.1f} dB apart (first at x {xy[worst, 0]:g}, y {xy[worst, 1]:g}): their medians are taken,"
+            f" {len(starts)} values of {len(order)} measurements",
             stacklevel=4,
         )
-    keep = np.argsort(first)  # in the order of the file
-    return unique[keep, :2], unique[keep, 2], median[keep]
+    keep = np.sort(first)  # in the order of the file
+    return xy[keep], freq[keep], median[np.argsort(first)]
 
 
 @dataclasses.dataclass(frozen=True)

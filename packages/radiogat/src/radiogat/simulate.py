@@ -80,6 +80,39 @@ def _shadowing(config: CityConfig, rng: np.random.Generator) -> Floats:
     return np.asarray(config.shadowing_db * field / field.std())
 
 
+def along_streets(maps: RadioMaps, apart: int, every: int = 1, bands: int | None = None) -> Bools:
+    """(F, H, W) cells that a drive test measures: every so many cells along rows and columns so far apart, buildings left out.
+
+    Args:
+        maps: the area.
+        apart: cells between two streets that are driven.
+        every: cells between two measurements on a street.
+        bands: number of bands that are measured, from the first; default: all.
+    """
+    height, width = maps.rss_dbm.shape[1:]
+    driven = np.zeros((height, width), dtype=bool)
+    driven[apart // 2 :: apart, ::every] = True
+    driven[::every, apart // 2 :: apart] = True
+    observed = np.isfinite(maps.rss_dbm) & driven
+    if bands is not None:
+        observed[bands:] = False
+    return np.asarray(observed)
+
+
+def at_places(maps: RadioMaps, count: int, seed: int) -> Bools:
+    """(F, H, W) random cells at each of which all bands are measured.
+
+    Args:
+        maps: the area.
+        count: number of cells.
+        seed: seed of the draw.
+    """
+    free = np.flatnonzero(np.isfinite(maps.rss_dbm).all(axis=0))
+    mask = np.zeros(maps.rss_dbm.shape[1:], dtype=bool)
+    mask.flat[np.random.default_rng(seed).permutation(free)[:count]] = True
+    return np.broadcast_to(mask, maps.rss_dbm.shape).copy()
+
+
 def semivariogram(power_dbm: Floats, lags: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> dict[int, float]:
     """Half of the mean squared difference in dB^2 between cells so many columns apart, of one map (H, W)."""
     return {

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radiogat.samples import Grid
+from radiogat.samples import Grid, RadioSamples
 from tenfold import UserError
 
 Floats = NDArray[np.float64]
@@ -19,7 +19,7 @@ def suggest_places(grid: Grid, error_bar: ArrayLike, count: int, reach: float) -
         grid: grid of the map.
         error_bar: (H, W) in dB, NaN where no measurement is possible.
         count: number of places.
-        reach: distance at which the correlation has fallen to 5 %.
+        reach: distance at which the correlation has fallen to 5 %; see ``reach_of``.
 
     Returns:
         (count, 2) positions, the most useful first.
@@ -46,3 +46,22 @@ def suggest_places(grid: Grid, error_bar: ArrayLike, count: int, reach: float) -
         variance[rows, columns] *= 1 - np.exp(-6 * apart / reach)
         variance[row, column] = 0.0
     return chosen
+
+
+def reach_of(samples: RadioSamples) -> float:
+    """Distance over which a measurement informs: the range of the measurements' variogram, within the area.
+
+    The bands are fitted together, each without its mean; the range is at least the distance between neighboring places and at
+    most a third of the area's diagonal.
+    """
+    from radiogat.baselines import Variogram
+
+    values = samples.rss_dbm.copy()
+    for f in samples.bands:
+        values[samples.freq_mhz == f] -= values[samples.freq_mhz == f].mean()
+    places, label = np.unique(samples.xy, axis=0, return_inverse=True)
+    mean = np.bincount(label.ravel(), values) / np.bincount(label.ravel())
+    diagonal = float(np.hypot(*np.ptp(samples.xy, axis=0)))
+    far = float(np.clip(10 * samples.spacing, diagonal / 20, diagonal / 3))
+    found = Variogram.fit(places, mean, max(far, 1e-9)).range
+    return float(np.clip(found, samples.spacing, max(samples.spacing, diagonal / 3)))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from radiogat.baselines import nearest
 from radiogat.config import GraphConfig, RadioGATConfig, RadioGATxConfig
 from radiogat.graph import Adjacency, RadioGraph, Window, build_graph
+from radiogat.heldout import beyond
 from radiogat.networks import POWER_SCALE, Neighborhoods, RadioGAT, RadioGATx, node_features
 from radiogat.samples import RadioSamples, RadioScene
 from tenfold import NonFiniteError, UserError
@@ -91,6 +92,7 @@ class NeighborTask:
         config: network and training.
         targets: (S) mask of the measurements that are predicted in training; default: all.
         unit: length that counts as a cell; default: the scene's cell, or half of the samples' spacing.
+        levels: radii; each target is predicted once for each, without what lies within. 0 leaves out its place.
     """
 
     def __init__(
@@ -100,42 +102,53 @@ class NeighborTask:
         config: RadioGATxConfig,
         targets: Bools | None = None,
         unit: float | None = None,
+        levels: Sequence[float] = (0.0,),
     ) -> None:
         self.config = config
         self.steps = config.steps
         self.samples = samples
-        self.place = config.leave_out == "place" or (config.leave_out == "auto" and _mostly_shared(samples))
-        self.neighbors = min(config.neighbors, len(samples) - 1)
-        if self.neighbors < 1:
+        if len(samples) < 2:
             raise UserError("one measurement alone cannot be learned from: measure more places")
         unit = unit or (samples.spacing / 2 if scene is None else scene.grid.cell)
         self.hoods = Neighborhoods(samples.xy, samples.freq_mhz, samples.rss_dbm, scene, unit, config)
         self.tree = cKDTree(samples.xy)
-        self.targets = np.flatnonzero(np.ones(len(samples), bool) if targets is None else targets)
-        self._distance, self._index = self.donors(self.targets)
+        rows = np.flatnonzero(np.ones(len(samples), bool) if targets is None else targets)
+        self.targets, radius = self._cases(rows, levels)
+        self.neighbors = min(config.neighbors, self._left(self.targets, radius))
+        if self.neighbors < 1:
+            raise UserError("too few places were measured: a measurement has no neighbor at another place")
+        self._distance, self._index = self.donors(self.targets, radius)
         self._features: tuple[Tensor, ...] | None = None
         torch_state = torch.random.get_rng_state()
         torch.manual_seed(config.seed)
         shown = self._batch(np.arange(len(self.targets))[:: max(1, len(self.targets) // 4096)])
         self.network = RadioGATx(shown[0].shape[2], shown[1].shape[1], config)
         torch.random.set_rng_state(torch_state)
-        self.network.standardize(shown[0], shown[1])
+        truth = samples.rss_dbm[self.targets] - 20 * np.log10(self.hoods.reference_mhz / samples.freq_mhz[self.targets])
+        limit = float(np.max(np.abs(truth - self.hoods.values()[self._index].mean(axis=1)), initial=1.0))
+        self.network.standardize(shown[0], shown[1], limit)
         if len(self.targets) * shown[0][0].numel() <= _KEPT:
             self._features = self._batch(np.arange(len(self.targets)))
 
-    def donors(self, rows: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
-        """Distances and indices (n, K) of the nearest measurements to some of them, leaving each out, or its place."""
-        if not self.place:
-            return nearest(self.tree, self.samples.xy[rows], self.neighbors, rows)
-        most = int(np.unique(self.samples.xy, axis=0, return_counts=True)[1].max())
-        k = min(self.neighbors + most, len(self.samples))
-        distance, index = nearest(self.tree, self.samples.xy[rows], k)
-        distance = np.where(distance > 0, distance, np.inf)
-        order = np.argsort(distance, axis=1, kind="stable")[:, : self.neighbors]
-        distance = np.take_along_axis(distance, order, 1)
-        if not np.isfinite(distance).all():
-            raise UserError("too few places were measured: a measurement has no neighbor at another place")
-        return distance, np.take_along_axis(index, order, 1)
+    def _left(self, rows: NDArray[np.int64], radius: Floats) -> int:
+        """Measurements that lie farther than the radius, of the case that has the fewest."""
+        inside = self.tree.query_ball_point(self.samples.xy[rows], radius, return_length=True)
+        return len(self.samples) - int(np.max(inside, initial=0))
+
+    def _cases(self, rows: NDArray[np.int64], levels: Sequence[float]) -> tuple[NDArray[np.int64], Floats]:
+        """Targets and radii, without those whose radius leaves too little."""
+        radius = np.repeat(np.asarray(levels, dtype=np.float64), len(rows))
+        cases = np.tile(rows, len(levels))
+        if len(levels) == 1:
+            return cases, radius
+        inside = self.tree.query_ball_point(self.samples.xy[cases], radius, return_length=True)
+        keep = (radius == radius.min()) | (len(self.samples) - inside >= max(2, len(self.samples) // 3))
+        return cases[keep], radius[keep]
+
+    def donors(self, rows: NDArray[np.int64], radius: Floats | None = None) -> tuple[Floats, NDArray[np.int64]]:
+        """Distances and indices (n, K) of the nearest measurements outside of a radius (n), by default at other places."""
+        radius = np.zeros(len(rows)) if radius is None else radius
+        return beyond(self.tree, self.samples.xy[rows], self.neighbors, radius)
 
     def _batch(self, chosen: NDArray[np.int64]) -> tuple[Tensor, ...]:
         if self._features is not None:
@@ -181,12 +194,6 @@ class NeighborTask:
             found = self.network(*(each.to(device) for each in features))
             power[part], scale[part] = (each.cpu().double().numpy() for each in found)
         return power, scale
-
-
-def _mostly_shared(samples: RadioSamples) -> bool:
-    """Whether most places were measured in several bands."""
-    counts = np.unique(samples.xy, axis=0, return_counts=True)[1]
-    return bool((counts > 1).mean() > 0.5)
 
 
 class HeldoutLabelSampler:

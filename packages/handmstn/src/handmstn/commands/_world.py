@@ -54,8 +54,8 @@ class Size:
 
 SIZES = {
     "quick": Size((8, 4), (6, 4), (3, 2), (6, 3), 96, 6, 6),
-    "default": Size((50, 10), (40, 6), (20, 3), (15, 4), 160, 600, 150),
-    "full": Size((60, 10), (60, 6), (40, 3), (25, 4), 160, 700, 200),
+    "default": Size((50, 12), (40, 6), (20, 3), (15, 4), 160, 500, 200),
+    "full": Size((60, 14), (60, 6), (40, 3), (25, 4), 160, 1000, 300),
 }
 
 
@@ -72,10 +72,17 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
         checkpoint_every=10**6,
         reading=HandReading(size=size.pixels),
         aligner=AlignerSettings(
-            backbone="hand:loc", loc_size=64, steps=size.align, batch_size=32, lr=2e-3, turns=False
+            backbone="hand:loc6",
+            loc_size=64,
+            steps=size.align,
+            batch_size=32,
+            lr=2e-3,
+            turns="quarter",
+            distance="plain",
+            head="places",
         ),
         recognizer=RecognizerSettings(
-            palm=network, finger=network, dim=64, palm_size=48, finger_size=(48, 16), jitter=0.01
+            palm=network, finger=network, dim=64, palm_size=48, finger_size=(48, 16), places=6, jitter=0.06
         ),
         losses=LossSettings(),
         optimizer=Optimizer(lr=3e-3 if network.startswith("hand:") else 1e-3, weight_decay=1e-4, warm_up=0.05),

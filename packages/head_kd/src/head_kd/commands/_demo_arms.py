@@ -9,9 +9,10 @@ import torch
 from mmengine.config import Config
 
 from head_kd.checkpoints import student_weights
+from head_kd.coco import Split
 from head_kd.compose import pair
 from head_kd.config import WITH_TEACHER, Distillation, Method, RunnerSettings
-from head_kd.data import Split, write_drawn
+from head_kd.data import write_drawn
 from head_kd.export import METHOD
 from head_kd.rendered import CLASSES
 from head_kd.small import experiment, faster_rcnn, retinanet

@@ -28,7 +28,7 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
     device = use_device(settings.device)
     check_teacher(settings.teacher, settings.teacher_weights)
     start()
-    cfg = student_config(settings.student, settings.data, run)
+    cfg = student_config(settings.student, settings.data, run, split=settings.split, skip_bad=settings.skip_bad)
     teacher = TeacherView.load(settings.teacher, settings.teacher_weights)
     if not teacher.two_stage:
         raise UserError("a cache needs a teacher with a RoI head: the targets of a dense head depend on every pixel")

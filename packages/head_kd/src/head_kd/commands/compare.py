@@ -6,17 +6,17 @@ from functools import partial
 
 from mmengine.config import Config
 
-from head_kd.cache import TargetCache
+from head_kd.cache import TargetCache, check_pipeline
 from head_kd.commands._files import check_teacher, student_config
 from head_kd.compose import pair
 from head_kd.config import READ_AT_REGIONS, CompareSettings, ComputeSettings, Method, RunnerSettings
 from head_kd.data import annotation_digest
 from head_kd.stack import use_device
+from head_kd.training.host import check_precision
 from head_kd.training.runner import fit
 from tenfold import UserError, executors
 from tenfold.claims import Study, arm_rows
 from tenfold.cli import Invocation
-from tenfold.devices import choose_precision
 from tenfold.figures import arm_chart
 from tenfold.report import write_report
 from tenfold.terminal import show_claims, table, track
@@ -36,12 +36,13 @@ LABELS: dict[str, str] = {
 def run(settings: CompareSettings, invocation: Invocation) -> int:
     """Train each arm on each seed, decide the claims, draw."""
     run = invocation.folder
-    choose_precision(settings.precision, use_device(settings.device))
+    check_precision(settings.precision, use_device(settings.device))
     check_teacher(settings.teacher, settings.teacher_weights)
     cache = None if settings.cache is None else TargetCache.open(settings.cache)
-    plain = student_config(settings.student, settings.data, run)
+    plain = student_config(settings.student, settings.data, run, split=settings.split, skip_bad=settings.skip_bad)
     if cache is not None:
         cache.check_data(annotation_digest(plain))
+        check_pipeline(plain.train_dataloader.dataset)
     if plain.get("val_dataloader") is None or plain.get("val_evaluator") is None:
         raise UserError(f"{settings.student} validates nothing: it needs val_dataloader and val_evaluator")
     study = Study(run, data=settings.data or f"the data of {settings.student}", seeds=settings.seeds)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from head_kd.commands._files import check_teacher, student_config
 from head_kd.compose import pair
 from head_kd.config import WITH_TEACHER, InspectSettings
-from head_kd.configs import innermost, resolve_config
+from head_kd.configs import innermost, resolve_config, stated_classes
 from head_kd.detector import HEADDetector
 from head_kd.inspection import cost, measure
 from head_kd.stack import build, said_nothing, start
@@ -30,7 +30,9 @@ def run(settings: InspectSettings, invocation: Invocation) -> None:
     with tempfile.TemporaryDirectory(prefix="head-kd-") as scratch, keyed(settings.seed):
         check_teacher(settings.teacher, settings.teacher_weights)
         if settings.images or settings.data:
-            plain = student_config(settings.student, settings.data, None, scratch)
+            plain = student_config(
+                settings.student, settings.data, None, scratch, split=settings.split, skip_bad=settings.skip_bad
+            )
         else:
             plain = resolve_config(settings.student)
         start()
@@ -50,8 +52,7 @@ def _lines(settings: InspectSettings, model: HEADDetector, plain: Any) -> list[s
     if without:
         out += [*transfer_lines(model), "no --teacher_weights: weights, AP and gradients are not looked at"]
     else:
-        data = innermost(plain.train_dataloader.dataset) if settings.images else {}
-        classes = (data.get("metainfo") or {}).get("classes")
+        classes = stated_classes(innermost(plain.train_dataloader.dataset)) if settings.images else None
         out += look(model, classes, plain, images=settings.validation, other_classes=settings.other_classes)[0]
     height, width = settings.size
     parts = [[name, f"{value:.2f}"] for name, value in cost(model, (height, width)).items()]
@@ -59,7 +60,7 @@ def _lines(settings: InspectSettings, model: HEADDetector, plain: Any) -> list[s
     if settings.images and not without:
         numbers = measure(model, _batches(model, plain, settings.images))
         ratios = [[name, f"{value:.3f}"] for name, value in numbers["gradient_ratio"].items()]
-        gaps = [[name, f"{value:.2f}"] for name, value in numbers["gap_r2"].items()]
+        gaps = [[name, "not measurable" if v is None else f"{v:.2f}"] for name, v in numbers["gap_r2"].items()]
         out += ["", "gradients at the student's maps, as shares of the detection loss's (before training)"]
         out.append(table(["term", "ratio"], ratios))
         out += ["", "semantic gap: R2 of a linear map, held out (1: an adapter can copy it)"]

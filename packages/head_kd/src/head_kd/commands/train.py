@@ -3,18 +3,18 @@
 import sys
 import time
 
-from head_kd.cache import TargetCache
+from head_kd.cache import TargetCache, check_pipeline
 from head_kd.commands._files import check_teacher, export, student_config
 from head_kd.compose import pair
 from head_kd.config import TrainSettings
 from head_kd.data import annotation_digest
 from head_kd.stack import use_device
 from head_kd.training.guard import GuardHook
-from head_kd.training.runner import LAST, fit
+from head_kd.training.host import check_precision
+from head_kd.training.runner import BEST, LAST, fit
 from tenfold import runs
 from tenfold.claims import Study
 from tenfold.cli import Invocation
-from tenfold.devices import choose_precision
 from tenfold.figures import Curve, Panel, line_chart
 from tenfold.report import write_report
 from tenfold.runs import Run
@@ -27,12 +27,13 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     """Train, export the plain student, write figures, report and summary."""
     begun = time.perf_counter()
     run = invocation.folder
-    choose_precision(settings.precision, use_device(settings.device))
+    check_precision(settings.precision, use_device(settings.device))
     check_teacher(settings.teacher, settings.teacher_weights)
     cache = None if settings.cache is None else TargetCache.open(settings.cache)
-    plain = student_config(settings.student, settings.data, run)
+    plain = student_config(settings.student, settings.data, run, split=settings.split, skip_bad=settings.skip_bad)
     if cache is not None:
         cache.check_data(annotation_digest(plain))
+        check_pipeline(plain.train_dataloader.dataset)
     cfg = pair(
         plain,
         settings.teacher,
@@ -42,12 +43,15 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
         cache=settings.cache,
         seed=settings.seed,
     )
-    guard = GuardHook(plain, settings, run, (lambda line: None) if invocation.quiet else _say)
-    texts = {"config.py": cfg.pretty_text, "student.py": plain.pretty_text}
-    done = fit(cfg, settings, run, quiet=invocation.quiet, hooks=[guard], texts=texts)
+    say = (lambda line: None) if invocation.quiet or not run.writes else _say
+    guard = GuardHook(settings.guard, settings.min_teacher_ap, settings.other_classes, run, say)
+    texts = {"student.py": plain.pretty_text}
+    done = fit(cfg, settings, run, quiet=invocation.quiet, hooks=[guard], texts=texts, say=say)
     if not run.writes:
         return
     report = export(run, run.path / LAST, plain)
+    if done.run_hook.best is not None and (run.path / BEST).exists():
+        export(run, run.path / BEST, plain, name="student_best")
     card = {"student": settings.student, "file": "student.safetensors", "mmdet_config": "student.py"}
     run.write_json("config.json", card)
     rows = runs.read_metrics(run.path / "metrics.csv")

@@ -10,18 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet.registry import HOOKS
 from mmengine.dataset import pseudo_collate
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import Tensor
 
 from head_kd import inspection
 from head_kd.config import TrainSettings
+from head_kd.configs import innermost
 from head_kd.detector import HEADDetector
 from head_kd.training.runner import evaluate
 from tenfold import UserError
+from tenfold.randomness import keyed
 from tenfold.runs import Run
 
+HIGH_RATIO = 10.0
+"""Share of the detection loss's gradient from which a term is warned about (ours)."""
 
+
+@HOOKS.register_module()
 class GuardHook(Hook):  # type: ignore[misc]
     """Looks at the pair before the first step.
 
@@ -30,16 +38,26 @@ class GuardHook(Hook):  # type: ignore[misc]
     it all.
 
     Args:
-        cfg: the student's config, for its validation data.
-        settings: settings of the training.
-        run: folder that ``guard.json`` goes to.
-        say: takes each line for the person at the terminal.
+        images: validation images that the teacher is measured on; 0 checks classes, normalization and gradients only, and
+            -1 checks nothing.
+        min_teacher_ap: AP of the teacher, in percent, below which the training does not start.
+        other_classes: whether the teacher may know other classes than the data has.
+        run: run folder that ``guard.json`` goes to; default: the runner's ``work_dir``.
+        say: takes each line for the person at the terminal; default: the runner's log.
     """
 
     priority = "LOW"
 
-    def __init__(self, cfg: Any, settings: TrainSettings, run: Run | None, say: Callable[[str], None]) -> None:
-        self.cfg, self.settings, self.run, self.say = cfg, settings, run, say
+    def __init__(
+        self,
+        images: int = TrainSettings.guard,
+        min_teacher_ap: float = 0.0,
+        other_classes: bool = False,
+        run: Run | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.images, self.min_teacher_ap, self.other_classes = images, min_teacher_ap, other_classes
+        self.run, self.say = run, say
         self._fingerprint = ""
 
     def before_train(self, runner: Any) -> None:
@@ -49,33 +67,76 @@ class GuardHook(Hook):  # type: ignore[misc]
             return
         if model.teacher is not None:
             self._fingerprint = model.teacher.fingerprint()
-        if runner.iter > 0 or self.settings.guard < 0:
+        if runner.iter > 0 or self.images < 0:
             return
+        with keyed(model.seed):  # the run's own draws go on as if nobody had looked
+            lines, found = self._look(runner, model)
+        for line in lines:
+            (self.say or runner.logger.info)(line)
+        if self.run is not None:
+            self.run.write_json("guard.json", {**found, "lines": lines})
+        elif is_main_process():
+            content = json.dumps({**found, "lines": lines}, indent=2) + "\n"
+            (Path(runner.work_dir) / "guard.json").write_text(content, encoding="utf-8")
+
+    def _look(self, runner: Any, model: HEADDetector) -> tuple[list[str], dict[str, Any]]:
         loader = runner.train_loop.dataloader
-        classes = loader.dataset.metainfo.get("classes")
-        how = self.settings
         lines, found = look(
-            model, classes, self.cfg, images=how.guard, min_ap=how.min_teacher_ap, other_classes=how.other_classes
+            model,
+            loader.dataset.metainfo.get("classes"),
+            runner.cfg,
+            images=self.images,
+            min_ap=self.min_teacher_ap,
+            other_classes=self.other_classes,
         )
+        lines += data_lines(loader.dataset)
         preprocessed = [split(model.data_preprocessor(batch, True)) for batch in _few(loader, 2)]
         if model.assistants or model.head_kd.neck is not None:
             numbers = inspection.measure(model, preprocessed)
             found |= numbers
-            lines += [
-                f"gradient of {k}: {v:.2f} of the detection loss's, before warm-up"
-                for k, v in numbers["gradient_ratio"].items()
-            ]
-            lines += [f"semantic gap of {k}: R2 {v:.2f}" for k, v in numbers["gap_r2"].items()]
-        for line in lines:
-            self.say(line)
-        if self.run is not None:
-            self.run.write_json("guard.json", {**found, "lines": lines})
+            lines += number_lines(numbers)
+        return lines, found
 
     def after_train(self, runner: Any) -> None:
         """Check that the teacher is what it was."""
         model = getattr(runner.model, "module", runner.model)
         if self._fingerprint and model.teacher.fingerprint() != self._fingerprint:
             raise RuntimeError("the teacher's weights changed while the student trained")
+
+
+def number_lines(numbers: Mapping[str, Any]) -> list[str]:
+    """What ``inspection.measure`` found, in words, with what to do where a number is a bad sign."""
+    lines = []
+    for name, ratio in numbers["gradient_ratio"].items():
+        lines.append(f"gradient of {name}: {ratio:.2f} of the detection loss's, before warm-up")
+        if ratio > HIGH_RATIO:
+            lines.append(
+                f"warning: {name} would rule the training: lower its weight, or let --distill.balance 0.5 choose the weights"
+            )
+    for name, gap in numbers["gap_r2"].items():
+        if gap is None:
+            lines.append(f"semantic gap of {name}: R2 not measurable (fewer than four regions)")
+            continue
+        lines.append(f"semantic gap of {name}: R2 {gap:.2f}")
+        if gap < 0:
+            lines.append(
+                f"warning: what a linear map fits of {name} does not carry over: too few regions to say, or a teacher that"
+                " sees other inputs or classes; look again with head-kd inspect --images 64"
+            )
+    return lines
+
+
+def data_lines(dataset: Any) -> list[str]:
+    """How many images and boxes train, as mmdet itself has parsed them."""
+    parts = [dataset.get_data_info(i) for i in range(len(dataset))] if hasattr(dataset, "get_data_info") else []
+    if not parts or not all(isinstance(part, dict) and "instances" in part for part in parts):
+        return []
+    boxes = [box for part in parts for box in part["instances"]]
+    ignored = sum(int(box.get("ignore_flag", 0)) for box in boxes)
+    empty = sum(not part["instances"] for part in parts)
+    return [
+        f"data: {len(parts)} images train, {empty} of them empty, with {len(boxes)} boxes, {ignored} of them ignored"
+    ]
 
 
 def look(
@@ -106,7 +167,13 @@ def look(
         names = model.teacher.classes
         lines.append(check_classes(classes, names, other_classes=other_classes))
         lines.append(normalization_line(model))
-        same = names is None or classes is None or tuple(names) == tuple(classes)
+        missing = model.teacher.missing
+        if missing:
+            lines.append(
+                f"teacher: {len(missing)} tensors are not in its file and stay random ({', '.join(missing[:3])}); no term reads"
+                " them, and its AP is not measured"
+            )
+        same = not missing and (names is None or classes is None or tuple(names) == tuple(classes))
         if images > 0 and cfg.get("test_dataloader") is not None and same:
             ap = 100 * teacher_ap(cfg, model.teacher.detector, images)
             found["teacher_ap"] = ap
@@ -187,7 +254,7 @@ def teacher_ap(cfg: Any, detector: Any, count: int) -> float:
         count: number of images.
     """
     cfg = copy.deepcopy(cfg)
-    dataset = cfg.test_dataloader.dataset
+    dataset = innermost(cfg.test_dataloader.dataset)
     source = Path(dataset.get("data_root") or "") / dataset["ann_file"]
     content = json.loads(source.read_text(encoding="utf-8"))
     content["images"] = content["images"][:count]
@@ -198,7 +265,7 @@ def teacher_ap(cfg: Any, detector: Any, count: int) -> float:
         part.write_text(json.dumps(content), encoding="utf-8")
         dataset["ann_file"] = str(part)
         cfg.test_evaluator = {"type": "CocoMetric", "ann_file": str(part), "metric": "bbox"}
-        return max(0.0, evaluate(cfg, model=detector)["bbox_mAP"])
+        return max(0.0, evaluate(cfg, model=detector).get("bbox_mAP", 0.0))
 
 
 def _few(loader: Any, count: int) -> list[Any]:

@@ -8,9 +8,11 @@ model's own draws by (seed, iteration, rank). So nothing has to be restored but 
 import head_kd.ops_fallback  # noqa: F401  # before mmdet
 
 # isort: split
+import bisect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import mmcv
 import numpy as np
 import torch
 from mmdet.registry import DATA_SAMPLERS, DATASETS, HOOKS, LOOPS
@@ -19,6 +21,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import Sampler
 
+from tenfold import UserError
 from tenfold.randomness import generator, keyed
 
 
@@ -37,14 +40,20 @@ class KeyedDataset:
         self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
         self.seed = seed
 
-    @property
-    def metainfo(self) -> Any:
-        """The data set's own."""
-        return self.dataset.metainfo
+    def __getattr__(self, name: str) -> Any:
+        """What hooks, samplers and wrappers ask a data set for is the data set's own."""
+        if name == "dataset" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
-    def full_init(self) -> None:
-        """Read the annotations."""
-        self.dataset.full_init()
+    @property
+    def pipeline(self) -> Any:
+        """The data set's own; mmdet's ``PipelineSwitchHook`` puts another in its place."""
+        return self.dataset.pipeline
+
+    @pipeline.setter
+    def pipeline(self, pipeline: Any) -> None:
+        self.dataset.pipeline = pipeline
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -53,10 +62,34 @@ class KeyedDataset:
         """Annotations of one image."""
         return self.dataset.get_data_info(key % len(self))
 
+    def get_cat_ids(self, key: int) -> Any:
+        """Classes of one image."""
+        return self.dataset.get_cat_ids(key % len(self))
+
     def __getitem__(self, key: int) -> Any:
+        """An item, augmented.
+
+        Raises:
+            UserError: its image cannot be read.
+        """
         epoch, index = divmod(key, len(self))
         with keyed(self.seed, epoch, index):
-            return self.dataset[index]
+            try:
+                return self.dataset[index]
+            except (OSError, AttributeError, TypeError) as error:
+                info = self.dataset.get_data_info(index)
+                path = info.get("img_path", "") if isinstance(info, dict) else ""
+                if path and not _readable(path):
+                    raise UserError(f"{path}: the image cannot be read") from error
+                raise
+
+
+def _readable(path: str) -> bool:
+    """Whether an image file can be decoded."""
+    try:
+        return mmcv.imread(path) is not None
+    except (OSError, ValueError):
+        return False
 
 
 @DATASETS.register_module()
@@ -101,10 +134,14 @@ class KeyedSampler(Sampler[int]):
         dataset: a ``KeyedDataset``.
         seed: seed of the order.
         shuffle: whether to shuffle; else images come in the data set's order.
+        inner: config of another sampler (mmdet's ``ClassAwareSampler``), whose order is taken, seeded alike.
     """
 
-    def __init__(self, dataset: Any, seed: int | None = None, shuffle: bool = True) -> None:
+    def __init__(self, dataset: Any, seed: int | None = None, shuffle: bool = True, inner: Any = None) -> None:
         self.dataset = dataset
+        self.inner = None
+        if inner is not None:
+            self.inner = DATA_SAMPLERS.build(inner, default_args={"dataset": dataset, "seed": seed or 0})
         self.seed = seed or 0
         self.shuffle = shuffle
         self.epoch = 0
@@ -115,10 +152,14 @@ class KeyedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.world)
+        return -(-len(self.dataset) // self.world) if self.inner is None else len(self.inner)
 
     def __iter__(self) -> Iterator[int]:
         count = len(self.dataset)
+        if self.inner is not None:
+            self.inner.set_epoch(self.epoch)
+            with keyed(self.seed, self.epoch):
+                return iter([self.epoch * count + int(index) for index in self.inner])
         order = list(range(count))
         if self.shuffle:
             order = torch.randperm(count, generator=generator(self.seed, self.epoch)).tolist()
@@ -169,6 +210,7 @@ class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
             iteration is always validated.
         val_by_epoch: whether ``val_interval`` and ``val_begin`` count epochs.
         val_begin: first epoch or iteration that is validated.
+        dynamic_intervals: (epoch or iteration, interval) from which on another ``val_interval`` holds, as in mmengine.
         seed: seed of the model's own draws.
     """
 
@@ -181,10 +223,10 @@ class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
         val_interval: int = 1,
         val_by_epoch: bool = True,
         val_begin: int = 1,
+        dynamic_intervals: Sequence[tuple[int, int]] | None = None,
         seed: int = 0,
-        **ignored: Any,
     ) -> None:
-        super().__init__(runner, dataloader, max_epochs or 1, val_begin, val_interval)
+        super().__init__(runner, dataloader, max_epochs or 1, val_begin, val_interval, dynamic_intervals)
         length = len(self.dataloader)
         if max_epochs is None:
             assert max_iters is not None
@@ -211,7 +253,7 @@ class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
                 for index, batch in enumerate(self.dataloader, done):
                     with keyed(self.seed, self._iter, rank, device=device):
                         self.run_iter(index, batch)
-                    if not self.val_by_epoch and self._iter < self._max_iters and self._iter % self.val_interval == 0:
+                    if not self.val_by_epoch and self._iter < self._max_iters and self._due(self._iter):
                         self._validate(self._iter)
                     if self._iter >= self._max_iters or index + 1 >= length:
                         break
@@ -219,12 +261,17 @@ class ExactTrainLoop(EpochBasedTrainLoop):  # type: ignore[misc]
             runner.call_hook("after_train_epoch")
             self._epoch += 1
             last = self._iter >= self._max_iters
-            due = self._epoch % self.val_interval == 0 if self.val_by_epoch else self._iter % self.val_interval == 0
-            if last or due:
-                self._validate(self._epoch if self.val_by_epoch else self._iter, last=last)
+            number = self._epoch if self.val_by_epoch else self._iter
+            if last or self._due(number):
+                self._validate(number, last=last)
             runner.call_hook("after_step")
         runner.call_hook("after_train")
         return runner.model
+
+    def _due(self, number: int) -> bool:
+        """Whether an epoch or iteration is validated."""
+        place = bisect.bisect(self.dynamic_milestones, number + 1) - 1  # as mmengine counts
+        return number % int(self.dynamic_intervals[max(place, 0)]) == 0
 
     def _validate(self, number: int, *, last: bool = False) -> None:
         if self.runner.val_loop is not None and (last or number >= self.val_begin):

@@ -24,7 +24,9 @@ def read_measured(settings: FileSettings) -> tuple[RadioSamples, RadioScene | No
         samples = samples_of(read_geotiff(path) if kind == "geotiff" else read_netcdf(path))
     elif kind in {"csv", "parquet"} and path:
         columns = dict(pair.split("=", 1) for pair in settings.columns)
-        samples = read_samples(path, columns=columns, crs=settings.crs, sign=settings.sign, freq_mhz=settings.freq_mhz)
+        names = ("crs", "sign", "freq_mhz", "missing", "radio", "by", "track", "at")
+        only = settings.only.split(",") if settings.only else ()
+        samples = read_samples(path, columns=columns, only=only, **{name: getattr(settings, name) for name in names})
     else:
         raise unknown(settings)
     return samples, read_scene(settings.buildings, settings.transmitters, samples, settings.cell)

@@ -1,6 +1,7 @@
 """`radiogat convert`: measurements or maps in another format."""
 
 import sys
+import warnings
 
 import numpy as np
 
@@ -52,7 +53,16 @@ def map_in(settings: ConvertSettings) -> RadioMap:
         grid = grid_for(samples, scene, settings.cell)
         power = np.full((len(samples.bands), *grid.shape), np.nan)
         at = grid.rowcol(samples.xy)
-        power[np.searchsorted(samples.bands, samples.freq_mhz), at[:, 0], at[:, 1]] = samples.rss_dbm
+        flat = np.ravel_multi_index((np.searchsorted(samples.bands, samples.freq_mhz), at[:, 0], at[:, 1]), power.shape)
+        order = np.lexsort((samples.rss_dbm, flat))
+        cells, first, counts = np.unique(flat[order], return_index=True, return_counts=True)
+        value = samples.rss_dbm[order]
+        power.flat[cells] = (value[first + (counts - 1) // 2] + value[first + counts // 2]) / 2
+        if len(cells) < len(samples):
+            warnings.warn(
+                f"{len(samples)} measurements became {len(cells)} cells, by their medians: a smaller --cell keeps more",
+                stacklevel=2,
+            )
         return RadioMap(MapLayout(grid, samples.bands, None, samples.crs), {"rss_dbm": power})
     if kind in {"npz", "official"}:
         maps = read_maps(settings.data, settings.area)

@@ -124,7 +124,7 @@ def measure(settings: DemoSettings, seed: int, draw: Run | None, *, quiet: bool)
     fitted = {}
     for arm, (samples, depth) in track(arms.items(), f"seed {seed}: RadioGATx", quiet=quiet):
         network = RadioGATxConfig(depth=depth, steps=STEPS[level], seed=seed)
-        fitted[arm] = RadioMapEstimator(network=network, fallback=False, seed=seed).fit(samples, maps.scene)
+        fitted[arm] = RadioMapEstimator("radiogatx", network, fallback=False, seed=seed).fit(samples, maps.scene)
         power, low, high = fitted[arm].predict(xy, f, LEVEL)
         note(arm, power)
         found[arm] |= {"coverage": coverage(truth, low, high), "width": float((high - low).mean())}

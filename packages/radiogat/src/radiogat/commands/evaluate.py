@@ -15,25 +15,29 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     """Write ``metrics.json`` and ``report.md``, and print the table."""
     samples, scene, _ = read_input(settings, settings.seed)
     side = settings.block or float(np.ptp(samples.xy, axis=0).max()) / 10
-    found = cross_validate(
+    found, beyond = cross_validate(
         samples,
         scene,
         settings.arms,
         folds=settings.folds,
-        side=None if settings.holdout == "random" else side,
+        side=None if settings.holdout == "places" else side,
         network=settings.radiogatx(settings.seed),
+        trees=settings.trees,
         level=settings.interval,
         seed=settings.seed,
         track=lambda cases: track(cases, "cross-validating", quiet=invocation.quiet),
     )
     metrics = list(next(iter(found.values())))
     rows = [[arm, *(f"{row[metric]:.3f}" for metric in metrics)] for arm, row in found.items()]
-    how = "single measurements" if settings.holdout == "random" else f"squares of {side:.4g}"
+    how = "places, weighted as the map is read," if settings.holdout == "places" else f"squares of {side:.4g}"
     best = min(found, key=lambda arm: found[arm]["rmse"])
     text = (
         f"{len(samples)} measurements, {settings.folds} folds of {how}; dB, error bars of {settings.interval:.0%}\n\n"
         f"{table(['arm', *metrics], rows)}\n\nbest: {best}\n"
     )
-    invocation.folder.write_json("metrics.json", {"holdout": settings.holdout, "arms": found, "best": best})
+    if beyond >= 0.001:
+        text += f"{beyond:.1%} of the map lies farther from any measurement than all that was checked\n"
+    said = {"holdout": settings.holdout, "arms": found, "best": best, "beyond": beyond}
+    invocation.folder.write_json("metrics.json", said)
     invocation.folder.write_text("report.md", "```\n" + text + "```\n")
     sys.stdout.write(text)

@@ -7,6 +7,7 @@ from radiogat.config import SuggestSettings
 from radiogat.maps import write_csv
 from radiogat.pictures import suggestion_picture
 from radiogat.planes import unproject
+from radiogat.suggest import reach_of
 from tenfold.cli import Invocation
 from tenfold.terminal import table
 
@@ -18,7 +19,9 @@ def run(settings: SuggestSettings, invocation: Invocation) -> None:
     scene = estimator.scene_
     grid = grid_for(estimator.samples_, scene, settings.cell)
     found = estimator.predict(grid, interval=0.9)
-    places = found.suggest(settings.count, settings.reach)
+    reach = settings.reach or reach_of(estimator.samples_)
+    sys.stdout.write(f"a measurement informs over {reach:.3g} meters{'' if settings.reach else ', by the variogram'}\n")
+    places = found.suggest(settings.count, reach)
     names, columns = ["x", "y"], list(places.T)
     if estimator.samples_.crs:
         names, columns = [*names, "lon", "lat"], [*columns, *unproject(places, estimator.samples_.crs).T]

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from itertools import chain, count
 
 import numpy as np
 
@@ -45,11 +46,11 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
         settings.radiogatx(settings.seed),
         settings.radiogat(),
         settings.graph,
+        settings.trees,
         settings.fallback,
-        settings.calibration,
         seed=settings.seed,
     )
-    estimator.fit(samples, scene, _Resumable(settings, invocation))
+    estimator.fit(samples, scene, _Resumable(settings, invocation), grid)
     estimator.save(folder.own("model.safetensors"))
     sys.stdout.write(describe(estimator))
     heldout = {name: round(value, 4) for name, value in estimator.heldout_.items()}
@@ -61,8 +62,10 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     study = Study(folder, data=settings.data, seeds=[settings.seed])
     for name, value in estimator.heldout_.items():
         study.record(name, {"heldout rmse": value})
-    count = len(estimator.calibration_["truth"])
-    study.note(f"{estimator.chosen_} predicts; RMSE in dB on {count} held-out measurements.")
+    cases = len(estimator.calibration_["truth"])
+    study.note(
+        f"{estimator.chosen_} predicts; RMSE in dB on {cases} held-out cases, weighted as the map: {estimator.held_.said()}."
+    )
     study.finish(time.perf_counter() - start)
     shown = {name: text for name, text in captions.items() if (folder.path / f"figures/{name}.png").exists()}
     write_report(folder, "radiogat: a map of the area and how sure it is", shown)
@@ -74,7 +77,7 @@ class _Resumable:
     def __init__(self, settings: TrainSettings, invocation: Invocation) -> None:
         self.settings = settings
         self.invocation = invocation
-        self.stages = iter(("", "second"))  # a model that is judged by a split is trained again on all measurements
+        self.stages = chain(("", "second"), (f"stage{n}" for n in count(3)))  # a round of held-out places each, and all
 
     def __call__(self, task: Task) -> None:
         """Train the network of a task."""
@@ -97,7 +100,7 @@ class _Resumable:
 
 
 def draw_calibration(folder: Run, estimator: RadioMapEstimator, maps: RadioMaps | None, settings: TrainSettings) -> str:
-    """Draw error bars at unmeasured places where the truth is known; else on held-out blocks that others calibrated.
+    """Draw error bars at unmeasured places where the truth is known; else on held-out places that others calibrated.
 
     Returns the picture's caption; there is no picture of a few held-out measurements.
     """
@@ -109,10 +112,10 @@ def draw_calibration(folder: Run, estimator: RadioMapEstimator, maps: RadioMaps 
         calibration_picture(folder.figure("calibration"), curves, "unmeasured cells")
         return "Share of the unmeasured cells inside the intervals, at each level."
     if len(estimator.calibration_["truth"]) >= _ENOUGH:
-        name = "a fifth of the held-out blocks,\ncalibrated on the others"
+        name = "a fifth of the held-out places,\ncalibrated on the others"
         curves = {name: estimator.cross_coverage(LEVELS)}
         calibration_picture(folder.figure("calibration"), curves, "held-out measurements")
     return (
-        "Share of the held-out measurements of a fifth of the blocks inside intervals that the other blocks calibrated;"
-        " their mean is straight by construction, their spread shows what the choice of blocks does."
+        "Share of the held-out cases of a fifth of the places inside intervals that the others calibrated, weighted as the"
+        " map; their mean is straight by construction, their spread shows what the choice of places does."
     )

@@ -1,0 +1,26 @@
+"""The command `visctrl`: edit, invert, bank, inspect, evaluate, and the demonstration."""
+
+from tenfold.cli import App, Verb
+from visctrl.config import (
+    BankSettings,
+    DemoSettings,
+    EditSettings,
+    EvaluateSettings,
+    InspectSettings,
+    InvertSettings,
+)
+
+app = App(
+    "visctrl",
+    "visctrl",
+    "One reference picture into another picture, with no training: iterative self-attention injection on diffusers.",
+    (
+        Verb("edit", EditSettings),
+        Verb("invert", InvertSettings),
+        Verb("bank", BankSettings),
+        Verb("inspect", InspectSettings, out=False),
+        Verb("evaluate", EvaluateSettings),
+        Verb("demo", DemoSettings, claims=True),
+    ),
+)
+main = app.main

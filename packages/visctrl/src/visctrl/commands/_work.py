@@ -1,0 +1,164 @@
+"""From files to tensors and back: pictures at the model's size, masks with them, results at the photograph's size."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tenfold import UserError
+from tenfold.figures import image_grid
+from tenfold.runs import Run
+from visctrl.config import EditSettings, VisCtrlConfig
+from visctrl.data import Pair, read_mask, read_picture, write_picture
+from visctrl.engine import Reference, VisCtrl
+from visctrl.masks import (
+    Crop,
+    Mask,
+    Picture,
+    blend,
+    crop_subject,
+    paste_back,
+    resized,
+    resized_mask,
+    to_images,
+    to_pictures,
+)
+from visctrl.outcome import EditOutput
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A photograph as the model takes it.
+
+    Attributes:
+        photo: the photograph.
+        mask: its subject, or None.
+        shown: the photograph, or its subject on a white square, at the model's size.
+        shown_mask: the mask in that.
+        image: the same as a tensor (1, 3, H, W) with padded edges.
+        image_mask: the mask as a tensor (H, W), or None.
+        crop: where the square came from, or None.
+    """
+
+    photo: Picture
+    mask: Mask | None
+    shown: Picture
+    shown_mask: Mask | None
+    image: Tensor
+    image_mask: Tensor | None
+    crop: Crop | None
+
+
+def longest_side(engine: VisCtrl, size: int | None) -> int:
+    """Longest side that pictures are brought to."""
+    multiple = engine.adapter.multiple
+    side = engine.adapter.size if size is None else size
+    return max(multiple, side // multiple * multiple)
+
+
+def prepare(engine: VisCtrl, path: Path, mask: str | None, size: int | None, crop: bool, option: str) -> Prepared:
+    """Read a picture and its mask, and bring them to the model's size.
+
+    Raises:
+        UserError: see ``read_picture`` and ``read_mask``.
+    """
+    photo = read_picture(path)
+    found = None if mask is None else read_mask(mask, path, photo, option)
+    side, multiple = longest_side(engine, size), engine.adapter.multiple
+    cut = None
+    if crop:
+        if found is None:
+            raise UserError(f"--crop cuts subjects out: {path} has no mask")
+        cut = crop_subject(photo, found, side)
+        shown: Picture = cut.picture
+        small: Mask | None = cut.mask
+    else:
+        scale = min(1.0, side / max(photo.shape[:2]))
+        h, w = (max(1, round(scale * x)) for x in photo.shape[:2])
+        shown = resized(photo, h, w)
+        small = None if found is None else resized_mask(found, h, w)
+        if small is not None and not (small >= 0.5).any():
+            raise UserError(
+                f"{option} {mask}: nothing of the subject is left at {w} x {h} pixels: give a larger --size"
+            )
+    image = to_images([shown], multiple)
+    tensor = None
+    if small is not None:
+        tensor = torch.zeros(image.shape[-2:])
+        tensor[: small.shape[0], : small.shape[1]] = torch.from_numpy(np.asarray(small, np.float32))
+    return Prepared(photo, found, shown, small, image, tensor, cut)
+
+
+def finished_picture(edited: Tensor, target: Prepared, feather: float, locked: bool) -> Picture:
+    """An edited image at the size of the photograph, which stays as it was outside of the mask.
+
+    Shapes: ``edited`` (1, 3, H, W) in [-1, 1].
+    """
+    small = to_pictures(edited, *target.shown.shape[:2])[0]
+    if target.crop is not None:
+        assert target.mask is not None
+        return paste_back(small, target.crop, target.photo, target.mask, feather=feather)
+    whole = resized(small, *target.photo.shape[:2])
+    return whole if target.mask is None or not locked else blend(target.photo, whole, target.mask, feather=feather)
+
+
+def reference_of(engine: VisCtrl, prepared: Prepared, prompt: str) -> Reference:
+    """The reference of a prepared picture."""
+    return engine.reference(prepared.image, prompt, mask=prepared.image_mask)
+
+
+def write_edit(
+    run: Run,
+    folder: str,
+    pair: Pair,
+    target: Prepared,
+    shown_reference: Picture,
+    out: EditOutput,
+    settings: EditSettings,
+    config: VisCtrlConfig,
+) -> Picture:
+    """Write the picture, the rounds, the grid, the provenance, and last what happened; returns the picture."""
+    note = f"edited with visctrl from {pair.reference.name if pair.reference else 'a bank of features'}"
+    locked = config.lock or settings.crop
+    result = finished_picture(out.images, target, settings.feather, locked)
+    rounds = [finished_picture(x, target, settings.feather, locked) for x in out.history or []]
+    rows: dict[str, Picture] = {"target": target.photo, "reference": shown_reference}
+    rows |= {f"round {number + 1}": picture for number, picture in enumerate(rounds)}
+    sources: NDArray[np.uint8] | None = out.provenance[0] if out.provenance else None
+    if sources is not None:
+        rows["came from"] = sources.repeat(max(1, 64 // len(sources)), axis=0).repeat(
+            max(1, 64 // sources.shape[1]), axis=1
+        )
+    for name, picture in {"edited": result, **{f"history/round_{i + 1}": x for i, x in enumerate(rounds)}}.items():
+        with run.replacing(f"{folder}{name}.png") as temporary:
+            write_picture(temporary, picture, note)
+    if sources is not None:
+        with run.replacing(f"{folder}provenance.png") as temporary:
+            write_picture(
+                temporary, rows["came from"], "colors: places in the reference, red to the right, green downwards"
+            )
+    image_grid(run.own(f"{folder}grid.png"), [list(rows.values())], column_titles=list(rows), cell=1.6)
+    about: dict[str, Any] = {
+        "target": str(pair.target),
+        "reference": None if pair.reference is None else str(pair.reference),
+        "target_mask": pair.target_mask,
+        "reference_mask": pair.reference_mask,
+        "size": list(target.shown.shape[:2]),
+        "round": (out.rounds or [0])[0],
+        "verdict": (out.verdicts or [""])[0],
+        "residuals": [None if x[0] != x[0] else x[0] for x in out.residuals or []],
+        "rows": out.rows,
+        "seconds": round(out.seconds, 3),
+        "unsafe": None if out.unsafe is None else out.unsafe[0],
+    }
+    run.write_json(f"{folder}edit.json", about)
+    return result
+
+
+def one_round(config: VisCtrlConfig) -> VisCtrlConfig:
+    """The settings of the first round, which are all that a bank is made for."""
+    return replace(config, later_steps=None, later_start=None, later_guidance=None)

@@ -1,0 +1,109 @@
+"""`visctrl edit`: a reference's subject into one picture or many."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tenfold import UserError
+from tenfold.cli import Invocation
+from tenfold.figures import image_grid
+from tenfold.report import write_report
+from tenfold.terminal import table, track
+from visctrl.commands import _banks, _work
+from visctrl.config import EditSettings
+from visctrl.data import Pair, load_model, read_mask, read_pairs, read_picture
+from visctrl.engine import Reference, VisCtrl
+from visctrl.masks import Picture
+
+
+def run(settings: EditSettings, invocation: Invocation) -> None:
+    """Edit each target, write its pictures, and print what happened."""
+    pairs = _pairs(settings)
+    for pair in pairs:  # everything that can be read is read before a model is loaded
+        for path, mask, option in (
+            (pair.target, pair.target_mask, "--target_mask"),
+            (pair.reference, pair.reference_mask, "--reference_mask"),
+        ):
+            if path is not None:
+                picture = read_picture(path)
+                if mask is not None:
+                    read_mask(mask, path, picture, option)
+    folder, config = invocation.folder, settings.chosen
+    engine = VisCtrl(load_model(settings), config)
+    references: dict[tuple[str, str | None, str], tuple[Reference, Picture]] = {}
+    rows, grid = [], []
+    for pair in track(pairs, "pictures", quiet=invocation.quiet or len(pairs) == 1):
+        place = "" if len(pairs) == 1 else f"{pair.name}/"
+        done = folder.path / f"{place}edit.json"
+        if not (folder.resumed and done.is_file()):
+            _one(engine, settings, pair, place, invocation, references)
+        about = json.loads(done.read_text(encoding="utf-8"))
+        verdict = about["verdict"] or "all rounds"
+        if about["unsafe"]:
+            verdict = "blanked by the model's safety checker"
+        rows.append([pair.name, about["round"], about["rows"], f"{about['seconds']:.1f}", verdict])
+        grid.append([read_picture(pair.target), read_picture(folder.path / f"{place}edited.png")])
+    if len(pairs) > 1:
+        image_grid(folder.own("grid.png"), grid, column_titles=["target", "edited"], row_titles=[p.name for p in pairs])
+    image_grid(folder.figure("edited"), grid, column_titles=["target", "edited"])
+    write_report(folder, "visctrl edit", {"edited": "Targets, and what became of them."})
+    sys.stdout.write(table(["picture", "round", "rows of the network", "seconds", "ended by"], rows) + "\n")
+    sys.stdout.write(f"{folder.path / 'grid.png'}\n")
+
+
+def _pairs(settings: EditSettings) -> list[Pair]:
+    if settings.pairs is not None:
+        return read_pairs(settings.pairs)
+    found = []
+    for number, target in enumerate(settings.target or []):
+        name = f"{number:04}-{Path(target).stem}"
+        reference = None if settings.reference is None else Path(settings.reference)
+        masks = (settings.target_mask, settings.reference_mask)
+        found.append(Pair(name, Path(target), reference, *masks, settings.target_prompt, settings.reference_prompt))
+    if len(found) > 1 and settings.target_mask not in {None, "alpha", "white"}:
+        raise UserError("--target_mask is one file for several targets: give --pairs, or the masks alpha or white")
+    return found
+
+
+def _one(
+    engine: VisCtrl,
+    settings: EditSettings,
+    pair: Pair,
+    place: str,
+    invocation: Invocation,
+    references: dict[tuple[str, str | None, str], tuple[Reference, Picture]],
+) -> None:
+    target = _work.prepare(engine, pair.target, pair.target_mask, settings.size, settings.crop, "--target_mask")
+    key = (str(pair.reference or settings.run), pair.reference_mask, pair.reference_prompt)
+    if key not in references:
+        if pair.reference is None:
+            assert settings.run is not None
+            references[key] = _banks.read(engine, settings.run)
+        else:
+            found = _work.prepare(
+                engine, pair.reference, pair.reference_mask, settings.size, settings.crop, "--reference_mask"
+            )
+            references[key] = (_work.reference_of(engine, found, pair.reference_prompt), found.shown)
+    reference, shown = references[key]
+    try:
+        out = engine.edit(
+            target.image,
+            reference,
+            mask=target.image_mask,
+            prompt=pair.target_prompt,
+            negative_prompt=settings.negative_prompt,
+            history=True,
+            provenance=True,
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{pair.target}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{pair.target}: out of memory at {target.shown.shape[1]} x {target.shown.shape[0]} pixels: give a smaller"
+            " --size, --dtype fp16, --offload true or --control.bank stream"
+        ) from error
+    _work.write_edit(invocation.folder, place, pair, target, shown, out, settings, engine.config)

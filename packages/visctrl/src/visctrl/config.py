@@ -1,0 +1,308 @@
+"""Every setting of `visctrl`, and the one home of each default. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tenfold.config
+from tenfold import UserError
+from tenfold.config import (
+    Count,
+    Device,
+    Ge,
+    NonNegative,
+    Positive,
+    Probability,
+    SettingError,
+    Settings,
+    Share,
+    parse_bytes,
+)
+
+Mode = Literal["replace", "union", "subject"]
+BankKind = Literal["auto", "memory", "pinned", "stream"]
+Preset = Literal["none", "paper", "masactrl", "fast"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisCtrlConfig(Settings):
+    """How a reference enters a target.
+
+    Args:
+        steps: denoising steps of a round.
+        start: share of the steps that pass before injection begins; later keeps more of the target's structure.
+        layers: self-attention layers, in the order of execution: 1: (from 1 on), 44:64, 0,3,-1, up, a module's name.
+        rounds: how often the edited picture becomes the next target.
+        guidance: guidance scale of the sampling (default: 4 where the model takes prompts, else 1, which is none).
+        inversion_guidance: guidance scale of the inversion (null: that of the sampling, as the released code does).
+        guidance_rows: reference branch that the target's branches read: cond for both, or each its own (match).
+        refine: network evaluations per level of the inversion; 1 is plain inversion.
+        mode: what a target attends to: replace (the reference), union (both), subject (own background, their subject).
+        strength: share of the injected attention output.
+        bias: added to the logits of the reference's keys, in modes union and subject.
+        partial: invert the target only to the level at which injection begins; exact where both guidances agree.
+        later_steps: steps of the rounds after the first (default: as the first).
+        later_start: start of the rounds after the first (default: as the first).
+        later_guidance: guidance of the rounds after the first (default: as the first).
+        bank: where the reference's features are kept: memory, pinned (CPU), stream (not at all: its rows ride in the
+            batch), or auto (memory up to max_bank, else stream).
+        max_bank: largest size of the features for bank auto, such as 4GB or 500MiB.
+        lock: hold everything outside of the target's mask to the target, where there is a mask.
+        guard: stop before a round that would drift, and return the round before it.
+        max_residual: relative change in the last evaluation of an inversion beyond which a round is not begun.
+        max_clipped: growth of the share of clipped pixels, against the target, beyond which a round is not kept.
+    """
+
+    steps: Count = 10
+    start: Probability = 0.4
+    layers: str = "1:"
+    rounds: Count = 3
+    guidance: NonNegative | None = None
+    inversion_guidance: NonNegative | None = 1.0
+    guidance_rows: Literal["cond", "match"] = "cond"
+    refine: Count = 3
+    mode: Mode = "replace"
+    strength: Probability = 1.0
+    bias: float = 0.0
+    partial: bool = True
+    later_steps: Count | None = None
+    later_start: Probability | None = None
+    later_guidance: NonNegative | None = None
+    bank: BankKind = "auto"
+    max_bank: str = "4GB"
+    lock: bool = True
+    guard: bool = True
+    max_residual: Positive = 0.1
+    max_clipped: Share = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias and self.mode == "replace":
+            raise SettingError("bias", "expected 0 in mode replace, where every key is the reference's")
+        parse_bytes(self.max_bank, "max_bank")
+
+    @property
+    def bank_bytes(self) -> int:
+        """``max_bank`` in bytes."""
+        return parse_bytes(self.max_bank)
+
+    def of_round(self, number: int) -> "VisCtrlConfig":
+        """The settings of a round, counted from 0."""
+        if number == 0:
+            return self
+        later: dict[str, Any] = {"steps": self.later_steps, "start": self.later_start, "guidance": self.later_guidance}
+        return dataclasses.replace(self, **{name: value for name, value in later.items() if value is not None})
+
+    @classmethod
+    def paper(cls, rounds: int = 5, **changes: Any) -> "VisCtrlConfig":
+        """The settings of the authors' released code: guided plain inversion, 10 steps, then 5; no guard."""
+        own: dict[str, Any] = {
+            "steps": 10,
+            "start": 0.2,
+            "layers": "1:",
+            "rounds": rounds,
+            "guidance": 6.0,
+            "inversion_guidance": None,
+            "guidance_rows": "match",
+            "refine": 1,
+            "partial": False,
+            "later_steps": 5,
+            "later_start": 0.2,
+            "later_guidance": 4.0,
+            "lock": False,
+            "guard": False,
+        }
+        return cls(**(own | changes))
+
+    @classmethod
+    def masactrl(cls, **changes: Any) -> "VisCtrlConfig":
+        """One round in the manner of MasaCtrl: 50 steps, from step 4 and layer 10 on, plain inversion."""
+        own: dict[str, Any] = {
+            "steps": 50,
+            "start": 0.08,
+            "layers": "10:",
+            "rounds": 1,
+            "guidance": 7.5,
+            "guidance_rows": "match",
+            "refine": 1,
+            "partial": False,
+            "lock": False,
+            "guard": False,
+        }
+        return cls(**(own | changes))
+
+    @classmethod
+    def fast(cls, **changes: Any) -> "VisCtrlConfig":
+        """Fewer steps, rounds and evaluations."""
+        return cls(**({"steps": 6, "start": 0.34, "rounds": 2, "refine": 2} | changes))
+
+
+def of_preset(name: Preset) -> VisCtrlConfig | None:
+    """The settings that a preset stands for."""
+    made = {"paper": VisCtrlConfig.paper, "masactrl": VisCtrlConfig.masactrl, "fast": VisCtrlConfig.fast}
+    return made[name]() if name in made else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """A pretrained model, and how it is loaded.
+
+    Args:
+        model: folder of a pipeline of diffusers, a .safetensors file of Stable Diffusion, or a name on the model hub.
+        variant: variant of the weights, such as fp16.
+        dtype: number format; auto is fp16 on a GPU and fp32 on a CPU.
+        offload: keep parts of the model on the CPU while they are not needed (GPU only).
+        size: longest side that pictures are brought to before they are edited (default: the model's own).
+        device: where to compute; auto takes a GPU when there is one.
+    """
+
+    model: str
+    variant: str | None = None
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    offload: bool = False
+    size: Annotated[int, Ge(8)] | None = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings(ModelSettings):
+    """Put the subject of a reference picture into other pictures.
+
+    Args:
+        target: pictures to edit.
+        reference: picture whose subject enters.
+        run: folder of a `visctrl bank`, in place of a reference.
+        pairs: table in place of both: a CSV file with the columns target and reference, and if needed target_mask,
+            reference_mask, target_prompt, reference_prompt; paths are relative to the file.
+        target_mask: where the targets' subject is: a file (white on black), alpha (of the picture), or white (all that is
+            not nearly white).
+        reference_mask: the same for the reference.
+        target_prompt: what the result shows.
+        reference_prompt: what the reference shows.
+        negative_prompt: what the result does not show.
+        crop: cut the subjects out onto white squares, edit these, and paste the result back; needs both masks.
+        feather: pixels over which a pasted result passes into the photograph.
+        preset: settings of a published method in place of control: paper, masactrl, or fast.
+        control: how the reference enters.
+    """
+
+    target: list[str] | None = None
+    reference: str | None = None
+    run: str | None = None
+    pairs: str | None = None
+    target_mask: str | None = None
+    reference_mask: str | None = None
+    target_prompt: str = ""
+    reference_prompt: str = ""
+    negative_prompt: str = ""
+    crop: bool = False
+    feather: NonNegative = 2.0
+    preset: Preset = "none"
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_what_is_edited(self)
+
+    @property
+    def chosen(self) -> VisCtrlConfig:
+        """The settings of the preset, else those of control."""
+        return of_preset(self.preset) or self.control
+
+
+def _check_what_is_edited(s: EditSettings) -> None:
+    if s.pairs is not None:
+        given = [name for name in ("target", "reference", "run", "target_mask", "reference_mask") if getattr(s, name)]
+        if given:
+            raise UserError(f"--pairs names targets, references and masks itself: leave out --{given[0]}")
+    elif not s.target:
+        raise UserError("nothing to edit: give --target FILE with --reference FILE or --run DIR, or --pairs FILE.csv")
+    elif (s.reference is None) == (s.run is None):
+        raise UserError("give --reference FILE, or --run DIR of a `visctrl bank`, and not both")
+    if s.preset != "none" and s.control != VisCtrlConfig():
+        raise UserError(f"--preset {s.preset} has settings of its own: leave out --control")
+    if s.crop and s.pairs is None and (s.target_mask is None or (s.reference is not None and not s.reference_mask)):
+        raise UserError("--crop cuts subjects out: give --target_mask and --reference_mask")
+    if s.crop and s.run is not None:
+        raise UserError("--crop works on a reference picture: give --reference, not --run")
+    if s.run is not None and s.reference_mask is not None:
+        raise UserError("the mask of a reference belongs to its `visctrl bank`: leave out --reference_mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertSettings(ModelSettings):
+    """Find the noise that gives a picture back, and show how well it does.
+
+    Args:
+        target: the picture.
+        target_prompt: what it shows.
+        control: settings, of which an inversion uses steps, refine and the guidance scales.
+    """
+
+    target: str
+    target_prompt: str = ""
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankSettings(ModelSettings):
+    """Record a reference's features once, for many edits.
+
+    Args:
+        reference: the picture.
+        reference_mask: where its subject is: a file (white on black), alpha (of the picture), or white.
+        reference_prompt: what it shows.
+        control: how it will enter; an edit with the bank takes the same settings.
+    """
+
+    reference: str
+    reference_mask: str | None = None
+    reference_prompt: str = ""
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.control.bank == "stream":
+            raise UserError("--control.bank stream keeps no features: a bank needs memory, pinned or auto")
+        if self.control.later_steps is not None or self.control.later_start is not None:
+            raise UserError("a bank is of one schedule: leave out --control.later_steps and --control.later_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(ModelSettings):
+    """Show a model's layers, versions, attention backend, memory plan and license.
+
+    Args:
+        control: settings for the memory plan.
+    """
+
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Settings):
+    """Measure finished edits: fidelity to the reference, structure, background, cost.
+
+    Args:
+        run: folder of a `visctrl edit`.
+        encoder: encoder whose features compare pictures: packaged:lite0, timm:NAME, none, or auto (packaged:lite0 where
+            it is installed, else none).
+        encoder_weights: file of weights of timm:NAME, or random.
+        device: where to compute; auto takes a GPU when there is one.
+    """
+
+    run: str
+    encoder: str = "auto"
+    encoder_weights: str | None = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(tenfold.config.DemoSettings):
+    """Train a small model on rendered blobs, and carry one material into another picture.
+
+    Args:
+        executor: where models are trained and measured: processes:N, or null for here, one after another.
+    """
+
+    executor: str | None = None
