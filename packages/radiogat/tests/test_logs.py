@@ -183,7 +183,7 @@ def test_wigle_with_its_preamble_and_both_radios(tmp_path):
         ",AccuracyMeters,RCOIs,MfgrId,Type"
     ]
     lines += [
-        f'a0:00:00:00:00:01,"bistr\u00f4, #1",[ESS],2026-03-01 10:00:0{i},6,2437,{-50 - i},{lat},{lon},520,4,,,WIFI'
+        f'a0:00:00:00:00:01,"\u00fcber, #1",[ESS],2026-03-01 10:00:0{i},6,2437,{-50 - i},{lat},{lon},520,4,,,WIFI'
         for i, (lat, lon) in enumerate(PLACES[:3])
     ]
     lines += [f"a0:00:00:00:00:02,phone,,2026-03-01 10:00:03,,,-60,{PLACES[3][0]},{PLACES[3][1]},520,4,,,BT"]

@@ -225,21 +225,18 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         scores = np.abs(c["truth"] - c["power"]) / c["scale"]
         return SpatialConformal(scores, c["band"], weights=c["weight"], places=c["place"], clusters=c["disc"])
 
-    def _krigings(self) -> list[str]:
-        bands = self.samples_.bands
-        if len(bands) == 1:
-            return ["kriging"]
-        least = min(int((self.samples_.freq_mhz == f).sum()) for f in bands)
-        return ["pooled_kriging", *(["kriging"] if least >= 100 else [])]
+    def _kriging(self) -> str:
+        """The kriging that answers for every frequency that the network does: of all bands, where there are several."""
+        return "pooled_kriging" if len(self.samples_.bands) > 1 else "kriging"
 
     def _parts(self) -> list[str]:
         """The models that the stack is made of."""
-        return ["radiogatx", "rich_trees", *self._krigings()]
+        return ["radiogatx", "rich_trees", self._kriging()]
 
     def _fallbacks(self) -> list[str]:
         if not self.fallback or self.method not in {"radiogatx", "radiogat", "trees"}:
             return []
-        return [*self._krigings()[:1], *([] if self.method == "trees" else ["trees"])]
+        return [self._kriging(), *([] if self.method == "trees" else ["trees"])]
 
     def _used(self) -> list[str]:
         """The models that the chosen one predicts with."""

@@ -65,7 +65,7 @@ def check_plane(crs: str) -> None:
     if found.is_geographic or found.is_geocentric:
         raise UserError(f"--crs {crs} ({found.name}) is in degrees, expected a plane in meters, EPSG:25832 for example")
     units = {axis.unit_name for axis in found.axis_info[:2]}
-    if units != {"meter"}:
+    if not all(unit.startswith("met") for unit in units):  # as PROJ spells it
         raise UserError(f"--crs {crs} ({found.name}) is in {', '.join(sorted(units))}, expected a plane in meters")
 
 

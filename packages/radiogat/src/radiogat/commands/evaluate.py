@@ -29,7 +29,7 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     )
     metrics = list(next(iter(found.values())))
     rows = [[arm, *(f"{row[metric]:.3f}" for metric in metrics)] for arm, row in found.items()]
-    how = "places, weighted as the map is read," if settings.holdout == "places" else f"squares of {side:.4g}"
+    how = "places, weighted as the map is read" if settings.holdout == "places" else f"squares of {side:.4g}"
     best = min(found, key=lambda arm: found[arm]["rmse"])
     text = (
         f"{len(samples)} measurements, {settings.folds} folds of {how}; dB, error bars of {settings.interval:.0%}\n\n"
