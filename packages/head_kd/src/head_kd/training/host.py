@@ -175,5 +175,5 @@ def start_ranks(cfg: Any, device: str) -> None:
         raise UserError("--launcher pytorch: no process of torchrun (RANK is not set)")
     if not is_distributed():
         torch.distributed.init_process_group("gloo")
-    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
     cfg.model_wrapper_cfg = {**wrapper, "find_unused_parameters": bool(cfg.get("find_unused_parameters", False))}
