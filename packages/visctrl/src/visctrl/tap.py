@@ -126,10 +126,10 @@ class KeyTap:
 
     def _exchange(self, number: int, *, record: bool) -> Callable[..., tuple[Tensor, ...] | None]:
         def exchange(_: nn.Module, given: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-            if self._mode == "off" or given[0] is not self._queries.get(number):
+            h: Tensor = given[0]
+            if self._mode == "off" or id(self._queries.get(number)) != id(h):
                 return None
             assert self._bank is not None
-            h = given[0]
             if self._mode == "record":
                 if record:
                     self._bank.put(self._time, number, h[:, self.tokens])
