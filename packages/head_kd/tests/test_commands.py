@@ -198,5 +198,8 @@ def test_damaged_voc_data_leaves_no_folder_behind(project, tmp_path, capsys):
     text = f"<annotation>{size}<object><name>dog</name>{box}</object></annotation>"
     (root / "Annotations/a.xml").write_text(text)
     out = tmp_path / "out"
-    assert_user_error(main, train_words(project, out, "--data", f"voc:{root}"), capsys, "val.txt: No such file")
+    words = train_words(project, out, "--data", f"voc:{root}")
+    assert_user_error(main, words, capsys, "no objects in the split 'train' of the classes", "it has dog")
+    (root / "Annotations/a.xml").write_text(text.replace("dog", "disc"))
+    assert_user_error(main, words, capsys, "val.txt: No such file")
     assert not out.exists()

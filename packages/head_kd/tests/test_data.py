@@ -4,8 +4,12 @@ import shutil
 import pytest
 from head_kd import rendered
 from head_kd.coco import check_coco, image_size
+from head_kd.commands._files import student_config
+from head_kd.configs import resolve_config
 from head_kd.data import coco_folder, read_splits, write_drawn
+from head_kd.rendered import CLASSES
 from head_kd.voc import voc_folder
+from mmdet.registry import DATASETS
 from PIL import Image
 
 from tenfold import UserError
@@ -113,6 +117,16 @@ def test_voc_becomes_coco(tmp_path):
     assert [a["category_id"] for a in content["annotations"]] == [2, 1]
 
 
+def test_objects_of_classes_that_a_config_does_not_name_are_left_out_and_counted(tmp_path):
+    voc(tmp_path / "v", [("dog", (1, 1, 50, 40), 0), ("cat", (11, 21, 30, 60), 0)])
+    some = voc_folder(tmp_path / "v", "train", tmp_path / "some.json", classes=("dog",))
+    assert some.classes == ("dog",)
+    assert some.notes == ("train: left out: 1 x object of a class that the config does not name (cat)",)
+    assert [a["bbox"] for a in json.loads((tmp_path / "some.json").read_text())["annotations"]] == [[0, 0, 50, 40]]
+    with pytest.raises(UserError, match="no objects"):
+        voc_folder(tmp_path / "v", "train", tmp_path / "none.json", classes=("nothing",))
+
+
 def test_damaged_voc_names_the_file(tmp_path):
     voc(tmp_path / "v", [("dog", ("x", 1, 50, 40), 0)])
     with pytest.raises(UserError, match=r"a.xml: xmin is 'x', expected a number"):
@@ -139,6 +153,45 @@ def test_val_stands_for_what_other_tools_call_it_and_other_names_are_listed(draw
     (tmp_path / "r/train.json").write_text("{}")
     with pytest.raises(UserError, match="train.json and train/_annotations.coco.json may both be the split 'train'"):
         read_splits(f"coco:{tmp_path / 'r'}", tmp_path)
+
+
+@pytest.fixture
+def grouped(drawn, tmp_path):
+    """Roboflow's export: its first category names the group and has no box."""
+    content = json.loads(drawn[1].annotations.read_text())
+    content["categories"].insert(0, {"id": 0, "name": "shapes", "supercategory": "none"})
+    for name in ("train", "valid"):
+        shutil.copytree(drawn[1].images, tmp_path / "r" / name)
+        (tmp_path / "r" / name / "_annotations.coco.json").write_text(json.dumps(content))
+    return f"coco:{tmp_path / 'r'}"
+
+
+def test_a_class_without_a_box_is_said_and_the_configs_own_classes_are_what_is_trained_on(grouped, tmp_path):
+    train, _ = read_splits(grouped, tmp_path)
+    assert train.classes == ("shapes", *CLASSES)
+    assert any("class without a box (shapes, heart): a config" in note for note in train.notes)
+    named = CLASSES[::-1]  # mmdet numbers classes as the file does, in whatever order a config names them
+    train, val = read_splits(grouped, tmp_path, classes=named)
+    assert train.classes == val.classes == CLASSES
+    assert not train.notes
+    train, val = read_splits(grouped, tmp_path, classes=CLASSES[1:])
+    assert train.classes == val.classes == CLASSES[1:]
+    assert any(f"box of a class that the config does not name ({CLASSES[0]}" in note for note in train.notes)
+    with pytest.raises(UserError, match="no category 'dics': did you mean disc"):
+        read_splits(grouped, tmp_path, classes=("dics",))
+
+
+def test_a_student_config_says_which_classes_of_other_data_are_learned(grouped, tmp_path):
+    cfg = resolve_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
+    for classes in (None, CLASSES[1:]):
+        if classes is not None:
+            cfg.train_dataloader.dataset.metainfo = {"classes": classes}
+        used = student_config(cfg, grouped, None, tmp_path)
+        assert used.model.bbox_head.num_classes == (7 if classes is None else 5)
+        items = DATASETS.build({**used.train_dataloader.dataset, "pipeline": []})
+        assert items.metainfo["classes"] == (("shapes", *CLASSES) if classes is None else classes)
+        labels = {i["bbox_label"] for n in range(len(items)) for i in items.get_data_info(n)["instances"]}
+        assert labels == ({1, 2, 3, 4, 5} if classes is None else {0, 1, 2, 3})  # no heart is drawn
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,10 @@ def check_coco(
     if order is not None:
         _reorder(content, order, classes, path, changes)
     found = tuple(str(c["name"]) for c in content["categories"] if classes is None or str(c["name"]) in classes)
-    notes = [f"left out: {line}" for line in faults.lines()]
+    notes = [f"left out: {line}" for line in (*faults.lines(), *_unwanted(content, found).lines())]
     notes += [f"filled in: {line}" for line in changes.lines()]
     notes += [f"mmdet leaves out: {line}" for line in dropped.lines()]
+    notes += _unused(content) if order is None and classes is None else []
     if faults or changes:
         if mended is None:
             raise UserError(f"{path}: needs a mended copy: {'; '.join((*faults.lines(), *changes.lines()))}")
@@ -140,6 +141,27 @@ def check_coco(
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
     return Split(path, folder, found, len(content["images"]), tuple(f"{Path(annotations).name}: {n}" for n in notes))
+
+
+def _unwanted(content: dict[str, Any], classes: Sequence[str]) -> Faults:
+    """Boxes of categories that the config does not name, by their category."""
+    names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+    found = Faults()
+    for entry in content["annotations"]:
+        if names[entry["category_id"]] not in classes:
+            found.add("box of a class that the config does not name", names[entry["category_id"]])
+    return found
+
+
+def _unused(content: dict[str, Any]) -> list[str]:
+    """What to say of classes without a box; Roboflow's exports begin with one that only names the group."""
+    used = {entry["category_id"] for entry in content["annotations"]}
+    empty = [str(entry["name"]) for entry in content["categories"] if entry["id"] not in used]
+    if not empty:
+        return []
+    shown = f"{', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}"
+    how = "a config whose training data have metainfo = dict(classes=...) trains on the classes named there"
+    return [f"{len(empty)} x class without a box ({shown}): {how}"]
 
 
 def _categories(content: dict[str, Any], path: Path, classes: Sequence[str] | None, changes: Faults) -> None:

@@ -84,6 +84,13 @@ def config_classes(cfg: Any) -> tuple[str, ...] | None:
     return stated_classes({**dataset, "metainfo": dataset.get("metainfo") or cfg.get("metainfo")})
 
 
+def named_classes(cfg: Any) -> tuple[str, ...] | None:
+    """The classes that a config itself names for its training data; None where it takes those of the data set's kind."""
+    dataset = innermost((cfg.get("train_dataloader") or {}).get("dataset") or {})
+    named = (dataset.get("metainfo") or cfg.get("metainfo") or {}).get("classes")
+    return None if named is None else (named,) if isinstance(named, str) else tuple(named)
+
+
 def stated_classes(dataset: Any) -> tuple[str, ...] | None:
     """The classes that a data set's config states, directly or through the data set's own list."""
     stated = (dataset.get("metainfo") or {}).get("classes")

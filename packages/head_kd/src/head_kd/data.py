@@ -22,6 +22,7 @@ def read_splits(
     names: Sequence[str] = ("train", "val"),
     skip_bad: bool = False,
     order: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[Split, Split]:
     """The splits of a ``--data`` source, checked; the second one's classes come in the order of the first one's.
 
@@ -31,18 +32,19 @@ def read_splits(
         names: the split that is trained on and the one that is measured; one name stands for both.
         skip_bad: whether bad images and boxes are left out instead of refused.
         order: classes in the order that they must have; default: that of the first split's file.
+        classes: names of the wanted classes; default: all. Boxes of others are left out, and counted.
 
     Raises:
-        UserError: faults of the data, or a split that has boxes of classes that the other does not know.
+        UserError: faults of the data, a wanted class that they lack, or a split that has boxes of classes that the other does not know.
     """
     kind, path = parse_source(source, kinds=("coco", "voc"))
     assert path is not None
     read = coco_folder if kind == "coco" else voc_folder
-    train = read(path, names[0], Path(folder) / f"{names[0]}.json", skip_bad=skip_bad, order=order)
+    train = read(path, names[0], Path(folder) / f"{names[0]}.json", skip_bad=skip_bad, order=order, classes=classes)
     if names[0] == names[-1]:
         return train, train
     out = Path(folder) / f"{names[1]}.json"
-    return train, read(path, names[1], out, skip_bad=skip_bad, order=train.classes)
+    return train, read(path, names[1], out, skip_bad=skip_bad, order=train.classes, classes=classes)
 
 
 def annotation_file(dataset: Any) -> Path:
@@ -132,6 +134,7 @@ def coco_folder(
     *,
     skip_bad: bool = False,
     order: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Split:
     """A split of a COCO folder: ``annotations/instances_train2017.json`` with ``train2017/``, or the like.
 
@@ -141,6 +144,7 @@ def coco_folder(
         out: where a mended copy is written, should one be needed.
         skip_bad: whether bad images and boxes are left out instead of refused.
         order: classes of another split, whose order this one takes.
+        classes: names of the wanted classes; default: all.
 
     Raises:
         UserError: no layout fits or several do, or ``check_coco`` finds faults.
@@ -165,7 +169,8 @@ def coco_folder(
         listed = " and ".join(str(file.relative_to(root)) for file in found)
         raise UserError(f"coco:{root}: {listed} may both be the split '{split}': leave one there")
     (file, name), *_ = found.items()
-    return check_coco(file, _image_folder(root, file, name), order=order, mended=out, skip_bad=skip_bad)
+    images = _image_folder(root, file, name)
+    return check_coco(file, images, classes=classes, order=order, mended=out, skip_bad=skip_bad)
 
 
 def _splits_in(root: Path) -> list[str]:

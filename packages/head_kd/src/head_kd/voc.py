@@ -32,6 +32,7 @@ def voc_folder(
     *,
     skip_bad: bool = False,
     order: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Split:
     """A split of a PASCAL VOC folder (``Annotations``, ``JPEGImages``, ``ImageSets/Main/SPLIT.txt``) as a COCO file.
 
@@ -43,7 +44,8 @@ def voc_folder(
         split: train, val, trainval or test; ``val`` stands for ``valid`` as well.
         out: where the COCO file is written.
         skip_bad: whether bad images and boxes are left out instead of refused.
-        order: classes of another split, whose order this one takes; default: by name.
+        order: classes of another split, whose order this one takes; default: that of ``classes``, or by name.
+        classes: names of the wanted classes; default: all. Objects of others are left out, and counted.
 
     Raises:
         UserError: a file is missing or damaged, with the others that are; the message names file and object.
@@ -78,24 +80,33 @@ def voc_folder(
                 objects.append({"id": len(objects) + 1, "image_id": number, **found})
     if faults and not skip_bad:
         raise UserError(f"voc:{root}: {'; '.join(faults.lines())}; --skip_bad true leaves them out")
+    unwanted = Faults()
+    if classes is not None:
+        for entry in objects:
+            if entry["category"] not in classes:
+                unwanted.add("object of a class that the config does not name", entry["category"])
+        objects = [entry for entry in objects if entry["category"] in classes]
+        order = order or classes
     if not objects:
-        raise UserError(f"voc:{root}: no objects in the split '{split}'")
-    classes = sorted({entry["category"] for entry in objects} | set(order or ()))
-    extra = sorted(set(classes) - set(order)) if order is not None else []
+        others = ", ".join(sorted(set(next(iter(unwanted.found.values()), []))))
+        of = f" of the classes that the config names; it has {others}" if others else ""
+        raise UserError(f"voc:{root}: no objects in the split '{split}'{of}")
+    known = sorted({entry["category"] for entry in objects} | set(order or ()))
+    extra = sorted(set(known) - set(order)) if order is not None else []
     if extra:
         raise UserError(
             f"voc:{root}: '{split}' has objects of classes that the training data do not know: {', '.join(extra)}"
         )
-    classes = list(order) if order is not None else classes
-    for entry in objects:
-        entry["category_id"] = classes.index(entry.pop("category")) + 1
-    categories = [{"id": i + 1, "name": c} for i, c in enumerate(classes)]
+    known = list(order) if order is not None else known
+    for number, entry in enumerate(objects, 1):
+        entry["id"], entry["category_id"] = number, known.index(entry.pop("category")) + 1
+    categories = [{"id": i + 1, "name": c} for i, c in enumerate(known)]
     content = {"images": images, "annotations": objects, "categories": categories}
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
     split_found = check_coco(out, layout.images, mended=out, skip_bad=skip_bad)
-    notes = [f"left out: {line}" for line in faults.lines()] + [f"filled in: {line}" for line in filled.lines()]
+    notes = [f"left out: {line}" for line in (*faults.lines(), *unwanted.lines())] + [f"filled in: {line}" for line in filled.lines()]
     return dataclasses.replace(split_found, notes=(*(f"{split}: {n}" for n in notes), *split_found.notes))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from head_kd.compose import use_data
 from head_kd.config import TrainSettings
-from head_kd.configs import innermost, resolve_config
+from head_kd.configs import innermost, named_classes, resolve_config
 from head_kd.data import check_config_data, read_splits
 from head_kd.export import export_student
 from tenfold import UserError, runs
@@ -33,7 +33,8 @@ def student_config(
 
     Args:
         student: mmdet config.
-        data: ``coco:DIR`` or ``voc:DIR``; None keeps the config's own data.
+        data: ``coco:DIR`` or ``voc:DIR``, of which the classes that the config itself names are taken, else all; None keeps
+            the config's own data.
         run: folder that mended annotations, and the COCO files of a VOC folder, are written to.
         scratch: folder for them where there is no run.
         split: the splits of ``data`` that are trained on and measured; one name stands for both.
@@ -47,7 +48,8 @@ def student_config(
         if data is None:
             notes = check_config_data(cfg, here, skip_bad=skip_bad)
         else:
-            train, val = read_splits(data, here, names=split, skip_bad=skip_bad, order=order)
+            named = named_classes(cfg) if order is None else None
+            train, val = read_splits(data, here, names=split, skip_bad=skip_bad, order=order, classes=named)
             notes = list(dict.fromkeys((*train.notes, *val.notes)))
             use_data(cfg, train, val)
         if run is not None:
