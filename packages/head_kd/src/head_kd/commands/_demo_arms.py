@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
@@ -35,6 +35,8 @@ class Size:
         teacher_steps: training steps of the teacher.
         teacher_batch: its images per step.
         steps: training steps of each student, with 8 images.
+        finest: stride of the teacher's finest map.
+        channels: channels of the teacher's neck.
     """
 
     images: int
@@ -42,9 +44,15 @@ class Size:
     teacher_steps: int
     teacher_batch: int
     steps: int
+    finest: Literal[4, 8] = 4
+    channels: int = 64
+
+    def teacher(self) -> dict[str, Any]:
+        """The teacher's model."""
+        return faster_rcnn(channels=self.channels, finest=self.finest)
 
 
-SIZES = {"quick": Size(24, 12, 4, 4, 4), "default": Size(384, 100, 240, 8, 200), "full": Size(512, 200, 450, 8, 250)}
+SIZES = {"quick": Size(24, 12, 4, 4, 4), "default": Size(384, 100, 440, 8, 180, finest=8, channels=48), "full": Size(512, 200, 450, 8, 250)}
 SEEDS = {"quick": 1, "default": 2, "full": 5}
 RATE = 6e-3
 """Highest learning rate of all students; not tuned, nor for any arm."""
@@ -110,7 +118,7 @@ def train_teacher(folder: str, scratch: str, size: Size) -> dict[str, float]:
     torch.set_num_threads(1)
     steps, batch = size.teacher_steps, size.teacher_batch
     train, val = drawn_splits(scratch, size)
-    cfg = experiment(faster_rcnn(), train, val, steps=steps, batch=batch, rate=TEACHER_RATE, memory=True)
+    cfg = experiment(size.teacher(), train, val, steps=steps, batch=batch, rate=TEACHER_RATE, memory=True)
     done = fit(Config(cfg), RunnerSettings(seed=TEACHER_SEED, log_every=50), None, quiet=True)
     file = Path(folder) / "teacher.safetensors"
     _save(file, done.model.state_dict(), "head_kd.teacher")
@@ -133,7 +141,7 @@ def train_arm(folder: str, scratch: str, size: Size, kept_seed: int, name: str, 
     arm = ARMS[name]
     train, val = drawn_splits(scratch, size)
     plain = Config(experiment(retinanet(), train, val, steps=size.steps, batch=8, rate=RATE, memory=True))
-    teacher = Config({"model": faster_rcnn()})
+    teacher = Config({"model": size.teacher()})
     weights = Path(folder) / "teacher.safetensors" if arm.taught else None
     cfg = pair(plain, teacher, weights, arm.method, arm.distill, seed=seed, reuse_features=arm.taught)
     cfg.model.proposals = dict(PROPOSALS)

@@ -175,12 +175,13 @@ def look(
             )
         same = not missing and (names is None or classes is None or tuple(names) == tuple(classes))
         if images > 0 and cfg.get("test_dataloader") is not None and same:
-            ap = 100 * teacher_ap(cfg, model.teacher.detector, images)
+            share, count = teacher_ap(cfg, model.teacher.detector, images)
+            ap = 100 * share
             found["teacher_ap"] = ap
-            lines.append(f"teacher: AP {ap:.1f} on {images} validation images")
+            lines.append(f"teacher: AP {ap:.1f} on {count} validation images")
             if ap < min_ap:
                 raise UserError(
-                    f"the teacher has AP {ap:.1f} on {images} validation images, --min_teacher_ap is {min_ap:g}: wrong"
+                    f"the teacher has AP {ap:.1f} on {count} validation images, --min_teacher_ap is {min_ap:g}: wrong"
                     " weights, classes or input?"
                 )
             model.teacher.detector.eval()
@@ -245,13 +246,13 @@ def transfer_lines(model: HEADDetector) -> list[str]:
     return lines
 
 
-def teacher_ap(cfg: Any, detector: Any, count: int) -> float:
-    """AP in [0, 1] of a detector on the first validation images of a config.
+def teacher_ap(cfg: Any, detector: Any, count: int) -> tuple[float, int]:
+    """AP in [0, 1] of a detector on the first validation images of a config, and how many they were.
 
     Args:
         cfg: config whose test data is taken.
         detector: the detector.
-        count: number of images.
+        count: number of images; there may be fewer.
     """
     cfg = copy.deepcopy(cfg)
     dataset = innermost(cfg.test_dataloader.dataset)
@@ -265,7 +266,7 @@ def teacher_ap(cfg: Any, detector: Any, count: int) -> float:
         part.write_text(json.dumps(content), encoding="utf-8")
         dataset["ann_file"] = str(part)
         cfg.test_evaluator = {"type": "CocoMetric", "ann_file": str(part), "metric": "bbox"}
-        return max(0.0, evaluate(cfg, model=detector).get("bbox_mAP", 0.0))
+        return max(0.0, evaluate(cfg, model=detector).get("bbox_mAP", 0.0)), len(content["images"])
 
 
 def _few(loader: Any, count: int) -> list[Any]:

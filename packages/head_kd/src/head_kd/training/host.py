@@ -112,8 +112,8 @@ def _data(cfg: Any, settings: RunnerSettings) -> list[str]:
     remembering = sorted({str(t.get("type")) for t in transforms(data.dataset)} & set(_REMEMBERING))
     if remembering:
         notes.append(
-            f"{', '.join(remembering)} keep pictures of earlier steps: a run that was resumed is not bit for bit the unbroken"
-            " one"
+            f"pictures of earlier steps are kept by {', '.join(remembering)}: a run that was resumed is not bit for bit the"
+            " unbroken one"
         )
     sampler = dict(data.get("sampler") or {})
     data.dataset = {"type": "KeyedDataset", "dataset": data.dataset, "seed": settings.seed}
