@@ -4,12 +4,15 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from head_kd import rendered
 from head_kd.checkpoints import read_weights
 from head_kd.cli import main
 from head_kd.config import CompareSettings, TrainSettings
+from mmdet.apis import DetInferencer
+from mmengine.config import Config
 from PIL import Image
 from tiny_detectors import STUDENTS, build, pair_words, train_words
 
@@ -58,6 +61,12 @@ def test_export_checks_what_it_writes(project, trained, capsys):
     assert report["verified"] is True
     assert report["left_out"] > 0
     assert (project / "exported/student.safetensors").read_bytes() == (trained / "student.safetensors").read_bytes()
+    cfg = Config.fromfile(project / "exported/student.py")
+    cfg.visualizer = {"type": "DetLocalVisualizer"}  # of mmdet's default_runtime.py, which stock configs begin with
+    inferencer = DetInferencer(cfg, str(project / "exported/student.pth"), device="cpu", show_progress=False)
+    (found,) = inferencer(np.zeros((128, 128, 3), np.uint8), pred_score_thr=0.0, no_save_pred=True)["predictions"]
+    assert set(found["labels"]) <= set(range(6))
+    assert inferencer.model.dataset_meta["classes"] == rendered.CLASSES
     other = ["--run", str(trained / "checkpoints/last.ckpt"), "--student", str(project / "teacher.py")]
     out = project / "refused"
     assert_user_error(main, ["export", *other, "--out", str(out)], capsys, "no rpn_head", "last.ckpt")
@@ -71,6 +80,15 @@ def test_a_cache_trains_without_the_teacher(project, capsys):
     assert "8 images, 16 boxes each, fc1, fc2" in capsys.readouterr().out
     assert main([*train_words(project, out), "--cache", str(cache), "--steps", "2"]) == 0
     assert float(list(csv.DictReader((out / "metrics.csv").open()))[-1]["akd0.loss_fc1"]) > 0
+
+
+def test_a_cache_for_a_pipeline_that_no_cached_box_can_follow_is_refused_before_it_is_made(project, tmp_path, capsys):
+    cfg = Config.fromfile(project / "student.py")
+    cfg.train_dataloader.dataset.pipeline[0:0] = [{"type": "CachedMosaic", "img_scale": (64, 64)}]
+    cfg.dump(tmp_path / "student.py")
+    words = ["cache", *pair_words(project), "--student", str(tmp_path / "student.py"), "--out", str(tmp_path / "cache")]
+    assert_user_error(main, words, capsys, "cached boxes cannot follow CachedMosaic")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_inspect_shows_signals_cost_gradients_and_gap_the_same_each_time(project, capsys):

@@ -52,7 +52,7 @@ class Size:
         return faster_rcnn(channels=self.channels, finest=self.finest)
 
 
-SIZES = {"quick": Size(24, 12, 4, 4, 4), "default": Size(384, 100, 440, 8, 180, finest=8, channels=48), "full": Size(512, 200, 450, 8, 250)}
+SIZES = {"quick": Size(24, 12, 4, 4, 4), "default": Size(384, 100, 400, 8, 280, finest=8, channels=48), "full": Size(512, 200, 450, 8, 250)}
 SEEDS = {"quick": 1, "default": 2, "full": 5}
 RATE = 6e-3
 """Highest learning rate of all students; not tuned, nor for any arm."""

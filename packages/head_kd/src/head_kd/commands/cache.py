@@ -8,10 +8,10 @@ from mmdet.registry import DATASETS
 from mmengine.dataset import pseudo_collate
 from torch import Tensor
 
-from head_kd.cache import write_cache
+from head_kd.cache import check_pipeline, write_cache
 from head_kd.commands._files import check_teacher, student_config
 from head_kd.config import CacheSettings
-from head_kd.configs import innermost
+from head_kd.configs import innermost, transforms
 from head_kd.data import annotation_digest
 from head_kd.signals import box_heads, head_signals
 from head_kd.stack import build, said_nothing, start, use_device
@@ -29,6 +29,7 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
     check_teacher(settings.teacher, settings.teacher_weights)
     start()
     cfg = student_config(settings.student, settings.data, run, split=settings.split, skip_bad=settings.skip_bad)
+    check_pipeline(cfg.train_dataloader.dataset)
     teacher = TeacherView.load(settings.teacher, settings.teacher_weights)
     if not teacher.two_stage:
         raise UserError("a cache needs a teacher with a RoI head: the targets of a dense head depend on every pixel")
@@ -69,11 +70,11 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
 def _plain_data(cfg: Any) -> Any:
     """A config's training data without augmentation: loaded, resized as for measuring, packed."""
     dataset = innermost(cfg.train_dataloader.dataset)
-    resize = next(t for t in cfg.test_dataloader.dataset.pipeline if t["type"] == "Resize")
+    resize = [t for t in transforms(cfg.test_dataloader.dataset) if t["type"] == "Resize"][:1]
     dataset.pipeline = [
         {"type": "LoadImageFromFile"},
         {"type": "LoadAnnotations", "with_bbox": True},
-        resize,
+        *resize,
         {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")},
     ]
     with said_nothing():

@@ -10,13 +10,15 @@ from tenfold.cli import Invocation
 
 
 def run(settings: ExportSettings, invocation: Invocation) -> None:
-    """Write both files and ``export.json``, which says what was left out and checked."""
+    """Write both files, the student's config, and ``export.json``, which says what was left out and checked."""
     run = invocation.folder
     file, student = trained(settings.run, settings.student, LAST)
-    report = export(run, file, resolve_config(student), verify=settings.verify)
+    plain = resolve_config(student)
+    report = export(run, file, plain, verify=settings.verify)
+    run.write_text("student.py", plain.pretty_text)
     run.write_json("export.json", report)
     checked = "outputs equal the checkpoint's bit for bit" if report["verified"] else "not verified"
     sys.stdout.write(
-        f"{run.path / 'student.safetensors'} and .pth: {report['kept']} tensors of the plain student, {report['left_out']}"
+        f"{run.path / 'student.safetensors'} and .pth, with student.py: {report['kept']} tensors of the plain student, {report['left_out']}"
         f" of training left out; {checked}\n"
     )
