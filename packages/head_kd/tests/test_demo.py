@@ -1,6 +1,9 @@
 import json
 
+import numpy as np
+import pytest
 from head_kd.cli import main
+from head_kd.per_image import average_precision
 
 
 def test_the_quick_demo_runs_and_goes_on_where_it_was(tmp_path, capsys):
@@ -21,6 +24,9 @@ def test_the_quick_demo_runs_and_goes_on_where_it_was(tmp_path, capsys):
         "students/akd.safetensors",
     ):
         assert (out / name).stat().st_size > 0
+    with np.load(out / "results/akd-seed-0.npz") as found:
+        assert 100 * average_precision(found) == pytest.approx(summary["arms"]["akd"]["AP"][0])
+        assert found["objects"].shape == (12, 6)
     manifest = json.loads((out / "run.json").read_text())
     manifest["finished"] = False
     (out / "run.json").write_text(json.dumps(manifest))

@@ -35,7 +35,8 @@ def read_splits(
         classes: names of the wanted classes; default: all. Boxes of others are left out, and counted.
 
     Raises:
-        UserError: faults of the data, a wanted class that they lack, or a split that has boxes of classes that the other does not know.
+        UserError: faults of the data, a wanted class that they lack, or a split that has boxes of classes that the other
+            does not know.
     """
     kind, path = parse_source(source, kinds=("coco", "voc"))
     assert path is not None

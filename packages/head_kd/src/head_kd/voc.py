@@ -106,7 +106,9 @@ def voc_folder(
     with replacing(out) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
     split_found = check_coco(out, layout.images, mended=out, skip_bad=skip_bad)
-    notes = [f"left out: {line}" for line in (*faults.lines(), *unwanted.lines())] + [f"filled in: {line}" for line in filled.lines()]
+    notes = [f"left out: {line}" for line in (*faults.lines(), *unwanted.lines())] + [
+        f"filled in: {line}" for line in filled.lines()
+    ]
     return dataclasses.replace(split_found, notes=(*(f"{split}: {n}" for n in notes), *split_found.notes))
 
 

@@ -1,6 +1,8 @@
 """The demonstration's arms: how much is trained at a level, and one training of each."""
 
 import dataclasses
+import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +16,12 @@ from head_kd.compose import pair
 from head_kd.config import WITH_TEACHER, Distillation, Method, RunnerSettings
 from head_kd.data import write_drawn
 from head_kd.export import METHOD
+from head_kd.per_image import contributions
 from head_kd.rendered import CLASSES
 from head_kd.small import experiment, faster_rcnn, retinanet
 from head_kd.training.runner import fit
 from tenfold import checkpoints
+from tenfold.claims import Measured
 
 CLUTTER = False
 """Strong noise, lines and letters would take more steps than the levels have: after 400, such a teacher had AP 20, not 42."""
@@ -52,7 +56,11 @@ class Size:
         return faster_rcnn(channels=self.channels, finest=self.finest)
 
 
-SIZES = {"quick": Size(24, 12, 4, 4, 4), "default": Size(384, 100, 400, 8, 280, finest=8, channels=48), "full": Size(512, 200, 450, 8, 250)}
+SIZES = {
+    "quick": Size(24, 12, 4, 4, 4),
+    "default": Size(384, 200, 440, 8, 280, finest=8, channels=48),
+    "full": Size(512, 200, 450, 8, 250),
+}
 SEEDS = {"quick": 1, "default": 2, "full": 5}
 RATE = 6e-3
 """Highest learning rate of all students; not tuned, nor for any arm."""
@@ -126,8 +134,8 @@ def train_teacher(folder: str, scratch: str, size: Size) -> dict[str, float]:
     return {"AP": ap, "seconds": time.perf_counter() - begun}
 
 
-def train_arm(folder: str, scratch: str, size: Size, kept_seed: int, name: str, seed: int) -> dict[str, float]:
-    """Train one student and measure it.
+def train_arm(folder: str, scratch: str, size: Size, kept_seed: int, name: str, seed: int) -> Measured:
+    """Train one student and measure it: AP and AP50 in percent, and what each image contributes to them.
 
     Args:
         folder: the demonstration's folder, with the teacher.
@@ -145,12 +153,16 @@ def train_arm(folder: str, scratch: str, size: Size, kept_seed: int, name: str, 
     weights = Path(folder) / "teacher.safetensors" if arm.taught else None
     cfg = pair(plain, teacher, weights, arm.method, arm.distill, seed=seed, reuse_features=arm.taught)
     cfg.model.proposals = dict(PROPOSALS)
-    done = fit(cfg, RunnerSettings(seed=seed, log_every=50), None, quiet=True)
+    with tempfile.TemporaryDirectory(prefix="head-kd-found-") as place:
+        cfg.val_evaluator.outfile_prefix = f"{place}/found"
+        done = fit(cfg, RunnerSettings(seed=seed, log_every=50), None, quiet=True)
+        detections = json.loads(Path(place, "found.bbox.json").read_text(encoding="utf-8"))
     if seed == kept_seed:
         file = Path(folder) / "students" / f"{name}.safetensors"
         _save(file, student_weights(done.model.state_dict()), METHOD)
     found = done.run_hook.last_validation
-    return {"AP": 100 * max(0.0, found["bbox_mAP"]), "AP50": 100 * max(0.0, found["bbox_mAP_50"])}
+    values = {"AP": 100 * max(0.0, found["bbox_mAP"]), "AP50": 100 * max(0.0, found["bbox_mAP_50"])}
+    return Measured(values, contributions(json.loads(val.annotations.read_text(encoding="utf-8")), detections))
 
 
 def _save(file: Path, state: dict[str, Any], method: str) -> None:

@@ -19,6 +19,6 @@ def run(settings: ExportSettings, invocation: Invocation) -> None:
     run.write_json("export.json", report)
     checked = "outputs equal the checkpoint's bit for bit" if report["verified"] else "not verified"
     sys.stdout.write(
-        f"{run.path / 'student.safetensors'} and .pth, with student.py: {report['kept']} tensors of the plain student, {report['left_out']}"
-        f" of training left out; {checked}\n"
+        f"{run.path / 'student.safetensors'} and .pth, with student.py: {report['kept']} tensors of the plain student,"
+        f" {report['left_out']} of training left out; {checked}\n"
     )
