@@ -144,7 +144,7 @@ def _claim_over_images(study: Study) -> None:
         100 * estimate,
         (100 * low, 100 * high),
         method=f"bootstrap over {images} measured images, {len(study.seeds)} pairs of students",
-        required=">= 0",
+        required=">= 2",
         main=True,
     )
 
