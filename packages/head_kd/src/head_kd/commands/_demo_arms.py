@@ -58,7 +58,7 @@ class Size:
 
 SIZES = {
     "quick": Size(24, 12, 4, 4, 4),
-    "default": Size(384, 200, 440, 8, 280, finest=8, channels=48),
+    "default": Size(384, 100, 440, 8, 280, finest=8, channels=48),
     "full": Size(512, 200, 450, 8, 250),
 }
 SEEDS = {"quick": 1, "default": 2, "full": 5}
