@@ -1,6 +1,7 @@
 """The learner, its sessions, class means, metrics and its folder."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import shutil
@@ -14,7 +15,8 @@ import torch
 from mamba_fscil import metrics
 from mamba_fscil.baselines import NearestClassMean, calibrated
 from mamba_fscil.config import METHODS, BaseConfig, ProjectorConfig, SessionConfig
-from mamba_fscil.head import simplex_etf
+from mamba_fscil.head import dot_regression_loss, simplex_etf
+from mamba_fscil.losses import ClassSensitiveLoss
 from mamba_fscil.memory import FeatureMemory
 from mamba_fscil.projector import DualSSMProjector
 from mamba_fscil.session import SessionRows, learn, learning_rate, parameter_groups
@@ -156,6 +158,39 @@ def test_with_weights_of_zero_the_losses_change_nothing_bit_for_bit():
 def test_with_and_without_the_cache_a_session_is_the_same_to_rounding():
     kept, again = (trained(SessionConfig(steps=5, batch_size=8, cache=cache)) for cache in (True, False))
     assert all(torch.allclose(kept[name], again[name], atol=1e-5) for name in kept)
+
+
+@pytest.mark.parametrize("base_lr", [0.0, 0.2])
+def test_a_batch_of_few_rows_many_times_is_learned_as_a_literal_step_does_with_each_row_put_through_once(base_lr):
+    """A step of 24 of ten rows; the literal one puts all 24 through the projector."""
+    torch.manual_seed(0)
+    config = SessionConfig(steps=1, batch_size=24, lr=0.5, mix=0.0, clip_norm=None, weight_decay=0.0, base_lr=base_lr)
+    W = simplex_etf(12, 8, torch.Generator().manual_seed(0)).double()
+    ours = DualSSMProjector(8, (2, 2), TINY)
+    ours.add_incremental_branch()
+    ours.double()
+    with torch.no_grad():
+        for parameter in ours.inc.parameters():  # its gate is no longer zero
+            parameter += 0.1 * torch.randn_like(parameter)
+    given = rows()
+    given = dataclasses.replace(given, maps=given.maps.double())
+    literal = copy.deepcopy(ours)
+    (index,) = given.batches(24, 1, 0, 1)
+    out = literal(given.maps[index], detach=base_lr == 0)
+    loss = dot_regression_loss(out.mu, W, given.labels[index], balanced=True)
+    loss = loss + ClassSensitiveLoss(1.0, 0.0, 0.1)(out.gate, out.params, given.labels[index], 4).total
+    loss.backward()
+    with torch.no_grad():
+        for group in parameter_groups(literal, config):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= learning_rate(1, 1, config.lr * group["scale"]) * parameter.grad
+    seen = []
+    ours.inc.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    learn(ours, W, given, config, base_classes=4, session=1)
+    assert seen[0] == len(given.labels) < 24
+    for name, x in literal.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name], x, rtol=0, atol=1e-12), name
 
 
 def test_the_base_side_learns_at_its_own_rate_where_it_is_asked_to():

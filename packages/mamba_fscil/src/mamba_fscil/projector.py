@@ -46,6 +46,12 @@ class ProjectorOutput(NamedTuple):
     gate: Tensor | None
     params: Params | None
 
+    def rows(self, index: Tensor) -> "ProjectorOutput":
+        """The same of some of its rows, in the order of ``index`` (n,); a row may be there several times."""
+        kept = [part if part is None else part[index] for part in (self.mu, self.frozen, self.inc, self.gate)]
+        params = self.params and (self.params[0][index], self.params[1][index], self.params[2][index])
+        return ProjectorOutput(*kept, params)  # type: ignore[arg-type]
+
 
 class SelectiveBranch(nn.Module):
     """MLP on the map, position embedding, selective scan, gate, mean over the tokens.

@@ -224,9 +224,10 @@ def learn(
         kept = torch.cat([projector.frozen_output(part) for part in torch.split(rows.maps, _ROWS)])
     found = Mechanism()
     for step, index in enumerate(show(rows.batches(config.batch_size, steps, seed, session)), 1):
-        where = index.to(rows.maps.device)
-        maps, labels = rows.maps[where], rows.labels[where]
-        out = projector(maps, None if kept is None else kept[where], detach=not trains_base)
+        once, again = _without_repeats(index.to(rows.maps.device))
+        labels = rows.labels[once if again is None else once[again]]
+        out = projector(rows.maps[once], None if kept is None else kept[once], detach=not trains_base)
+        out = out if again is None else out.rows(again)
         loss = _classification(out.mu, W, labels, config, generator(seed, session, step))
         if sensitive and dual and out.gate is not None and out.params is not None:
             loss = loss + loss_of(out.gate, out.params, labels, base_classes).total
@@ -250,6 +251,15 @@ def learn(
                     values.append(value)
     projector.eval().requires_grad_(False)
     return found
+
+
+def _without_repeats(index: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Each number once, and where each of the given ones is among them; None, and the given ones, where none is repeated.
+
+    What a projector gives for a row does not depend on the others, so a batch of few rows many times costs what they cost.
+    """
+    once, again = torch.unique(index, return_inverse=True)
+    return (index, None) if len(once) == len(index) else (once, again)
 
 
 def _classification(mu: Tensor, W: Tensor, labels: Tensor, config: SessionConfig, draws: torch.Generator) -> Tensor:
