@@ -143,6 +143,16 @@ def test_a_new_users_walk(pictures, learner, tmp_path, capsys):
     assert np.allclose(logits, expected.numpy(), atol=1e-3)
 
 
+def test_a_class_that_is_not_known_by_its_own_pictures_is_told(pictures, learner, tmp_path, capsys):
+    """After one step the gate is closed; the learner's own number of steps says nothing."""
+    words = add(learner, pictures / "session-01/gold", "gold", tmp_path / "a", "--save_as", str(tmp_path / "new"))
+    assert main([*words, "--steps", "1"]) == 0
+    assert "0 of the 4 pictures that 'gold' was learned from are taken for it: more --steps" in capsys.readouterr().out
+    words = add(learner, pictures / "session-01/gold", "gold", tmp_path / "b", "--save_as", str(tmp_path / "longer"))
+    assert main([*words, "--steps", "60"]) == 0
+    assert "was learned from" not in capsys.readouterr().out
+
+
 def test_added_classes_are_measured_on_test_folders_that_hold_them_and_else_on_their_own_pictures(
     pictures, learner, tmp_path, capsys
 ):

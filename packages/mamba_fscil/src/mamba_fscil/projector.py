@@ -48,9 +48,9 @@ class ProjectorOutput(NamedTuple):
 
     def rows(self, index: Tensor) -> "ProjectorOutput":
         """The same of some of its rows, in the order of ``index`` (n,); a row may be there several times."""
-        kept = [part if part is None else part[index] for part in (self.mu, self.frozen, self.inc, self.gate)]
         params = self.params and (self.params[0][index], self.params[1][index], self.params[2][index])
-        return ProjectorOutput(*kept, params)  # type: ignore[arg-type]
+        inc, gate = (part if part is None else part[index] for part in (self.inc, self.gate))
+        return ProjectorOutput(self.mu[index], self.frozen[index], inc, gate, params)
 
 
 class SelectiveBranch(nn.Module):

@@ -58,6 +58,7 @@ def run(settings: AddClassSettings, invocation: Invocation) -> None:
     sys.stdout.write("\n" + table(["new class", "nearest other class", "pictures"], found["alike"]) + "\n")
     if found["wrong"]:
         sys.stdout.write("\n" + table(["new class", "mistaken for", "pictures"], found["wrong"]) + "\n")
+    sys.stdout.write("".join(f"\n{line}\n" for line in found["warnings"]))
     for line in skipped:
         sys.stdout.write(f"left out: {line}\n")
     size = written.stat().st_size / 1e6
@@ -121,6 +122,19 @@ def _answers(
     return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
 
 
+def _not_known(classes: list[str], guess: Tensor, own: Tensor) -> list[str]:
+    """Which classes are not recognized on the very pictures that they were learned from: too few steps, too small a rate."""
+    lines = []
+    for k in sorted(set(own.tolist())):
+        right, total = int((guess[own == k] == k).sum()), int((own == k).sum())
+        if 2 * right < total:
+            lines.append(
+                f"warning: {right} of the {total} pictures that '{classes[k]}' was learned from are taken for it: more --steps,"
+                " or a learner made with a higher --session.lr or with --method teen"
+            )
+    return lines
+
+
 def _share(guess: Tensor, labels: Tensor, chosen: Tensor) -> float | None:
     return 100 * float((guess == labels)[chosen].double().mean()) if bool(chosen.any()) else None
 
@@ -169,4 +183,5 @@ def _report(
             alike.append([learner.classes[k], learner.classes[value], f"{count} of {int((own == k).sum())}"])
     mechanism = learner.mechanism
     last = {key: values[-1] for key, values in vars(mechanism).items() if values}
-    return {"table": rows, "lost": worst, "alike": alike, "wrong": wrong, "mechanism": last, "classes": learner.classes}
+    found = {"table": rows, "lost": worst, "alike": alike, "wrong": wrong, "mechanism": last, "classes": learner.classes}
+    return {**found, "warnings": _not_known(learner.classes, logits.argmax(dim=1), own)}
