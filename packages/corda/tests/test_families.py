@@ -4,7 +4,9 @@ The reference runs each sample alone and without padding, and loops over its tok
 """
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +99,22 @@ def test_peft_takes_no_family_that_is_not_taken_here(family, request):
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError, AssertionError) as error:
         taken, why = False, error
     assert taken == (name not in REFUSED_BY_PEFT), why if not taken else "taken after all"
+
+
+PAGE = Path(__file__).parents[3] / "docs/corda.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the docs are not in a source distribution of the package")
+def test_the_table_in_the_docs_says_what_these_tests_find():
+    """A row for each family, yes for all that is tested above, and no where peft's own function fails."""
+    table = PAGE.read_text(encoding="utf-8").split("### Families")[1].split("###")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    found = {re.sub("[^a-z0-9]", "", row[0].lower()): row[1:] for row in rows[2:]}
+    names = {family.__name__: {"routed": "mixtral"}.get(family.__name__, family.__name__) for family in FAMILIES}
+    assert len(found) == len(names)
+    for family, start in names.items():
+        (row,) = (cells for label, cells in found.items() if re.match(f"{start}(?!5)", label))
+        assert row[:5] == ["yes"] * 5, family
+        assert row[5].startswith("no" if family in REFUSED_BY_PEFT else "yes"), family
