@@ -28,7 +28,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold import datasets
+from tenfold import UserError, datasets
 from tenfold.claims import Measured, Study, arm_rows
 from tenfold.config import Settings
 from tenfold.runs import Run
@@ -148,6 +148,8 @@ class World:
         right = [fact for fact, knows in zip(measured, self.knows(self.model, measured), strict=True) if knows]
         capitals = [fact for fact in right if fact.prompt.startswith("The capital")]
         cities = [fact for fact in right if not fact.prompt.startswith("The capital")]
+        if not right:
+            raise UserError(f"{MODEL} knows none of the facts")
         half = self.settings.facts // 2
         return (capitals + cities[: max(half, self.settings.facts - len(capitals))])[: self.settings.facts]
 

@@ -27,13 +27,13 @@ class Provenance:
         self._mode = _Following(self)
 
     def __enter__(self) -> "Provenance":
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._mode.__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._marks.clear()
 
     def mark(self, tensor: Tensor, *marks: Hashable) -> None:
@@ -43,7 +43,7 @@ class Provenance:
             key: int = storage._cdata
             weak, known = self._marks.get(key, (None, frozenset[Hashable]()))
             # the weak reference keeps the address from being used again
-            self._marks[key] = weak or StorageWeakRef(storage), known | set(marks)
+            self._marks[key] = weak or StorageWeakRef(storage), known | set(marks)  # type: ignore[no-untyped-call]
 
     def of(self, tensor: Tensor) -> frozenset[Hashable]:
         """The marks of all tensors that this one was computed from."""
@@ -51,9 +51,9 @@ class Provenance:
         return frozenset() if storage is None else self._marks.get(storage._cdata, (None, frozenset[Hashable]()))[1]
 
 
-class _Following(TorchDispatchMode):
+class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, provenance: Provenance) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.provenance = provenance
 
     def __torch_dispatch__(

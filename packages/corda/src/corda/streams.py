@@ -281,7 +281,7 @@ class Streams:
         marks = frozenset() if self._provenance is None else self._provenance.of(x)
         for place, frame in reversed(list(enumerate(self.frames))):
             if frame.cross_source is not None:
-                sides = {side for number, side in marks if number == frame.number}  # type: ignore[misc]
+                sides = {mark[1] for mark in marks if isinstance(mark, tuple) and mark[0] == frame.number}
                 if x is frame.cross_source or sides == {"cross"}:
                     return place
                 if sides:
