@@ -63,11 +63,17 @@ def test_a_fact_is_known_if_each_token_of_its_answer_is_the_likeliest(knowledge,
     spoilt = len("Three is not") + 2  # the character after which the second answer goes wrong
 
     class Oracle(torch.nn.Module):
-        def forward(self, input_ids, attention_mask, use_cache):
-            logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 200).float()
-            logits[:, 0] = 0  # in the prompt it may be wrong
-            logits[1, spoilt] = 0
-            return type("Output", (), {"logits": logits})
+        """Its hidden states are the scores."""
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.lm_head = self.scores, torch.nn.Identity()
+
+        def scores(self, input_ids, attention_mask, use_cache):
+            scores = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 200).float()
+            scores[:, 0] = 0  # in the prompt it may be wrong
+            scores[1, spoilt] = 0
+            return type("Output", (), {"last_hidden_state": scores})
 
     assert world.knows(Oracle(), found) == [True, False]
 

@@ -115,7 +115,7 @@ class World:
         """Loss of the model on each window after each truncation in one way, calibrated on one kind."""
         drops = DROPS[self.settings.level]
         how = METHODS[method] | ({"alpha": self.settings.asvd_alpha} if method == "asvd" else {})
-        found = {}
+        found: dict[str, float] = {}
         for drop, cut in zip(drops, truncated(self.loaded[0], self.stats(kind, seed), drops, how), strict=True):
             for measured in KINDS:
                 values = losses(cut, self.unseen(measured, seed))
