@@ -183,7 +183,8 @@ class Streams:
         try:
             yield
         finally:
-            self._left(self.frames)
+            if self._followed_from is not None:
+                self._left([self._followed_from])
             self.frames = []
             for hook in hooks:
                 hook.remove()

@@ -27,7 +27,7 @@ from tenfold.claims import Study, mean_ci95
 from tenfold.cli import Invocation
 from tenfold.figures import Curve, Panel, line_chart
 from tenfold.report import write_report
-from tenfold.terminal import show_claims, track
+from tenfold.terminal import show_claims, table, track
 
 MODEL = "packaged:smollm2"
 DATA = "Python's documentation and source of its standard library (real, shipped with Python)"
@@ -69,6 +69,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     _draw(study, level)
     summary = study.finish()
     write_report(out, "corda: what is left of SmolLM2-135M", {"truncation": CAPTION})
+    sys.stdout.write(f"Perplexity of windows that calibrated nothing\n\n{table(*perplexities(study, level))}\n\n")
     return show_claims(summary, strict=invocation.strict)
 
 
@@ -200,6 +201,24 @@ def _decide(study: Study, level: str) -> None:
         )
         losses_ = np.concatenate([study.values(("whole", f"{kind} loss {i}")) for i in range(count)])
         study.note(f"Nothing dropped: perplexity of {shown} {np.exp(losses_.mean()):.2f}.")
+
+
+def perplexities(study: Study, level: str) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a table: perplexity of both kinds of text for each truncation, and without any."""
+    drops, count = DROPS[level], MEASURED[level]
+
+    def cell(arm: str, kind: str, place: str) -> str:
+        found = np.concatenate([study.values((arm, f"{kind} loss {place}{i}")) for i in range(count)])
+        return f"{np.exp(found.mean()):.4g}"
+
+    headers = ["truncation", "calibrated on", *(f"{shown}, {drop} %" for shown in KINDS.values() for drop in drops)]
+    rows = [["none", "-", *(cell("whole", kind, "") for kind in KINDS for _ in drops)]]
+    for method, label in LABELS.items():
+        for calibrated in ["-"] if method == "svd" else KINDS:
+            arm = method if method == "svd" else f"{method}-{calibrated}"
+            cells = [cell(arm, kind, f"{drop} ") for kind in KINDS for drop in drops]
+            rows.append([label, KINDS.get(calibrated, calibrated), *cells])
+    return headers, rows
 
 
 def _draw(study: Study, level: str) -> None:
