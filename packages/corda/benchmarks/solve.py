@@ -8,18 +8,18 @@ ours sums in fp64, peft in fp32.
 Rows of one kind of layer: square, tall (gate and up, of one input) and wide (down); first small ones on one thread, then
 those of the Llama of the last rows, on all threads. Their activations are random with a correlated bulk and a few channels
 of 30 times the strength, as language models have them. The last rows take a whole Llama with random weights, on the
-statistics of random tokens: its spectra are flat, the hardest case of an iteration that looks for leading components.
+statistics of random tokens: its spectra are flat, the hardest case of an iteration that looks for leading components; and,
+where it is installed, SmolLM2-135M on Python's documentation, whose spectra are real (``--models smollm2`` takes it alone).
 """
 
 import copy
-import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import peft
 import threadpoolctl
 import torch
 from corda import ContextStats, CordaInit, DampedCovariance, build_factors, collect_context, factorize
 from corda.targets import linear
+from end_to_end import LENGTH, PEERS, RANK, REAL, REAL_WINDOWS, asked, model_of, windows
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import collect_eigens_for_layer, crop_corda_eigens
@@ -28,7 +28,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tenfold import bench
 
-RANK = 16
 SEED = 233
 REQUIRED = {"square": ">= 2", "tall": ">= 2.5", "wide": ">= 6"}
 SMALL = [
@@ -155,8 +154,19 @@ def model_rows() -> list[bench.Comparison]:
         num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config).eval()
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     data = [{"input_ids": torch.randint(512, (4, 512))} for _ in range(4)]
+    return rows_of_a_model("model", "a 4-block Llama (1024, 2816)", model, data)
+
+
+def real_rows() -> list[bench.Comparison]:
+    """All linear layers of SmolLM2-135M, on the statistics of Python's documentation."""
+    shape = f"SmolLM2-135M (576, 1536), {REAL_WINDOWS} x {LENGTH} tokens"
+    return rows_of_a_model(REAL, shape, model_of(REAL), windows(REAL))
+
+
+def rows_of_a_model(name: str, shape: str, model: nn.Module, data: list[dict[str, Tensor]]) -> list[bench.Comparison]:
+    """Both modes for all linear layers but the head."""
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     stats: ContextStats = collect_context(model, data)
     layers = {name.replace(".", "_"): linear(model, name) for name in stats.groups}
     covariances = {name.replace(".", "_"): stats.covariance(name).float() for name in stats.groups}
@@ -170,11 +180,11 @@ def model_rows() -> list[bench.Comparison]:
         peer = prepared(layers, covariances, mode)
         rows.append(
             bench.compare(
-                f"{mode}_solve_model",
+                f"{mode}_solve_{name}",
                 lambda mode=mode: ours(mode),
                 lambda peer=peer, mode=mode: peft_layers(peer, mode),
                 agreement(layers, covariances, mode),
-                shape=f"{len(layers)} layers of a 4-block Llama (1024, 2816), r={RANK}, {_threads()}",
+                shape=f"{len(layers)} layers of {shape}, r={RANK}, {_threads()}",
                 required=required,
                 pairs=3,
                 warm_up=0,
@@ -183,16 +193,19 @@ def model_rows() -> list[bench.Comparison]:
     return rows
 
 
-def measure() -> list[bench.Comparison]:
-    """All rows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpoolctl.threadpool_limits(1):
-        rows = [row for group in SMALL for row in group_rows(*group)]
-    torch.set_num_threads(threads)
-    return rows + [row for group in LARGE for row in group_rows(*group)] + model_rows()
+def measure(models: Sequence[str]) -> list[bench.Comparison]:
+    """Rows of single layers and of a Llama with random weights (``1024``), and of SmolLM2."""
+    rows = []
+    if "1024" in models:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with threadpoolctl.threadpool_limits(1):
+            rows += [row for group in SMALL for row in group_rows(*group)]
+        torch.set_num_threads(threads)
+        rows += [row for group in LARGE for row in group_rows(*group)] + model_rows()
+    return rows + (real_rows() if REAL in models else [])
 
 
 if __name__ == "__main__":
-    peers = {"peft": peft.__version__, "torch": importlib.metadata.version("torch")}
-    raise SystemExit(bench.main("corda", peers, measure))
+    chosen = asked(("1024",))
+    raise SystemExit(bench.main("corda", PEERS, lambda: measure(chosen)))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from corda.cli import main
@@ -239,7 +240,7 @@ def test_impossible_settings_are_refused():
             DemoSettings(**settings)
 
 
-def test_the_world_of_a_real_model_measures_every_arm(shared_folder, tmp_path, monkeypatch):
+def test_the_world_of_a_real_model_measures_every_arm(shared_folder, tmp_path, monkeypatch, capsys):
     """With a tiny model in place of SmolLM2, which is installed as a package of its own."""
     from corda.commands import _pretrained
     from corda.commands._models import load_model, load_tokenizer
@@ -259,6 +260,33 @@ def test_the_world_of_a_real_model_measures_every_arm(shared_folder, tmp_path, m
         f"{a}_{k}" for a in ("svd", "asvd", "mismatch") for k in ("text", "code")
     }
     assert (tmp_path / "demo/figures/truncation.png").exists()
+    shown = capsys.readouterr().out
+    assert "documentation, 40 %" in shown
+    whole = np.mean([summary["arms"]["whole"][f"code loss {i}"][0] for i in range(3)])
+    assert f"{np.exp(whole):.4g}" in next(line for line in shown.splitlines() if "none" in line)
+
+
+def test_the_world_of_a_real_model_measures_nothing_twice(shared_folder, tmp_path, monkeypatch):
+    from corda.commands import _pretrained
+    from corda.commands._models import load_model, load_tokenizer
+
+    tiny = f"hf:{shared_folder}"
+    monkeypatch.setattr(_pretrained, "load", lambda: (load_model(tiny, "cpu"), load_tokenizer(tiny)))
+    monkeypatch.setattr(_pretrained, "LENGTH", 32)
+    measured, cut = [], _pretrained.World.cut
+
+    def until_the_third(world, method, kind, seed):
+        measured.append((method, kind))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return cut(world, method, kind, seed)
+
+    monkeypatch.setattr(_pretrained.World, "cut", until_the_third)
+    words = ["demo", "--world", "smollm2", "--quick", "--quiet", "--out", str(tmp_path / "run")]
+    assert main(words) == 130
+    assert main([*words, "--resume"]) == 0
+    assert len(measured) == 3 + 5
+    assert sorted(set(measured)) == sorted(measured[:2] + measured[3:])
 
 
 def test_a_real_model_takes_no_steps():

@@ -352,7 +352,8 @@ def test_one_batch_is_taken_for_one_batch(llama, batches):
     expected = collect_context(llama, batches[:1])
     for data in (batches[0], batches[0]["input_ids"], [[batches[0]["input_ids"]]]):
         found = collect_context(llama, data)
-        assert all(torch.equal(found.covariance(name), expected.covariance(name)) for name in found.targets)
+        for name in found.targets:  # older transformers attend by another kernel where no cache is declined
+            torch.testing.assert_close(found.covariance(name), expected.covariance(name), rtol=1e-5, atol=1e-7)
 
 
 def test_rows_longer_than_the_models_positions_are_refused_or_warned_about(llama):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from corda import CordaInit, collect_context, get_corda_model, stream_factors
 from corda.context import TargetNotReachedError
-from corda.streams import matching_rows
+from corda.rows import matching_rows
 from corda_families import RoutedModel, alone, bart, ids, llama, made, moments_alone, together, whisper
 from peft import LoraConfig
 from torch import nn

@@ -232,6 +232,16 @@ def test_what_the_end_would_refuse_is_refused_before_the_first_step(llama, batch
     assert not list(tmp_path.glob("lora"))
 
 
+@pytest.mark.parametrize("mark", ["ds_id", "device_mesh"])
+def test_weights_that_are_sharded_over_ranks_are_refused_before_the_first_step(llama, batches, tmp_path, mark):
+    """As DeepSpeed marks a parameter of ZeRO-3, and torch one of FSDP."""
+    run = trainer(llama, batches, tmp_path, CordaTrainerCallback(batches))
+    setattr(run.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight, mark, 0)
+    with pytest.raises(UserError, match=r"sharded over ranks \(ZeRO-3, FSDP\).*corda init"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 def test_factors_on_disk_are_the_factors(llama, batches, tmp_path):
     factors = build_factors(llama, collect_context(llama, batches), LORA)
     factors.save(tmp_path / "factors.safetensors")

@@ -6,6 +6,7 @@ than the rest, or none, has its own sum from that call on.
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import warnings
 import weakref
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from corda.algebra import STRIP, matmul_precision, mirror, products_are_full
-from corda.batches import Data, Stop, batches_of, forward, is_batches, warn_of_sources
+from corda.batches import Batch, Data, Stop, batches_of, forward, is_batches, warn_of_sources
 from corda.config import CordaInit
 from corda.context import EXPERT, ContextStats, with_experts
+from corda.doubts import settle
 from corda.fingerprints import fingerprint
 from corda.streams import Streams, TokenChoice
 from corda.sums import (
@@ -342,7 +344,8 @@ def collect_context(
     Each stream of tokens has its own mask (see ``streams``): ``attention_mask`` for text or sound and what an encoder makes
     of it; ``decoder_attention_mask``, else the tokens that have a label, for a decoder, which is given the labels as in
     training; every token of a picture. An expert that no token is routed to takes the sums of its block's other
-    experts, with a warning. Where it cannot be told which tokens count, a warning names the layer.
+    experts, with a warning. Where it cannot be told which tokens count, a warning names the layer. Where rows are only supposed
+    to be one per sample, say, one batch goes through the model twice more, with its samples in other places (see ``doubts``).
 
     Args:
         model: any module; called as ``model(**batch)``, or ``model(batch)`` for a tensor.
@@ -373,12 +376,18 @@ def collect_context(
     streams = Streams(model, layers, tokens=tokens, skip_first=init.skip_first, rows_are_tokens=rows_are_tokens)
     collector = Collector(layers, init, streams, share=share, reusable=reusable)
     batches = is_batches(data)  # a function that runs the model would not survive a Stop
-    with evaluating(model), collector.attached(model if batches else None):
-        run(model, data, collector)
+    with evaluating(model):
+        with collector.attached(model if batches else None):
+            run(model, data, collector)
+        settle(model, layers, streams)
     streams.warn()
     if complete and batches and streams.batch < 0:
         raise UserError("the calibration data holds no batch")
     return collector.stats(fingerprint(model), complete=complete)
+
+
+def _given(batch: Batch) -> Batch:
+    return batch
 
 
 def run(model: nn.Module, data: Data, collector: Collector) -> None:
@@ -393,6 +402,7 @@ def run(model: nn.Module, data: Data, collector: Collector) -> None:
         for batch in batches_of(data):
             streams.batch += 1
             streams.labels = batch.get("labels") if isinstance(batch, Mapping) else None
+            streams.recall = functools.partial(_given, batch)
             if streams.batch == 0:
                 warn_of_sources(model, batch)
             forward(model, batch)

@@ -9,6 +9,7 @@ That a stack is a mere chain of blocks is checked: the first batch goes through 
 
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import warnings
@@ -24,6 +25,7 @@ from corda.blocks import Pass, Recorder, Stack, hidden_of, stacks_of
 from corda.collecting import Collector, collect_context
 from corda.config import CordaInit
 from corda.context import ContextStats, agreed
+from corda.doubts import settle
 from corda.factors import FactorSet, Progress, Solved, build_factors, solve_layers
 from corda.fingerprints import fingerprint
 from corda.streams import Streams, TokenChoice
@@ -126,6 +128,7 @@ class _Job:
         self.layers = linears(model, targets)
         self.streams = Streams(model, targets, tokens=tokens, skip_first=init.skip_first)
         self.dry = Collector(self.layers, init, self.streams, reusable=False, dry=True)
+        self.recalls: dict[int, Callable[[], Batch]] = {}
 
     def run(self) -> Solved:
         stacks = stacks_of(self.model, self.targets) if is_batches(self.data) else []
@@ -140,6 +143,7 @@ class _Job:
                 solved |= self._stream(stack, sizes)
         for share in self._shares([name for name in self.targets if name not in solved], sizes):
             solved |= self._solve(share, lambda share=share: self._collected(share))  # type: ignore[misc]
+        settle(self.model, self.layers, self.streams)
         self.streams.warn()
         return solved
 
@@ -253,12 +257,16 @@ class _Job:
         with collector.attached(), self.streams.attached():
             for number, batch in enumerate(passes):
                 self.streams.batch = number
+                self.streams.recall = self.recalls.setdefault(number, functools.partial(self._batch, number))
                 with contextlib.suppress(Stop), self.streams.within(batch.frames):
                     hidden = batch.through(index, block)
                     if onward:
                         batch.hidden = hidden.to("cpu")
                 collector.end_of_batch()
         return collector.stats(self.fingerprint, complete=world_size() == 1)
+
+    def _batch(self, number: int) -> Batch:
+        return next(itertools.islice(batches_of(self.data), number, None))
 
     def _collected(self, names: Sequence[str]) -> ContextStats:
         """The statistics of some layers, by a pass through the whole model."""

@@ -3,9 +3,11 @@
 A model may carry several streams of tokens at once: an encoder's and a decoder's, text and images, audio at two rates, the
 rows that are routed to an expert. Each call of a module that holds targets opens a *frame*, which says what streams are in
 it: from the masks that the module is given, else from the frame around it. A layer's input is looked up in the innermost
-frame that it fits, in this order: the very tensor that was given with a mask (keys and values of cross-attention), the shape
-(B, T) of a mask, rows that are copies of tokens (experts, poolers), one row per sample. What fits nothing although there is
-padding is counted whole and reported by name, never guessed.
+frame that it fits, in this order: what was made of the states that a module attends to alone (keys and values of
+cross-attention, also normalized ones: see ``provenance``), the shape (B, T) of a mask, rows that are copies of tokens
+(experts, poolers), one row per sample. What fits nothing although there is padding, or two masks that differ, is counted
+whole and reported by name, never guessed. What is only supposed (one row per sample, say) is a *doubt*, to be settled by
+``doubts``.
 
 Shapes: B samples of T tokens; R rows of several samples in one dimension; n inputs.
 """
@@ -13,6 +15,7 @@ Shapes: B samples of T tokens; R rows of several samples in one dimension; n inp
 import contextlib
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from corda.masks import as_tokens, shortened, without_first
+from corda.provenance import Provenance
+from corda.rows import matching_rows
 from tenfold import UserError
 
 TokenChoice = Literal["all", "labels"] | Callable[[Mapping[str, Any]], Tensor]
@@ -30,7 +36,7 @@ IGNORED = -100
 TEXT = ("input_ids", "inputs_embeds")
 SIGHT_AND_SOUND = ("pixel_values", "input_features", "input_values")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
-CROSS = ("encoder_hidden_states", "key_value_states", "cross_attention_states")
+CROSS = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "memory", "context")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Stream:
             raise LookupError
         if self.keep is None or self.keep.shape == tuple(shape):
             return self.keep
-        shorter = _shortened(self.keep, shape[1], self.owner)
+        shorter = shortened(self.keep, shape[1], self.owner)
         if shorter is None:
             raise LookupError
         return shorter
@@ -82,21 +88,34 @@ class Stream:
         return self.keep is not None and not bool(self.keep.all())
 
 
+@dataclass(frozen=True)
+class Rows:
+    """An input in two dimensions: its layer, its number of rows, and what of it counts."""
+
+    name: str
+    count: int
+    tokens: Tokens
+
+
 @dataclass
 class Frame:
     """One call of a module, and the streams in it."""
 
     module: nn.Module
+    number: int = 0
+    """Of this call, in the marks of ``provenance``."""
     own: Stream | None = None
     """Of what the module itself works on; of an encoder-decoder, the decoder's."""
+    attending: bool = False
+    """Whether that is what was made of the states which a module around it attends to."""
     encoder: Stream | None = None
     cross: Stream | None = None
     others: list[Stream] = field(default_factory=list)
     given: dict[str, Any] = field(default_factory=dict)
     source: Tensor | None = None
     cross_source: Tensor | None = None
-    rows: tuple[int, Tokens] | None = None
-    """The latest input in two dimensions below: its number of rows, and what of it counts."""
+    rows: Rows | None = None
+    """The latest input in two dimensions of a layer in the module itself."""
 
     @property
     def streams(self) -> list[Stream]:
@@ -138,6 +157,13 @@ class Streams:
         self.frames: list[Frame] = []
         self.unknown: dict[str, str] = {}
         """Layer -> its input that fits no stream although there is padding, or although it mixes samples."""
+        self.doubts: dict[str, Callable[[], Any] | None] = {}
+        """Layer -> the batch, if it is known, where it was only supposed which rows belong to which sample."""
+        self.recall: Callable[[], Any] | None = None
+        """Gives the present batch, if it is known."""
+        self._provenance: Provenance | None = None
+        self._followed_from: Frame | None = None
+        self._numbers = itertools.count(1)
         paths = {"", *(path for name in targets for path in _above(name))}
         self._hooked = [module for name, module in model.named_modules() if name in paths]
         self._counts = False
@@ -157,6 +183,8 @@ class Streams:
         try:
             yield
         finally:
+            if self._followed_from is not None:
+                self._left([self._followed_from])
             self.frames = []
             for hook in hooks:
                 hook.remove()
@@ -173,13 +201,16 @@ class Streams:
     def around(self, module: nn.Module) -> list[Frame]:
         """The open frames without that of ``module``, holding masks but no inputs."""
         frames = [frame for frame in self.frames if frame.module is not module]
-        return [Frame(f.module, f.own, f.encoder, f.cross, list(f.others)) for f in frames]
+        return [
+            Frame(f.module, own=f.own, encoder=f.encoder, cross=f.cross, others=list(f.others), attending=f.attending)
+            for f in frames
+        ]
 
     def of(self, name: str, x: Tensor) -> Tokens:
         """What counts of the input of a layer."""
         found = self._of_rows(name, x) if x.ndim == 2 else self._of_sequences(name, x)
         if x.ndim == 2 and self.frames:
-            self.frames[-1].rows = len(x), found
+            self.frames[-1].rows = Rows(name, len(x), found)
         return found
 
     def warn(self) -> None:
@@ -193,7 +224,7 @@ class Streams:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = {**dict(zip(_parameters(module), args, strict=False)), **keywords}
-        frame = Frame(module, given=given)
+        frame = Frame(module, next(self._numbers), given=given)
         outer = self.frames[-1] if self.frames else None
         if outer is None and self._counts:
             self.batch += 1
@@ -212,6 +243,7 @@ class Streams:
         elif frame.cross_source is not None:
             frame.own = self._own(frame, outer, outer.own if outer else None)
             frame.cross = _cross(frame, outer)
+            self._follow(frame)
         elif sights and not texts:
             frame.own = self._seen(frame, outer, sights[0])
         else:
@@ -222,20 +254,52 @@ class Streams:
             frame.own = Stream(frame.own.batch, self._chosen(frame, frame.own.keep, text=True), frame.own.owner)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        while self.frames and self.frames.pop().module is not module:
-            pass
+        while self.frames:
+            frame = self.frames.pop()
+            self._left([frame])
+            if frame.module is module:
+                break
+
+    def _follow(self, frame: Frame) -> None:
+        """Inside of a module that attends to other states than its own: what is made of which? Where masks may differ."""
+        if frame.source is None or frame.cross_source is None or frame.source is frame.cross_source:
+            return
+        if self._provenance is None:
+            if not self._padded():
+                return
+            self._provenance, self._followed_from = Provenance(), frame
+            self._provenance.__enter__()
+        self._provenance.mark(frame.source, (frame.number, "own"))
+        self._provenance.mark(frame.cross_source, (frame.number, "cross"))
+
+    def _left(self, frames: Sequence[Frame]) -> None:
+        if self._provenance is not None and any(frame is self._followed_from for frame in frames):
+            self._provenance.__exit__(None, None, None)
+            self._provenance = self._followed_from = None
+
+    def _attended(self, x: Tensor) -> int | None:
+        """Place of the innermost frame whose other states x was made of, and of nothing of its own; None if there is none."""
+        marks = frozenset() if self._provenance is None else self._provenance.of(x)
+        for place, frame in reversed(list(enumerate(self.frames))):
+            if frame.cross_source is not None:
+                sides = {mark[1] for mark in marks if isinstance(mark, tuple) and mark[0] == frame.number}
+                if x is frame.cross_source or sides == {"cross"}:
+                    return place
+                if sides:
+                    return None
+        return None
 
     def _enter_both(self, frame: Frame, outer: Frame | None) -> None:
         """An encoder-decoder: what lies in it directly belongs to the decoder."""
         assert frame.source is not None
         given, batch = frame.given, len(frame.source)
-        mask = _as_tokens(given.get("attention_mask"))
+        mask = as_tokens(given.get("attention_mask"))
         inherited = outer.encoder if outer and outer.encoder else None
         if mask is None and inherited:
             frame.encoder = inherited
         else:
             frame.encoder = Stream(batch, mask, _owner(frame.module))
-        own = _as_tokens(given.get("decoder_attention_mask"))
+        own = as_tokens(given.get("decoder_attention_mask"))
         if own is None and outer and outer.encoder:
             frame.own = outer.own
             return
@@ -251,6 +315,10 @@ class Streams:
         assert frame.source is not None
         source, given = frame.source, frame.given.get("attention_mask")
         shape = _shape(source)
+        attended = None if outer is None else self._attended(source)
+        if attended is not None and self.frames[attended] is not frame:
+            frame.attending = True
+            inherited = next((f.own for f in self.frames[-2:attended:-1] if f.attending), self.frames[attended].cross)
         mask = given if isinstance(given, Tensor) and given.ndim == 2 else None
         if mask is not None and shape is not None and mask.shape[0] == shape[0]:
             if mask.shape[1] > shape[1] and _owner(frame.module) is None:  # a cache of keys: earlier tokens too
@@ -261,16 +329,12 @@ class Streams:
                     keep = keep & inherited.keep.to(keep.device)  # tokens without labels stay out
                 return Stream(shape[0], keep, _owner(frame.module))
         if outer is None:
-            seen = _as_tokens(given)
+            seen = as_tokens(given)
             one = self.rows_are_tokens and source.ndim == 2 and source.is_floating_point()
             return Stream(1 if one else len(source), seen, _owner(frame.module))
-        candidates = [inherited, *(s for f in reversed(self.frames[:-1]) for s in f.streams)]
-        for f in reversed(self.frames[:-1]):
-            if source is f.cross_source and f.cross is not None:
-                return f.cross
-        if shape is None:
+        if shape is None or frame.attending:
             return inherited
-        for stream in candidates:
+        for stream in [inherited, *(s for f in reversed(self.frames[:-1]) for s in f.streams)]:
             with contextlib.suppress(LookupError):
                 if stream is not None:
                     return Stream(stream.batch, stream.over(shape), stream.owner)
@@ -313,35 +377,69 @@ class Streams:
 
     def _of_sequences(self, name: str, x: Tensor) -> Tokens:
         shape = (x.shape[0], x[0, ..., 0].numel() if len(x) else 0)
-        for frame in reversed(self.frames):
-            if x is frame.cross_source and frame.cross is not None:
-                with contextlib.suppress(LookupError):
-                    return self._tokens(frame.cross.over(shape), shape, x)
-        for stream in self._candidates():
+        if self._differ(x, shape):
+            why = "fits two masks that differ, and was made of neither's tokens as far as one can see; all count"
+            self.unknown.setdefault(name, f"its input of {shape[0]} x {shape[1]} tokens {why}")
+            return self._tokens(None, shape, x)
+        for stream in self._candidates(x):
             with contextlib.suppress(LookupError):
-                return self._tokens(stream.over(shape), shape, x)
+                keep = stream.over(shape)
+                if shape[0] == shape[1] > 1:
+                    self._doubt(name)  # samples or tokens first?
+                return self._tokens(keep, shape, x)
         if self._padded():
             self.unknown.setdefault(name, f"its input of {shape[0]} x {shape[1]} tokens fits no mask; all count")
         batch = self.frames[0].own.batch if self.frames and self.frames[0].own else shape[0]
         if shape[0] > batch and shape[0] % batch == 0 and not self._padded():
+            self._doubt(name)
             return Tokens(sample=batch)  # windows of pictures, say: each sample's stand together
+        if shape[0] not in (1, batch):
+            why = f"does not have the batch's {batch} samples first; all count, each of its {shape[0]} rows as a sample"
+            self.unknown.setdefault(name, f"its input of {shape[0]} x {shape[1]} tokens {why}")
         return self._tokens(None, shape, x)
 
     def _tokens(self, keep: Tensor | None, shape: Sequence[int], x: Tensor) -> Tokens:
         if self.skip_first:
             whole = torch.ones(tuple(shape), dtype=torch.bool, device=x.device)
-            keep = _without_first(whole if keep is None else keep, self.skip_first)
+            keep = without_first(whole if keep is None else keep, self.skip_first)
         return Tokens(keep)
 
     def _flat(self, keep: Tensor) -> Tokens:
         """Tokens (B, T) as rows."""
-        keep = _without_first(keep, self.skip_first)
+        keep = without_first(keep, self.skip_first)
         sample = torch.arange(len(keep), device=keep.device)
         return Tokens(keep.flatten(), sample.repeat_interleave(keep.shape[1]))
 
-    def _candidates(self) -> Iterator[Stream]:
-        for frame in reversed(self.frames):
-            yield from frame.streams
+    def _candidates(self, x: Tensor) -> Iterator[Stream]:
+        """The streams that x may belong to, the likeliest first."""
+        attended = self._attended(x)
+        if attended is None:
+            for frame in reversed(self.frames):
+                yield from frame.streams
+            return
+        found = [*(f.own for f in self.frames[:attended:-1] if f.attending), self.frames[attended].cross]
+        yield from (stream for stream in found if stream is not None)
+
+    def _differ(self, x: Tensor, shape: Sequence[int]) -> bool:
+        """Whether x fits both masks of a module that attends to other states, and its computation does not say which."""
+        if self._provenance is None or self._provenance.of(x):
+            return False
+        frame = next((f for f in reversed(self.frames) if f.cross_source is not None), None)
+        if frame is None or frame.cross_source is None or x is frame.source or x is frame.cross_source:
+            return False
+        if frame.cross is None:
+            return tuple(frame.cross_source.shape[:2]) == tuple(shape)
+        fitting: list[Tensor] = []
+        for stream in (frame.own, frame.cross):
+            with contextlib.suppress(LookupError):
+                keep = None if stream is None else stream.over(shape)
+                fitting.append(torch.ones(tuple(shape), dtype=torch.bool) if keep is None else keep.cpu())
+        return len(fitting) == 2 and not torch.equal(*fitting)
+
+    def _doubt(self, name: str) -> None:
+        own = self.frames[0].own if self.frames else None
+        if own is None or own.batch > 1:
+            self.doubts.setdefault(name, self.recall)
 
     def _padded(self) -> bool:
         return any(stream.padded for frame in self.frames for stream in frame.streams)
@@ -350,18 +448,20 @@ class Streams:
         """Rows in one dimension: flattened tokens, those routed to an expert, or one per sample."""
         count = len(x)
         for frame in reversed(self.frames):
-            found = self._copied(frame, x)
+            found = self._copied(name, frame, x)
             if found is not None:
                 return found
-        for frame in reversed(self.frames):
-            if frame.rows is not None and frame.rows[0] == count:
-                return frame.rows[1]
-        for stream in self._candidates():
+        latest = self.frames[-1].rows if self.frames else None
+        if latest is not None and latest.count == count and _goes_on(latest.name, name, self.frames[-1].module):
+            return latest.tokens
+        for stream in self._candidates(x):
             if stream.batch == 1 and not stream.padded:
                 return Tokens(sample=torch.zeros(count, dtype=torch.long, device=x.device))
             if stream.keep is not None and stream.keep.numel() == count and len(stream.keep) == stream.batch:
+                self._doubt(name)
                 return self._flat(stream.keep)
             if stream.keep is not None and int(stream.keep.sum()) == count:
+                self._doubt(name)
                 whole = self._flat(stream.keep)
                 assert whole.keep is not None
                 assert isinstance(whole.sample, Tensor)
@@ -369,15 +469,17 @@ class Streams:
                 return Tokens(whole.keep[present], whole.sample[present])
         for frame in reversed(self.frames):
             if frame.source is not None and frame.source.ndim == 3 and frame.source[..., 0].numel() == count:
+                self._doubt(name)
                 return self._flat(torch.ones(frame.source.shape[:2], dtype=torch.bool))
-        if any(stream.batch == count for stream in self._candidates()):
+        if any(stream.batch == count for stream in self._candidates(x)):
+            self._doubt(name)
             return Tokens(sample=torch.arange(count, device=x.device))
         if self.frames and (self._padded() or self.frames[0].own is None or self.frames[0].own.batch > 1):
             why = "its rows are no tokens that can be told apart; all count, as one sample"
             self.unknown.setdefault(name, f"its input of {count} rows fits no sample or mask: {why}")
         return Tokens()
 
-    def _copied(self, frame: Frame, x: Tensor) -> Tokens | None:
+    def _copied(self, name: str, frame: Frame, x: Tensor) -> Tokens | None:
         """Rows that are all copies of tokens of a frame's input."""
         source = frame.source
         if source is None or source.ndim < 2 or source.shape[-1] != x.shape[-1] or source.dtype != x.dtype:
@@ -386,12 +488,13 @@ class Streams:
             if self.rows_are_tokens:
                 return Tokens(sample=torch.zeros(len(x), dtype=torch.long, device=x.device))
             return Tokens(sample=torch.arange(len(x), device=x.device))
+        before = dict(self.unknown), dict(self.doubts)
         if source.ndim == 2:
             if frame is self.frames[0]:
                 return None
-            position = self.frames.index(frame)
-            with self.within(self.frames[:position]):
-                whole = self._of_rows_quietly(source)
+            with self.within(self.frames[: next(i for i, f in enumerate(self.frames) if f is frame)]):
+                whole = self._of_rows(name, source)
+            self.unknown = before[0]
         elif frame.own is None:
             return None
         else:
@@ -403,55 +506,27 @@ class Streams:
             if keep is None:
                 keep = torch.ones(shape, dtype=torch.bool, device=x.device)
             whole = self._flat(keep)
-        if whole is None or not isinstance(whole.sample, Tensor):
-            return None
-        index = matching_rows(x, source.reshape(-1, source.shape[-1]))
-        if index is None:
+        index = None
+        if isinstance(whole.sample, Tensor):
+            index = matching_rows(x, source.reshape(-1, source.shape[-1]))
+        if index is None or not isinstance(whole.sample, Tensor):
+            self.doubts = before[1]
             return None
         keep = None if whole.keep is None else whole.keep.to(x.device)[index]
         return Tokens(keep, whole.sample.to(x.device)[index])
 
-    def _of_rows_quietly(self, x: Tensor) -> Tokens:
-        before = dict(self.unknown)
-        found = self._of_rows("", x)
-        self.unknown = before
-        return found
 
+def _goes_on(before: str, name: str, module: nn.Module) -> bool:
+    """Whether rows of the same number may go from one layer to the other: not from one expert to the next.
 
-def matching_rows(rows: Tensor, source: Tensor) -> Tensor | None:
-    """For each row (R, n) its index among the rows of ``source`` (N, n), of which it is a copy; None if one is not.
-
-    Equal rows are matched in their order.
+    Experts that are layers in lists of their own (``w1.0``, ``w2.0``, ``w1.1``) differ in their numbers; layers of one
+    ``nn.Sequential`` do as well.
     """
-    if rows.data_ptr() == source.data_ptr() and rows.shape == source.shape:
-        return torch.arange(len(rows), device=rows.device)
-    ours, theirs = _keys(rows), _keys(source)
-    order = theirs.argsort(stable=True)
-    ordered = theirs[order]
-    mine = ours.argsort(stable=True)
-    repeats = torch.empty_like(ours)
-    repeats[mine] = torch.arange(len(ours), device=ours.device) - torch.searchsorted(ours[mine], ours[mine])
-    found = torch.searchsorted(ordered, ours) + repeats
-    if (found >= torch.searchsorted(ordered, ours, right=True)).any():
-        return None
-    return order[found]
+    return isinstance(module, nn.Sequential) or _numbers_in(before) == _numbers_in(name)
 
 
-def _keys(rows: Tensor) -> Tensor:
-    """A number (R,) for each row, computed from its bits, so that equal rows have equal ones."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    bits = rows.detach().contiguous().view(whole)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator).to(rows.device)
-    keys = torch.empty(len(rows), dtype=torch.long, device=rows.device)
-    for start in range(0, len(rows), 1024):
-        keys[start : start + 1024] = (bits[start : start + 1024].long() * factors).sum(dim=1)
-    return keys
-
-
-def _without_first(keep: Tensor, count: int) -> Tensor:
-    """Less the first tokens of each sample, counted from the first one that is not padding."""
-    return keep & (keep.cumsum(dim=1) > count) if count else keep
+def _numbers_in(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdecimal()]
 
 
 def _above(name: str) -> Iterator[str]:
@@ -482,7 +557,7 @@ def _cross(frame: Frame, outer: Frame | None) -> Stream | None:
     source = frame.cross_source
     assert source is not None
     given = frame.given.get("encoder_attention_mask")
-    mask = _as_tokens(given, square=False)
+    mask = as_tokens(given, square=False)
     if isinstance(given, Tensor) and given.ndim == 2 and source.ndim == 3 and given.shape == source.shape[:2]:
         return Stream(len(source), mask)
     for f in ([outer] if outer else []) + [frame]:
@@ -495,41 +570,5 @@ def _cross(frame: Frame, outer: Frame | None) -> Stream | None:
     return Stream(len(source)) if mask is None else None
 
 
-def _as_tokens(mask: Any, *, square: bool = True) -> Tensor | None:
-    """(B, T), True for a token that counts, from a mask of two dimensions or of attention (B, 1, queries, keys).
-
-    A token counts if it sees itself; where queries and keys differ, if any query sees it.
-    """
-    if isinstance(mask, Mapping):
-        mask = next(iter(mask.values()), None)
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 2:
-        return mask.bool()
-    if mask.ndim not in (3, 4):
-        return None
-    seen = mask.bool()
-    if mask.is_floating_point() and not (mask > 0).any():  # added to the scores: 0 is seen
-        seen = mask > torch.finfo(mask.dtype).min / 2
-    seen = seen if mask.ndim == 3 else seen[:, 0]
-    if square and seen.shape[1] == seen.shape[2]:
-        return seen.diagonal(dim1=1, dim2=2)
-    return seen.any(dim=1)
-
-
 def _owner(module: nn.Module) -> Any:
     return module if hasattr(module, "_get_feat_extract_output_lengths") else None
-
-
-def _shortened(keep: Tensor, length: int, owner: Any) -> Tensor | None:
-    """The mask of fewer tokens, into which a model has made the samples or frames of a sound; None if it cannot be told."""
-    if owner is None or length >= keep.shape[1]:
-        return None
-    counts = torch.cat([torch.tensor([keep.shape[1]]), keep.sum(dim=1).cpu()])
-    known = [owner._get_feat_extract_output_lengths(counts)]
-    if "add_adapter" in inspect.signature(owner._get_feat_extract_output_lengths).parameters:
-        known.append(owner._get_feat_extract_output_lengths(counts, add_adapter=True))
-    for found in known:
-        if int(found[0]) == length:
-            return (torch.arange(length) < found[1:, None]).to(keep.device)
-    return None

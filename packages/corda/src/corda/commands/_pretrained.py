@@ -6,12 +6,13 @@ CorDA, calibrated on Python's documentation or on source code of its standard li
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,13 +27,15 @@ from tenfold.claims import Study, mean_ci95
 from tenfold.cli import Invocation
 from tenfold.figures import Curve, Panel, line_chart
 from tenfold.report import write_report
-from tenfold.terminal import show_claims, track
+from tenfold.terminal import show_claims, table, track
 
 MODEL = "packaged:smollm2"
 DATA = "Python's documentation and source of its standard library (real, shipped with Python)"
 KINDS = {"text": "documentation", "code": "code"}
 LENGTH = 512
-"""Tokens of a window."""
+"""Tokens of a window that calibrates."""
+MEASURED_LENGTH = 256
+"""Tokens of a window that is measured."""
 CALIBRATION = {"quick": 1, "default": 8, "full": 8}
 MEASURED = {"quick": 1, "default": 3, "full": 8}
 """Windows of each kind."""
@@ -47,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LABELS = {"svd": "plain SVD", "asvd": "ASVD", "half": "whitened SVD (power 1/2)", "corda": "CorDA (power 1)"}
 CAPTION = """What dropping components of every linear layer adds to SmolLM2-135M's loss, calibrated on 8 windows of 512 tokens
-of the kind that is measured. Mean over windows that calibrated nothing, with its 95 % interval."""
+of the kind that is measured. Mean over windows of 256 tokens that calibrated nothing, with its 95 % interval."""
 
 
 def run(settings: DemoSettings, invocation: Invocation) -> int:
@@ -56,36 +59,69 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     sys.stdout.flush()
     out, level = invocation.folder, settings.level
     study = Study(out, data=DATA, seeds=settings.seeds_of(SEEDS), level=level)
-    study.over_seeds(partial(measure, settings, invocation.quiet))
+    world = World(settings, quiet=invocation.quiet)
+    cases = [("svd", "text")] + [(method, kind) for method in METHODS if method != "svd" for kind in KINDS]
+    ways = {method if method == "svd" else f"{method}-{kind}": (method, kind) for method, kind in cases}
+    arms: dict[str, Callable[[int], dict[str, float]]] = {"whole": world.whole}
+    arms |= {arm: partial(world.cut, method, kind) for arm, (method, kind) in ways.items()}
+    study.over_arms(arms, show=partial(track, description="truncating and measuring", quiet=invocation.quiet))
     _decide(study, level)
     _draw(study, level)
     summary = study.finish()
     write_report(out, "corda: what is left of SmolLM2-135M", {"truncation": CAPTION})
+    sys.stdout.write(f"Perplexity of windows that calibrated nothing\n\n{table(*perplexities(study, level))}\n\n")
     return show_claims(summary, strict=invocation.strict)
 
 
-def measure(settings: DemoSettings, quiet: bool, seed: int) -> dict[str, dict[str, float]]:
-    """Losses of the whole model, and what each way of truncating it adds, window by window."""
-    level = settings.level
-    drops = DROPS[level]
-    model, tokenizer = load()
-    unseen = {kind: windows(tokenizer, kind, "measured", MEASURED[level], seed) for kind in KINDS}
-    whole = {kind: losses(model, rows) for kind, rows in unseen.items()}
-    arms = {"whole": {f"{kind} loss {i}": loss for kind, found in whole.items() for i, loss in enumerate(found)}}
-    stats = {
-        kind: collect_context(model, list(windows(tokenizer, kind, "calibration", CALIBRATION[level], seed)[:, None]))
-        for kind in track(KINDS, "calibrating", quiet=quiet)
-    }
-    cases = [("svd", "text")] + [(method, kind) for method in METHODS if method != "svd" for kind in KINDS]
-    for method, kind in track(cases, "truncating and measuring", quiet=quiet):
-        arm = method if method == "svd" else f"{method}-{kind}"
-        how = METHODS[method] | ({"alpha": settings.asvd_alpha} if method == "asvd" else {})
-        arms[arm] = {}
-        for drop, cut in zip(drops, truncated(model, stats[kind], drops, how), strict=True):
-            for measured, rows in unseen.items():
-                added = np.subtract(losses(cut, rows), whole[measured])
-                arms[arm] |= {f"{measured} +loss {drop} {i}": float(value) for i, value in enumerate(added)}
-    return arms
+class World:
+    """The model, its windows and its statistics, made when they are first needed.
+
+    Args:
+        settings: settings of the demonstration.
+        quiet: whether to show no progress.
+    """
+
+    def __init__(self, settings: DemoSettings, *, quiet: bool) -> None:
+        self.settings = settings
+        self.quiet = quiet
+        self._stats: dict[tuple[str, int], ContextStats] = {}
+
+    @cached_property
+    def loaded(self) -> tuple[nn.Module, Any]:
+        """The model and its tokenizer."""
+        return load()
+
+    def unseen(self, kind: str, seed: int) -> Tensor:
+        """Windows of a kind that are measured."""
+        return windows(self.loaded[1], kind, "measured", MEASURED[self.settings.level], seed)[:, :MEASURED_LENGTH]
+
+    def stats(self, kind: str, seed: int) -> ContextStats:
+        """Statistics of other windows of that kind."""
+        if (kind, seed) not in self._stats:
+            model, tokenizer = self.loaded
+            rows = windows(tokenizer, kind, "calibration", CALIBRATION[self.settings.level], seed)
+            shown = track(list(rows[:, None]), f"calibrating on {KINDS[kind]}", quiet=self.quiet)
+            self._stats[kind, seed] = collect_context(model, shown)
+        return self._stats[kind, seed]
+
+    def whole(self, seed: int) -> dict[str, float]:
+        """Loss of the whole model on each window."""
+        return {
+            f"{kind} loss {i}": loss
+            for kind in KINDS
+            for i, loss in enumerate(losses(self.loaded[0], self.unseen(kind, seed)))
+        }
+
+    def cut(self, method: str, kind: str, seed: int) -> dict[str, float]:
+        """Loss of the model on each window after each truncation in one way, calibrated on one kind."""
+        drops = DROPS[self.settings.level]
+        how = METHODS[method] | ({"alpha": self.settings.asvd_alpha} if method == "asvd" else {})
+        found: dict[str, float] = {}
+        for drop, cut in zip(drops, truncated(self.loaded[0], self.stats(kind, seed), drops, how), strict=True):
+            for measured in KINDS:
+                values = losses(cut, self.unseen(measured, seed))
+                found |= {f"{measured} loss {drop} {i}": loss for i, loss in enumerate(values)}
+        return found
 
 
 def load() -> tuple[nn.Module, Any]:
@@ -129,9 +165,13 @@ def truncated(model: nn.Module, stats: ContextStats, drops: Sequence[int], how: 
         yield cut
 
 
-def _added(study: Study, arm: str, kind: str, drop: int, count: int) -> "np.ndarray[Any, Any]":
+def _added(study: Study, arm: str, kind: str, drop: int, count: int) -> NDArray[np.float64]:
     """What truncation adds to the loss of each measured window, of all seeds."""
-    return np.concatenate([study.values((arm, f"{kind} +loss {drop} {i}")) for i in range(count)])
+    cut, whole = (
+        np.concatenate([study.values((name, f"{kind} loss {place}{i}")) for i in range(count)])
+        for name, place in ((arm, f"{drop} "), ("whole", ""))
+    )
+    return cut - whole
 
 
 def _decide(study: Study, level: str) -> None:
@@ -161,6 +201,24 @@ def _decide(study: Study, level: str) -> None:
         )
         losses_ = np.concatenate([study.values(("whole", f"{kind} loss {i}")) for i in range(count)])
         study.note(f"Nothing dropped: perplexity of {shown} {np.exp(losses_.mean()):.2f}.")
+
+
+def perplexities(study: Study, level: str) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a table: perplexity of both kinds of text for each truncation, and without any."""
+    drops, count = DROPS[level], MEASURED[level]
+
+    def cell(arm: str, kind: str, place: str) -> str:
+        found = np.concatenate([study.values((arm, f"{kind} loss {place}{i}")) for i in range(count)])
+        return f"{np.exp(found.mean()):.4g}"
+
+    headers = ["truncation", "calibrated on", *(f"{shown}, {drop} %" for shown in KINDS.values() for drop in drops)]
+    rows = [["none", "-", *(cell("whole", kind, "") for kind in KINDS for _ in drops)]]
+    for method, label in LABELS.items():
+        for calibrated in ["-"] if method == "svd" else KINDS:
+            arm = method if method == "svd" else f"{method}-{calibrated}"
+            cells = [cell(arm, kind, f"{drop} ") for kind in KINDS for drop in drops]
+            rows.append([label, KINDS.get(calibrated, calibrated), *cells])
+    return headers, rows
 
 
 def _draw(study: Study, level: str) -> None:
