@@ -330,8 +330,7 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             return found[0] if interval is None else tuple(found)
         freqs = self.frequencies(freq_mhz)
         if isinstance(where, Grid):
-            layout = MapLayout(where, freqs, interval, self.samples_.crs)
-            return RadioMap.collect(layout, self.tiles(where, freqs, interval))
+            return RadioMap.collect(self.layout(where, freqs, interval), self.tiles(where, freqs, interval))
         xy = np.asarray(where, dtype=np.float64)
         if xy.ndim != 2 or xy.shape[1] != 2:
             raise UserError(f"positions have shape {xy.shape}, expected (n, 2), or (n, 3) with frequencies")
@@ -351,22 +350,23 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         for start in range(0, grid.height, step):
             rows = slice(start, min(grid.height, start + step))
             centers = grid.centers(rows)
-            free = self._free(centers)
+            found = self.at_centers(centers, freqs, interval)
             shape = (len(freqs), rows.stop - rows.start, grid.width)
-            layers = {}
-            for name, values in self._at(centers[free], freqs, interval).items():
-                layer = np.full((len(freqs), len(centers)), np.nan)
-                layer[:, free] = values
-                layers[name] = layer.reshape(shape)
-            yield rows, layers
+            yield rows, {name: values.reshape(shape) for name, values in found.items()}
 
-    def _free(self, xy: Floats) -> Bools:
-        """(n) whether a position is outside every building."""
-        scene = self.scene_
-        if scene is None or scene.building is None:
-            return np.ones(len(xy), dtype=bool)
-        at = np.clip(scene.grid.rowcol(xy), 0, np.array(scene.grid.shape) - 1)
-        return np.asarray(~(scene.building[at[:, 0], at[:, 1]] & scene.grid.inside(xy)))
+    def at_centers(self, xy: Floats, freq_mhz: Sequence[float], interval: float | None) -> dict[str, Floats]:
+        """Layer -> (F, n) values at the centers of cells (n, 2), NaN in buildings."""
+        free = np.ones(len(xy), dtype=bool) if self.scene_ is None else ~self.scene_.built_at(xy)
+        layers = {}
+        for name, values in self._at(xy[free], freq_mhz, interval).items():
+            layers[name] = np.full((len(freq_mhz), len(xy)), np.nan)
+            layers[name][:, free] = values
+        return layers
+
+    def layout(self, grid: Grid, freq_mhz: float | Sequence[float] | None, interval: float | None) -> MapLayout:
+        """What is known of the map of a grid before it is computed, with the scene's buildings."""
+        building = None if self.scene_ is None else self.scene_.building_on(grid)
+        return MapLayout(grid, self.frequencies(freq_mhz), interval, self.samples_.crs, building)
 
     def frequencies(self, freq_mhz: float | Sequence[float] | None) -> tuple[float, ...]:
         """The frequencies that are asked for, or the measured bands.

@@ -340,6 +340,10 @@ class LogReader:
         self.faults.note(lines[empty], name, "is empty")
         if kind == "freq":
             return self._megahertz(values, number), np.isfinite(values)
+        if self.roles.columns[number].plain in {"channel", "ch"}:
+            values = np.where(values == 0, np.nan, values)  # WiGLE's cells without a channel; no GSM carrier of 935 MHz
+            self.faults.note(lines[np.isnan(values) & ~odd & needed & ~empty], name, "is 0, no channel")
+            empty = np.isnan(values) & ~odd & needed
         mhz = np.full(len(values), np.nan)
         known = np.zeros(len(values), dtype=bool)
         for word, rows in self._radios(frame, lines, number, radio, needed & ~empty & ~odd):
