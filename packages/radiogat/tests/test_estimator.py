@@ -171,7 +171,8 @@ def test_shapes_are_never_reshaped_and_nothing_is_predicted_before_fit(measured)
     X, y = rows_of(measured), measured.rss_dbm
     for wrong, power, said in (
         (X.ravel(), y, r"X has shape \(\d+,\), expected \(n, 3\)"),
-        (X[:, :2], y, r"expected \(n, 3\): x, y, frequency"),
+        (X[:, :2], y, r"expected \(n, 3\), x, y, frequency in MHz: Found array with 2 feature"),
+        (np.column_stack([X, y]), y, r"X has shape \(\d+, 4\), expected \(n, 3\)"),
         (X, y[:, None], r"y has shape \(\d+, 1\)"),
         (X, None, "requires y to be passed"),
     ):

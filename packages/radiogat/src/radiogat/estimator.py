@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 from scipy.spatial import cKDTree
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_array, check_is_fitted
 
 from radiogat import predictors
 from radiogat.config import METHODS, GraphConfig, RadioGATConfig, RadioGATxConfig, TreesConfig
@@ -114,7 +115,7 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         own: dict[str, Any] = super().get_params(deep=False)
         if deep:
             for name, kind in _KINDS.items():
-                inner = own[name] if own[name] is not None else kind()
+                inner = own[name] if isinstance(own[name], kind) else kind()
                 own |= {f"{name}__{f.name}": getattr(inner, f.name) for f in dataclasses.fields(inner)}
         return own
 
@@ -158,9 +159,9 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if isinstance(X, RadioSamples):
             scene, samples = (y if isinstance(y, RadioScene) else scene), X
         else:
-            xy, freq = _rows(X)
             if y is None or isinstance(y, RadioScene):
                 raise UserError("requires y to be passed, but the target y is None: the received powers in dBm")
+            xy, freq = _rows(X)
             power = np.asarray(y, dtype=np.float64)
             if power.shape != (len(xy),):
                 raise UserError(f"y has shape {power.shape}, expected ({len(xy)},), a power for each row of X")
@@ -536,11 +537,14 @@ def _rows(X: Any) -> tuple[Floats, Floats]:
         if missing:
             raise UserError(f"X has no column {', '.join(missing)}; expected x, y, freq_mhz")
         X = X[["x", "y", "freq_mhz"]]
-    rows = np.asarray(X, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] != 3:
+    if np.ndim(X) != 2 and not issparse(X):
+        raise UserError(f"X has shape {np.shape(X)}, expected (n, 3): x, y, frequency in MHz")
+    try:
+        rows = check_array(X, dtype=np.float64, ensure_min_features=3)
+    except ValueError as error:
+        raise UserError(f"X, expected (n, 3), x, y, frequency in MHz: {error}") from error
+    if rows.shape[1] != 3:
         raise UserError(f"X has shape {rows.shape}, expected (n, 3): x, y, frequency in MHz")
-    if not np.isfinite(rows).all():
-        raise UserError(f"X: row {int(np.argwhere(~np.isfinite(rows))[0][0])} is not finite")
     return rows[:, :2], rows[:, 2]
 
 
