@@ -13,6 +13,7 @@ from radiogat.maps import MapLayout, RadioMap, read_netcdf, samples_of
 from radiogat.planes import plane_for, project, unproject
 from radiogat.rasters import read_geotiff
 from radiogat.samples import Grid, RadioMaps, RadioSamples
+from radiogat.shapes import polygons_on
 
 from tenfold import UserError
 from tenfold.errors import MissingExtraError
@@ -275,7 +276,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
             call()
 
 
-@pytest.mark.parametrize("module", ["rasterio", "netCDF4", "pyarrow", "xarray"])
+@pytest.mark.parametrize("module", ["rasterio", "netCDF4", "pyarrow", "pyogrio", "xarray"])
 def test_a_missing_library_is_named_with_its_extra(module, tmp_path, monkeypatch):
     real = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == module else real(name, *a))
@@ -285,6 +286,7 @@ def test_a_missing_library_is_named_with_its_extra(module, tmp_path, monkeypatch
         "rasterio": lambda: found.to_geotiff(tmp_path / "m.tif"),
         "netCDF4": lambda: found.to_netcdf(tmp_path / "m.nc"),
         "pyarrow": lambda: read_samples(tmp_path / "d.parquet"),
+        "pyogrio": lambda: polygons_on(tmp_path / "b.shp", found.layout.grid, None),
         "xarray": found.to_xarray,
     }
     with pytest.raises(

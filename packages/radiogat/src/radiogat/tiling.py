@@ -53,9 +53,13 @@ def cluster(address: str) -> Iterator["Client"]:
     except (OSError, ValueError) as error:
         raise UserError(f"--dask {address}: no scheduler of dask answers there ({error})") from error
     with client:
-        if not client.nthreads():
+        if not _threads(client):
             raise UserError(f"--dask {address}: the cluster has no workers: start some (dask worker {address})")
         yield client
+
+
+def _threads(client: "Client") -> int:
+    return sum(client.nthreads().values())  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def windows(shape: tuple[int, int], tile: int) -> Iterator[Window]:
@@ -80,7 +84,7 @@ def check_memory(client: "Client", layout: MapLayout, tile: int) -> str:
     """
     need = task_bytes(layout, tile)
     least = None
-    for worker in client.scheduler_info(n_workers=-1)["workers"].values():  # type: ignore[no-untyped-call]
+    for worker in client.scheduler_info(n_workers=-1)["workers"].values():
         if limit := int(worker["memory_limit"]):
             share = limit // max(1, int(worker["nthreads"]))
             least = share if least is None else min(least, share)
@@ -132,7 +136,7 @@ def predict_tile(path: str, layout: MapLayout, window: Window) -> NDArray[np.flo
     values = [found[name].reshape(-1, *shape) for name in layout.layers]
     scene = estimator.scene_
     if scene is not None and scene.building is not None:
-        values.append(scene.built_at(centers).reshape(1, *shape))
+        values.append(scene.built_at(centers).astype(np.float64).reshape(1, *shape))
     return np.concatenate(values, axis=0, dtype=np.float32)
 
 
@@ -147,14 +151,15 @@ def predicted(
     from distributed import as_completed
 
     left = windows(layout.grid.shape, tile)
-    waiting = 2 * sum(client.nthreads().values())
+    waiting = 2 * _threads(client)
     first = [client.submit(_placed_tile, path, layout, w, pure=False) for w in itertools.islice(left, waiting)]
     done = as_completed(first, with_results=True)  # type: ignore[no-untyped-call]
     first.clear()
     for _, result in done:
         yield result
         for window in itertools.islice(left, 1):
-            done.add(client.submit(_placed_tile, path, layout, window, pure=False))
+            more = client.submit(_placed_tile, path, layout, window, pure=False)
+            done.add(more)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def write_cog(client: "Client", model: Path, out: Path, layout: MapLayout, tile: int, progress: Any = iter) -> None:
@@ -172,7 +177,8 @@ def write_cog(client: "Client", model: Path, out: Path, layout: MapLayout, tile:
     with replacing(out) as temporary, beside(temporary) as plain:
         with geotiff_writer(plain, layout, built=built) as writer:
             for window, values in progress(predicted(client, str(model), layout, tile)):
-                writer.write(*window, _layers_of(layout, values), values[-1] if built else None)
+                rows, columns = window
+                writer.write(rows, columns, _layers_of(layout, values), values[-1] if built else None)
         cog_of(plain, temporary)
 
 
@@ -205,7 +211,7 @@ def lazy_map(model: Path, layout: MapLayout, tile: int = TILE) -> "xarray.Datase
     built = _has_buildings(model)
     count = len(layout.layers) * len(layout.freq_mhz) + built
     chunks = tuple(tuple(min(tile, size - start) for start in range(0, size, tile)) for size in (height, width))
-    values = dask.array.map_blocks(
+    values = dask.array.map_blocks(  # type: ignore[no-untyped-call, unused-ignore]
         _chunk,
         str(model),
         dataclasses.replace(layout, building=None),
