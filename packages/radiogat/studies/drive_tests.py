@@ -1,6 +1,6 @@
 """What the error bars say and what is true, where measurements are taken as people take them; on procedural cities.
 
-    python packages/radiogat/benchmarks/drive_tests.py --seeds 0,1,2 --out drive-tests
+    python packages/radiogat/studies/drive_tests.py --seeds 0,1,2 --out drive-tests
 
 Cases: five bands at each of 600 places; two bands along streets; one band along streets, with and without buildings.
 For each: the RMSE that `heldout_` says and the true one over all free unmeasured cells, the coverage of the 90 % bars there,
