@@ -49,7 +49,7 @@ def cluster(address: str) -> Iterator["Client"]:
     from distributed import Client
 
     try:
-        client = Client(address, timeout="10s")  # type: ignore[no-untyped-call]
+        client = Client(address, timeout="5s")  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise UserError(f"--dask {address}: no scheduler of dask answers there ({error})") from error
     with client:
