@@ -316,7 +316,12 @@ def test_several_cells_never_become_one_median(tmp_path):
         path, "2 cells by pci, 7 (5), 9 (4)", "the strongest counts, 4 values of 9 rows", "--by pci --only 7"
     )
     assert samples.rss_dbm.tolist() == [-82, -81, -82, -83]
-    assert read(path, by="pci", only=["9"]).rss_dbm.tolist() == [-110, -111, -112, -113]
+    one = read(path, "5 rows are of other cells than 9", by="pci", only=["9"])
+    assert one.rss_dbm.tolist() == [-110, -111, -112, -113]
+    with pytest.raises(UserError, match="no row has 8 in column pci; there are 7, 9"):
+        read_samples(path, by="pci", only=["8"])
+    broken = written(tmp_path, [*lines, f"{PLACES[0][0]},{PLACES[0][1]},1300,7,"], "broken.csv")
+    assert len(read(broken, "6 rows are of other cells", by="pci", only=["9"])) == 4  # another cell's fault is none
     with pytest.raises(UserError, match="no column 'pcj': did you mean pci"):
         read_samples(path, by="pcj")
     with pytest.raises(UserError, match="--only takes values of the column that --by names"):
