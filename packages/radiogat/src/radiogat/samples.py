@@ -63,7 +63,7 @@ class Grid:
     @property
     def transform(self) -> Any:
         """From column and row to x and y, as rasterio has it (an ``Affine``)."""
-        from affine import Affine
+        from rasterio.transform import Affine
 
         return Affine(self.cell, 0.0, self.x0, 0.0, -self.cell, self.y0)
 
