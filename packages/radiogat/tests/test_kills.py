@@ -1,4 +1,4 @@
-"""A training that is killed at five moments, resumed each time, ends with the same files as an unbroken one."""
+"""A training that is killed at five moments, resumed each time, ends with the same model and map as an unbroken one."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ MOMENTS = ("step:3", "step:9", "step:30", "trees:2", "map:1")
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_at_five_moments_ends_with_the_same_files(tmp_path):
+def test_a_training_that_is_killed_at_five_moments_ends_with_the_same_model_and_map(tmp_path):
     maps = city(CityConfig(size=60, freq_mhz=(1800.0,), seed=4))
     write_samples(tmp_path / "s.csv", maps.samples(along_streets(maps, 20)))
     words = ["train", "--data", f"csv:{tmp_path / 's.csv'}", "--crs", "EPSG:32632", "--cell", "6", "--steps", "16"]
@@ -52,7 +52,7 @@ def test_a_training_that_is_killed_at_five_moments_ends_with_the_same_files(tmp_
         assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL, moment
         assert not (tmp_path / "cut/summary.json").exists()
     assert main([*cut, "--resume"]) == 0
-    for name in ("model.safetensors", "metrics.csv", "map.tif", "config.json"):
+    for name in ("model.safetensors", "map.tif", "config.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     left = [p.name for p in (tmp_path / "cut").rglob("*") if "tmp" in p.name or "plain" in p.name]
     assert not left
