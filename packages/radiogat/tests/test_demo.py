@@ -14,7 +14,8 @@ def test_the_quick_demo_writes_its_report_and_decides_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("data: rendered")
     summary = json.loads((tmp_path / "d/summary.json").read_text())
     assert {claim["holds"] for claim in summary["claims"]} == {None}
-    assert summary["arms"]["joint"]["rmse"][0] < summary["arms"]["idw"]["rmse"][0]
+    assert summary["arms"]["joint_stack"]["rmse"][0] < summary["arms"]["idw"]["rmse"][0]
+    assert {"trees", "joint_trees", "stack"} <= set(summary["arms"])
     for name in ("rmse", "maps", "errors", "error-bars", "calibration", "suggestions"):
         assert (tmp_path / f"d/figures/{name}.png").stat().st_size > 5000
     assert "<img" in (tmp_path / "d/report.html").read_text()

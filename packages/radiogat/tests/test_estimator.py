@@ -96,6 +96,18 @@ def test_baselines_have_the_same_interface(method, town, measured, tmp_path):
     )
 
 
+def test_trees_of_lightgbm_repeat_and_are_about_as_good(town, measured):
+    free = np.isfinite(town.rss_dbm[0])
+    cells = RadioSamples(town.scene.grid.centers()[free.ravel()], 1750.0, town.rss_dbm[0][free])
+    errors = {}
+    for engine in ("sklearn", "lightgbm", "lightgbm"):
+        trees = TreesConfig(engine=engine, iterations=60)
+        estimator = RadioMapEstimator("trees", trees=trees, fallback=False).fit(measured, town.scene)
+        error = rmse(cells.rss_dbm, estimator.predict(cells.xy, 1750.0))
+        assert errors.setdefault(engine, error) == error
+    assert errors["lightgbm"] == pytest.approx(errors["sklearn"], rel=0.15)
+
+
 def test_the_faithful_network_maps_an_area(town, measured, tmp_path):
     gat = RadioGATConfig(widths=(8, 12), epochs=2)
     estimator = RadioMapEstimator("radiogat", gat=gat, fallback=False).fit(measured, town.scene)
@@ -171,7 +183,8 @@ def test_shapes_are_never_reshaped_and_nothing_is_predicted_before_fit(measured)
     X, y = rows_of(measured), measured.rss_dbm
     for wrong, power, said in (
         (X.ravel(), y, r"X has shape \(\d+,\), expected \(n, 3\)"),
-        (X[:, :2], y, r"expected \(n, 3\): x, y, frequency"),
+        (X[:, :2], y, r"expected \(n, 3\), x, y, frequency in MHz: Found array with 2 feature"),
+        (np.column_stack([X, y]), y, r"X has shape \(\d+, 4\), expected \(n, 3\)"),
         (X, y[:, None], r"y has shape \(\d+, 1\)"),
         (X, None, "requires y to be passed"),
     ):

@@ -1,22 +1,19 @@
 """Files in and out, planes, and what is said about files that cannot be read."""
 
-import json
-
 import numpy as np
 import pytest
 from radiogat.data import (
-    polygons_on,
     read_maps,
-    read_points,
-    read_raster,
     read_samples,
     read_scene,
     write_maps,
     write_samples,
 )
-from radiogat.maps import MapLayout, RadioMap, read_geotiff, read_netcdf, samples_of
+from radiogat.maps import MapLayout, RadioMap, read_netcdf, samples_of
 from radiogat.planes import plane_for, project, unproject
+from radiogat.rasters import read_geotiff
 from radiogat.samples import Grid, RadioMaps, RadioSamples
+from radiogat.shapes import polygons_on
 
 from tenfold import UserError
 from tenfold.errors import MissingExtraError
@@ -204,120 +201,12 @@ def test_tiles_are_streamed_to_the_same_file(tmp_path):
         assert np.allclose(again.layers["rss_hi"], found.layers["rss_hi"], atol=1e-5, equal_nan=True)
 
 
-def raster(path, values, crs="EPSG:32632", transform=(10.0, 0.0, 691000.0, 0.0, -10.0, 5335000.0)):
-    import rasterio
-    from rasterio.transform import Affine
-
-    profile = {
-        "driver": "GTiff",
-        "height": values.shape[0],
-        "width": values.shape[1],
-        "count": 1,
-        "dtype": "uint8",
-        "crs": crs,
-    }
-    with rasterio.open(path, "w", transform=Affine(*transform), **profile) as file:
-        file.write(values.astype(np.uint8), 1)
-    return path
-
-
-def test_buildings_come_from_a_raster(tmp_path):
-    values = np.zeros((20, 30))
-    values[5:9, 10:15] = 1
-    path = raster(tmp_path / "b.tif", values)
-    samples = RadioSamples([[691050.0, 5334950.0], [691150.0, 5334850.0]], 1800.0, [-70.0, -80.0], "EPSG:32632")
-    masts = csv_file(tmp_path, "x,y\n691100,5334900\n", "masts.csv")
-    with pytest.warns(UserWarning, match="20 of 600 cells are built up"):
-        scene = read_scene(path, masts, samples)
-    assert np.array_equal(scene.building, values != 0)
-    assert scene.grid == Grid(691000.0, 5335000.0, 10.0, 20, 30)
-    assert scene.depth.shape == (1, 20, 30)
-    with pytest.raises(UserError, match="lies in EPSG:32632, the samples in EPSG:32633"):
-        read_scene(path, None, RadioSamples(samples.xy, 1800.0, samples.rss_dbm, "EPSG:32633"))
-    with pytest.raises(UserError, match="100% of the samples lie outside"):
-        read_scene(path, None, RadioSamples(samples.xy + 9e5, 1800.0, samples.rss_dbm, "EPSG:32632"))
-
-
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"crs": None}, "has no coordinate system"),
-        ({"crs": "EPSG:4326", "transform": (0.1, 0, 11, 0, -0.1, 48)}, "is in degrees"),
-        ({"transform": (10.0, 0, 0, 0, -20.0, 0)}, "square cells"),
-        ({"transform": (10.0, 0, 0, 0, 10.0, 0)}, "north-up"),
-    ],
-)
-def test_a_raster_that_cannot_be_placed_is_refused(tmp_path, change, said):
-    path = raster(tmp_path / "b.tif", np.zeros((4, 4)), **change)
-    with pytest.raises(UserError, match=said):
-        read_raster(path)
-
-
-def test_polygons_with_holes_are_rasterized(tmp_path):
-    square = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
-    hole = [[3, 3], [7, 3], [7, 7], [3, 7], [3, 3]]
-    far = [[15, 15], [20, 15], [20, 20], [15, 15]]
-    shapes = [{"type": "Polygon", "coordinates": [square, hole]}, {"type": "MultiPolygon", "coordinates": [[far]]}]
-    content = {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": g} for g in shapes]}
-    path = csv_file(tmp_path, json.dumps(content), "b.geojson")
-    mask = polygons_on(path, Grid(0, 20, 1, 20, 20), None)
-    assert mask[10:, :10].sum() == 100 - 16
-    assert not mask[13:17, 3:7].any()
-    assert 8 < mask[:5, 15:].sum() < 17
-    with pytest.raises(UserError, match="not a GeoJSON file"):
-        polygons_on(csv_file(tmp_path, "[]", "c.geojson"), Grid(0, 20, 1, 20, 20), None)
-
-
-def test_polygons_in_degrees_meet_the_samples(tmp_path):
-    lon, lat = MUNICH
-    square = [[lon, lat], [lon + 0.001, lat], [lon + 0.001, lat + 0.001], [lon, lat + 0.001], [lon, lat]]
-    path = csv_file(tmp_path, json.dumps({"type": "Polygon", "coordinates": [square]}), "b.geojson")
-    drive = csv_file(
-        tmp_path,
-        f"lat,lon,freq_mhz,rss_dbm\n{lat - 0.001},{lon - 0.001},1800,-70\n{lat + 0.002},{lon + 0.002},1800,-80\n",
-    )
-    samples = read_samples(drive)
-    with pytest.warns(UserWarning, match="cells are built up"):
-        scene = read_scene(path, None, samples, cell=5.0)
-    assert scene.building.sum() * 25 == pytest.approx(74.4 * 111.2, rel=0.03)
-    assert np.allclose(read_points(drive, samples.crs), samples.xy)
-
-
-def test_collections_null_geometries_heights_and_projected_files_are_read(tmp_path):
-    square = [[0, 0, 3], [10, 0, 3], [10, 10, 3], [0, 10, 3], [0, 0, 3]]
-    shape = {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": [square]}]}
-    features = [{"type": "Feature", "geometry": shape}, {"type": "Feature", "geometry": None}]
-    content = {"type": "FeatureCollection", "features": features}
-    grid = Grid(0, 20, 1, 20, 20)
-    assert polygons_on(csv_file(tmp_path, json.dumps(content), "b.geojson"), grid, None).sum() == 100
-    x, y = 691000.0, 5335000.0
-    far = [[x + a, y + b] for a, b in ((5, -15), (15, -15), (15, -5), (5, -5), (5, -15))]
-    away = [[x + 900, y], [x + 910, y], [x + 910, y + 9], [x + 900, y]]
-    named = {
-        "type": "MultiPolygon",
-        "coordinates": [[far], [away]],
-        "crs": {"properties": {"name": "urn:ogc:def:crs:EPSG::32632"}},
-    }
-    path = csv_file(tmp_path, json.dumps(named), "c.geojson")
-    with pytest.warns(UserWarning, match="1 of 2 shapes cover no cell"):
-        assert polygons_on(path, Grid(x, y, 1, 20, 20), "EPSG:32632").sum() == 100
-
-
 def test_a_scene_that_would_not_fit_is_refused_with_the_cell_that_would(tmp_path):
     samples = RadioSamples([[0.0, 0], [90000.0, 80000]], 1800.0, [-70.0, -80.0])
     masts = csv_file(tmp_path, "x,y\n10,10\n20,20\n30,30\n", "masts.csv")
     with pytest.raises(UserError, match=r"takes 17\.1 GB with 3 masts, more than 4: give --cell 7\.8"):
         read_scene(None, masts, samples, cell=3.6)
     assert read_scene(None, masts, samples, cell=400.0).grid.cell == 400.0
-
-
-def test_buildings_without_any_effect_are_an_error(tmp_path):
-    away = {"type": "Polygon", "coordinates": [[[20, 50], [20.1, 50], [20.1, 50.1], [20, 50]]]}
-    path = csv_file(tmp_path, json.dumps(away), "b.geojson")
-    samples = RadioSamples([[691050.0, 5334950.0], [691150.0, 5334850.0]], 1800.0, [-70.0, -80.0], "EPSG:32632")
-    with pytest.warns(UserWarning, match="1 of 1 shapes"), pytest.raises(UserError, match="it would have no effect"):
-        read_scene(path, None, samples)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +276,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
             call()
 
 
-@pytest.mark.parametrize("module", ["rasterio", "netCDF4", "pyarrow", "xarray"])
+@pytest.mark.parametrize("module", ["rasterio", "netCDF4", "pyarrow", "pyogrio", "xarray"])
 def test_a_missing_library_is_named_with_its_extra(module, tmp_path, monkeypatch):
     real = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == module else real(name, *a))
@@ -397,6 +286,7 @@ def test_a_missing_library_is_named_with_its_extra(module, tmp_path, monkeypatch
         "rasterio": lambda: found.to_geotiff(tmp_path / "m.tif"),
         "netCDF4": lambda: found.to_netcdf(tmp_path / "m.nc"),
         "pyarrow": lambda: read_samples(tmp_path / "d.parquet"),
+        "pyogrio": lambda: polygons_on(tmp_path / "b.shp", found.layout.grid, None),
         "xarray": found.to_xarray,
     }
     with pytest.raises(

@@ -115,6 +115,46 @@ def test_nemo_with_a_preamble_and_the_system_beside_the_channel(tmp_path):
     assert samples.freq_mhz.round(2).tolist() == [1815, 1815, 3549.99, 3549.99]
 
 
+def test_nemos_events_with_values_of_the_serving_cell_and_of_detected_ones(tmp_path):
+    """The header of public scripts over Nemo's CSV: values of the serving cell in brackets, ``n/a`` between them."""
+    head = "Time,Longitude,Latitude,Velocity,EARFCN (LTE pcell),Physical cell identity (LTE pcell),RSRP (LTE pcell)"
+    head += ",RSRQ (LTE pcell),Pathloss (LTE pcell),RSRP (LTE detected) - 1,Physical cell identity (LTE detected) - 1"
+    rows = []
+    for i, (lat, lon) in enumerate(PLACES):
+        rows.append(f"10:00:0{i}.000,{lon},{lat},12,1300,5,{-90 - i},-9,110,-99,7")
+        rows.append(f"10:00:0{i}.500,{lon},{lat}, n/a, n/a, n/a, n/a, n/a, n/a, n/a, n/a")
+    path = written(tmp_path, [head, *rows])
+    with pytest.raises(UserError, match=r"line 3, column RSRP \(LTE pcell\): is empty.*--missing drop"):
+        read_samples(path)
+    samples = read(path, "4 of 8 rows are left out", missing="drop")
+    at_places(samples)
+    assert samples.rss_dbm.tolist() == [-90, -91, -92, -93]
+    assert samples.bands == (1815.0,)
+
+
+def test_qualipocs_summary_with_columns_twice_and_marks_of_no_width(tmp_path):
+    """The order of columns of public scripts over QualiPoc's CSV, where PCI, EARFCN and RSRP come again further on."""
+    head = "Time,Network,Operator,Technology,Data technology,Cell Id,DL EARFCN,RSSI,PCI,RSRP,RSRQ,Longitude,Latitude"
+    head += ",\u200bRSRP\u200b,RSRQ,RSSI,SINR Rx[0],SINR Rx[1],RSRP Rx[0],RSRP Rx[1],PCI,DL EARFCN,Bandwidth"
+    rows = [
+        f"2018-01-06 08:55:3{i},Op,26201,LTE,LTE,77,1300,-60,101,{-80 - i},-9,{lon},{lat},{-80 - i},-9,-60,20,21,-80,-81"
+        ",101,1300,20"
+        for i, (lat, lon) in enumerate(PLACES)
+    ]
+    path = written(tmp_path, [head, *rows])
+    with pytest.raises(UserError, match=r"'DL EARFCN' \(#7 and #22\).*--columns channel=#7,rss_dbm=#10,cell=#9"):
+        read_samples(path)
+    samples = read(path, columns={"channel": "#7", "rss_dbm": "#10", "cell": "#9"})
+    at_places(samples)
+    assert samples.rss_dbm.tolist() == [-80, -81, -82, -83]
+
+
+def test_netmonsters_list_of_cells_is_no_log(tmp_path):
+    rows = [f"4G;262;1;{i};132;4127;350;{lat};{lon};Street 1;1300" for i, (lat, lon) in enumerate(PLACES)]
+    with pytest.raises(UserError, match=r"NetMonster's list of cells \(.ntm\) holds no powers"):
+        read_samples(written(tmp_path, rows, "cells.ntm"))
+
+
 def test_opencellids_measurements(tmp_path):
     head = "mcc,net,area,cell,lon,lat,signal,measured,created,rating,speed,direction,radio,ta,rnc,cid,psc,tac,pci"
     rows = [f"262,1,5,77,{lon},{lat},{-70 - i},170{i},170{i},5,,,GSM,,,,,," for i, (lat, lon) in enumerate(PLACES)]
@@ -276,7 +316,12 @@ def test_several_cells_never_become_one_median(tmp_path):
         path, "2 cells by pci, 7 (5), 9 (4)", "the strongest counts, 4 values of 9 rows", "--by pci --only 7"
     )
     assert samples.rss_dbm.tolist() == [-82, -81, -82, -83]
-    assert read(path, by="pci", only=["9"]).rss_dbm.tolist() == [-110, -111, -112, -113]
+    one = read(path, "5 rows are of other cells than 9", by="pci", only=["9"])
+    assert one.rss_dbm.tolist() == [-110, -111, -112, -113]
+    with pytest.raises(UserError, match="no row has 8 in column pci; there are 7, 9"):
+        read_samples(path, by="pci", only=["8"])
+    broken = written(tmp_path, [*lines, f"{PLACES[0][0]},{PLACES[0][1]},1300,7,"], "broken.csv")
+    assert len(read(broken, "6 rows are of other cells", by="pci", only=["9"])) == 4  # another cell's fault is none
     with pytest.raises(UserError, match="no column 'pcj': did you mean pci"):
         read_samples(path, by="pcj")
     with pytest.raises(UserError, match="--only takes values of the column that --by names"):
@@ -308,9 +353,32 @@ def test_the_commands_take_the_same_options(tmp_path, capsys):
     assert main(sweep) == 0
 
 
-def test_a_column_that_occurs_twice_is_refused(tmp_path):
-    with pytest.raises(UserError, match="2 columns are called 'rsrp'"):
-        read_samples(written(tmp_path, ["x,y,freq_mhz,rsrp,rsrp", "0,0,1800,-80,-81"]))
+def test_columns_that_occur_twice_are_refused_together_and_taken_by_their_numbers(tmp_path):
+    path = written(tmp_path, ["x,y,freq_mhz,rsrp,rsrp,pci,pci", "0,0,1800,-80,-81,7,9", "9,0,1800,-82,-83,7,9"])
+    said = r"2 columns are called 'rsrp' \(#4 and #5\), 2 columns are called 'pci'.*--columns rss_dbm=#4,cell=#6"
+    with pytest.raises(UserError, match=said):
+        read_samples(path)
+    assert read(path, columns={"rss_dbm": "#5", "cell": "#7"}).rss_dbm.tolist() == [-81, -83]
+    with pytest.raises(UserError, match="no column #8; there are 7"):
+        read_samples(path, columns={"rss_dbm": "#8", "cell": "#6"})
+    one = written(tmp_path, ["x,y,freq_mhz,a,a", "0,0,1800,-80,-81"])
+    with pytest.raises(UserError, match="2 columns are called 'a': take one by its number, --columns rss_dbm=#4"):
+        read_samples(one, columns={"rss_dbm": "a"})
+
+
+def test_values_of_several_cells_in_one_row_are_asked_for_unless_one_serves(tmp_path):
+    head = "x,y,EARFCN (LTE {0}),RSRP (LTE {0}),EARFCN (LTE {1}),RSRP (LTE {1})"
+    rows = ["0,0,1300,-80,6300,-90", "9,0,1300,-81,6300,-91"]
+    serving = written(tmp_path, [head.format("scell", "pcell"), *rows])
+    assert read(serving).rss_dbm.tolist() == [-90, -91]
+    assert read(serving).bands == (806.0,)
+    unclear = written(tmp_path, [head.format("scell 1", "scell 2"), *rows])
+    with pytest.raises(
+        UserError, match=r"EARFCN \(LTE scell 1\), EARFCN \(LTE scell 2\): which is meant\?|RSRP.*which"
+    ):
+        read_samples(unclear)
+    named = {"rss_dbm": "RSRP (LTE scell 2)", "channel": "EARFCN (LTE scell 2)"}
+    assert read(unclear, columns=named).rss_dbm.tolist() == [-90, -91]
 
 
 def test_degree_strings_are_read(tmp_path):

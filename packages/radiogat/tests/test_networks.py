@@ -105,6 +105,7 @@ def test_errors_of_the_scale_do_not_reach_the_power(town, measured):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*measured several times")
 def test_leave_one_out_never_finds_the_target_even_among_equal_places():
     rng = np.random.default_rng(0)
     places = rng.integers(0, 12, (90, 2)).astype(float)

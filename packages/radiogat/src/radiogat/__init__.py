@@ -3,8 +3,8 @@
 Read in this order: ``samples`` (measurements, scenes, complete maps), ``depth`` (line-of-sight fractions), ``graph`` (which
 cells are alike, at any frequency), ``attention`` (the layer, four backends), ``networks`` (RadioGAT over cells, RadioGATx over
 measurements), ``tasks`` (what they are trained on), ``baselines`` (the bar), ``conformal`` (the error bars), ``estimator`` (all
-of it behind ``fit`` and ``predict``), ``suggest`` (where to measure next), ``evaluation`` (the protocols), ``training`` (the
-glue to Lightning).
+of it behind ``fit`` and ``predict``), ``suggest`` (where to measure next), ``evaluation`` (the protocols), ``tiling`` (maps of
+a country on a cluster), ``training`` (the glue to Lightning).
 """
 
 from typing import TYPE_CHECKING

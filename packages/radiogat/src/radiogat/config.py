@@ -31,6 +31,8 @@ ProtocolArm = Literal[Method, "radiogatx-nodepth", "radiogat-2025"]
 """What the authors' protocol compares: also RadioGATx without buildings, and RadioGAT as released."""
 Task = Literal["S", "M", "U", "D"]
 Format = Literal["auto", "geotiff", "netcdf", "csv"]
+PredictFormat = Literal["auto", "geotiff", "cog", "netcdf", "zarr", "csv"]
+"""What ``predict`` writes; cog is a cloud-optimized GeoTIFF."""
 Backend = Literal["csr", "stencil", "dense", "pyg"]
 Megahertz = Annotated[float, Interval(ge=10, le=1e6)]
 Bands = Annotated[tuple[Megahertz, ...], Length(1), Distinct()]
@@ -250,10 +252,10 @@ class FileSettings(Settings):
         data: csv:FILE or parquet:FILE of measurements, geotiff:FILE or netcdf:FILE of a map, npz:FILE or official:FOLDER of
             complete maps.
         area: number of the area, in files that hold several.
-        buildings: GeoTIFF (nonzero = building) or GeoJSON polygons.
+        buildings: raster (nonzero = building), or footprints: GeoJSON, shapefile, GeoPackage (FILE:LAYER if several).
         transmitters: CSV of the masts, columns x and y or lat and lon.
-        columns: names of columns that differ from the usual ones, as role=name: rss_dbm=Signal,freq_mhz=Band; roles are
-            x, y, lon, lat, freq_mhz, channel, band, radio, rss_dbm, cell, time.
+        columns: names of columns that differ from the usual ones, as role=name, or role=#10 for the tenth column:
+            rss_dbm=Signal,freq_mhz=Band; roles are x, y, lon, lat, freq_mhz, channel, band, radio, rss_dbm, cell, time.
         crs: plane of x and y (EPSG:25832 for example), or that lat and lon are projected to; default: UTM.
         freq_mhz: frequency in MHz of files without a column of frequencies.
         sign: sign of the powers in the file; -1 where they are given as positive losses.
@@ -384,7 +386,10 @@ class PredictSettings(Settings):
         points: CSV of places (x, y or lat, lon) to predict in place of a map.
         cell: side of a map's cell in meters; default: the scene's, or half of the measurements' spacing.
         interval: level of the error bars.
-        format: file format of the map; auto is GeoTIFF where rasterio is installed, else CSV.
+        format: file format of the map; auto is GeoTIFF where rasterio is installed, else CSV, and cog (a cloud-optimized
+            GeoTIFF) on a cluster.
+        dask: address of the scheduler of a dask cluster that predicts the map in tiles; its workers see the run's folder.
+        tile: cells along the sides of a tile; default: 256.
     """
 
     run: str
@@ -392,7 +397,18 @@ class PredictSettings(Settings):
     points: str | None = None
     cell: Positive | None = None
     interval: Share = 0.9
-    format: Format = "auto"
+    format: PredictFormat = "auto"
+    dask: str | None = None
+    tile: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dask is not None and self.points is not None:
+            raise SettingError("dask", "expected a map: --points predicts at given places, here")
+        if self.dask is not None and self.format not in {"auto", "cog", "zarr"}:
+            raise SettingError("format", f"expected cog or zarr with --dask, got {self.format}")
+        if self.dask is None and self.tile is not None:
+            raise SettingError("tile", "expected with --dask, whose workers predict tiles")
 
 
 @dataclass(frozen=True, kw_only=True)

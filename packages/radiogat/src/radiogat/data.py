@@ -1,25 +1,23 @@
 """Files: measurements, buildings, transmitters and complete maps; positions in degrees become meters (``planes``)."""
 
-import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radiogat.logs import LogReader, read_positions
-from radiogat.maps import grid_of, write_csv
-from radiogat.planes import plane_for, project, same_plane, unproject
+from radiogat.maps import write_csv
+from radiogat.planes import unproject
+from radiogat.rasters import read_buildings
 from radiogat.roles import Missing, Reading
 from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
+from radiogat.shapes import is_shapes, polygons_on
 from tenfold import UserError
-from tenfold.errors import needs
 from tenfold.files import replacing
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 _MOST_GB = 4.0
 """Gigabytes that the rasters of a scene may take."""
 
@@ -83,16 +81,18 @@ def read_scene(
     samples: RadioSamples,
     cell: float | None = None,
 ) -> RadioScene | None:
-    """The scene around some samples: buildings from a GeoTIFF or GeoJSON, masts from a CSV (x, y or lat, lon).
+    """The scene around some samples: buildings from a raster or from footprints, masts from a CSV (x, y or lat, lon).
 
     Args:
-        buildings: raster (nonzero = building), polygons (degrees, as GeoJSON has them), or None.
+        buildings: raster (nonzero = building), footprints (``radiogat.shapes``), or None; what lies in another coordinate
+            system is moved to the samples' plane, with a warning that says so.
         transmitters: CSV, or None.
         samples: measurements, which decide the plane, and the grid where no raster does.
-        cell: side of a cell for polygons, and without buildings; default: half of the samples' spacing.
+        cell: side of a cell for footprints, for rasters in another plane, and without buildings; default: half of the samples'
+            spacing, or the raster's.
 
     Raises:
-        UserError: a file cannot be read, has no coordinate system, or its plane is another one than the samples'.
+        UserError: a file cannot be read, has no coordinate system, covers nothing of the map, or the scene would not fit.
     """
     if buildings is None and transmitters is None:
         return None
@@ -100,28 +100,41 @@ def read_scene(
     masts = None
     if transmitters is not None:
         masts, _ = read_positions(transmitters, samples.crs)
-    around = samples.xy if masts is None else np.concatenate([samples.xy, masts])
-    grid = Grid.around(around, side, margin=side)
-    _bounded(grid, 0 if masts is None else len(masts))
-    if buildings is None:
-        return RadioScene(grid, None, masts, samples.crs)
-    path = Path(buildings)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix.lower() in {".json", ".geojson"}:
-        building = polygons_on(path, grid, samples.crs)
-        _say_built(path, building)
+        _say_far(transmitters, masts, samples)
+    count = 0 if masts is None else len(masts)
+    if buildings is None or is_shapes(buildings):
+        around = samples.xy if masts is None else np.concatenate([samples.xy, masts])
+        grid = Grid.around(around, side, margin=side)
+        _bounded(grid, count)
+        building = None if buildings is None else polygons_on(buildings, grid, samples.crs)
         return RadioScene(grid, building, masts, samples.crs)
-    mask, grid, crs = read_raster(path)
-    _bounded(grid, 0 if masts is None else len(masts))
-    if samples.crs is not None and not same_plane(crs, samples.crs):
-        raise UserError(f"{path} lies in {crs}, the samples in {samples.crs}: give --crs {crs} or reproject the raster")
-    outside = ~grid.inside(samples.xy)
+    found = read_buildings(buildings, samples.crs, cell, lambda grid: _bounded(grid, count))
+    outside = ~found.grid.inside(samples.xy)
     if outside.mean() > 0.5:
-        raise UserError(f"{path}: {outside.mean():.0%} of the samples lie outside this raster")
-    building = np.nan_to_num(mask) != 0
-    _say_built(path, building)
-    return RadioScene(grid, building, masts, samples.crs or crs)
+        raise UserError(f"{buildings}: {outside.mean():.0%} of the samples lie outside this raster")
+    if not found.mask.any():
+        raise UserError(
+            f"{buildings}: no cell is built up, so that it would have no effect: expected nonzero values where buildings stand"
+        )
+    text = f"{buildings}: {int(found.mask.sum())} of {found.mask.size} cells are built up"
+    text += f", {found.unknown} have no value and count as free" if found.unknown else ""
+    text += f"; {int(outside.sum())} of {len(samples)} samples lie outside of it" if outside.any() else ""
+    warnings.warn(text, stacklevel=2)
+    return RadioScene(found.grid, found.mask, masts, samples.crs or found.crs)
+
+
+def _say_far(path: str | Path, masts: Floats, samples: RadioSamples) -> None:
+    """Say which masts lie far from the measurements: swapped or foreign coordinates look like that."""
+    low, high = samples.xy.min(axis=0), samples.xy.max(axis=0)
+    away = np.sqrt((np.maximum(np.maximum(low - masts, masts - high), 0.0) ** 2).sum(axis=1))
+    diagonal = float(np.hypot(*(high - low)))
+    far = away > diagonal
+    if far.any():
+        warnings.warn(
+            f"{path}: {int(far.sum())} of {len(masts)} masts lie farther from the measurements than these extend, up to"
+            f" {away.max():.3g} m away; the map reaches there",
+            stacklevel=3,
+        )
 
 
 def _bounded(grid: Grid, masts: int) -> None:
@@ -137,121 +150,6 @@ def _bounded(grid: Grid, masts: int) -> None:
             f"a scene of {grid.height} x {grid.width} cells of {grid.cell:.3g} m takes {size:.1f} GB with {masts} masts,"
             f" more than {_MOST_GB:g}: give --cell {enough * 1.05:.2g} or more"
         )
-
-
-def _say_built(path: Path, building: Bools) -> None:
-    """Say how much is built up.
-
-    Raises:
-        UserError: nothing is: the file would have no effect.
-    """
-    if not building.any():
-        raise UserError(
-            f"{path}: no cell of the map is built up, so that it would have no effect: check its plane and place"
-        )
-    warnings.warn(f"{path}: {int(building.sum())} of {building.size} cells are built up", stacklevel=4)
-
-
-def read_raster(path: str | Path) -> tuple[Floats, Grid, str]:
-    """The first band of a GeoTIFF, its grid and its coordinate system; values without data are NaN.
-
-    Raises:
-        UserError: not a raster, without a coordinate system, in degrees, not north-up, or its cells are not square.
-    """
-    needs("rasterio", "geo", "radiogat", why="GeoTIFF")
-    import rasterio
-    from rasterio.errors import RasterioIOError
-
-    try:
-        with rasterio.open(path) as file:
-            grid, crs = grid_of(Path(path), file)
-            assert crs is not None
-            return file.read(1, masked=True).astype(np.float64).filled(np.nan), grid, crs
-    except RasterioIOError as error:
-        raise UserError(f"{path}: not a raster that can be read ({error})") from error
-
-
-def polygons_on(path: str | Path, grid: Grid, crs: str | None) -> Bools:
-    """(H, W) cells whose center lies in a polygon of a GeoJSON file, holes left out.
-
-    Args:
-        path: GeoJSON; positions are longitude and latitude, or lie in the plane where ``crs`` is None.
-        grid: the raster.
-        crs: plane of the raster.
-    """
-    from matplotlib.path import Path as Outline
-
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a GeoJSON file ({error})") from error
-    own = _plane_of(path, content)
-    mask = np.zeros(grid.shape, dtype=bool)
-    centers = grid.centers().reshape(*grid.shape, 2)
-    shapes, outside = 0, 0
-    for rings in _polygons(path, content):
-        shapes += 1
-        inside = np.zeros(grid.shape, dtype=bool)
-        for ring in rings:
-            outline = np.asarray(ring, dtype=np.float64)[:, :2]
-            if own is not None:
-                outline = _moved(path, outline, own, crs)
-            elif crs is not None:
-                plane_for(outline[:, 0], outline[:, 1], str(path))
-                outline = project(outline[:, 0], outline[:, 1], crs)
-            low, high = np.sort(grid.rowcol(np.stack([outline.min(axis=0), outline.max(axis=0)])), axis=0)
-            rows, columns = (slice(max(0, int(a)), max(0, int(b) + 1)) for a, b in zip(low, high, strict=True))
-            part = centers[rows, columns]
-            inside[rows, columns] ^= Outline(outline).contains_points(part.reshape(-1, 2)).reshape(part.shape[:2])
-        outside += not inside.any()
-        mask |= inside
-    if outside:
-        warnings.warn(
-            f"{path}: {outside} of {shapes} shapes cover no cell's center: outside of the map, or smaller", stacklevel=4
-        )
-    return mask
-
-
-def _plane_of(path: str | Path, content: Any) -> str | None:
-    """The plane that a GeoJSON file of the older kind names; None for degrees."""
-    named = content.get("crs") if isinstance(content, dict) else None
-    if not named:
-        return None
-    try:
-        name = str(named["properties"]["name"])
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: its member crs names no coordinate system") from None
-    return None if "CRS84" in name or name.endswith(":4326") else name
-
-
-def _moved(path: str | Path, outline: Floats, own: str, crs: str | None) -> Floats:
-    """An outline of another plane in the map's."""
-    if crs is None:
-        return outline
-    needs("pyproj", "geo", "radiogat", why=f"the plane {own} of {path}")
-    import pyproj
-
-    transform = pyproj.Transformer.from_crs(own, crs, always_xy=True).transform
-    return np.stack(transform(outline[:, 0], outline[:, 1]), axis=1)
-
-
-def _polygons(path: str | Path, content: Any) -> Iterator[Any]:
-    kind = content.get("type") if isinstance(content, dict) else None
-    if kind == "FeatureCollection":
-        for feature in content["features"]:
-            yield from _polygons(path, feature)
-    elif kind == "Feature":
-        if content["geometry"] is not None:
-            yield from _polygons(path, content["geometry"])
-    elif kind == "GeometryCollection":
-        for geometry in content["geometries"]:
-            yield from _polygons(path, geometry)
-    elif kind == "Polygon":
-        yield content["coordinates"]
-    elif kind == "MultiPolygon":
-        yield from content["coordinates"]
-    elif kind is None:
-        raise UserError(f"{path}: not a GeoJSON file: no type")
 
 
 # Complete maps

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 from scipy.spatial import cKDTree
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_array, check_is_fitted
 
 from radiogat import predictors
 from radiogat.config import METHODS, GraphConfig, RadioGATConfig, RadioGATxConfig, TreesConfig
@@ -114,7 +115,7 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         own: dict[str, Any] = super().get_params(deep=False)
         if deep:
             for name, kind in _KINDS.items():
-                inner = own[name] if own[name] is not None else kind()
+                inner = own[name] if isinstance(own[name], kind) else kind()
                 own |= {f"{name}__{f.name}": getattr(inner, f.name) for f in dataclasses.fields(inner)}
         return own
 
@@ -158,9 +159,9 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if isinstance(X, RadioSamples):
             scene, samples = (y if isinstance(y, RadioScene) else scene), X
         else:
-            xy, freq = _rows(X)
             if y is None or isinstance(y, RadioScene):
                 raise UserError("requires y to be passed, but the target y is None: the received powers in dBm")
+            xy, freq = _rows(X)
             power = np.asarray(y, dtype=np.float64)
             if power.shape != (len(xy),):
                 raise UserError(f"y has shape {power.shape}, expected ({len(xy)},), a power for each row of X")
@@ -330,8 +331,7 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             return found[0] if interval is None else tuple(found)
         freqs = self.frequencies(freq_mhz)
         if isinstance(where, Grid):
-            layout = MapLayout(where, freqs, interval, self.samples_.crs)
-            return RadioMap.collect(layout, self.tiles(where, freqs, interval))
+            return RadioMap.collect(self.layout(where, freqs, interval), self.tiles(where, freqs, interval))
         xy = np.asarray(where, dtype=np.float64)
         if xy.ndim != 2 or xy.shape[1] != 2:
             raise UserError(f"positions have shape {xy.shape}, expected (n, 2), or (n, 3) with frequencies")
@@ -351,22 +351,23 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         for start in range(0, grid.height, step):
             rows = slice(start, min(grid.height, start + step))
             centers = grid.centers(rows)
-            free = self._free(centers)
+            found = self.at_centers(centers, freqs, interval)
             shape = (len(freqs), rows.stop - rows.start, grid.width)
-            layers = {}
-            for name, values in self._at(centers[free], freqs, interval).items():
-                layer = np.full((len(freqs), len(centers)), np.nan)
-                layer[:, free] = values
-                layers[name] = layer.reshape(shape)
-            yield rows, layers
+            yield rows, {name: values.reshape(shape) for name, values in found.items()}
 
-    def _free(self, xy: Floats) -> Bools:
-        """(n) whether a position is outside every building."""
-        scene = self.scene_
-        if scene is None or scene.building is None:
-            return np.ones(len(xy), dtype=bool)
-        at = np.clip(scene.grid.rowcol(xy), 0, np.array(scene.grid.shape) - 1)
-        return np.asarray(~(scene.building[at[:, 0], at[:, 1]] & scene.grid.inside(xy)))
+    def at_centers(self, xy: Floats, freq_mhz: Sequence[float], interval: float | None) -> dict[str, Floats]:
+        """Layer -> (F, n) values at the centers of cells (n, 2), NaN in buildings."""
+        free = np.ones(len(xy), dtype=bool) if self.scene_ is None else ~self.scene_.built_at(xy)
+        layers = {}
+        for name, values in self._at(xy[free], freq_mhz, interval).items():
+            layers[name] = np.full((len(freq_mhz), len(xy)), np.nan)
+            layers[name][:, free] = values
+        return layers
+
+    def layout(self, grid: Grid, freq_mhz: float | Sequence[float] | None, interval: float | None) -> MapLayout:
+        """What is known of the map of a grid before it is computed, with the scene's buildings."""
+        building = None if self.scene_ is None else self.scene_.building_on(grid)
+        return MapLayout(grid, self.frequencies(freq_mhz), interval, self.samples_.crs, building)
 
     def frequencies(self, freq_mhz: float | Sequence[float] | None) -> tuple[float, ...]:
         """The frequencies that are asked for, or the measured bands.
@@ -536,11 +537,14 @@ def _rows(X: Any) -> tuple[Floats, Floats]:
         if missing:
             raise UserError(f"X has no column {', '.join(missing)}; expected x, y, freq_mhz")
         X = X[["x", "y", "freq_mhz"]]
-    rows = np.asarray(X, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] != 3:
+    if np.ndim(X) != 2 and not issparse(X):
+        raise UserError(f"X has shape {np.shape(X)}, expected (n, 3): x, y, frequency in MHz")
+    try:
+        rows = check_array(X, dtype=np.float64, ensure_min_features=3)
+    except ValueError as error:
+        raise UserError(f"X, expected (n, 3), x, y, frequency in MHz: {error}") from error
+    if rows.shape[1] != 3:
         raise UserError(f"X has shape {rows.shape}, expected (n, 3): x, y, frequency in MHz")
-    if not np.isfinite(rows).all():
-        raise UserError(f"X: row {int(np.argwhere(~np.isfinite(rows))[0][0])} is not finite")
     return rows[:, :2], rows[:, 2]
 
 

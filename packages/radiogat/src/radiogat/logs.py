@@ -107,6 +107,7 @@ class LogReader:
         self.cells: dict[str, int] = {}
         self.faults = _Faults(self.path)
         self.notes: list[str] = []
+        self._seen: dict[str, None] = {}
 
     # Which columns
 
@@ -157,11 +158,18 @@ class LogReader:
         )
         parts.clear()
         if rows is None or not len(rows.rss):
+            if self._others and not self.faults.count:
+                name, seen = self.layout.names[self._cell or 0], list(self._seen)
+                there = ", ".join(seen[:8]) + (" ..." if len(seen) > 8 else "")
+                asked = ", ".join(self.how.only)
+                raise UserError(f"{self.path}: no row has {asked} in column {name}; there are {there}")
             if not self.faults.count:
                 raise UserError(f"{self.path}: expected a line of column names and a line for each measurement")
             self.faults.settle(self.how.missing, self._count, 0)
         assert rows is not None
         self.faults.settle(self.how.missing, self._count, len(rows.rss))
+        if self._others:
+            self.notes.append(f"{self._others} rows are of other cells than {', '.join(self.how.only)}")
         for note in dict.fromkeys(self.notes):
             warnings.warn(f"{self.path}: {note}", stacklevel=3)
         crs = self.how.crs
@@ -179,6 +187,7 @@ class LogReader:
             raise type(error)(f"{self.path}: {error}") from error
 
     _count = 0
+    _others = 0
     _degrees = True
 
     def _cells(self, xy: Floats, freq: Floats, rss: Floats, cell: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
@@ -228,6 +237,9 @@ class LogReader:
         self._degrees = place is None or place[2]
         track = self._track() if place is None and how.track is not None else None
         for _, frame in chunks(self.path, self.layout, used):
+            cell, mine = self._identity(frame)
+            self._others += int((~mine).sum())
+            frame, cell = frame[mine], cell[mine]
             self._count += len(frame) * (1 if len(powers) == 1 else 0)
             lines = frame.index.to_numpy(dtype=np.int64)
             if place is not None:
@@ -237,15 +249,14 @@ class LogReader:
             else:
                 lat, lon = how.at or (np.nan, np.nan)
                 a, b, ok = np.full(len(frame), lon), np.full(len(frame), lat), np.ones(len(frame), dtype=bool)
-            cell, mine = self._identity(frame)
             for n, number in enumerate(powers):
                 rss, good = self._power(frame, lines, number, quiet=len(powers) > 1)
                 if kind == "wide":
                     freq, tuned_in = np.full(len(frame), wide[number]), np.ones(len(frame), dtype=bool)
                 else:
                     tune = tuned[n if len(tuned) > 1 else 0] if tuned else None
-                    freq, tuned_in = self._tuned(frame, lines, kind, tune, radio, good & mine)
-                keep = ok & good & tuned_in & mine
+                    freq, tuned_in = self._tuned(frame, lines, kind, tune, radio, good)
+                keep = ok & good & tuned_in
                 if len(powers) > 1:
                     self._count += int(keep.sum())
                 yield _Rows(a[keep], b[keep], freq[keep], rss[keep], cell[keep])
@@ -314,6 +325,8 @@ class LogReader:
             return np.zeros(len(frame), dtype=np.int64), np.ones(len(frame), dtype=bool)
         text = text_of(frame[self._cell])
         mine = text.isin(list(self.how.only)).to_numpy(dtype=bool) if self.how.only else np.ones(len(text), dtype=bool)
+        if self.how.only:
+            self._seen.update(dict.fromkeys(text.unique()))
         labels = {name: self.cells.setdefault(name, len(self.cells)) for name in text[mine].unique()}
         return text.map(labels).fillna(-1).to_numpy(dtype=np.int64), mine
 
@@ -340,6 +353,10 @@ class LogReader:
         self.faults.note(lines[empty], name, "is empty")
         if kind == "freq":
             return self._megahertz(values, number), np.isfinite(values)
+        if self.roles.columns[number].plain in {"channel", "ch"}:
+            values = np.where(values == 0, np.nan, values)  # WiGLE's cells without a channel; no GSM carrier of 935 MHz
+            self.faults.note(lines[np.isnan(values) & ~odd & needed & ~empty], name, "is 0, no channel")
+            empty = np.isnan(values) & ~odd & needed
         mhz = np.full(len(values), np.nan)
         known = np.zeros(len(values), dtype=bool)
         for word, rows in self._radios(frame, lines, number, radio, needed & ~empty & ~odd):

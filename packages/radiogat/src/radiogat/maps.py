@@ -1,8 +1,9 @@
 """Predicted maps: in memory, or written tile by tile into GeoTIFF and netCDF; and read back."""
 
+import contextlib
 import csv
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radiogat.pictures import map_picture
+from radiogat.roles import UNITS
 from radiogat.samples import Grid, RadioSamples
 from radiogat.suggest import suggest_places
 from tenfold import UserError
@@ -32,12 +34,14 @@ class MapLayout:
         freq_mhz: bands in MHz.
         level: level of the error bars; None: there are none.
         crs: plane of the grid.
+        building: (H, W) where buildings stand; None: not known. A cell without a value need not be one.
     """
 
     grid: Grid
     freq_mhz: tuple[float, ...]
     level: float | None = None
     crs: str | None = None
+    building: Bools | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -54,8 +58,8 @@ class RadioMap:
     """A predicted map of one or several bands.
 
     Args:
-        layout: grid, bands, level of the error bars, plane.
-        layers: rss_dbm, and with error bars rss_lo and rss_hi: (F, H, W) dBm, NaN in buildings.
+        layout: grid, bands, level of the error bars, plane, buildings.
+        layers: rss_dbm, and with error bars rss_lo and rss_hi: (F, H, W) dBm, NaN in buildings and where there is no value.
     """
 
     layout: MapLayout
@@ -91,6 +95,10 @@ class RadioMap:
         """One band for each layer and frequency, float32, NaN without data."""
         write_geotiff(path, self.layout, self.tiles())
 
+    def to_cog(self, path: str | Path) -> None:
+        """The same as a cloud-optimized GeoTIFF."""
+        write_cog(path, self.layout, self.tiles())
+
     def to_netcdf(self, path: str | Path) -> None:
         """Variables rss_dbm (rss_lo, rss_hi) over (freq, y, x)."""
         write_netcdf(path, self.layout, self.tiles())
@@ -109,28 +117,12 @@ class RadioMap:
 
     def to_xarray(self) -> "xarray.Dataset":
         """A dataset over (freq, y, x) with units."""
-        needs("xarray", "geo", "radiogat", why="to_xarray")
-        import xarray
-
-        variables = {
-            name: (("freq", "y", "x"), layer, {"units": "dBm", "long_name": _LONG[name]})
-            for name, layer in self.layers.items()
-        }
-        x, y = _axes(self.layout.grid)
-        coordinates = {"freq": ("freq", list(self.layout.freq_mhz), {"units": "MHz"}), "y": y, "x": x}
-        attributes = {"crs": self.layout.crs or "", "interval": self.layout.level or 0.0, "Conventions": "CF-1.11"}
-        found = xarray.Dataset(variables, coordinates, attributes)
-        found["x"].attrs |= {"units": "m", "standard_name": "projection_x_coordinate"}
-        found["y"].attrs |= {"units": "m", "standard_name": "projection_y_coordinate"}
-        mapping = cf_mapping(self.layout)
-        if mapping:
-            found = found.assign_coords(spatial_ref=((), 0, mapping))
-            for name in self.layers:
-                found[name].attrs["grid_mapping"] = "spatial_ref"
-        return found
+        building = self.layout.building
+        return dataset_of(self.layout, self.layers, None if building is None else building.astype(np.int8))
 
     def plot(self, path: str | Path, *, building: Bools | None = None, samples: RadioSamples | None = None) -> None:
         """A PNG with one map per band, one color bar for all, buildings gray; with the samples on it where given."""
+        building = self.layout.building if building is None else building
         map_picture(path, self.layout.grid, self.layout.freq_mhz, self.rss_dbm, building=building, samples=samples)
 
     def suggest(self, count: int, reach: float | None = None) -> Floats:
@@ -143,6 +135,8 @@ class RadioMap:
         return suggest_places(self.layout.grid, self.error_bar.mean(axis=0), count, reach or 10 * self.layout.grid.cell)
 
 
+_BUILDING = {"long_name": "building", "flag_values": np.array([0, 1], np.int8), "flag_meanings": "free building"}
+"""Attributes of the layer building in netCDF."""
 _TILE = 256
 """Cells along the sides of a GeoTIFF's tiles."""
 _LONG = {
@@ -166,101 +160,136 @@ def write_csv(path: str | Path, names: Sequence[str], columns: Sequence[NDArray[
         writer.writerows(zip(*(np.asarray(column).tolist() for column in columns), strict=True))
 
 
-def grid_of(path: Path, file: Any, need_crs: bool = True) -> tuple[Grid, str | None]:
-    """Grid and coordinate system of an open raster.
+class GeoTiffWriter:
+    """An open GeoTIFF that a map is written into, window by window.
 
-    Raises:
-        UserError: it has none, is in degrees, not north-up, or its cells are not square.
+    Bands are named ``1750 MHz rss_dbm`` and so on; where buildings are known, the last one is ``building``.
+
+    Args:
+        file: as rasterio opened it for writing.
+        layout: what is known of the map.
     """
-    if file.crs is None and need_crs:
-        raise UserError(f"{path} has no coordinate system: assign one (gdal_edit.py -a_srs EPSG:... FILE)")
-    if file.crs is not None and file.crs.is_geographic:
-        raise UserError(f"{path} is in degrees: reproject it to a plane in meters (gdalwarp -t_srs EPSG:... FILE OUT)")
-    t = file.transform
-    if t.b or t.d or t.a <= 0 or t.e >= 0 or abs(t.a + t.e) > 1e-6 * t.a:
-        raise UserError(f"{path}: expected a north-up raster with square cells, found the transform {tuple(t)[:6]}")
-    grid = Grid(t.c, t.f, t.a, file.height, file.width)
-    if file.crs is None:
-        return grid, None
-    code = file.crs.to_epsg()
-    return grid, f"EPSG:{code}" if code else file.crs.to_wkt()
+
+    def __init__(self, file: Any, layout: MapLayout) -> None:
+        self.file, self.layout = file, layout
+        names = [(freq, name) for freq in layout.freq_mhz for name in layout.layers]
+        for band, (freq, name) in enumerate(names, 1):
+            file.set_band_description(band, f"{freq:g} MHz {name}")
+            file.set_band_unit(band, "dBm")
+            file.update_tags(band, freq_mhz=repr(freq), layer=name, units="dBm")
+        if layout.level is not None:
+            file.update_tags(interval=repr(layout.level))
+        if file.count > len(names):
+            file.set_band_description(file.count, "building")
+            file.update_tags(file.count, layer="building")
+
+    def write(self, rows: slice, columns: slice, values: Mapping[str, NDArray[Any]], building: Bools | None) -> None:
+        """Write a window: by layer (F, rows, columns), and the buildings (rows, columns) where they are known."""
+        from rasterio.windows import Window
+
+        shape = columns.stop - columns.start, rows.stop - rows.start
+        window = Window(columns.start, rows.start, *shape)  # type: ignore[call-arg, unused-ignore]
+        layers = self.layout.layers
+        for f in range(len(self.layout.freq_mhz)):
+            for n, name in enumerate(layers):
+                self.file.write(values[name][f].astype(np.float32), f * len(layers) + n + 1, window=window)
+        if building is not None:
+            self.file.write(building.astype(np.float32), self.file.count, window=window)
 
 
-def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
-    """Write a map into a GeoTIFF as its tiles come; bands are named ``1750 MHz rss_dbm`` and so on."""
+@contextlib.contextmanager
+def geotiff_writer(path: str | Path, layout: MapLayout, *, built: bool) -> Iterator[GeoTiffWriter]:
+    """Yield a writer of a new GeoTIFF, which gets its overviews when the block ends; ``built``: it has a band of buildings."""
     needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio
-    from rasterio.transform import from_origin
-    from rasterio.windows import Window
 
-    grid, layers = layout.grid, layout.layers
+    grid = layout.grid
     profile = {
         "driver": "GTiff",
         "height": grid.height,
         "width": grid.width,
-        "count": len(layers) * len(layout.freq_mhz),
+        "count": len(layout.layers) * len(layout.freq_mhz) + built,
         "dtype": "float32",
         "nodata": float("nan"),
         "crs": layout.crs,
-        "transform": from_origin(grid.x0, grid.y0, grid.cell, grid.cell),
+        "transform": grid.transform,
         "compress": "deflate",
         "interleave": "band",
         "BIGTIFF": "IF_SAFER",
     }
     if min(grid.shape) >= _TILE:
         profile |= {"tiled": True, "blockxsize": _TILE, "blockysize": _TILE}
-    with replacing(path) as temporary, rasterio.open(temporary, "w", **profile) as file:
-        for f, freq in enumerate(layout.freq_mhz):
-            for n, name in enumerate(layers):
-                band = f * len(layers) + n + 1
-                file.set_band_description(band, f"{freq:g} MHz {name}")
-                file.set_band_unit(band, "dBm")
-                file.update_tags(band, freq_mhz=repr(freq), layer=name, units="dBm")
-        if layout.level is not None:
-            file.update_tags(interval=repr(layout.level))
-        for rows, values in tiles:
-            window = Window(0, rows.start, grid.width, rows.stop - rows.start)  # type: ignore[call-arg, unused-ignore]
-            for f in range(len(layout.freq_mhz)):
-                for n, name in enumerate(layers):
-                    file.write(values[name][f].astype(np.float32), f * len(layers) + n + 1, window=window)
+    with rasterio.open(path, "w", **profile) as file:
+        yield GeoTiffWriter(file, layout)
         factors = [2**k for k in range(1, 12) if max(grid.shape) // 2**k >= _TILE // 2]
         if factors:
             file.build_overviews(factors, rasterio.enums.Resampling.average)
 
 
-def read_geotiff(path: str | Path, need_crs: bool = True) -> RadioMap:
-    """A map that ``write_geotiff`` wrote, or any GeoTIFF whose bands say their MHz in a tag or description.
+def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
+    """Write a map into a GeoTIFF as its tiles come."""
+    building = layout.building
+    whole = slice(0, layout.grid.width)
+    with replacing(path) as temporary, geotiff_writer(temporary, layout, built=building is not None) as writer:
+        for rows, values in tiles:
+            writer.write(rows, whole, values, None if building is None else building[rows])
+
+
+def write_cog(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
+    """Write a map into a cloud-optimized GeoTIFF: a tiled one comes first, in its folder."""
+    with replacing(path) as temporary, beside(temporary) as plain:
+        write_geotiff(plain, layout, tiles)
+        cog_of(plain, temporary)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield the path of a file that is deleted when the block ends."""
+    plain = path.with_name(path.name + ".plain.tif")
+    try:
+        yield plain
+    finally:
+        plain.unlink(missing_ok=True)
+
+
+def cog_of(source: Path, out: Path) -> None:
+    """Write a GeoTIFF again as a cloud-optimized one."""
+    from rasterio.shutil import copy
+
+    copy(source, out, driver="COG", compress="deflate", blocksize=_TILE, bigtiff="IF_SAFER", overviews="AUTO")
+
+
+def dataset_of(layout: MapLayout, layers: Mapping[str, Any], building: Any) -> "xarray.Dataset":
+    """A dataset of xarray over (freq, y, x) with units and CF grid mapping.
 
     Args:
-        path: the file.
-        need_crs: refuse a file without a coordinate system; a map of measurements without one has none.
+        layout: what is known of the map.
+        layers: by name (F, H, W), of NumPy or lazy ones of dask.
+        building: (H, W) 0 or 1, or None.
 
     Raises:
-        UserError: not a raster that can be placed, or a band does not say its frequency.
+        MissingExtraError: xarray is not installed.
     """
-    needs("rasterio", "geo", "radiogat", why="GeoTIFF")
-    import rasterio
-    from rasterio.errors import RasterioIOError
+    needs("xarray", "geo", "radiogat", why="to_xarray")
+    import xarray
 
-    try:
-        with rasterio.open(path) as file:
-            grid, crs = grid_of(Path(path), file, need_crs)
-            found: dict[str, dict[float, Floats]] = {}
-            for band in range(1, file.count + 1):
-                tags, said = file.tags(band), file.descriptions[band - 1] or ""
-                text = tags.get("freq_mhz") or said.partition("MHz")[0].strip()
-                try:
-                    freq = float(text)
-                except ValueError:
-                    raise UserError(f"{path}, band {band}: no frequency; describe it as '1750 MHz'") from None
-                values = file.read(band, masked=True).astype(np.float64).filled(np.nan)
-                found.setdefault(tags.get("layer", "rss_dbm"), {})[freq] = values
-            level = file.tags().get("interval")
-    except RasterioIOError as error:
-        raise UserError(f"{path}: not a raster that can be read ({error})") from error
-    freqs = tuple(sorted(found["rss_dbm"]))
-    layout = MapLayout(grid, freqs, float(level) if level else None, crs)
-    return RadioMap(layout, {name: np.stack([by[f] for f in freqs]) for name, by in found.items()})
+    variables = {
+        name: (("freq", "y", "x"), layer, {"units": "dBm", "long_name": _LONG[name]}) for name, layer in layers.items()
+    }
+    x, y = _axes(layout.grid)
+    coordinates = {"freq": ("freq", list(layout.freq_mhz), {"units": "MHz"}), "y": y, "x": x}
+    attributes = {"crs": layout.crs or "", "interval": layout.level or 0.0, "Conventions": "CF-1.11"}
+    found = xarray.Dataset(variables, coordinates, attributes)
+    found["x"].attrs |= {"units": "m", "standard_name": "projection_x_coordinate"}
+    found["y"].attrs |= {"units": "m", "standard_name": "projection_y_coordinate"}
+    mapping = cf_mapping(layout)
+    if mapping:
+        found = found.assign_coords(spatial_ref=((), 0, mapping))
+        for name in layers:
+            found[name].attrs["grid_mapping"] = "spatial_ref"
+    if building is not None:
+        found["building"] = (("y", "x"), building, dict(_BUILDING))
+    return found
 
 
 def cf_mapping(layout: MapLayout) -> dict[str, Any]:
@@ -305,16 +334,22 @@ def write_netcdf(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
             variable.units, variable.long_name = "dBm", _LONG[name]
             if mapping:
                 variable.grid_mapping = "spatial_ref"
+        if layout.building is not None:
+            variable = file.createVariable("building", "i1", ("y", "x"), zlib=True)
+            variable.setncatts(_BUILDING)
+            variable[:] = layout.building
         for rows, values in tiles:
             for name in layout.layers:
                 file[name][:, rows, :] = values[name]
 
 
 def read_netcdf(path: str | Path) -> RadioMap:
-    """A map over (freq, y, x) with the variable rss_dbm, and rss_lo and rss_hi where there are error bars.
+    """A map over (freq, y, x) with the variable rss_dbm, and rss_lo, rss_hi and building where they are known.
+
+    Scale and offset are applied, y may rise or fall, the units of freq and a CF grid mapping are read.
 
     Raises:
-        UserError: not such a file, or its grid is not regular and north-up.
+        UserError: not such a file, its grid is not regular, or its cells are not square.
     """
     needs("netCDF4", "geo", "radiogat", why="netCDF")
     import netCDF4
@@ -327,17 +362,42 @@ def read_netcdf(path: str | Path) -> RadioMap:
             if missing:
                 raise UserError(f"{path}: no variable {', '.join(sorted(missing))}; expected rss_dbm over (freq, y, x)")
             freq, y, x = (np.ma.filled(file[name][:], np.nan).astype(np.float64) for name in ("freq", "y", "x"))
+            unit = str(getattr(file["freq"], "units", "MHz")).strip()
+            if unit.lower() not in UNITS:
+                raise UserError(f"{path}: freq is in {unit}, expected MHz, GHz, kHz or Hz")
+            freq = freq * UNITS[unit.lower()]
             names = [n for n in ("rss_dbm", "rss_lo", "rss_hi") if n in file.variables]
             layers: dict[str, Floats] = {str(n): np.ma.filled(file[n][:].astype(np.float64), np.nan) for n in names}
-            crs, level = getattr(file, "crs", "") or None, float(getattr(file, "interval", 0.0)) or None
+            building = np.ma.filled(file["building"][:], 0) != 0 if "building" in file.variables else None
+            level = float(getattr(file, "interval", 0.0)) or None
+            crs = _plane_of(file)
     except OSError as error:
         raise UserError(f"{path}: not a netCDF file ({error})") from error
+    if len(y) > 1 and y[1] > y[0]:
+        y, layers = y[::-1], {name: values[:, ::-1] for name, values in layers.items()}
+        building = None if building is None else building[::-1]
     cell = float(x[1] - x[0]) if len(x) > 1 else float(y[0] - y[-1]) / max(1, len(y) - 1) or 1.0
     steps = np.concatenate([np.diff(x) - cell, np.diff(y) + cell])
     if cell <= 0 or (np.abs(steps) > 1e-6 * cell).any():
-        raise UserError(f"{path}: expected equal steps, x to the east and y from north to south, with square cells")
+        raise UserError(f"{path}: expected equal steps, x to the east, and square cells")
     grid = Grid(float(x[0] - cell / 2), float(y[0] + cell / 2), cell, len(y), len(x))
-    return RadioMap(MapLayout(grid, tuple(map(float, freq)), level, crs), layers)
+    return RadioMap(MapLayout(grid, tuple(map(float, freq)), level, crs, building), layers)
+
+
+def _plane_of(file: Any) -> str | None:
+    """The plane of an open netCDF file: its attribute crs, or the grid mapping of rss_dbm."""
+    if named := getattr(file, "crs", ""):
+        return str(named)
+    mapping = getattr(file["rss_dbm"], "grid_mapping", "")
+    if not mapping or mapping not in file.variables:
+        return None
+    needs("pyproj", "geo", "radiogat", why="the grid mapping of netCDF")
+    import pyproj
+
+    attributes = {name: getattr(file[mapping], name) for name in file[mapping].ncattrs()}
+    found = pyproj.CRS.from_cf(attributes)
+    code = found.to_epsg()
+    return f"EPSG:{code}" if code else found.to_wkt()
 
 
 def samples_of(radio_map: RadioMap) -> RadioSamples:

@@ -4,6 +4,7 @@ UTM with pyproj, else an equirectangular plane about the middle of the measureme
 """
 
 import math
+import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -67,6 +68,11 @@ def check_plane(crs: str) -> None:
     units = {axis.unit_name for axis in found.axis_info[:2]}
     if not all(unit.startswith("met") for unit in units):  # as PROJ spells it
         raise UserError(f"--crs {crs} ({found.name}) is in {', '.join(sorted(units))}, expected a plane in meters")
+    if any(word in found.name.lower() for word in ("pseudo-mercator", "world mercator")):
+        warnings.warn(
+            f"--crs {crs} ({found.name}) stretches distances, at latitude 50 by 56 %: UTM does not",
+            stacklevel=4,
+        )
 
 
 def _plain_plane(crs: str) -> tuple[float, float] | None:
@@ -99,6 +105,26 @@ def unproject(xy: ArrayLike, crs: str) -> Floats:
     import pyproj
 
     transform = pyproj.Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform
+    return np.stack(transform(points[:, 0], points[:, 1]), axis=1)
+
+
+def moved(xy: ArrayLike, own: str, goal: str) -> Floats:
+    """(n, 2) positions of one coordinate system in another; degrees are longitude, latitude.
+
+    Raises:
+        MissingExtraError: the systems differ, and pyproj is not installed.
+    """
+    points = np.asarray(xy, dtype=np.float64)
+    if own == goal:
+        return points
+    if own in {"EPSG:4326", "OGC:CRS84"}:
+        return project(points[:, 0], points[:, 1], goal)
+    if goal == "EPSG:4326":
+        return unproject(points, own)
+    needs("pyproj", "geo", "radiogat", why=f"the coordinate system {own}")
+    import pyproj
+
+    transform = pyproj.Transformer.from_crs(own, goal, always_xy=True).transform
     return np.stack(transform(points[:, 0], points[:, 1]), axis=1)
 
 

@@ -95,6 +95,11 @@ _MLS = (
     ),
     "averageSignal",
 )
+_SERVING = frozenset({"lte pcell", "nr pcell", "pcell", "serving", "serving cell", "lte serving", "nr serving"})
+"""What stands in brackets behind the values of the cell that serves."""
+_MEASURES = frozenset(
+    {"dbm", "dbuv", "dbµv", "dbuv/m", "mw", "w", "asu", "hz", "khz", "mhz", "ghz", "m", "deg", "°", "text"}
+)
 UNITS = {"hz": 1e-6, "khz": 1e-3, "mhz": 1.0, "ghz": 1e3}
 AS_NAME = re.compile(r"(\d+(?:\.\d+)?)\s*(hz|khz|mhz|ghz)\b", re.IGNORECASE)
 
@@ -156,27 +161,64 @@ class Roles:
         self.given = given
 
     def find(self, role: str) -> int | None:
-        """Number of the column with this role, or None."""
+        """Number of the column with this role, or None.
+
+        Raises:
+            UserError: the name that was given for it is not there, or which of several columns is meant is not clear.
+        """
         if role in self.given:
-            same = [i for i, name in enumerate(self.names) if name == self.given[role]]
+            name = self.given[role]
+            if re.fullmatch(r"#\d+", name):
+                if not 1 <= int(name[1:]) <= len(self.names):
+                    raise UserError(f"{self.path}: no column {name}; there are {len(self.names)}")
+                return int(name[1:]) - 1
+            same = [i for i, known in enumerate(self.names) if known == name]
             if not same:
-                name = self.given[role]
                 raise UserError(f"{self.path}: no column '{name}': {did_you_mean(name, self.names)}")
-            return self._one(same)
+        else:
+            same = self._called(role)
+        if len(same) > 1 and len({self.names[i] for i in same}) < len(same):
+            self._refuse_doubled()
+        if len(same) > 1 and role not in {"time", "radio"}:
+            serving = [i for i in same if self.columns[i].unit in _SERVING]
+            if len(serving) == 1:
+                return serving[0]
+            if any(self.columns[i].unit and self.columns[i].unit not in _MEASURES for i in same):
+                shown = ", ".join(self.names[i] for i in same)
+                raise UserError(f"{self.path}: {shown}: which is meant? --columns {role}=NAME says it")
+        return same[0] if same else None
+
+    def _called(self, role: str) -> list[int]:
+        """Numbers of the columns that are called by the first name of a role that occurs."""
         for alias in COLUMNS[role]:
             same = [
                 i for i, c in enumerate(self.columns) if alias in (c.plain, c.name.lower()) and c.index in (None, 0)
             ]
             if same:
-                return self._one(same)
-        return None
+                return same
+        return []
 
-    def _one(self, same: list[int]) -> int:
-        if len({self.names[i] for i in same}) < len(same):
-            raise UserError(
-                f"{self.path}: {len(same)} columns are called '{self.names[same[0]]}': rename or remove one"
-            )
-        return same[0]
+    def _refuse_doubled(self) -> None:
+        """Name all columns that are needed and occur twice.
+
+        Raises:
+            UserError: always.
+        """
+        shown, ways = [], []
+        for role in COLUMNS:
+            same = [] if role in self.given else self._called(role)
+            again = [i for i in same if self.names[i] == self.names[same[0]]]
+            if len(again) > 1:
+                numbers = " and ".join(f"#{i + 1}" for i in again)
+                shown.append(f"{len(again)} columns are called '{self.names[again[0]]}' ({numbers})")
+                ways.append(f"{role}=#{again[0] + 1}")
+        for role, name in self.given.items():
+            if (count := self.names.count(name)) > 1:
+                shown.append(f"{count} columns are called '{name}'")
+                ways.append(f"{role}=#{self.names.index(name) + 1}")
+        raise UserError(
+            f"{self.path}: {', '.join(shown)}: take one by its number, --columns {','.join(ways)} for example"
+        )
 
     def family(self, first: int) -> list[int]:
         """A column and those that differ from it by the index in brackets alone, in order."""
@@ -210,12 +252,19 @@ def _is_header(given: Mapping[str, str]) -> Any:
 
     def is_header(fields: Sequence[str]) -> bool:
         plain = {column(field).plain for field in fields} | {field.strip().lower() for field in fields}
-        own = {role: bool(plain & names) or given.get(role) in fields for role, names in roles.items()}
+        own = {role: bool(plain & names) or _given(given.get(role), fields) for role, names in roles.items()}
         place = (own["x"] and own["y"]) or (own["lon"] and own["lat"])
         wide = sum(AS_NAME.search(field) is not None for field in fields) > 0
         return place or (own["rss_dbm"] and (own["freq_mhz"] or own["channel"])) or (wide and own["time"])
 
     return is_header
+
+
+def _given(name: str | None, fields: Sequence[str]) -> bool:
+    """Whether a line has the column that the user names, or so many that it has its number."""
+    if name is None:
+        return False
+    return int(name[1:]) <= len(fields) if re.fullmatch(r"#\d+", name) else name in fields
 
 
 def layout_of(path: Path, columns: Mapping[str, str] | None = None) -> Layout:
@@ -236,6 +285,8 @@ def layout_of(path: Path, columns: Mapping[str, str] | None = None) -> Layout:
         return dataclasses.replace(layout, names=_CELLMAPPER)
     if len(first) == len(_MLS) and radio_of(first[0]) and _within(first[6], 180) and _within(first[7], 90):
         return dataclasses.replace(layout, names=_MLS)
+    if len(first) >= 9 and first[0] in {"2G", "3G", "4G", "5G"} and _within(first[7], 90):
+        raise UserError(f"{path}: NetMonster's list of cells (.ntm) holds no powers: export its log of measurements")
     if any(re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?", name) for name in first):
         raise UserError(
             f"{path}: no line of column names, and an unknown layout; its fields begin {', '.join(first[:4])}"

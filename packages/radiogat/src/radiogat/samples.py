@@ -60,6 +60,13 @@ class Grid:
         """Rows and columns."""
         return self.height, self.width
 
+    @property
+    def transform(self) -> Any:
+        """From column and row to x and y, as rasterio has it (an ``Affine``)."""
+        from rasterio.transform import Affine
+
+        return Affine(self.cell, 0.0, self.x0, 0.0, -self.cell, self.y0)
+
     def centers(self, rows: slice = slice(None)) -> Floats:
         """(cells, 2) positions of the cells' centers, row by row."""
         y = self.y0 - (np.arange(self.height)[rows] + 0.5) * self.cell
@@ -94,8 +101,8 @@ class RadioSamples:
         rss_dbm: (n) received powers.
         crs: the plane: EPSG code, PROJ string or WKT; None where it does not matter.
 
-    Several measurements of one frequency at one place become their median, with a warning when they differ by more than
-    ``conflict`` dB, which a drive test's fading easily does.
+    Several measurements of one frequency at one place become their median, with a warning that counts them, and those that
+    differ by more than ``conflict`` dB, as a drive test's fading easily does.
 
     Raises:
         UserError: shapes disagree, a value is missing or cannot be what it is called; the message says which and what to do.
@@ -193,14 +200,13 @@ def _merged(xy: Floats, freq: Floats, rss: Floats, conflict: float) -> tuple[Flo
     median = (sorted_rss[(starts + ends - 1) // 2] + sorted_rss[(starts + ends) // 2]) / 2
     spread = sorted_rss[ends - 1] - sorted_rss[starts]
     first = np.minimum.reduceat(order, starts)
+    text = f"{int((ends - starts > 1).sum())} places were measured several times at one frequency: their medians are taken,"
+    text += f" {len(starts)} values of {len(order)} measurements"
     if (spread > conflict).any():
         worst = first[int(spread.argmax())]
-        warnings.warn(
-            f"{int((spread > conflict).sum())} places were measured several times at one frequency with values up to"
-            f" {spread.max():.1f} dB apart (first at x {xy[worst, 0]:g}, y {xy[worst, 1]:g}): their medians are taken,"
-            f" {len(starts)} values of {len(order)} measurements",
-            stacklevel=4,
-        )
+        text += f"; {int((spread > conflict).sum())} have values up to {spread.max():.1f} dB apart"
+        text += f" (first at x {xy[worst, 0]:g}, y {xy[worst, 1]:g})"
+    warnings.warn(text, stacklevel=4)
     keep = np.sort(first)  # in the order of the file
     return xy[keep], freq[keep], median[np.argsort(first)]
 
@@ -254,6 +260,21 @@ class RadioScene:
         if self.building is None or self.transmitters is None:
             return None
         return radio_depth(self.building, self.grid.rowcol(self.transmitters))
+
+    def built_at(self, xy: ArrayLike) -> Bools:
+        """(n) whether a position lies in a building; outside of the raster none is known."""
+        points = np.asarray(xy, dtype=np.float64).reshape(-1, 2)
+        if self.building is None:
+            return np.zeros(len(points), dtype=bool)
+        at = np.clip(self.grid.rowcol(points), 0, np.array(self.grid.shape) - 1)
+        return np.asarray(self.building[at[:, 0], at[:, 1]] & self.grid.inside(points))
+
+    def building_on(self, grid: Grid) -> Bools | None:
+        """(H, W) buildings on another grid, by its cells' centers; None where they are not known."""
+        if self.building is None or grid == self.grid:
+            return self.building
+        rows = (slice(row, row + 1) for row in range(grid.height))
+        return np.stack([self.built_at(grid.centers(row)) for row in rows])
 
     def depth_at(self, xy: ArrayLike) -> Floats | None:
         """(n, T) fractions at positions; those outside the raster take the nearest cell's."""

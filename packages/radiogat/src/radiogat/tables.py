@@ -25,6 +25,8 @@ _PREAMBLE = 200
 """Lines among which the header is looked for."""
 _ROWS = 20_000
 """Rows that are held as text at once."""
+_NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
+"""Characters that nobody sees, which some exports have in their header."""
 _MISSING = frozenset({"", "-", "--", "?", "-?", "nan", "na", "n/a", "null", "none", "nil", "unknown", "inf", "-inf"})
 """What tools write where they have no value, in small letters."""
 
@@ -126,8 +128,8 @@ def sniff(path: Path, is_header: Callable[[Sequence[str]], bool]) -> Layout:
 
 
 def split(line: str, delimiter: str) -> list[str]:
-    """The fields of a line; an empty last one does not count."""
-    fields = [field.strip() for field in next(csv.reader([line], delimiter=delimiter), [])]
+    """The fields of a line, without spaces and marks of no width around them; an empty last one does not count."""
+    fields = [field.strip().strip(_NO_WIDTH).strip() for field in next(csv.reader([line], delimiter=delimiter), [])]
     return fields[:-1] if fields and not fields[-1] else fields
 
 

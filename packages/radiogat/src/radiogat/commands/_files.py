@@ -1,9 +1,15 @@
 """What a command reads: measurements, scenes and complete maps, the raster of a map, a finished training."""
 
+import warnings
+from pathlib import Path
+from typing import Any
+
 from radiogat.config import FileSettings, InputSettings, TrainSettings
 from radiogat.data import read_maps, read_samples, read_scene
 from radiogat.estimator import RadioMapEstimator
-from radiogat.maps import read_geotiff, read_netcdf, samples_of
+from radiogat.maps import read_netcdf, samples_of
+from radiogat.planes import check_plane, moved, same_plane
+from radiogat.rasters import read_cells
 from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
 from radiogat.simulate import city
 from tenfold import UserError, runs
@@ -20,8 +26,13 @@ def read_measured(settings: FileSettings) -> tuple[RadioSamples, RadioScene | No
         UserError: another kind of file, or one that cannot be read.
     """
     kind, _, path = settings.data.partition(":")
-    if kind in {"geotiff", "netcdf"}:
-        samples = samples_of(read_geotiff(path) if kind == "geotiff" else read_netcdf(path))
+    if settings.crs is not None:
+        check_plane(settings.crs)
+    if kind == "geotiff" and path:
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("freq_mhz", "sign", "missing")}
+        samples = read_cells(path, settings.crs, **how)
+    elif kind == "netcdf" and path:
+        samples = _in_plane(samples_of(read_netcdf(path)), settings)
     elif kind in {"csv", "parquet"} and path:
         columns = dict(pair.split("=", 1) for pair in settings.columns)
         names = ("crs", "sign", "freq_mhz", "missing", "radio", "by", "track", "at")
@@ -30,6 +41,15 @@ def read_measured(settings: FileSettings) -> tuple[RadioSamples, RadioScene | No
     else:
         raise unknown(settings)
     return samples, read_scene(settings.buildings, settings.transmitters, samples, settings.cell)
+
+
+def _in_plane(samples: RadioSamples, settings: FileSettings) -> RadioSamples:
+    """The measurements in the plane that ``--crs`` names, with ``--sign``."""
+    crs, xy = settings.crs or samples.crs, samples.xy
+    if samples.crs is not None and crs is not None and not same_plane(samples.crs, crs):
+        warnings.warn(f"{settings.data}: moved from {samples.crs} to {crs}", stacklevel=3)
+        xy = moved(xy, samples.crs, crs)
+    return RadioSamples(xy, samples.freq_mhz, settings.sign * samples.rss_dbm, crs)
 
 
 def unknown(settings: FileSettings) -> UserError:
@@ -46,6 +66,8 @@ def read_input(settings: InputSettings, seed: int) -> tuple[RadioSamples, RadioS
     Raises:
         UserError: an unknown kind of file, or one that cannot be read.
     """
+    if settings.crs is not None:
+        check_plane(settings.crs)
     if settings.data == "city":
         maps = city()
     elif settings.data.partition(":")[0] in {"npz", "official"}:
@@ -55,7 +77,7 @@ def read_input(settings: InputSettings, seed: int) -> tuple[RadioSamples, RadioS
     return maps.samples(maps.draw(settings.rate, seed)), maps.scene, maps
 
 
-def grid_for(samples: RadioSamples, scene: RadioScene | None, cell: float | None) -> Grid:
+def grid_for(samples: RadioSamples, scene: RadioScene | None, cell: float | None, most: int = _MOST_CELLS) -> Grid:
     """The raster of a map: the scene's, unless another cell is asked for.
 
     Raises:
@@ -70,9 +92,14 @@ def grid_for(samples: RadioSamples, scene: RadioScene | None, cell: float | None
         g = scene.grid
         height, width = (max(1, round(n * g.cell / side)) for n in g.shape)
         grid = Grid(g.x0, g.y0, side, height, width)
-    if grid.height * grid.width > _MOST_CELLS:
+    if grid.height * grid.width > most:
         raise UserError(f"a map of {grid.height} x {grid.width} cells: give a larger --cell (meters, now {side:.3g})")
     return grid
+
+
+def model_file(run: str) -> Path:
+    """The file of the learned area of the finished `radiogat train` that ``--run`` names, as others may open it."""
+    return (runs.read(run, TrainSettings, package="radiogat", verb="train").path / "model.safetensors").resolve()
 
 
 def learned(run: str) -> RadioMapEstimator:

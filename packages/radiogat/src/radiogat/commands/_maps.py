@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 
 from radiogat import maps, pictures
-from radiogat.config import Format
+from radiogat.config import PredictFormat
 from radiogat.estimator import RadioMapEstimator
-from radiogat.maps import MapLayout, RadioMap
+from radiogat.maps import RadioMap
 from radiogat.samples import Grid
 from radiogat.spectral import fit_spectrum
 from tenfold.errors import installed, needs
@@ -18,7 +18,10 @@ _LARGE = 20_000_000
 """Values beyond which a map is written tile by tile and not drawn."""
 
 
-def map_format(chosen: Format) -> Literal["geotiff", "netcdf", "csv"]:
+Kind = Literal["geotiff", "cog", "netcdf", "zarr", "csv"]
+
+
+def map_format(chosen: PredictFormat) -> Kind:
     """The file format of a map: GeoTIFF where it can be written, unless another one was chosen.
 
     Raises:
@@ -26,10 +29,13 @@ def map_format(chosen: Format) -> Literal["geotiff", "netcdf", "csv"]:
     """
     if chosen == "auto":
         return "geotiff" if installed("rasterio") else "csv"
-    if chosen == "geotiff":
+    if chosen in {"geotiff", "cog"}:
         needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     if chosen == "netcdf":
         needs("netCDF4", "geo", "radiogat", why="netCDF")
+    if chosen == "zarr":
+        needs("zarr", "dask", "radiogat", why="zarr")
+        needs("xarray", "geo", "radiogat", why="zarr")
     return chosen
 
 
@@ -39,18 +45,23 @@ def write_map(
     grid: Grid,
     freq_mhz: Sequence[float] | None,
     interval: float,
-    kind: Literal["geotiff", "netcdf", "csv"],
+    kind: Kind,
 ) -> str:
     """Write the map, draw it where it fits into memory, and return the file's name."""
-    layout = MapLayout(grid, estimator.frequencies(freq_mhz), interval, estimator.samples_.crs)
-    name = {"geotiff": "map.tif", "netcdf": "map.nc", "csv": "map.csv"}[kind]
-    if len(layout.freq_mhz) * grid.height * grid.width > _LARGE and kind != "csv":
-        write = maps.write_geotiff if kind == "geotiff" else maps.write_netcdf
-        write(run.own(name), layout, estimator.tiles(grid, layout.freq_mhz, interval))
+    layout = estimator.layout(grid, freq_mhz, interval)
+    name = {"geotiff": "map.tif", "cog": "map.tif", "netcdf": "map.nc", "zarr": "map.zarr", "csv": "map.csv"}[kind]
+    tiles = estimator.tiles(grid, layout.freq_mhz, interval)
+    if len(layout.freq_mhz) * grid.height * grid.width > _LARGE and kind in {"geotiff", "cog", "netcdf"}:
+        write = {"geotiff": maps.write_geotiff, "cog": maps.write_cog, "netcdf": maps.write_netcdf}[kind]
+        write(run.own(name), layout, tiles)
         return name
-    found = RadioMap.collect(layout, estimator.tiles(grid, layout.freq_mhz, interval))
-    write_one = {"geotiff": found.to_geotiff, "netcdf": found.to_netcdf, "csv": found.to_csv}[kind]
-    write_one(run.own(name))
+    found = RadioMap.collect(layout, tiles)
+    if kind == "zarr":
+        with run.replacing_folder(name) as folder:
+            found.to_xarray().to_zarr(folder, mode="w", consolidated=False)
+    else:
+        write_one = {"geotiff": found.to_geotiff, "cog": found.to_cog, "netcdf": found.to_netcdf, "csv": found.to_csv}
+        write_one[kind](run.own(name))
     draw_map(run, found, estimator)
     return name
 
@@ -58,7 +69,7 @@ def write_map(
 def draw_map(run: Run, found: RadioMap, estimator: RadioMapEstimator) -> None:
     """Draw powers, error bars and spectral slope of a map."""
     scene, layout = estimator.scene_, found.layout
-    building = scene.building if scene is not None and scene.grid == layout.grid else None
+    building = layout.building
     masts = None if scene is None else scene.transmitters
     grid, freqs = layout.grid, layout.freq_mhz
     pictures.map_picture(

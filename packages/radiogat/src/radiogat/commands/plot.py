@@ -8,7 +8,8 @@ import numpy as np
 from radiogat import pictures
 from radiogat.config import PlotSettings
 from radiogat.data import read_maps
-from radiogat.maps import RadioMap, read_geotiff, read_netcdf
+from radiogat.maps import RadioMap, read_netcdf
+from radiogat.rasters import read_geotiff
 from radiogat.samples import RadioMaps
 from radiogat.spectral import fit_spectrum
 from tenfold import UserError
@@ -29,7 +30,7 @@ def run(settings: PlotSettings, invocation: Invocation) -> None:
             raise UserError(f"--map {path}: no such file")
         found = read_netcdf(path) if path.suffix == ".nc" else read_geotiff(path, need_crs=False)
         grid, freqs, power, level = found.layout.grid, found.layout.freq_mhz, found.rss_dbm, found.layout.level
-        building = np.asarray(np.isnan(power).all(axis=0))
+        building = found.layout.building
     errors = None
     if settings.truth is not None:
         errors = errors_of(freqs, power, read_maps(settings.truth, settings.area))

@@ -26,7 +26,7 @@ def run(settings: SuggestSettings, invocation: Invocation) -> None:
     if estimator.samples_.crs:
         names, columns = [*names, "lon", "lat"], [*columns, *unproject(places, estimator.samples_.crs).T]
     write_csv(folder.own("suggestions.csv"), names, columns)
-    building = scene.building if scene is not None and scene.grid == grid else None
+    building = found.layout.building
     width = found.error_bar.mean(axis=0)
     suggestion_picture(folder.figure("suggestions"), grid, width, places, estimator.samples_, building)
     decimals = {"lon": 6, "lat": 6}

@@ -1,6 +1,6 @@
 """The stack against gradient-boosted trees, kriging and PyKrige on ray-traced areas: two areas, two rates, one band and all.
 
-    python packages/radiogat/benchmarks/eight_cells.py --data npz:FILE --areas 1,2 --seeds 0,1,2 --out eight-cells
+    python packages/radiogat/studies/eight_cells.py --data npz:FILE --areas 1,2 --seeds 0,1,2 --out eight-cells
 
 The test blocks of `radiogat.evaluation.Protocol` at 5750 MHz, on at most 15,000 of their unmeasured free cells. Trees see
 what the network sees (`radiogat.trees`); PyKrige has one band, an exponential variogram fitted by it to 1,500

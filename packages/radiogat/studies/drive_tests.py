@@ -1,6 +1,6 @@
 """What the error bars say and what is true, where measurements are taken as people take them; on procedural cities.
 
-    python packages/radiogat/benchmarks/drive_tests.py --seeds 0,1,2 --out drive-tests
+    python packages/radiogat/studies/drive_tests.py --seeds 0,1,2 --out drive-tests
 
 Cases: five bands at each of 600 places; two bands along streets; one band along streets, with and without buildings.
 For each: the RMSE that `heldout_` says and the true one over all free unmeasured cells, the coverage of the 90 % bars there,
@@ -63,7 +63,7 @@ def measure(case: str, seed: int, size: int, steps: int) -> dict[str, float | st
 
 
 def main() -> int:
-    """Measure every case on every city; write rows and print the table."""
+    """Measure every case on every city that has no row yet; write rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--cases", default="0,1,2,3", help="numbers of the cases, from 0")
@@ -71,14 +71,19 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=900, help="training steps of the network")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number in map(int, given.cases.split(",")):
-        for seed in map(int, given.seeds.split(",")):
-            rows.append(measure(CASES[number], seed, given.size, given.steps))
+    for seed in map(int, given.seeds.split(",")):
+        for number in map(int, given.cases.split(",")):
+            path = given.out / f"case{number}-seed{seed}-{given.size}-{given.steps}.json"
+            if not path.exists():
+                row = measure(CASES[number], seed, given.size, given.steps)
+                path.write_text(json.dumps(row, indent=1), encoding="utf-8")
+            rows.append(json.loads(path.read_text(encoding="utf-8")))
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "rows.json").write_text(json.dumps(rows, indent=1))
+    rows.sort(key=lambda row: (CASES.index(row["case"]), row["seed"]))
+    (given.out / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     names = list(rows[0])
     shown = [[f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]
     sys.stdout.write(table(names, shown) + "\n")
