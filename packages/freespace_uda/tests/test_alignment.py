@@ -86,7 +86,8 @@ def test_all_is_the_plain_pixel_adversarial_loss():
     of_source = module.source_mask(labels, SIZE).double()
     masks = module.target_masks({"fused": torch.randn(2, 1, 24, 32, dtype=torch.float64)}, SIZE)
     losses = module(source, target, of_source, masks)
-    wanted = sum(F.binary_cross_entropy_with_logits(d(target[n]), torch.ones(2, 1, *SIZE)) for n, d in module.discriminators.items())  # fmt: skip
+    ones = torch.ones(2, 1, *SIZE, dtype=torch.float64)
+    wanted = sum(F.binary_cross_entropy_with_logits(d(target[n]), ones) for n, d in module.discriminators.items())
     assert float(losses.adversarial) == pytest.approx(float(wanted), rel=1e-12)
 
 
@@ -151,7 +152,8 @@ def test_exchanging_domains_and_the_sign_of_the_logit_leaves_the_discriminators_
 
 
 def logits(p_r, p_n, p_f):
-    return {n: torch.tensor(p, dtype=torch.float64).logit().view(1, 1, 1, -1) for n, p in (("rgb", p_r), ("normal", p_n), ("fused", p_f))}  # fmt: skip
+    shares = {"rgb": p_r, "normal": p_n, "fused": p_f}
+    return {n: torch.tensor(p, dtype=torch.float64).logit().view(1, 1, 1, -1) for n, p in shares.items()}
 
 
 @pytest.mark.parametrize(

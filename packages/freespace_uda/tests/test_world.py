@@ -12,7 +12,7 @@ from freespace_uda.world import DOMAINS, Camera
 def heights(scene):
     """Height above the road of every pixel with exact depth."""
     k, c, s = scene.camera.intrinsics, np.cos(scene.camera.pitch), np.sin(scene.camera.pitch)
-    rows, columns = scene.exact.shape
+    rows = len(scene.exact)
     v = ((np.arange(rows) - k[1, 2]) / k[1, 1])[:, None]
     return scene.camera.height - scene.exact * (c * v + s), np.broadcast_to(v, scene.exact.shape)
 

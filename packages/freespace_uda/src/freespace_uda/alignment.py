@@ -87,6 +87,11 @@ def shared_forward(discriminator: nn.Module, features: Tensor) -> tuple[Tensor, 
     return found
 
 
+def full_precision(values: Tensor) -> Tensor:
+    """The tensor in 32 bits where it has fewer."""
+    return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
+
+
 def masked_mean(values: Tensor, mask: Tensor, least: int) -> Tensor:
     """Mean of (B, 1, h, w) over a mask, exactly 0 where it has fewer than ``least`` pixels; counts are those of all ranks.
 
@@ -172,7 +177,8 @@ class SelectiveAlignment(nn.Module):
             source: M^s of the paired source pictures, for ``intersection``.
         """
         p = {
-            k: F.interpolate(v.float(), size, mode="bilinear", align_corners=False).sigmoid() for k, v in logits.items()
+            k: F.interpolate(full_precision(v), size, mode="bilinear", align_corners=False).sigmoid()
+            for k, v in logits.items()
         }
         names = list(self.discriminators)
         if self.mask_mode == "all":
@@ -208,8 +214,8 @@ class SelectiveAlignment(nn.Module):
         adversarial, own = [], []
         accuracy, share = {}, {}
         for name, discriminator in self.discriminators.items():
-            at_target, for_itself = shared_forward(discriminator, target[name].float())
-            at_source = discriminator(source[name].detach().float())
+            at_target, for_itself = shared_forward(discriminator, full_precision(target[name]))
+            at_source = discriminator(full_precision(source[name].detach()))
             mask = source_mask if self.mask_mode != "intersection" else source_mask * target_masks[name]
             there = target_masks[name]
             adversarial.append(masked_mean(F.softplus(-at_target), there, self.min_pixels))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freespace_uda.alignment import masked_mean, shared_forward
+from freespace_uda.alignment import full_precision, masked_mean, shared_forward
 
 
 def supervised(logits: Tensor, labels: Tensor) -> Tensor:
@@ -19,7 +19,9 @@ def supervised(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, H, W) of 0, 1 and 255 (ignored).
     """
     known = (labels != 255).float().unsqueeze(1)
-    loss = F.binary_cross_entropy_with_logits(logits.float(), (labels == 1).float().unsqueeze(1), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(
+        full_precision(logits), (labels == 1).unsqueeze(1).to(full_precision(logits).dtype), reduction="none"
+    )
     return masked_mean(loss, known, 1)
 
 
@@ -150,5 +152,7 @@ def pseudo_label_loss(logits: Tensor, teacher: Tensor, threshold: float = 0.968)
     """
     at = math.log(threshold / (1 - threshold))
     share = (teacher.detach().abs() > at).float().mean((1, 2, 3), keepdim=True)
-    loss = F.binary_cross_entropy_with_logits(logits.float(), (teacher.detach() > 0).float(), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(
+        full_precision(logits), (teacher.detach() > 0).to(full_precision(logits).dtype), reduction="none"
+    )
     return (share * loss).mean()
