@@ -62,14 +62,30 @@ def test_one_shared_pass_gives_the_gradients_of_two_passes():
         assert torch.allclose(ours, p.grad, atol=1e-14, rtol=1e-12)
 
 
-def test_one_shared_pass_costs_fewer_operations_than_two():
+class Plain:
+    """A discriminator as functions, since the counter of operations follows modules with hooks that nested gradients break."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def parameters(self):
+        return self.layers.parameters()
+
+    def __call__(self, x):
+        for layer in self.layers:
+            conv = isinstance(layer, nn.Conv2d)
+            x = F.conv2d(x, layer.weight, layer.bias, 1, layer.padding) if conv else F.leaky_relu(x, 0.2)
+        return x
+
+
+def test_one_shared_pass_costs_seven_passes_where_two_cost_eight():
     torch.manual_seed(0)
-    d, x = PixelDiscriminator(64, 32).double(), torch.randn(1, 64, 16, 16, dtype=torch.float64, requires_grad=True)
+    d = Plain(PixelDiscriminator(64, 32).double())
+    x = torch.randn(1, 64, 16, 16, dtype=torch.float64, requires_grad=True)
     s = torch.randn_like(x).detach()
     with FlopCounterMode(display=False) as ours:
         for_encoder, for_itself = shared_forward(d, x)
         (for_encoder.mean() + for_itself.square().mean() + d(s).mean()).backward()
-    d.zero_grad()
     with FlopCounterMode(display=False) as two:
         for p in d.parameters():
             p.requires_grad_(False)
@@ -77,7 +93,7 @@ def test_one_shared_pass_costs_fewer_operations_than_two():
         for p in d.parameters():
             p.requires_grad_(True)
         (d(x.detach()).square().mean() + d(s).mean()).backward()
-    assert two.get_total_flops() / ours.get_total_flops() > 1.1
+    assert 1.1 < two.get_total_flops() / ours.get_total_flops() < 8 / 6
 
 
 def test_all_is_the_plain_pixel_adversarial_loss():

@@ -92,10 +92,8 @@ def recognize_carla(ids: NDArray[Any], shown: str) -> str:
     if max(old, new) < 0.3 or abs(old - new) < 0.3:
         found = ", ".join(map(str, np.unique(ids).tolist()))
         raise UserError(
-            (
-                f"{shown}: ids {found}: CARLA up to 0.9.13 has road 7 and road line 6, from 0.9.14 on 1 and 24, "
-                f"and neither is before"
-            )(" the camera; give --reading.palette carla-0.9.13 or carla-0.9.14, or --reading.road_ids")
+            f"{shown}: ids {found}: CARLA up to 0.9.13 has road 7 and road line 6, from 0.9.14 on 1 and 24, and neither is"
+            " before the camera; give --reading.palette carla-0.9.13 or carla-0.9.14, or --reading.road_ids"
         )
     return "carla-0.9.13" if old > new else "carla-0.9.14"
 
