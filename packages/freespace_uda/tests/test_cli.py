@@ -27,7 +27,8 @@ TRAIN = [
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     assert main([*TRAIN, "--out", str(folder / "run")]) == 0
-    assert main(["simulate", "--domain", "roads-real", "--scenes", "2", "--test", "2", "--size", "64,32", "--out", str(folder / "world")]) == 0  # fmt: skip
+    words = ["simulate", "--domain", "roads-real", "--scenes", "2", "--test", "2", "--size", "64,32"]
+    assert main([*words, "--out", str(folder / "world")]) == 0
     return folder
 
 

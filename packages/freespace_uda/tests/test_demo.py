@@ -22,8 +22,8 @@ def test_the_quick_demo_writes_everything_and_decides_nothing(tmp_path, capsys):
 def test_compare_on_simulated_files_gives_the_numbers_of_the_demonstration(tmp_path):
     assert main(["demo", "--quick", "--out", str(tmp_path / "d"), "--quiet"]) == 0
     for domain, test in (("roads-flat", 0), ("roads-real", 4)):
-        words = ["simulate", "--domain", domain, "--scenes", "8", "--test", str(test), "--size", "96,32", "--out", str(tmp_path / domain)]  # fmt: skip
-        assert main(words) == 0
+        words = ["simulate", "--domain", domain, "--scenes", "8", "--test", str(test), "--size", "96,32"]
+        assert main([*words, "--out", str(tmp_path / domain)]) == 0
     s = settings_of("quick")
     settings = {
         "data": f"manifest:{tmp_path / 'roads-flat/manifest.csv'}",

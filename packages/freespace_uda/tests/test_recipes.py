@@ -24,7 +24,9 @@ def test_a_recipe_trains_and_is_evaluated_from_above_and_exported_for_the_benchm
     (tmp_path / "source").mkdir()
     (tmp_path / "kitti").mkdir()
     kitti = readers.kitti(tmp_path / "kitti")
-    own = ["--data", makers[kind](tmp_path / "source")] if kind in makers else ["--reading.size", "64,32", "--reading.scenes", "2"]  # fmt: skip
+    own = ["--reading.size", "64,32", "--reading.scenes", "2"]
+    if kind in makers:
+        own = ["--data", makers[kind](tmp_path / "source")]
     words = ["train", "--config", f"recipe:{recipe}", *own, "--target", kitti, *TINY, "--out", str(tmp_path / "run")]
     assert main(words) == 0
     run, data = ["--run", str(tmp_path / "run"), "--device", "cpu"], ["--data", kitti]

@@ -23,7 +23,8 @@ def gradients(rows):
     logits = {"fused": out.fused, "rgb": out.rgb, "normal": out.normal}
     masks = align.target_masks({k: v.detach()[n:] for k, v in logits.items()}, (4, 8))
     masks = {k: v.double() for k, v in masks.items()}
-    losses = align({k: f[:n] for k, f in out.features.items()}, {k: f[n:] for k, f in out.features.items()}, of_source, masks)  # fmt: skip
+    source, target = ({k: f[part] for k, f in out.features.items()} for part in (slice(n), slice(n, None)))
+    losses = align(source, target, of_source, masks)
     total = supervised(out.fused[:n], labels[s]) + 0.1 * losses.adversarial + losses.discriminator
     total.backward()
     return {

@@ -158,7 +158,7 @@ def _kitti(root: Path, reading: SceneReading) -> list[Record]:
     records = []
     for i, (name, (rgb, depth, label)) in enumerate(pairs.items()):
         file = root / "calib" / f"{name}.txt"
-        part = ("test" if i % 5 == 4 or i == 288 else "val" if i % 5 == 3 else "train") if truth else ""
+        part = ("test" if i % 5 == 4 or i == 285 else "val" if i % 5 == 3 else "train") if truth else ""
         records.append(
             Record(name, rgb, depth, label, file if file.exists() and k is None else None, k, _code(reading, "mm"),
                    _palette(reading, "kitti-road"), part, name.partition("_")[0])
