@@ -1,4 +1,4 @@
-"""Normals at 1242 x 375: against the published module's formulas written out literally, and against d2nt; counts against the devkit's."""
+"""Normals at 1242 x 375 against the published module's formulas, written out, and d2nt; counts against the devkit's form."""
 
 import sys
 

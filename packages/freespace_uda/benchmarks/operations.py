@@ -1,4 +1,4 @@
-"""Operations of one step of two ResNet-50 at 1248 x 384, by part, counted on tensors without numbers; memory of the guidance."""
+"""Operations of a step of two ResNet-50 at 1248 x 384, by part, counted on tensors without numbers; memory of the guidance."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -154,7 +154,10 @@ def discriminator() -> Comparison:
             (d(x.detach()).square().mean() + d(s).mean()).backward()
         return counter.total / 1e9
 
-    return counted("discriminator, two passes over the target", operations(shared), two(), shape="512 x 48 x 156", unit="GFLOP", required=">= 1.1", equal="gradients equal to 1e-12 in 64 bits (test)")  # fmt: skip
+    name = "discriminator, two passes over the target"
+    equal = "gradients equal to 1e-12 in 64 bits (test)"
+    ours, peer = operations(shared), two()
+    return counted(name, ours, peer, shape="512 x 48 x 156", unit="GFLOP", required=">= 1.1", equal=equal)
 
 
 def memory() -> Comparison:
@@ -167,7 +170,8 @@ def memory() -> Comparison:
             kept = guide(r, n, v)
         peaks.append((probe.peak_bytes - probe.start_bytes) / 2**20)
         del kept
-    return counted("CrossGuidance memory, twice the pixels / twice the memory", peaks[1], 2 * peaks[0], shape="64 x 48 x 156 and 64 x 96 x 156", unit="MiB", required=">= 0.95", equal="-")  # fmt: skip
+    name, shape = "CrossGuidance memory, twice the pixels / twice the memory", "64 x 48 x 156 and 64 x 96 x 156"
+    return counted(name, peaks[1], 2 * peaks[0], shape=shape, unit="MiB", required=">= 0.95", equal="-")
 
 
 def measure() -> list[Comparison]:
