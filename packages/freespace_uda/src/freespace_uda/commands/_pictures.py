@@ -63,9 +63,18 @@ def outline(rgb: Pixels, mask: NDArray[np.bool_], label: NDArray[np.uint8] | Non
     return out.round().astype(np.uint8)
 
 
-def draw_strip(run: Run, name: str, rows: Sequence[Sequence[Pixels]], titles: Sequence[str], cell: float = 1.9) -> None:
-    """Draw scenes in rows."""
-    image_grid(run.figure(name), rows, column_titles=titles, cell=cell)
+def stacked(pictures: Sequence[Pixels], gap: int = 4) -> Pixels:
+    """Pictures of equal width below each other, with white between them; wider ones are cut to the narrowest."""
+    width = min(p.shape[1] for p in pictures)
+    white = np.full((gap, width, 3), 255, np.uint8)
+    parts = [part for p in pictures for part in (p[:, :width], white)][:-1]
+    return np.concatenate(parts)
+
+
+def draw_strip(run: Run, name: str, rows: Sequence[Sequence[Pixels]], titles: Sequence[str], cell: float = 2.6) -> None:
+    """Draw scenes in rows, each column as one picture, since road pictures are wide and cells are square."""
+    columns = [stacked(column) for column in zip(*rows, strict=True)]
+    image_grid(run.figure(name), [columns], column_titles=titles, cell=cell)
 
 
 def draw_distance(run: Run, meters: Mapping[str, FreespaceMeter], name: str = "distance") -> None:

@@ -160,7 +160,7 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
         normals = normals_of(item.depth, item.intrinsics, NormalSettings())[0][0].numpy()
         row = [rgb, _pictures.shown_depth(item.depth, item.size), _pictures.shown_normals(normals, item.size)]
         rows.append([*row, *(_pictures.outline(rgb, masks[a][k], label) for a in shown)])
-    _pictures.draw_strip(folder, "scenes", rows, ["picture", "depth", "normals", *shown], cell=1.7)
+    _pictures.draw_strip(folder, "scenes", rows, ["picture", "depth", "normals", *shown])
     meters = {}
     for arm in shown:
         meters[arm] = FreespaceMeter()
