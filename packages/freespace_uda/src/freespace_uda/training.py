@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -403,6 +404,8 @@ def train(
         )
     task = AdaptTask(net, settings, method, total, prior, watched_batches(target, settings), watch)
     config = dataclasses.replace(settings, steps=None, epochs=epochs, validate_every=0)
-    fit(task, loaders, config, run, seed=seed + 3, quiet=quiet)
+    with warnings.catch_warnings():  # the averaged and the chosen network rest on purpose
+        warnings.filterwarnings("ignore", message="Found .* in eval mode")
+        fit(task, loaders, config, run, seed=seed + 3, quiet=quiet)
     found = Signals(*task.best[:3].tolist())
     return Trained(task.chosen.cpu().eval(), task.chosen_step, found, found.plausible(prior), prior)
