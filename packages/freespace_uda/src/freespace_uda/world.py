@@ -42,6 +42,7 @@ class Domain:
         holes: largest number of rectangular holes.
         reach: distance without depth from there on.
         layout: open (grass, walls with gaps) or city (sidewalks always, near and high walls, more cars).
+        flush: share of the sidewalks that lie as low as the road, without a curb: only colors tell them apart.
     """
 
     height: Range = (1.6, 1.6)
@@ -63,6 +64,7 @@ class Domain:
     holes: int = 0
     reach: float = FARTHEST
     layout: Literal["open", "city"] = "open"
+    flush: float = 0.6
 
 
 DOMAINS: dict[str, Domain] = {
@@ -117,6 +119,7 @@ class _Layout:
     offset: float
     bend: float
     walks: tuple[float, float]  # widths on the left and on the right; 0: none
+    curbs: tuple[float, float]  # their heights
     walls: tuple[float, float]
     wall_height: tuple[float, float]
     gaps: NDArray[np.bool_]
@@ -186,7 +189,8 @@ class RoadWorld:
         city = self.domain.layout == "city"
         half = g.uniform(3.5, 5.0) if city else g.uniform(3.0, 4.6)
         offset, bend = g.uniform(-1.2, 1.2), g.normal(0, 0.0035)
-        walks = tuple(float(g.uniform(1.5, 2.6)) if g.uniform() < (1.0 if city else 0.65) else 0.0 for _ in range(2))
+        walks = tuple(float(g.uniform(1.5, 4.0)) if g.uniform() < (1.0 if city else 0.85) else 0.0 for _ in range(2))
+        curbs = tuple(0.0 if g.uniform() < self.domain.flush else CURB for _ in range(2))
         walls = tuple(float(g.uniform(6.5, 8.5) if city else g.uniform(7.5, 12)) for _ in range(2))
         tall = tuple(float(g.uniform(6, 14) if city else g.uniform(3, 7)) for _ in range(2))
         gaps = g.uniform(size=(2, 16)) < (0.1 if city else 0.3)
@@ -195,7 +199,7 @@ class RoadWorld:
         side = g.choice([-0.6, 0.55, 0.8, -0.85], count)
         x = offset + bend * z**2 + side * half
         cars = np.stack([x, z, np.full(count, 0.9), g.uniform(1.8, 2.3, count), g.uniform(1.4, 1.7, count), side], 1)
-        return _Layout(half, offset, bend, walks, walls, tall, gaps, cars)  # type: ignore[arg-type]
+        return _Layout(half, offset, bend, walks, curbs, walls, tall, gaps, cars)  # type: ignore[arg-type]
 
     def render(self, index: int, camera: Camera | None = None) -> Scene:
         """A scene, maybe through another camera."""
@@ -299,7 +303,7 @@ def _region(x: NDArray[Any], z: NDArray[Any], layout: _Layout) -> NDArray[np.int
 
 
 def _grass(x: NDArray[Any], z: NDArray[Any], table: NDArray[Any]) -> NDArray[Any]:
-    found: NDArray[Any] = 0.08 + 0.10 * _noise(x * 1.3, z * 1.3, table) + 0.05 * _noise(x * 4, z * 4, table)
+    found: NDArray[Any] = 0.05 + 0.05 * _noise(x * 1.3, z * 1.3, table) + 0.02 * _noise(x * 4, z * 4, table)
     return found
 
 
@@ -318,12 +322,17 @@ def _cast(
         return new
 
     with np.errstate(invalid="ignore"):
-        on_road, on_walk = up / down, (up - CURB) / down
+        on_road = up / down
         road = _region(np.nan_to_num(on_road * dx), np.nan_to_num(on_road * dz), layout)
-        walk = _region(np.nan_to_num(on_walk * dx), np.nan_to_num(on_walk * dz), layout)
         take(on_road, np.isfinite(on_road) & (road == ROAD), ROAD)
-        take(on_walk, np.isfinite(on_walk) & (walk == SIDEWALK), SIDEWALK)
-        on_grass = (up - 0.08) / down
+        on_walk = on_road
+        for side, curb in enumerate(layout.curbs):
+            t = (up - curb) / down
+            x, z = np.nan_to_num(t * dx), np.nan_to_num(t * dz)
+            here = (x > layout.center(z)) == bool(side)
+            take(t, np.isfinite(t) & here & (_region(x, z, layout) == SIDEWALK), SIDEWALK)
+            on_walk = np.fmin(on_walk, t)
+        on_grass = (up - 0.05) / down
         for _ in range(3):
             high = _grass(np.nan_to_num(on_grass * dx), np.nan_to_num(on_grass * dz), table)
             on_grass = (up - high) / down
