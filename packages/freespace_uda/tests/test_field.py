@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from freespace_uda import DepthCode, RoadWorld, read_calibration
 from freespace_uda.calibration import odd, of_numbers, pinhole, scaled
-from freespace_uda.depth import complaints, decode, look_at, ray_lengths, read_numbers
+from freespace_uda.depth import complaints, decode, look_at, ray_lengths, read_numbers, shift_of
 from freespace_uda.labels import by_color, by_id, check_ids, recognize_carla
 from freespace_uda.scenes import Record, Scenes, read_raw
 from PIL import Image
@@ -106,6 +106,17 @@ def test_a_sparse_scan_is_warned_about_and_an_empty_one_refused():
     ((fatal, message),) = complaints(look_at(np.zeros_like(depth), k), "d")
     assert fatal
     assert "no pixel has valid depth" in message
+
+
+@pytest.mark.parametrize("domain", ["roads-flat", "roads-noisy", "roads-city", "roads-real"])
+def test_edges_of_depth_meet_those_of_the_picture_and_a_shift_is_found(domain):
+    found = []
+    for i in range(4):
+        scene = RoadWorld(domain, (160, 64), 1, 4)[i]
+        assert shift_of(scene.rgb, scene.depth) is None
+        found.append(shift_of(scene.rgb, np.roll(scene.depth, 7, 1)))
+    if domain in {"roads-flat", "roads-city"}:
+        assert any(f is not None and abs(f[1] + 7) <= 1 for f in found)
 
 
 def test_files_of_depth_of_every_form(tmp_path):

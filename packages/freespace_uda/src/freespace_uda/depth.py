@@ -194,6 +194,41 @@ def _along_rays(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> bool:
     return bool(errors[0] > 2 * errors[1] and errors[0] > 2e-3)
 
 
+def shift_of(
+    rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: tuple[int, int] = (4, 12)
+) -> tuple[int, int] | None:
+    """Rows and columns by which jumps of depth would have to move to meet edges of the picture; None where they meet, or are few.
+
+    The mean gradient of the picture under the jumps is compared over shifts; a shift counts from three pixels on, where it is a
+    quarter better than none.
+    """
+    gray = rgb.astype(np.float64).mean(2)
+    edges = np.hypot(*np.gradient(gray))
+    there = depth > 0
+    logs = np.log(np.where(there, depth, 1.0))
+    jump = np.zeros(depth.shape, np.bool_)
+    across = there[:, 1:] & there[:, :-1] & (np.abs(np.diff(logs, axis=1)) > 0.25)
+    along = there[1:] & there[:-1] & (np.abs(np.diff(logs, axis=0)) > 0.25)
+    jump[:, 1:] |= across
+    jump[:, :-1] |= across
+    jump[1:] |= along
+    jump[:-1] |= along
+    rows, columns = reach
+    jump[:rows] = jump[-rows:] = False
+    jump[:, :columns] = jump[:, -columns:] = False
+    v, u = np.nonzero(jump)
+    if len(v) < 60:
+        return None
+    scores = {
+        (dv, du): float(edges[v + dv, u + du].mean())
+        for dv in range(-rows, rows + 1)
+        for du in range(-columns, columns + 1)
+    }
+    best = max(scores, key=lambda shift: scores[shift])
+    far = max(abs(best[0]), abs(best[1])) >= 3
+    return best if far and scores[best] > 1.25 * max(scores[0, 0], 1e-9) else None
+
+
 def complaints(look: DepthLook, shown: str) -> list[tuple[bool, str]]:
     """What is wrong with a depth map and how it is likely mended; True first where it cannot be used at all."""
     if look.high == 0:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from freespace_uda import labels as palettes
 from freespace_uda.birdseye import level_homography
 from freespace_uda.calibration import Calibration, odd, read_calibration
-from freespace_uda.depth import DepthCode, complaints, decode, look_at, read_numbers
+from freespace_uda.depth import DepthCode, complaints, decode, look_at, read_numbers, shift_of
 from tenfold import UserError
 from tenfold.readers import read_image
 
@@ -193,6 +193,11 @@ class Scenes:
             if fatal := [text for bad, text in found if bad]:
                 raise UserError(fatal[0])
             said = [text for _, text in found]
+            if item.rgb is not None and (shift := shift_of(item.rgb, item.depth)) is not None:
+                said.append(
+                    f"{shown}: edges of depth and picture meet after a shift by {shift[1]} columns and {shift[0]} rows: are both"
+                    " registered to one camera?"
+                )
         return item, said
 
 

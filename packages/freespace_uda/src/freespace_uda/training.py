@@ -27,8 +27,8 @@ from tenfold.modules import evaluating
 from tenfold.runs import Run
 from tenfold.training import fit
 
-Watch = Callable[[FreespaceNet, int], None]
-"""Sees the averaged network at each candidate for the choice; for reports alone."""
+Watch = Callable[[FreespaceNet, int, Mapping[str, float]], None]
+"""Sees the averaged network at each candidate for the choice, the step, and the health of that step; for reports alone."""
 Batch = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -112,7 +112,8 @@ class AdaptTask(pl.LightningModule):
         step = int(self.updates)
         source = batch["source"]
         weight = self.weight(step)
-        logged = (step + 1) % self.settings.log_every == 0
+        candidate = (step + 1) % self.every == 0 or step + 1 == self.steps
+        logged = candidate or (step + 1) % self.settings.log_every == 0
         rgb, normals, valid = (source[k] for k in ("rgb", "normals", "valid"))
         count = len(rgb)
         if weight:
@@ -141,8 +142,8 @@ class AdaptTask(pl.LightningModule):
         self._average(step)
         self.updates += 1
         self.log_dict({**{k: v.detach() for k, v in terms.items()}, **health, "loss": total.detach()})
-        if (step + 1) % self.every == 0 or step + 1 == self.steps:
-            self.log_dict(self._consider(step + 1))
+        if candidate:
+            self.log_dict(self._consider(step + 1, {name: float(value) for name, value in health.items()}))
 
     def _beside(self, out: Outputs, count: int, labels: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """Losses of the single-modality heads and of the tokens."""
@@ -265,7 +266,7 @@ class AdaptTask(pl.LightningModule):
             mean.copy_(now)
 
     @torch.no_grad()
-    def _consider(self, step: int) -> dict[str, float]:
+    def _consider(self, step: int, health: Mapping[str, float]) -> dict[str, float]:
         """Look at the averaged network without labels, and keep it where it beats the best so far."""
         device = self.updates.device
         batches = [tuple(part.to(device) for part in batch) for batch in self.watched]
@@ -282,7 +283,7 @@ class AdaptTask(pl.LightningModule):
             self.best.copy_(torch.tensor([*seen, float(step)], dtype=torch.float64))
             self.chosen.load_state_dict(self.average.state_dict())
         if self.watch is not None:
-            self.watch(self.average, step)
+            self.watch(self.average, step, health)
         return {
             "target agreement": seen.agreement,
             "target entropy": seen.entropy,

@@ -1,5 +1,6 @@
 """One arm on one seed, trained and measured on labeled target scenes that nothing else saw; importable by other processes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,17 @@ from freespace_uda.predictor import Predictor
 from freespace_uda.scenes import Scenes, Unlabeled
 from freespace_uda.training import Trained, train
 from tenfold.claims import Measured
+
+HEALTH = (
+    "mask rgb",
+    "mask normal",
+    "accuracy rgb",
+    "accuracy normal",
+    "agreement",
+    "precision on source rgb",
+    "gradient ratio",
+)
+"""What is kept of the health line at every candidate."""
 
 
 def measure(
@@ -33,10 +45,12 @@ def measure(
     method, own = of_arm(settings, arm)
     steps: list[float] = []
     seen: list[float] = []
+    health: list[list[float]] = []
 
-    def watch(net: FreespaceNet, step: int) -> None:
+    def watch(net: FreespaceNet, step: int, found: Mapping[str, float]) -> None:
         steps.append(step)
         seen.append(100 * evaluate(Predictor(net, own), test, batch_size=10).perspective.compute().f1)
+        health.append([found.get(name, float("nan")) for name in HEALTH])
 
     given: Any = target if method == "oracle" else Unlabeled(target)
     trained = train(source, given, own, method, seed, watch=watch if course else None, quiet=True)
@@ -55,16 +69,21 @@ def measure(
     }
     arrays: dict[str, Any] = {"scenes": meter.scenes, "counts": meter.counts}
     if course:
-        arrays |= {"steps": np.asarray(steps), "course": np.asarray(seen)}
+        arrays |= {"steps": np.asarray(steps), "course": np.asarray(seen), "health": np.asarray(health)}
         values["F1 of the best candidate"] = max(seen)
     if method in ALIGNED:
-        values |= masks(trained, own, test)
+        quality, arrays["aligned"] = masks(trained, own, test)
+        values |= quality
     arrays["masks"] = drawn_masks(trained, own, test)
     return Measured(values, arrays)
 
 
-def masks(trained: Trained, settings: RunSettings, test: Scenes) -> dict[str, float]:
-    """Precision and recall of the alignment masks on labeled target scenes, in percent."""
+def masks(trained: Trained, settings: RunSettings, test: Scenes) -> tuple[dict[str, float], np.ndarray]:
+    """Precision and recall of the alignment masks on labeled target scenes, in percent; and those that pictures show.
+
+    Returns:
+        The shares; masks of the RGB stream, (SHOWN, h, w).
+    """
     a = settings.align
     rule = SelectiveAlignment(trained.net.feature_channels, a.mask_mode, a.tau, a.min_pixels)
     parts = [to_network(test.item(i), settings) for i in range(len(test))]
@@ -83,15 +102,19 @@ def masks(trained: Trained, settings: RunSettings, test: Scenes) -> dict[str, fl
         precision, recall = mask_quality(mask, labels)
         values[f"mask precision {name}"] = 100 * float(torch.nan_to_num(precision))
         values[f"mask recall {name}"] = 100 * float(torch.nan_to_num(recall))
-    return values
+    return values, found["rgb"][shown_rows(test), 0].numpy() > 0
 
 
 SHOWN = 4
 """Test scenes that pictures show."""
 
 
+def shown_rows(test: Scenes) -> list[int]:
+    """Numbers of the scenes that pictures show."""
+    return [round(i * (len(test) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)]
+
+
 def drawn_masks(trained: Trained, settings: RunSettings, test: Scenes) -> np.ndarray:
     """Road masks of the scenes that pictures show, (SHOWN, H, W)."""
-    rows = [round(i * (len(test) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)]
-    found = Predictor(trained.net, settings).items([test.item(i) for i in rows])
+    found = Predictor(trained.net, settings).items([test.item(i) for i in shown_rows(test)])
     return np.stack([p.mask() for p in found])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from freespace_uda.commands import _pictures
-from freespace_uda.commands._arms import SHOWN
+from freespace_uda.commands._arms import shown_rows
 from freespace_uda.commands._world import DATA, TARGET, measure_arm, scenes_of, settings_of, world_file
 from freespace_uda.config import DemoSettings, NormalSettings
 from freespace_uda.items import normals_of
@@ -149,18 +149,20 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
     """Pictures of the first seed."""
     folder = study.run
     test = scenes_of(folder.path, level, TARGET, "test", seed)
-    chosen = [round(i * (len(test) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)]
     shown = [a for a in (*BASES, "ccg", "ccg-sfa", "oracle") if a in ARMS[level]]
     masks = {a: study.arrays(a, seed)["masks"] for a in shown}
     rows = []
-    for k, i in enumerate(chosen):
+    aligned = study.arrays("ccg-sfa", seed)["aligned"]
+    for k, i in enumerate(shown_rows(test)):
         item, label = test.item(i), test.label(i)
         rgb = _pictures.shown_rgb(item)
         assert item.depth is not None
         normals = normals_of(item.depth, item.intrinsics, NormalSettings())[0][0].numpy()
         row = [rgb, _pictures.shown_depth(item.depth, item.size), _pictures.shown_normals(normals, item.size)]
-        rows.append([*row, *(_pictures.outline(rgb, masks[a][k], label) for a in shown)])
-    _pictures.draw_strip(folder, "scenes", rows, ["picture", "depth", "normals", *shown])
+        scale = (rgb.shape[0] // aligned.shape[1], rgb.shape[1] // aligned.shape[2])
+        where = np.kron(aligned[k], np.ones(scale, np.bool_))
+        rows.append([*row, *(_pictures.outline(rgb, masks[a][k], label) for a in shown), _pictures.overlay(rgb, where)])
+    _pictures.draw_strip(folder, "scenes", rows, ["picture", "depth", "normals", *shown, "aligned (RGB)"])
     meters = {}
     for arm in shown:
         meters[arm] = FreespaceMeter()
@@ -178,5 +180,5 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
             "false alarms red, misses blue."
         ),
         "distance": "F1 at threshold 1/2 by distance, all seeds.",
-        "course": f"F1 at the candidates for the choice, which sees no label; {size.steps} steps.",
+        "course": f"F1 at the candidates for the choice, which sees no label, and the health line; {size.steps} steps.",
     }  # fmt: skip

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from freespace_uda.calibration import odd
 from freespace_uda.commands import _pictures
 from freespace_uda.commands._files import read
 from freespace_uda.config import InspectSettings, NormalSettings
 from freespace_uda.data import load_scenes, same_place
-from freespace_uda.depth import complaints, look_at
+from freespace_uda.depth import look_at
 from freespace_uda.items import normals_of
 from freespace_uda.scenes import Scenes, read_raw
 from tenfold import UserError
@@ -44,9 +43,10 @@ def run(settings: InspectSettings, invocation: Invocation) -> None:
         item = scenes.item(i)
         if item.depth is not None:
             looks = look_at(item.depth, item.intrinsics)
-            name = str(records[i].depth or records[i].name)
-            said += [text for _, text in complaints(looks, name)]
-            said += [text for _, text in odd(item.intrinsics, (item.size[1], item.size[0]))]
+            try:
+                said += scenes.checked(i)[1]
+            except UserError as error:
+                said.append(str(error))
             k = item.intrinsics
             cells = [f"{item.size[1]} x {item.size[0]}", f"{looks.low:.2f} to {looks.high:.1f}"]
             cells += [f"{100 * looks.density:.0f} %", f"{looks.height:.2f}"]
