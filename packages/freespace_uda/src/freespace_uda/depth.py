@@ -197,7 +197,7 @@ def _along_rays(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> bool:
 def shift_of(
     rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: tuple[int, int] = (4, 12)
 ) -> tuple[int, int] | None:
-    """Rows and columns by which jumps of depth would have to move to meet edges of the picture; None where they meet, or are few.
+    """Rows and columns by which jumps of depth have to move to meet edges of the picture; None where they meet, or are few.
 
     The mean gradient of the picture under the jumps is compared over shifts; a shift counts from three pixels on, where it is a
     quarter better than none.

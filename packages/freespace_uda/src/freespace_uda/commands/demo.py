@@ -170,9 +170,14 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
     _pictures.draw_distance(folder, meters)
     arrays = study.arrays("ccg-sfa", seed)
     curve = Curve(arrays["steps"].tolist(), arrays["course"].tolist())
-    line_chart(
-        folder.figure("course"), [Panel("ccg-sfa, first seed", "step", "F1 on the target (%)", {"ccg-sfa": curve})]
-    )
+    health = {
+        name: Curve(arrays["steps"][there].tolist(), column[there].tolist())
+        for name, column in zip(HEALTH, arrays["health"].T, strict=True)
+        if (there := np.isfinite(column)).any()
+    }
+    panels = [Panel("ccg-sfa, first seed", "step", "F1 on the target (%)", {"ccg-sfa": curve})]
+    panels += [Panel("health of the alignment", "step", "share", health)] if health else []
+    line_chart(folder.figure("course"), panels)
     size = settings_of(level)
     return {
         "scenes": (
