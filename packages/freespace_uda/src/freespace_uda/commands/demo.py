@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from freespace_uda.commands import _pictures
-from freespace_uda.commands._arms import shown_rows
+from freespace_uda.commands._arms import HEALTH, shown_rows
 from freespace_uda.commands._world import DATA, TARGET, measure_arm, scenes_of, settings_of, world_file
 from freespace_uda.config import DemoSettings, NormalSettings
 from freespace_uda.items import normals_of
