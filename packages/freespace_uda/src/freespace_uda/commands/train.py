@@ -4,7 +4,7 @@ import sys
 import time
 
 from freespace_uda.commands import _pictures
-from freespace_uda.commands._files import domains, predictor_of, save
+from freespace_uda.commands._files import domains, save
 from freespace_uda.config import TrainSettings
 from freespace_uda.evaluation import predictions
 from freespace_uda.models import build_net
@@ -14,8 +14,6 @@ from freespace_uda.scenes import Unlabeled
 from freespace_uda.training import road_share, train
 from tenfold.cli import Invocation
 from tenfold.report import write_report
-
-__all__ = ["predictor_of", "run"]
 
 
 def run(settings: TrainSettings, invocation: Invocation) -> None:
