@@ -53,6 +53,24 @@ def test_disparity_with_and_without_an_offset_of_the_principal_points():
         decode(pixels, DepthCode("disparity"), K)
 
 
+def test_a_scale_stands_in_place_of_a_unit():
+    assert decode(np.full((2, 2), 20000, np.uint16), DepthCode(scale=0.0001), K)[0, 0] == pytest.approx(2)
+
+
+def test_a_gray_preview_of_carlas_depth_is_refused():
+    with pytest.raises(UserError, match="a gray preview of CARLA's depth"):
+        decode(np.full((2, 2, 3), 90, np.uint8), DepthCode("carla"), K)
+
+
+def test_carlas_labels_in_colors_of_cityscapes_are_told_and_read_when_said(tmp_path):
+    colors = np.array([[[128, 64, 128], [157, 234, 50], [70, 70, 70]]], np.uint8)
+    Image.fromarray(colors).save(tmp_path / "l.png")
+    with pytest.raises(UserError, match="--reading.palette cityscapes-colors"):
+        Scenes("s", (Record("a", label=tmp_path / "l.png", palette="carla"),)).label(0)
+    told = Scenes("s", (Record("a", label=tmp_path / "l.png", palette="cityscapes-colors"),))
+    assert told.label(0).tolist() == [[1, 1, 0]]
+
+
 def test_distance_along_the_ray_becomes_distance_along_z():
     shape = (4, 6)
     z = np.full(shape, 7.0)

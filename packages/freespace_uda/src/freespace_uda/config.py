@@ -32,7 +32,7 @@ EMBEDDED_DATA = ("roads-flat", "roads-noisy", "roads-city", "roads-real")
 Unit = Literal["m", "cm", "mm", "m/256", "carla", "disparity", "disparity/16", "disparity/256"]
 Palette = Literal[
     "auto", "binary", "kitti-road", "orfd", "vkitti2", "synthia", "synthia-rand", "cityscapes", "cityscapes-train",
-    "mapillary", "carla-0.9.13", "carla-0.9.14",
+    "cityscapes-colors", "mapillary", "carla-0.9.13", "carla-0.9.14",
 ]  # fmt: skip
 NormalMethod = Literal["plane", "sne", "3f2n", "d2nt"]
 Method = Literal[
@@ -56,6 +56,7 @@ class SceneReading(Settings):
 
     Args:
         depth_unit: unit of the depth files; null takes the layout's own (manifest: its column depth_unit).
+        depth_scale: meters per number in the depth files, in place of a unit, such as 0.0001.
         ray: whether depth is the distance along the ray, not along z; null takes the layout's own (no).
         far: meters from which there is nothing, such as the sky of a simulator.
         baseline: meters between the cameras of a disparity.
@@ -74,6 +75,7 @@ class SceneReading(Settings):
     """
 
     depth_unit: Unit | None = None
+    depth_scale: Positive | None = None
     ray: bool | None = None
     far: Positive = 200.0
     baseline: Positive | None = None

@@ -132,7 +132,8 @@ def _code(reading: SceneReading, unit: Any, **more: Any) -> DepthCode:
     """The layout's own code, with what the user says instead."""
     ray = bool(more.get("ray", False)) if reading.ray is None else reading.ray
     baseline = reading.baseline if reading.baseline is not None else more.get("baseline")
-    return DepthCode(reading.depth_unit or unit, ray, reading.far, baseline, reading.offset)
+    scale = reading.depth_scale if reading.depth_scale is not None else more.get("scale")
+    return DepthCode(reading.depth_unit or unit, ray, reading.far, baseline, reading.offset, scale)
 
 
 def _given(reading: SceneReading) -> NDArray[np.float64] | None:
@@ -303,7 +304,7 @@ def _of_view(file: Path | None, fov: float) -> NDArray[np.float64]:
 
 UNITS = get_args(Unit)
 COLUMNS = (
-    "name", "rgb", "depth", "label", "split", "category", "calibration", "fx", "fy", "cx", "cy", "depth_unit", "ray",
+    "name", "rgb", "depth", "label", "split", "category", "calibration", "fx", "fy", "cx", "cy", "depth_unit", "depth_scale", "ray",
     "baseline", "palette",
 )  # fmt: skip
 
@@ -330,8 +331,9 @@ def _manifest(path: Path, reading: SceneReading) -> list[Record]:
         if files["rgb"] is None and files["depth"] is None:
             raise UserError(f"{where}: neither rgb nor depth")
         unit = row.get("depth_unit", "").strip() or None
-        if files["depth"] is not None and unit is None and reading.depth_unit is None:
-            raise UserError(f"{where}: no depth_unit: give the column, or --reading.depth_unit")
+        scale = _number(row.get("depth_scale", ""), f"{where}, depth_scale") or reading.depth_scale
+        if files["depth"] is not None and unit is None and scale is None and reading.depth_unit is None:
+            raise UserError(f"{where}: no depth_unit: give the column (or depth_scale), or --reading.depth_unit")
         if unit is not None and unit not in UNITS:
             raise UserError(f"{where}: depth_unit '{unit}', expected one of {', '.join(UNITS)}")
         numbers = [row.get(c, "").strip() for c in ("fx", "fy", "cx", "cy")]
@@ -341,12 +343,12 @@ def _manifest(path: Path, reading: SceneReading) -> list[Record]:
                 k = of_numbers([float(n) for n in numbers], where)
             except ValueError as error:
                 raise UserError(f"{where}: fx, fy, cx, cy: {error}") from error
-        baseline = row.get("baseline", "").strip()
         code = _code(
             reading,
             unit or "m",
             ray=row.get("ray", "").strip().lower() in {"1", "true", "yes"},
-            baseline=float(baseline) if baseline else None,
+            baseline=_number(row.get("baseline", ""), f"{where}, baseline"),
+            scale=scale,
         )
         name = row.get("name", "").strip() or row.get("rgb", "").strip() or row.get("depth", "").strip()
         part = row.get("split", "").strip().lower()
@@ -361,6 +363,14 @@ def _manifest(path: Path, reading: SceneReading) -> list[Record]:
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"{path}: the name '{twice[0]}' stands in several rows")
     return records
+
+
+def _number(text: str, where: str) -> float | None:
+    """The number in a cell; None where it is empty."""
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        raise UserError(f"{where}: expected a number, got '{text}'") from None
 
 
 def _below(root: Path, text: str, where: str) -> Path | None:

@@ -29,6 +29,7 @@ class DepthCode:
         ray: the numbers are distances along the ray, not along z.
         far: meters from which there is nothing (the sky of a simulator).
         baseline: meters between the cameras of a disparity.
+        scale: meters per number, in place of a unit, such as 0.0001 of a RealSense SR300.
         offset: pixels by which the principal points of the two cameras differ (cx_left - cx_right): Z = f B / (d - offset).
     """
 
@@ -37,6 +38,7 @@ class DepthCode:
     far: float = 200.0
     baseline: float | None = None
     offset: float = 0.0
+    scale: float | None = None
 
 
 def read_numbers(path: str | Path) -> NDArray[Any]:
@@ -99,9 +101,14 @@ def decode(
     Raises:
         UserError: the array does not have the form of this code, or a disparity has no baseline.
     """
-    if code.unit == "carla":
+    if code.unit == "carla" and code.scale is None:
         if numbers.ndim != 3 or numbers.shape[2] < 3 or numbers.dtype != np.uint8:
             raise UserError(f"{shown}: expected CARLA's depth in red, green and blue of 8 bits, found {_form(numbers)}")
+        if (numbers[..., 0] == numbers[..., 1]).all() and (numbers[..., 1] == numbers[..., 2]).all():
+            raise UserError(
+                f"{shown}: all three channels are equal: a gray preview of CARLA's depth (ColorConverter.Depth or LogarithmicDepth),"
+                " whose meters are lost; save it raw"
+            )
         r, g, b = (numbers[..., i].astype(np.float64) for i in range(3))
         meters = 1000 * (r + 256 * g + 65536 * b) / (256**3 - 1)
     else:
@@ -111,7 +118,7 @@ def decode(
         if numbers.dtype == np.uint8:
             raise UserError(f"{shown}: 8 bits are too few for depth (a preview for the eye?)")
         values = numbers.astype(np.float64)
-        if code.unit in DISPARITIES:
+        if code.unit in DISPARITIES and code.scale is None:
             if code.baseline is None:
                 raise UserError(f"{shown}: a disparity needs --reading.baseline (meters between the cameras)")
             pixels = values * DISPARITIES[code.unit]
@@ -119,7 +126,7 @@ def decode(
             there = np.isfinite(values) & (pixels > 0) & (shifted > 0)
             meters = np.where(there, intrinsics[0, 0] * code.baseline / np.where(there, shifted, 1.0), 0.0)
         else:
-            meters = values * SCALES[code.unit]
+            meters = values * (SCALES[code.unit] if code.scale is None else code.scale)
     meters = np.where(np.isfinite(meters) & (meters > 0), meters, 0.0)
     if code.ray:
         meters = meters / ray_lengths((meters.shape[0], meters.shape[1]), intrinsics)

@@ -11,7 +11,7 @@ from tenfold import UserError
 
 Palette = Literal[
     "auto", "binary", "kitti-road", "orfd", "vkitti2", "synthia", "synthia-rand", "cityscapes", "cityscapes-train",
-    "mapillary", "carla-0.9.13", "carla-0.9.14",
+    "cityscapes-colors", "mapillary", "carla-0.9.13", "carla-0.9.14",
 ]  # fmt: skip
 IGNORED = 255
 
@@ -43,7 +43,10 @@ IDS: dict[str, Ids] = {
     "carla-0.9.13": Ids((6, 7), (), 23),  # road line, road
     "carla-0.9.14": Ids((1, 24), (), 29),
 }  # fmt: skip
-ROAD_COLORS = {"vkitti2": (100, 60, 100)}
+ROAD_COLORS = {
+    "vkitti2": ((100, 60, 100),),
+    "cityscapes-colors": ((128, 64, 128), (157, 234, 50)),
+}  # road, CARLA's road line
 
 
 def by_color(image: NDArray[np.uint8], palette: str, shown: str) -> NDArray[np.uint8]:
@@ -61,8 +64,10 @@ def by_color(image: NDArray[np.uint8], palette: str, shown: str) -> NDArray[np.u
         return np.where(red == 0, IGNORED, blue > 0).astype(np.uint8)
     if palette == "orfd":
         return (blue > 200).astype(np.uint8)
-    r, g, b = ROAD_COLORS[palette]
-    return ((red == r) & (green == g) & (blue == b)).astype(np.uint8)
+    found = np.zeros(red.shape, np.bool_)
+    for r, g, b in ROAD_COLORS[palette]:
+        found |= (red == r) & (green == g) & (blue == b)
+    return found.astype(np.uint8)
 
 
 def by_id(ids: NDArray[Any], road: Iterable[int], ignored: Iterable[int]) -> NDArray[np.uint8]:

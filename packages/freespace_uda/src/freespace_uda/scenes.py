@@ -11,6 +11,7 @@ from freespace_uda import labels as palettes
 from freespace_uda.birdseye import level_homography
 from freespace_uda.calibration import Calibration, odd, read_calibration
 from freespace_uda.depth import DepthCode, complaints, decode, look_at, read_numbers, shift_of
+from freespace_uda.labels import by_color
 from tenfold import UserError
 from tenfold.readers import read_image
 
@@ -161,7 +162,16 @@ class Scenes:
             return palettes.by_id(ids, self.road_ids, [i for i in ignored if i not in self.road_ids])
         palette = record.palette
         if palette in {"kitti-road", "orfd", *palettes.ROAD_COLORS}:
-            return palettes.by_color(image.astype(np.uint8), palette, shown)
+            return by_color(image.astype(np.uint8), palette, shown)
+        if (
+            palette == "carla"
+            and image.ndim == 3
+            and by_color(image.astype(np.uint8), "cityscapes-colors", shown).any()
+        ):
+            raise UserError(
+                f"{shown}: colors of Cityscapes in place of ids (CARLA's ColorConverter.CityScapesPalette):"
+                " --reading.palette cityscapes-colors"
+            )
         if palette == "carla":
             palette = palettes.recognize_carla(palettes.one_channel(image, palette, shown), shown)
         ids = palettes.one_channel(image, palette, shown)

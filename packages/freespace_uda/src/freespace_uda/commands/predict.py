@@ -64,7 +64,7 @@ def _one(settings: PredictSettings) -> Scenes:
         files[option] = path
     reading, k, calibration = settings.reading, None, None
     if files["depth"] is not None:
-        if reading.depth_unit is None:
+        if reading.depth_unit is None and reading.depth_scale is None:
             raise UserError("--depth needs --reading.depth_unit: m, cm, mm, m/256, carla or disparity")
         if reading.intrinsics is not None:
             k = of_numbers(reading.intrinsics, "--reading.intrinsics")
@@ -73,7 +73,9 @@ def _one(settings: PredictSettings) -> Scenes:
             read_calibration(calibration)
         else:
             raise UserError("--depth needs the camera: --calibration FILE, or --reading.intrinsics fx,fy,cx,cy")
-    code = DepthCode(reading.depth_unit or "m", bool(reading.ray), reading.far, reading.baseline, reading.offset)
+    code = DepthCode(
+        reading.depth_unit or "m", bool(reading.ray), reading.far, reading.baseline, reading.offset, reading.depth_scale
+    )
     stem = (files["rgb"] or files["depth"] or Path("scene")).stem
     record = Record(stem, files["rgb"], files["depth"], None, calibration, k, code)
     return Scenes("the user's picture", (record,), None, files["rgb"] or files["depth"])
