@@ -304,8 +304,8 @@ def _of_view(file: Path | None, fov: float) -> NDArray[np.float64]:
 
 UNITS = get_args(Unit)
 COLUMNS = (
-    "name", "rgb", "depth", "label", "split", "category", "calibration", "fx", "fy", "cx", "cy", "depth_unit", "depth_scale", "ray",
-    "baseline", "palette",
+    "name", "rgb", "depth", "label", "split", "category", "calibration", "fx", "fy", "cx", "cy", "depth_unit", "depth_scale",
+    "ray", "baseline", "palette",
 )  # fmt: skip
 
 

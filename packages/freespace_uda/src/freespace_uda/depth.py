@@ -106,8 +106,8 @@ def decode(
             raise UserError(f"{shown}: expected CARLA's depth in red, green and blue of 8 bits, found {_form(numbers)}")
         if (numbers[..., 0] == numbers[..., 1]).all() and (numbers[..., 1] == numbers[..., 2]).all():
             raise UserError(
-                f"{shown}: all three channels are equal: a gray preview of CARLA's depth (ColorConverter.Depth or LogarithmicDepth),"
-                " whose meters are lost; save it raw"
+                f"{shown}: all three channels are equal: a gray preview of CARLA's depth (ColorConverter.Depth or"
+                " LogarithmicDepth), whose meters are lost; save it raw"
             )
         r, g, b = (numbers[..., i].astype(np.float64) for i in range(3))
         meters = 1000 * (r + 256 * g + 65536 * b) / (256**3 - 1)
