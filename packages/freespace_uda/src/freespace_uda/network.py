@@ -139,11 +139,11 @@ class FreespaceNet(nn.Module):
         size = given.shape[-2:]
         maps: dict[str, list[Tensor]] = {}
         if self.streams != "normals":
-            pixels = given.new_full((len(given), 3, *size), 0.5) if rgb is None else rgb
+            pixels = given.new_full((given.shape[0], 3, *size), 0.5) if rgb is None else rgb
             maps["rgb"] = self.encoders["rgb"](pixels)
         if self.streams != "rgb":
             if normals is None or valid is None:
-                normals, valid = given.new_zeros(len(given), 3, *size), given.new_zeros(len(given), 1, *size)
+                normals, valid = given.new_zeros(given.shape[0], 3, *size), given.new_zeros(given.shape[0], 1, *size)
             maps["normal"] = self.encoders["normal"](torch.cat([normals, valid], 1))
         attention: dict[str, Tensor] = {}
         if len(maps) == 2:

@@ -136,7 +136,7 @@ def depth_to_normals(
         raise ValueError(f"method: expected one of {', '.join(get_args(NormalMethod))}, got {method!r}")
     z_BHW = depth.squeeze(1)
     z_BHW = z_BHW.float() if z_BHW.dtype in {torch.float16, torch.bfloat16} or not z_BHW.is_floating_point() else z_BHW
-    k = intrinsics.to(z_BHW).expand(len(z_BHW), 3, 3)
+    k = intrinsics.to(z_BHW).expand(z_BHW.shape[0], 3, 3)
     fx, fy, cx, cy = (k[:, i, j].view(-1, 1, 1) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
     known = valid_depth(z_BHW, max_depth)
     safe = torch.where(known, z_BHW, 1.0)
