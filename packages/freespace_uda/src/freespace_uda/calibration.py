@@ -104,8 +104,8 @@ def _kitti(text: str, path: Path) -> Calibration:
         name, colon, rest = line.partition(":")
         if colon and rest.strip() and re.fullmatch(r"P[0-3]|R0_rect|Tr_cam_to_road", name.strip()):
             rows[name.strip()] = _numbers(rest, path)
-    if len(rows["P2"]) != 12:
-        raise UserError(f"{path}: P2 has {len(rows['P2'])} numbers, expected 12")
+    if len(rows.get("P2", [])) != 12:
+        raise UserError(f"{path}: P2 has {len(rows.get('P2', []))} numbers, expected 12")
     p2 = np.asarray(rows["P2"]).reshape(3, 4)
     road = None
     if len(rows.get("Tr_cam_to_road", [])) == 12 and len(rows.get("R0_rect", [])) == 9:
@@ -130,7 +130,7 @@ _NAMES = ("camera_matrix", "cameraMatrix", "camera_matrix_left", "K", "k", "M1",
 def _yaml(text: str, path: Path) -> Calibration:
     body = re.sub(r"^%YAML.*$", "", text, count=1, flags=re.MULTILINE)
     try:
-        found = yaml.load(body, Loader=_OpenCV)  # noqa: S506  # a safe loader with one more tag
+        found = _OpenCV(body).get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     return _mapping(found, path)
