@@ -99,7 +99,7 @@ def decode(
     """Meters along z, (H, W); 0 where nothing is known.
 
     Raises:
-        UserError: the array does not have the form of this code, or a disparity has no baseline.
+        UserError: the array does not have the form of this code, a disparity has no baseline, or all lies beyond ``far``.
     """
     if code.unit == "carla" and code.scale is None:
         if numbers.ndim != 3 or numbers.shape[2] < 3 or numbers.dtype != np.uint8:
@@ -130,7 +130,13 @@ def decode(
     meters = np.where(np.isfinite(meters) & (meters > 0), meters, 0.0)
     if code.ray:
         meters = meters / ray_lengths((meters.shape[0], meters.shape[1]), intrinsics)
-    return np.where(meters < code.far, meters, 0.0).astype(np.float32)
+    near = meters < code.far
+    if not (near & (meters > 0)).any() and (meters > 0).any():
+        raise UserError(
+            f"{shown}: all depth is farther than --reading.far {code.far:g} m (median {np.median(meters[meters > 0]):.4g} m):"
+            " another unit is likely, such as --reading.depth_unit mm or cm"
+        )
+    return np.where(near, meters, 0.0).astype(np.float32)
 
 
 def _form(numbers: NDArray[Any]) -> str:
@@ -201,39 +207,26 @@ def _along_rays(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> bool:
     return bool(errors[0] > 2 * errors[1] and errors[0] > 2e-3)
 
 
-def shift_of(
-    rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: tuple[int, int] = (4, 12)
-) -> tuple[int, int] | None:
-    """Rows and columns by which jumps of depth have to move to meet edges of the picture; None where they meet, or are few.
+def shift_of(rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: int = 12) -> int | None:
+    """Columns by which jumps of depth have to move to meet edges of the picture; None where they meet, or are too few to tell.
 
-    The mean gradient of the picture under the jumps is compared over shifts; a shift counts from three pixels on, where it is a
-    quarter better than none.
+    Jumps between neighbors in a row are looked at, which a road does not have. The mean gradient of the picture under them is
+    compared over shifts; a shift counts from three pixels on, where it is half as good again as none.
     """
-    gray = rgb.astype(np.float64).mean(2)
-    edges = np.hypot(*np.gradient(gray))
+    rows, columns = depth.shape
+    if columns < 8 * reach:
+        return None
+    edges = np.abs(np.gradient(rgb.astype(np.float64).mean(2), axis=1))
     there = depth > 0
     logs = np.log(np.where(there, depth, 1.0))
-    jump = np.zeros(depth.shape, np.bool_)
-    across = there[:, 1:] & there[:, :-1] & (np.abs(np.diff(logs, axis=1)) > 0.25)
-    along = there[1:] & there[:-1] & (np.abs(np.diff(logs, axis=0)) > 0.25)
-    jump[:, 1:] |= across
-    jump[:, :-1] |= across
-    jump[1:] |= along
-    jump[:-1] |= along
-    rows, columns = reach
-    jump[:rows] = jump[-rows:] = False
-    jump[:, :columns] = jump[:, -columns:] = False
+    jump = there[:, 1:] & there[:, :-1] & (np.abs(np.diff(logs, axis=1)) > 0.35)
+    jump[:, :reach] = jump[:, columns - 1 - reach :] = False
     v, u = np.nonzero(jump)
-    if len(v) < 60:
+    if len(v) < max(30, rows // 4):
         return None
-    scores = {
-        (dv, du): float(edges[v + dv, u + du].mean())
-        for dv in range(-rows, rows + 1)
-        for du in range(-columns, columns + 1)
-    }
-    best = max(scores, key=lambda shift: scores[shift])
-    far = max(abs(best[0]), abs(best[1])) >= 3
-    return best if far and scores[best] > 1.25 * max(scores[0, 0], 1e-9) else None
+    scores = {d: float((edges[v, u + d] + edges[v, u + 1 + d]).mean()) for d in range(-reach, reach + 1)}
+    best = max(scores, key=lambda d: scores[d])
+    return best if abs(best) >= 3 and scores[best] > 1.5 * max(scores[0], 1e-9) else None
 
 
 def complaints(look: DepthLook, shown: str) -> list[tuple[bool, str]]:

@@ -205,8 +205,8 @@ class Scenes:
             said = [text for _, text in found]
             if item.rgb is not None and (shift := shift_of(item.rgb, item.depth)) is not None:
                 said.append(
-                    f"{shown}: edges of depth and picture meet after a shift by {shift[1]} columns and {shift[0]} rows:"
-                    " are both registered to one camera?"
+                    f"{shown}: edges of depth and picture meet after a shift by {shift} columns: are both registered"
+                    " to one camera?"
                 )
         return item, said
 
