@@ -71,10 +71,17 @@ def stacked(pictures: Sequence[Pixels], gap: int = 4) -> Pixels:
     return np.concatenate(parts)
 
 
+ACROSS = 5
+"""Columns of scenes side by side, beyond which they go on below."""
+
+
 def draw_strip(run: Run, name: str, rows: Sequence[Sequence[Pixels]], titles: Sequence[str], cell: float = 2.6) -> None:
-    """Draw scenes in rows, each column as one picture, since road pictures are wide and cells are square."""
+    """Draw scenes in rows, each column as one picture, since road pictures are wide and cells are square; titles below."""
     columns = [stacked(column) for column in zip(*rows, strict=True)]
-    image_grid(run.figure(name), [columns], column_titles=titles, cell=cell)
+    starts = range(0, len(columns), ACROSS)
+    images = [columns[i : i + ACROSS] for i in starts]
+    words = [list(titles[i : i + ACROSS]) for i in starts]
+    image_grid(run.figure(name), images, titles=words, cell=cell)
 
 
 def draw_distance(run: Run, meters: Mapping[str, FreespaceMeter], name: str = "distance") -> None:

@@ -158,11 +158,14 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
         rgb = _pictures.shown_rgb(item)
         assert item.depth is not None
         normals = normals_of(item.depth, item.intrinsics, NormalSettings())[0][0].numpy()
-        row = [rgb, _pictures.shown_depth(item.depth, item.size), _pictures.shown_normals(normals, item.size)]
+        seen = [rgb, _pictures.shown_depth(item.depth, item.size), _pictures.shown_normals(normals, item.size)]
         scale = (rgb.shape[0] // aligned.shape[1], rgb.shape[1] // aligned.shape[2])
         where = np.kron(aligned[k], np.ones(scale, np.bool_))
-        rows.append([*row, *(_pictures.outline(rgb, masks[a][k], label) for a in shown), _pictures.overlay(rgb, where)])
-    _pictures.draw_strip(folder, "scenes", rows, ["picture", "depth", "normals", *shown, "aligned (RGB)"])
+        row = [*seen, _pictures.overlay(rgb, where), *(_pictures.outline(rgb, masks[a][k], label) for a in shown)]
+        rows.append(row)
+    _pictures.draw_strip(
+        folder, "scenes", rows, ["picture", "depth", "normals", "aligned (RGB)", *(f"arm {a}" for a in shown)]
+    )
     meters = {}
     for arm in shown:
         meters[arm] = FreespaceMeter()
