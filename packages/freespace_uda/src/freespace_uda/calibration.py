@@ -151,9 +151,9 @@ def _mapping(found: Any, path: Path) -> Calibration:
         if all(isinstance(found.get(n), int) for n in names):
             size = (int(found[names[0]]), int(found[names[1]]))
             break
-    for names in (("fx", "fy", "cx", "cy"), ("fx", "fy", "ppx", "ppy"), ("fl_x", "fl_y", "cx", "cy")):
-        if all(isinstance(found.get(n), int | float) for n in names):
-            return Calibration(of_numbers([float(found[n]) for n in names], str(path)), size, said=", ".join(names))
+    for four in (("fx", "fy", "cx", "cy"), ("fx", "fy", "ppx", "ppy"), ("fl_x", "fl_y", "cx", "cy")):
+        if all(isinstance(found.get(n), int | float) for n in four):
+            return Calibration(of_numbers([float(found[n]) for n in four], str(path)), size, said=", ".join(four))
     for name in _NAMES:
         value = found.get(name)
         data = value.get("data") if isinstance(value, Mapping) else value
@@ -161,8 +161,8 @@ def _mapping(found: Any, path: Path) -> Calibration:
             return Calibration(
                 of_numbers(np.asarray(data, np.float64).ravel().tolist(), f"{path}, {name}"), size, said=name
             )
-    names = ", ".join(map(str, list(found)[:8]))
-    raise UserError(f"{path}: no camera matrix under {', '.join(_NAMES)}, and no fx, fy, cx, cy; it has {names}")
+    there = ", ".join(map(str, list(found)[:8]))
+    raise UserError(f"{path}: no camera matrix under {', '.join(_NAMES)}, and no fx, fy, cx, cy; it has {there}")
 
 
 _COLMAP = {

@@ -201,18 +201,18 @@ def _vkitti2(root: Path, reading: SceneReading) -> list[Record]:
         variant = frames.parents[2]
         base = variant / "frames"
         where = variant.relative_to(root).as_posix() if variant != root else variant.name
-        numbers = [
+        pictures, depths, truth = (
             {n.rpartition("_")[2]: p for n, p in _listed(folder, kinds).items()}
             for folder, kinds in (
                 (frames, PICTURES),
                 (base / "depth/Camera_0", {".png"}),
                 (base / "classSegmentation/Camera_0", {".png"}),
             )
-        ]
+        )
         cameras = _frame_intrinsics(
             next((f for f in (variant / "intrinsic.txt", root / where / "intrinsic.txt") if f.exists()), None)
         )
-        for number, (rgb, depth, label) in _paired(*numbers, variant).items():
+        for number, (rgb, depth, label) in _paired(pictures, depths, truth, variant).items():
             k = _given(reading)
             if k is None:
                 k = cameras.get(int(number), pinhole(725.0087, 725.0087, 620.5, 187))

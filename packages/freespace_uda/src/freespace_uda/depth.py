@@ -198,7 +198,7 @@ def _along_rays(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> bool:
     design = np.stack([u / columns, v / rows, np.ones(len(u))], 1)
     errors = []
     for inverse in (1 / part[there], lengths / part[there]):
-        kept = np.ones(len(u), np.bool_)
+        kept: NDArray[np.bool_] = np.ones(len(u), np.bool_)
         for _ in range(3):  # what stands on the road is no part of it
             solution = np.linalg.lstsq(design[kept], inverse[kept], rcond=None)[0]
             residual = np.abs(design @ solution - inverse)

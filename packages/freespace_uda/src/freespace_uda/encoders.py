@@ -131,6 +131,8 @@ class Encoder(nn.Module):
             if pretrained:
                 raise UserError(f"{shown}: there are no pretrained weights of this encoder")
             body: nn.Module = SmallEncoder(OWN[kind][own], norm)
+            self.channels: tuple[int, ...]
+            self.reductions: tuple[int, ...]
             self.channels, self.reductions = body.channels, SmallEncoder.reductions  # type: ignore[union-attr]
             self.rows: tuple[int, ...] = (0, 1, 2)
             statistics: tuple[Sequence[float], Sequence[float]] = ((0.5,) * 3, (0.25,) * 3)

@@ -26,8 +26,8 @@ ORIENT = "camera"
 class Readable(Protocol):
     """What training and prediction need of scenes."""
 
-    source: str
-
+    @property
+    def source(self) -> str: ...  # noqa: D102
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...  # noqa: D102
     def item(self, index: int) -> Item: ...  # noqa: D102

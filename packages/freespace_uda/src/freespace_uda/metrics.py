@@ -121,7 +121,7 @@ class FreespaceMeter:
 
     def __init__(self, edges: Sequence[float] = EDGES) -> None:
         self.edges = tuple(edges)
-        self.counts = np.zeros((len(self.edges) + 1, 2, LEVELS), np.int64)
+        self.counts: NDArray[np.int64] = np.zeros((len(self.edges) + 1, 2, LEVELS), np.int64)
         self._scenes: list[NDArray[np.int64]] = []
 
     @property

@@ -404,7 +404,8 @@ def train(
             unlabeled, batch_size=size, seed=seed + 2, batches=per_epoch, num_workers=settings.workers
         )
     task = AdaptTask(net, settings, method, total, prior, watched_batches(target, settings), watch)
-    config = dataclasses.replace(settings, steps=None, epochs=epochs, validate_every=0)
+    changes: dict[str, Any] = {"steps": None, "epochs": epochs, "validate_every": 0}
+    config = dataclasses.replace(settings, **changes)
     with warnings.catch_warnings():  # the averaged and the chosen network rest on purpose
         warnings.filterwarnings("ignore", message="Found .* in eval mode")
         fit(task, loaders, config, run, seed=seed + 3, quiet=quiet)

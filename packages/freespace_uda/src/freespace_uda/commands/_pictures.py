@@ -1,7 +1,7 @@
 """The pictures of several commands."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from freespace_uda.scenes import Item
 from tenfold.figures import Curve, Panel, image_grid, line_chart
 from tenfold.runs import Run, read_metrics
 
-Pixels = NDArray[np.uint8]
+Pixels: TypeAlias = NDArray[np.uint8]
 GREEN = np.array([40, 220, 90], np.float64)
 
 

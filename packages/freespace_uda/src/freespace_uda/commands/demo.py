@@ -15,7 +15,7 @@ import numpy as np
 from freespace_uda.commands import _pictures
 from freespace_uda.commands._arms import HEALTH, shown_rows
 from freespace_uda.commands._world import DATA, TARGET, measure_arm, scenes_of, settings_of, world_file
-from freespace_uda.config import DemoSettings, NormalSettings
+from freespace_uda.config import Arm, DemoSettings, NormalSettings
 from freespace_uda.items import normals_of
 from freespace_uda.metrics import FreespaceMeter, bootstrap
 from tenfold import executors
@@ -27,16 +27,16 @@ from tenfold.terminal import show_claims, table, track
 
 SOURCE = "roads-flat"
 OTHERS = ("roads-noisy", "roads-city")
-BASES = ("rgb", "normals", "both")
-GENERAL = ("minent", "advent", "adaptsegnet", "fada", "self-training")
-FEW = (*BASES, "ccg-sfa", "oracle")
-ARMS: dict[str, tuple[str, ...]] = {
+BASES: tuple[Arm, ...] = ("rgb", "normals", "both")
+GENERAL: tuple[Arm, ...] = ("minent", "advent", "adaptsegnet", "fada", "self-training")
+FEW: tuple[Arm, ...] = (*BASES, "ccg-sfa", "oracle")
+ARMS: dict[str, tuple[Arm, ...]] = {
     "quick": FEW,
     "default": FEW,
     "full": (*BASES, "adabn", *GENERAL, "ccg", "ccg-sfa", "ccg-sfa-class", "ccg-sfa-all", "ccg-sfa-ema", "oracle"),
 }
 """Arms of each level, from the first source."""
-ELSEWHERE = ("both", "adaptsegnet", "ccg-sfa")
+ELSEWHERE: tuple[Arm, ...] = ("both", "adaptsegnet", "ccg-sfa")
 """Arms from the other two sources; the oracle is the same."""
 
 
