@@ -166,7 +166,7 @@ def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
     _pictures.draw_strip(
         folder, "scenes", rows, ["picture", "depth", "normals", "aligned (RGB)", *(f"arm {a}" for a in shown)]
     )
-    meters = {}
+    meters: dict[str, FreespaceMeter] = {}
     for arm in shown:
         meters[arm] = FreespaceMeter()
         meters[arm].counts = sum(study.arrays(arm, s)["counts"] for s in study.seeds)  # type: ignore[assignment]
