@@ -515,7 +515,7 @@ def check_method(method: Method, settings: RunSettings) -> None:
 def of_arm(settings: RunSettings, arm: Arm) -> tuple[Method, RunSettings]:
     """Method and settings of an arm of `compare` and of the demonstration."""
     if arm in {"rgb", "normals", "both"}:
-        return "source-only", dataclasses.replace(settings, streams=arm)  # type: ignore[arg-type]
+        return "source-only", dataclasses.replace(settings, streams=arm)
     if arm in {"ccg-sfa-class", "ccg-sfa-all"}:
         mode = arm.rpartition("-")[2]
         return "ccg-sfa", dataclasses.replace(settings, align=dataclasses.replace(settings.align, mask_mode=mode))  # type: ignore[arg-type]

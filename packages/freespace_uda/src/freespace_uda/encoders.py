@@ -130,10 +130,11 @@ class Encoder(nn.Module):
         if kind in OWN and own in OWN[kind]:
             if pretrained:
                 raise UserError(f"{shown}: there are no pretrained weights of this encoder")
-            body: nn.Module = SmallEncoder(OWN[kind][own], norm)
+            small = SmallEncoder(OWN[kind][own], norm)
+            body: nn.Module = small
             self.channels: tuple[int, ...]
             self.reductions: tuple[int, ...]
-            self.channels, self.reductions = body.channels, SmallEncoder.reductions  # type: ignore[union-attr]
+            self.channels, self.reductions = small.channels, SmallEncoder.reductions
             self.rows: tuple[int, ...] = (0, 1, 2)
             statistics: tuple[Sequence[float], Sequence[float]] = ((0.5,) * 3, (0.25,) * 3)
         else:
