@@ -155,9 +155,11 @@ class AdaptTask(pl.LightningModule):
             terms[name] = objectives.supervised(logits[:count], labels)
             total = total + self.settings.aux * terms[name]
         if out.attention and self.settings.token and self.settings.tokens >= 2:
-            shape = out.attention["rgb"].shape[-2:]
-            known = nn.functional.adaptive_avg_pool2d((labels != 255).float().unsqueeze(1), shape)
-            road = nn.functional.adaptive_avg_pool2d((labels == 1).float().unsqueeze(1), shape) / known.clamp_min(1e-6)
+            height, width = out.attention["rgb"].shape[-2:]
+            known = nn.functional.adaptive_avg_pool2d((labels != 255).float().unsqueeze(1), (height, width))
+            road = nn.functional.adaptive_avg_pool2d(
+                (labels == 1).float().unsqueeze(1), (height, width)
+            ) / known.clamp_min(1e-6)
             pairs = [token_loss(attention[:count], road, known) for attention in out.attention.values()]
             terms["tokens"] = torch.stack(pairs).mean()
             total = total + self.settings.token * terms["tokens"]
@@ -262,8 +264,8 @@ class AdaptTask(pl.LightningModule):
         decay = min(self.settings.optimizer.ema, (1 + step) / (10 + step))
         for mean, now in zip(self.average.parameters(), self.net.parameters(), strict=True):
             mean.lerp_(now, 1 - decay)
-        for mean, now in zip(self.average.buffers(), self.net.buffers(), strict=True):
-            mean.copy_(now)
+        for held, buffer in zip(self.average.buffers(), self.net.buffers(), strict=True):
+            held.copy_(buffer)
 
     @torch.no_grad()
     def _consider(self, step: int, health: Mapping[str, float]) -> dict[str, float]:
