@@ -45,8 +45,8 @@ class Freespace:
         ap: mean of the best precision at recall 0, 0.1, ..., 1 or more; a level that nobody reaches counts 0.
         pre: precision at the threshold of ``max_f``, like the next three.
         rec: recall there.
-        fpr: false positives / background there.
-        fnr: 1 - recall there.
+        false_positive_rate: false positives / background there.
+        false_negative_rate: 1 - recall there.
         pixels: number of labeled pixels.
         road: share of them that is road.
     """
@@ -61,8 +61,8 @@ class Freespace:
     ap: float
     pre: float
     rec: float
-    fpr: float
-    fnr: float
+    false_positive_rate: float
+    false_negative_rate: float
     pixels: int
     road: float
 
@@ -97,8 +97,8 @@ def rates(counts: NDArray[np.int64]) -> Freespace:
         ap=ap,
         pre=float(precision_k[best]),
         rec=float(recall_k[best]),
-        fpr=_share(fp[best], negative),
-        fnr=_share(fn[best], positive),
+        false_positive_rate=_share(fp[best], negative),
+        false_negative_rate=_share(fn[best], positive),
         pixels=int(positive + negative),
         road=_share(positive, positive + negative),
     )
