@@ -1,0 +1,119 @@
+"""Which label ids or colors are drivable, by palette; ids that say which palette a picture is of."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenfold import UserError
+
+Palette = Literal[
+    "auto", "binary", "kitti-road", "orfd", "vkitti2", "synthia", "synthia-rand", "cityscapes", "cityscapes-train",
+    "cityscapes-colors", "mapillary", "carla-0.9.13", "carla-0.9.14",
+]  # fmt: skip
+IGNORED = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """A palette of numbers.
+
+    Attributes:
+        road: ids that are drivable.
+        ignored: ids that count nowhere.
+        known: number of ids that the palette has.
+        channel: channel that holds them, where there are several.
+    """
+
+    road: tuple[int, ...]
+    ignored: tuple[int, ...]
+    known: int
+    channel: int = 0
+
+
+IDS: dict[str, Ids] = {
+    "binary": Ids((1,), (255,), 2),
+    "synthia": Ids((3, 12), (0,), 16),  # sequences: road, lane marking
+    "synthia-rand": Ids((3, 22), (0,), 23),  # RAND-CITYSCAPES
+    "cityscapes": Ids((7,), (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30), 34),  # labelIds
+    "cityscapes-train": Ids((0,), (255,), 19),  # labelTrainIds
+    "mapillary": Ids((7, 8, 10, 13, 14, 23, 24), (65,), 66),  # Vistas 1.2
+    "carla-0.9.13": Ids((6, 7), (), 23),  # road line, road
+    "carla-0.9.14": Ids((1, 24), (), 29),
+}  # fmt: skip
+ROAD_COLORS = {
+    "vkitti2": ((100, 60, 100),),
+    "cityscapes-colors": ((128, 64, 128), (157, 234, 50)),
+}  # road, CARLA's road line
+
+
+def by_color(image: NDArray[np.uint8], palette: str, shown: str) -> NDArray[np.uint8]:
+    """0, 1 and 255 (ignored) of a picture whose colors are labels.
+
+    Raises:
+        UserError: it has no three channels.
+    """
+    if image.ndim != 3 or image.shape[2] < 3:
+        raise UserError(
+            f"{shown}: expected a label in colors, found {image.dtype} of {' x '.join(map(str, image.shape))}"
+        )
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    if palette == "kitti-road":
+        return np.where(red == 0, IGNORED, blue > 0).astype(np.uint8)
+    if palette == "orfd":
+        return (blue > 200).astype(np.uint8)
+    found = np.zeros(red.shape, np.bool_)
+    for r, g, b in ROAD_COLORS[palette]:
+        found |= (red == r) & (green == g) & (blue == b)
+    return found.astype(np.uint8)
+
+
+def by_id(ids: NDArray[Any], road: Iterable[int], ignored: Iterable[int]) -> NDArray[np.uint8]:
+    """0, 1 and 255 (ignored) of a picture of ids."""
+    found = np.isin(ids, list(road)).astype(np.uint8)
+    found[np.isin(ids, list(ignored))] = IGNORED
+    return found
+
+
+def one_channel(image: NDArray[Any], palette: str, shown: str) -> NDArray[Any]:
+    """The channel of a picture that holds ids."""
+    if image.ndim == 2:
+        return image
+    channel = IDS[palette].channel if palette in IDS else 0
+    return image[..., channel]
+
+
+def recognize_carla(ids: NDArray[Any], shown: str) -> str:
+    """The version of CARLA whose ids a picture has: its lower middle is road in one of them.
+
+    Raises:
+        UserError: it cannot be told; the message lists the ids that were found.
+    """
+    rows, columns = ids.shape
+    there = ids[rows - rows // 3 :, columns // 3 : columns - columns // 3]
+    old, new = (float(np.isin(there, IDS[name].road).mean()) for name in ("carla-0.9.13", "carla-0.9.14"))
+    if max(old, new) < 0.3 or abs(old - new) < 0.3:
+        found = ", ".join(map(str, np.unique(ids).tolist()))
+        raise UserError(
+            f"{shown}: ids {found}: CARLA up to 0.9.13 has road 7 and road line 6, from 0.9.14 on 1 and 24, and neither is"
+            " before the camera; give --reading.palette carla-0.9.13 or carla-0.9.14, or --reading.road_ids"
+        )
+    return "carla-0.9.13" if old > new else "carla-0.9.14"
+
+
+def check_ids(ids: NDArray[Any], palette: str, shown: str) -> None:
+    """Check that a palette can have the ids of a picture.
+
+    Raises:
+        UserError: it has fewer ids than that; the message lists those that were found.
+    """
+    known = IDS[palette]
+    values = np.unique(ids).astype(np.int64)
+    unknown = [v for v in values.tolist() if v >= known.known and v not in known.ignored]
+    if unknown:
+        raise UserError(
+            f"{shown}: ids {', '.join(map(str, values.tolist()))} were found, palette {palette} has 0 to {known.known - 1}:"
+            " give --reading.palette or --reading.road_ids"
+        )

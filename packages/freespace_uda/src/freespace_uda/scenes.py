@@ -1,0 +1,316 @@
+"""Scenes as they come from disk or from the renderer: pictures, depth in meters, intrinsics, labels, read when asked for."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from freespace_uda import labels as palettes
+from freespace_uda.birdseye import level_homography
+from freespace_uda.calibration import Calibration, odd, read_calibration
+from freespace_uda.depth import DepthCode, complaints, decode, look_at, read_numbers, shift_of
+from freespace_uda.labels import by_color
+from tenfold import UserError
+from tenfold.readers import read_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Where one scene lies.
+
+    Attributes:
+        name: unique within the data.
+        rgb: picture; None where there is none.
+        depth: depth file; None where there is none.
+        label: label; None where there is none.
+        calibration: file with the camera; None takes ``intrinsics``.
+        intrinsics: K, where it is known without a file.
+        code: how the depth file means depth.
+        palette: how the label is read.
+        part: train, val, test or nothing.
+        category: group of the scene, such as KITTI's um, umm and uu.
+    """
+
+    name: str
+    rgb: Path | None = None
+    depth: Path | None = None
+    label: Path | None = None
+    calibration: Path | None = None
+    intrinsics: NDArray[np.float64] | None = None
+    code: DepthCode = dataclasses.field(default_factory=DepthCode)
+    palette: str = "binary"
+    part: str = ""
+    category: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What was read of a scene.
+
+    Attributes:
+        rgb: (H, W, 3) uint8, or None.
+        depth: (H, W) float32 in meters along z, 0 where unknown, or None.
+        intrinsics: K, (3, 3); of no meaning without depth.
+        label: (H, W) uint8 of 0, 1 and 255, or None.
+    """
+
+    rgb: NDArray[np.uint8] | None
+    depth: NDArray[np.float32] | None
+    intrinsics: NDArray[np.float64]
+    label: NDArray[np.uint8] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        found = self.rgb if self.rgb is not None else self.depth
+        assert found is not None
+        return found.shape[0], found.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """A list of scenes.
+
+    Attributes:
+        source: what the data is, in words, and whether it is real or rendered.
+        records: the scenes.
+        road_ids: ids that are drivable, in place of the palettes'.
+        path: folder or file that was named; None for rendered data.
+    """
+
+    source: str
+    records: tuple[Record, ...]
+    road_ids: tuple[int, ...] | None = None
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        """Name of a scene."""
+        return self.records[index].name
+
+    def has_label(self, index: int) -> bool:
+        """Whether a scene has a label, without reading it."""
+        return self.records[index].label is not None
+
+    def picked(self, chosen: list[int]) -> "Scenes":
+        """Some of the scenes."""
+        return dataclasses.replace(self, records=tuple(self.records[i] for i in chosen))
+
+    def item(self, index: int) -> Item:
+        """Picture, depth and camera of a scene, without its label.
+
+        Raises:
+            UserError: a file cannot be read, or files do not fit each other.
+        """
+        record = self.records[index]
+        rgb = None if record.rgb is None else read_image(record.rgb)
+        if record.depth is None:
+            if rgb is None:
+                raise UserError(f"{record.name}: neither picture nor depth")
+            return Item(rgb, None, np.eye(3))
+        numbers = read_numbers(record.depth)
+        if rgb is not None and numbers.shape[:2] != rgb.shape[:2]:
+            raise UserError(
+                f"{record.depth}: {numbers.shape[1]} x {numbers.shape[0]} pixels, its picture {record.rgb} has"
+                f" {rgb.shape[1]} x {rgb.shape[0]}: register depth to the color camera first"
+            )
+        k = self.camera(index, (numbers.shape[1], numbers.shape[0])).intrinsics
+        return Item(rgb, decode(numbers, record.code, k, str(record.depth)), k)
+
+    def camera(self, index: int, size: tuple[int, int]) -> Calibration:
+        """The camera of a scene, checked against the width and height of its pictures.
+
+        Raises:
+            UserError: there is none, or it cannot be one of such pictures.
+        """
+        record = self.records[index]
+        if record.intrinsics is not None:
+            found = Calibration(record.intrinsics)
+            shown = f"intrinsics of {record.name}"
+        elif record.calibration is not None:
+            found = read_calibration(record.calibration)
+            shown = str(record.calibration)
+        else:
+            raise UserError(
+                f"{record.name}: no intrinsics: give --reading.intrinsics fx,fy,cx,cy, or a calibration file"
+            )
+        for fatal, message in odd(found.intrinsics, size, found.size):
+            if fatal:
+                raise UserError(f"{shown}: {message}")
+        return found
+
+    def label(self, index: int) -> NDArray[np.uint8]:
+        """The label of a scene, (H, W) of 0, 1 and 255.
+
+        Raises:
+            UserError: it has none, or it cannot be read by its palette.
+        """
+        record = self.records[index]
+        if record.label is None:
+            raise UserError(f"{record.name}: no label")
+        shown = str(record.label)
+        image = read_raw(record.label)
+        if self.road_ids is not None:
+            ids = palettes.one_channel(image, record.palette, shown)
+            if not np.isin(ids, self.road_ids).any() and ids.ndim == 2 and ids.max(initial=0) > 255:
+                raise UserError(f"{shown}: ids {', '.join(map(str, np.unique(ids)[:20].tolist()))}")
+            ignored = palettes.IDS[record.palette].ignored if record.palette in palettes.IDS else ()
+            return palettes.by_id(ids, self.road_ids, [i for i in ignored if i not in self.road_ids])
+        palette = record.palette
+        if palette in {"kitti-road", "orfd", *palettes.ROAD_COLORS}:
+            return by_color(image.astype(np.uint8), palette, shown)
+        if (
+            palette == "carla"
+            and image.ndim == 3
+            and by_color(image.astype(np.uint8), "cityscapes-colors", shown).any()
+        ):
+            raise UserError(
+                f"{shown}: colors of Cityscapes in place of ids (CARLA's ColorConverter.CityScapesPalette):"
+                " --reading.palette cityscapes-colors"
+            )
+        if palette == "carla":
+            palette = palettes.recognize_carla(palettes.one_channel(image, palette, shown), shown)
+        ids = palettes.one_channel(image, palette, shown)
+        if palette == "binary" and set(np.unique(ids).tolist()) == {0, 255}:
+            return (ids == 255).astype(np.uint8)  # black and white masks
+        palettes.check_ids(ids, palette, shown)
+        known = palettes.IDS[palette]
+        return palettes.by_id(ids, known.road, known.ignored)
+
+    def road(self, index: int) -> NDArray[np.float64] | None:
+        """Homography from the road plane to pixels, where the calibration has it."""
+        calibration = self.records[index].calibration
+        return None if calibration is None else read_calibration(calibration).road
+
+    def checked(self, index: int) -> tuple[Item, list[str]]:
+        """A scene, and what is odd about its depth and its camera.
+
+        Raises:
+            UserError: what is odd makes it useless; the message says what is likely meant.
+        """
+        item = self.item(index)
+        record = self.records[index]
+        said: list[str] = []
+        if item.depth is not None:
+            rows, columns = item.depth.shape
+            shown = str(record.depth or record.name)
+            found = complaints(look_at(item.depth, item.intrinsics), shown)
+            found += [(fatal, f"{record.name}: {text}") for fatal, text in odd(item.intrinsics, (columns, rows))]
+            if fatal := [text for bad, text in found if bad]:
+                raise UserError(fatal[0])
+            said = [text for _, text in found]
+            if item.rgb is not None and (shift := shift_of(item.rgb, item.depth)) is not None:
+                said.append(
+                    f"{shown}: edges of depth and picture meet after a shift by {shift} columns: are both registered"
+                    " to one camera?"
+                )
+        return item, said
+
+
+def read_raw(path: Path) -> NDArray[Any]:
+    """The numbers of a label as they stand: palette indices, not their colors; all 16 bits of three channels (SYNTHIA).
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from PIL import Image
+
+    if path.suffix.lower() in {".npy", ".npz"}:
+        return read_numbers(path)
+    try:
+        with Image.open(path) as image:
+            wide = image.format == "PNG" and image.mode == "RGB" and _raw_mode(image) == "RGB;16B"
+            high = np.asarray(image)
+        if not wide:
+            return high
+        with Image.open(path) as image:  # Pillow keeps the upper byte of each; asked for the other order, the lower one
+            codec, extents, offset, args = image.tile[0]
+            rest = args[1:] if isinstance(args, tuple) else ()
+            image.tile = [type(image.tile[0])(codec, extents, offset, ("RGB;16L", *rest) if rest else "RGB;16L")]
+            low = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be decoded as an image ({' '.join(str(error).split())})") from error
+    return high.astype(np.uint16) * 256 + low
+
+
+def _raw_mode(image: Any) -> str:
+    args = image.tile[0][3] if image.tile else ""
+    return str(args[0] if isinstance(args, tuple) else args)
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderedScenes(Scenes):
+    """Scenes that are held in memory.
+
+    Attributes:
+        arrays: rgb (N, H, W, 3), depth and label (N, H, W), intrinsics (N, 3, 3), pose (N, 2): height and pitch.
+    """
+
+    arrays: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+
+    def picked(self, chosen: list[int]) -> "RenderedScenes":
+        """Some of the scenes."""
+        part = {name: a[chosen] for name, a in self.arrays.items()}
+        return dataclasses.replace(self, records=tuple(self.records[i] for i in chosen), arrays=part)
+
+    def has_label(self, index: int) -> bool:
+        """All have one."""
+        return True
+
+    def item(self, index: int) -> Item:
+        """Picture, depth and camera."""
+        a = self.arrays
+        return Item(a["rgb"][index], a["depth"][index], a["intrinsics"][index])
+
+    def camera(self, index: int, size: tuple[int, int]) -> Calibration:
+        """The camera."""
+        return Calibration(self.arrays["intrinsics"][index])
+
+    def label(self, index: int) -> NDArray[np.uint8]:
+        """The label."""
+        found: NDArray[np.uint8] = self.arrays["label"][index]
+        return found
+
+    def road(self, index: int) -> NDArray[np.float64]:
+        """Homography from the road plane to pixels."""
+        height, pitch = self.arrays["pose"][index]
+        return level_homography(self.arrays["intrinsics"][index], float(height), float(pitch))
+
+
+class Unlabeled:
+    """Scenes whose labels cannot be read: what a training is given as its target.
+
+    Args:
+        scenes: the scenes.
+    """
+
+    def __init__(self, scenes: Scenes) -> None:
+        self._scenes = scenes
+        self.source, self.path = scenes.source, scenes.path
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def name(self, index: int) -> str:
+        """Name of a scene."""
+        return self._scenes.name(index)
+
+    def item(self, index: int) -> Item:
+        """Picture, depth and camera."""
+        return self._scenes.item(index)
+
+    def checked(self, index: int) -> tuple[Item, list[str]]:
+        """A scene, and what is odd about it."""
+        return self._scenes.checked(index)
+
+    def label(self, index: int) -> NDArray[np.uint8]:
+        """Nothing.
+
+        Raises:
+            AssertionError: always.
+        """
+        raise AssertionError("a label of the target was asked for in a training without target labels")

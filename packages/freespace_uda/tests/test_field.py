@@ -1,0 +1,315 @@
+"""Depth, cameras and labels as people have them: read right, or refused in one line that says what is likely meant."""
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from freespace_uda import DepthCode, RoadWorld, read_calibration
+from freespace_uda.calibration import odd, of_numbers, pinhole, scaled
+from freespace_uda.depth import complaints, decode, look_at, ray_lengths, read_numbers, shift_of
+from freespace_uda.labels import by_color, by_id, check_ids, recognize_carla
+from freespace_uda.scenes import Record, Scenes, read_raw
+from PIL import Image
+
+from tenfold import UserError
+
+K = pinhole(100, 100, 1.5, 1.5)
+
+
+def test_carlas_24_bits_reach_from_0_to_1000_meters_and_come_back():
+    corners = np.array([[[0, 0, 0], [255, 255, 255]], [[1, 0, 0], [0, 1, 0]]], np.uint8)
+    found = decode(corners, DepthCode("carla", far=1e9), K)
+    assert found[0, 1] == pytest.approx(1000)
+    assert found[0, 0] == 0
+    assert found[1, 0] == pytest.approx(1000 / (256**3 - 1))
+    meters = np.array([[3.2, 55.5]])
+    whole = np.round(meters / 1000 * (256**3 - 1)).astype(np.int64)
+    coded = np.stack([whole % 256, whole // 256 % 256, whole // 65536], -1).astype(np.uint8)
+    assert np.allclose(decode(coded, DepthCode("carla"), K), meters, atol=1e-4)
+    assert decode(corners, DepthCode("carla"), K)[0, 1] == 0  # the sky
+
+
+@pytest.mark.parametrize(("unit", "number"), [("mm", 5000), ("cm", 500), ("m/256", 1280), ("m", 5)])
+def test_five_meters_in_every_unit(unit, number):
+    assert (decode(np.full((2, 2), number, np.uint16), DepthCode(unit), K) == 5).all()
+
+
+def test_a_zed_camera_writes_nan_and_infinity_for_what_it_does_not_see():
+    numbers = np.array([[np.nan, np.inf, -np.inf, 4.5]], np.float32)
+    assert decode(numbers, DepthCode("m"), K).tolist() == [[0, 0, 0, 4.5]]
+
+
+def test_disparity_with_and_without_an_offset_of_the_principal_points():
+    pixels = np.array([[10.0, 20.0, 0.0]], np.float32)
+    found = decode(pixels, DepthCode("disparity", baseline=0.5), K)
+    assert found.tolist() == [[5.0, 2.5, 0.0]]
+    moved = decode(pixels, DepthCode("disparity", baseline=0.5, offset=2.0), K)
+    assert moved == pytest.approx(np.array([[6.25, 50 / 18, 0]]))
+    sixteenths = decode((16 * pixels).astype(np.int16), DepthCode("disparity/16", baseline=0.5), K)
+    assert np.allclose(sixteenths, found)
+    with pytest.raises(UserError, match="--reading.baseline"):
+        decode(pixels, DepthCode("disparity"), K)
+
+
+def test_a_scale_stands_in_place_of_a_unit():
+    assert decode(np.full((2, 2), 20000, np.uint16), DepthCode(scale=0.0001), K)[0, 0] == pytest.approx(2)
+
+
+def test_a_gray_preview_of_carlas_depth_is_refused():
+    with pytest.raises(UserError, match="a gray preview of CARLA's depth"):
+        decode(np.full((2, 2, 3), 90, np.uint8), DepthCode("carla"), K)
+
+
+def test_carlas_labels_in_colors_of_cityscapes_are_told_and_read_when_said(tmp_path):
+    colors = np.array([[[128, 64, 128], [157, 234, 50], [70, 70, 70]]], np.uint8)
+    Image.fromarray(colors).save(tmp_path / "l.png")
+    with pytest.raises(UserError, match="--reading.palette cityscapes-colors"):
+        Scenes("s", (Record("a", label=tmp_path / "l.png", palette="carla"),)).label(0)
+    told = Scenes("s", (Record("a", label=tmp_path / "l.png", palette="cityscapes-colors"),))
+    assert told.label(0).tolist() == [[1, 1, 0]]
+
+
+def test_distance_along_the_ray_becomes_distance_along_z():
+    shape = (4, 6)
+    z = np.full(shape, 7.0)
+    along = z * ray_lengths(shape, K)
+    assert np.allclose(decode(along, DepthCode("m", ray=True), K), z)
+
+
+def road(domain="roads-flat", size=(96, 48), index=0):
+    scene = RoadWorld(domain, size, 1, 3)[index]
+    return scene.depth, scene.camera.intrinsics
+
+
+def test_right_depth_draws_no_complaint_in_any_world():
+    for domain in ("roads-flat", "roads-noisy", "roads-city", "roads-real"):
+        for i in range(3):
+            depth, k = road(domain, index=i)
+            assert complaints(look_at(depth, k), "d") == []
+
+
+@pytest.mark.parametrize(
+    ("factor", "told"),
+    [(1000, "depth_unit mm"), (100, "depth_unit cm"), (0.01, "depth_unit"), (256, "depth_unit m/256")],
+)
+def test_a_wrong_unit_is_told_by_the_height_of_the_camera(factor, told):
+    depth, k = road()
+    ((fatal, message),) = complaints(look_at((depth * factor).astype(np.float32), k), "d")
+    assert fatal
+    assert told in message
+    assert "the camera would be" in message
+
+
+def test_a_disparity_taken_for_depth_is_told():
+    depth, k = road()
+    disparity = np.where(depth > 0, 50 / np.maximum(depth, 1e-3), 0).astype(np.float32)
+    assert any(fatal and "looks like a disparity" in text for fatal, text in complaints(look_at(disparity, k), "d"))
+
+
+def test_distance_along_the_ray_taken_for_z_is_told_and_z_is_not():
+    depth, k = road(size=(160, 96))
+    along = (depth * ray_lengths(depth.shape, k)).astype(np.float32)
+    assert any("--reading.ray" in text for _, text in complaints(look_at(along, k), "d"))
+    assert not look_at(depth, k).ray
+
+
+def test_a_sparse_scan_is_warned_about_and_an_empty_one_refused():
+    depth, k = road()
+    lidar = np.where(np.arange(len(depth))[:, None] % 8 == 0, depth, 0)
+    ((fatal, message),) = complaints(look_at(lidar, k), "d")
+    assert not fatal
+    assert "under 30 %" in message
+    ((fatal, message),) = complaints(look_at(np.zeros_like(depth), k), "d")
+    assert fatal
+    assert "no pixel has valid depth" in message
+
+
+@pytest.mark.parametrize("domain", ["roads-flat", "roads-noisy", "roads-city", "roads-real"])
+def test_edges_of_depth_meet_those_of_the_picture_and_a_shift_is_found(domain):
+    found = []
+    for i in range(4):
+        scene = RoadWorld(domain, (320, 128), 1, 4)[i]
+        assert shift_of(scene.rgb, scene.depth) is None
+        found.append(shift_of(scene.rgb, np.roll(scene.depth, 7, 1)))
+    if domain in {"roads-flat", "roads-city"}:
+        assert any(f is not None and abs(f + 7) <= 1 for f in found)
+
+
+def test_files_of_depth_of_every_form(tmp_path):
+    values = np.array([[1.5, 2.5], [0.0, 4.0]], np.float32)
+    np.save(tmp_path / "a.npy", values)
+    np.savez(tmp_path / "b.npz", depth=values)
+    Image.fromarray(values).save(tmp_path / "c.tiff")
+    Image.fromarray((1000 * values).astype(np.uint16)).save(tmp_path / "d.png")
+    (tmp_path / "e.pfm").write_bytes(b"Pf\n2 2\n-1.0\n" + values[::-1].astype("<f4").tobytes())
+    for name in ("a.npy", "b.npz", "c.tiff", "e.pfm"):
+        assert np.array_equal(read_numbers(tmp_path / name), values), name
+    assert np.array_equal(read_numbers(tmp_path / "d.png"), 1000 * values)
+    (tmp_path / "f.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="f.png: cannot be read as depth"):
+        read_numbers(tmp_path / "f.png")
+    with pytest.raises(UserError, match="8 bits are too few"):
+        decode(np.ones((2, 2), np.uint8), DepthCode("mm"), K)
+    with pytest.raises(UserError, match="--reading.depth_unit carla"):
+        decode(np.ones((2, 2, 3), np.uint8), DepthCode("mm"), K)
+
+
+KITTI = """P0: 1 0 0 0 0 1 0 0 0 0 1 0
+P2: 721.5377 0 609.5593 44.85728 0 721.5377 172.854 0.2163791 0 0 1 0.002745884
+R0_rect: 1 0 0 0 1 0 0 0 1
+Tr_cam_to_road: 1 0 0 0 0 1 0 -1.65 0 0 1 0
+"""
+ROS = """image_width: 640
+image_height: 480
+camera_name: head
+camera_matrix:
+  rows: 3
+  cols: 3
+  data: [525.5, 0, 319.5, 0, 526.5, 239.5, 0, 0, 1]
+distortion_model: plumb_bob
+"""
+OPENCV = """%YAML:1.0
+---
+image_width: 640
+image_height: 480
+camera_matrix: !!opencv-matrix
+   rows: 3
+   cols: 3
+   dt: d
+   data: [ 525.5, 0., 319.5, 0., 526.5, 239.5, 0., 0., 1. ]
+"""
+COLMAP = """# Camera list with one line of data per camera:
+#   CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]
+1 PINHOLE 640 480 525.5 526.5 320.0 240.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("info.yaml", ROS),
+        ("cv.yml", OPENCV),
+        ("cameras.txt", COLMAP),
+        ("rs.json", json.dumps({"width": 640, "height": 480, "fx": 525.5, "fy": 526.5, "ppx": 319.5, "ppy": 239.5})),
+        ("k.txt", "525.5 0 319.5\n0 526.5 239.5\n0 0 1\n"),
+        ("four.txt", "525.5, 526.5, 319.5, 239.5"),
+        ("orfd.txt", "cam_K: 525.5 0 319.5 0 526.5 239.5 0 0 1\n"),
+        ("msg.yaml", "width: 640\nheight: 480\nk: [525.5, 0, 319.5, 0, 526.5, 239.5, 0, 0, 1]\n"),
+    ],
+)
+def test_one_camera_in_every_form(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert np.array_equal(read_calibration(tmp_path / name).intrinsics, pinhole(525.5, 526.5, 319.5, 239.5))
+
+
+def test_kittis_p2_is_taken_and_its_road_transform(tmp_path):
+    (tmp_path / "c.txt").write_text(KITTI)
+    found = read_calibration(tmp_path / "c.txt")
+    assert np.array_equal(found.intrinsics, pinhole(721.5377, 721.5377, 609.5593, 172.854))
+    assert found.road is not None
+
+
+def test_cameras_that_cannot_be_are_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="3 x 4 projection"):
+        of_numbers([1.0] * 12, "k")
+    with pytest.raises(UserError, match="not a camera matrix"):
+        of_numbers([0.0, 1, 2, 3], "k")
+    (tmp_path / "x.txt").write_text("hello world")
+    with pytest.raises(UserError, match="no calibration of a known form"):
+        read_calibration(tmp_path / "x.txt")
+    (tmp_path / "fisheye.txt").write_text("1 OPENCV_FISHEYE 640 480 1 1 1 1 0 0 0 0")
+    with pytest.raises(UserError, match="OPENCV_FISHEYE: expected one of"):
+        read_calibration(tmp_path / "fisheye.txt")
+    (tmp_path / "two.txt").write_text(COLMAP + "2 PINHOLE 640 480 1 1 1 1\n")
+    with pytest.raises(UserError, match="2 cameras"):
+        read_calibration(tmp_path / "two.txt")
+
+
+def test_a_camera_for_other_pictures_is_told():
+    kitti = pinhole(721.5, 721.5, 609.6, 172.9)
+    assert odd(kitti, (1242, 375)) == []
+    ((fatal, message),) = odd(kitti, (621, 188))
+    assert fatal
+    assert "about 1219 x 346" in message
+    ((fatal, message),) = odd(pinhole(721.5, 721.5, 172.9, 609.6), (1242, 375))
+    assert fatal
+    assert "exchanged" in message
+    ((fatal, message),) = odd(pinhole(721.5, 650, 609.6, 172.9), (1242, 375))
+    assert not fatal
+    assert "fx 721.5 and fy 650 differ by 11 %" in message
+    ((fatal, message),) = odd(kitti, (1242, 375), (1280, 720))
+    assert fatal
+    assert "1280 x 720" in message
+    half = scaled(kitti, (1242, 375), (621, 188))
+    assert odd(half, (621, 188)) == []
+    assert scaled(half, (621, 188), (1242, 375)) == pytest.approx(kitti)
+
+
+def wide_png(path, values):
+    """A PNG of three channels of 16 bits, which Pillow cannot write."""
+    rows, columns, _ = values.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", columns, rows, 16, 2, 0, 0, 0)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def test_synthias_labels_of_three_channels_of_16_bits_keep_their_ids(tmp_path):
+    ids = np.zeros((3, 4, 3), np.uint16)
+    ids[0, :, 0] = (3, 22, 6, 300)
+    wide_png(tmp_path / "l.png", ids)
+    assert np.array_equal(read_raw(tmp_path / "l.png"), ids)
+    scenes = Scenes("s", (Record("a", label=tmp_path / "l.png", palette="synthia-rand"),))
+    ids[0, 3, 0] = 1
+    wide_png(tmp_path / "l.png", ids)
+    assert scenes.label(0).tolist() == [[1, 1, 0, 0], [255] * 4, [255] * 4]
+
+
+def test_colors_of_kitti_orfd_and_virtual_kitti():
+    kitti = np.array([[[255, 0, 255], [255, 0, 0], [0, 0, 0]]], np.uint8)
+    assert by_color(kitti, "kitti-road", "l").tolist() == [[1, 0, 255]]
+    orfd = np.array([[[255, 255, 255], [0, 0, 150], [0, 0, 201]]], np.uint8)
+    assert by_color(orfd, "orfd", "l").tolist() == [[1, 0, 1]]
+    virtual = np.array([[[100, 60, 100], [101, 60, 100]]], np.uint8)
+    assert by_color(virtual, "vkitti2", "l").tolist() == [[1, 0]]
+    with pytest.raises(UserError, match="expected a label in colors"):
+        by_color(np.zeros((2, 2), np.uint8), "kitti-road", "l")
+
+
+def carla(road_id, other):
+    ids = np.full((12, 12), other, np.uint8)
+    ids[6:] = road_id
+    return ids
+
+
+def test_carlas_version_is_told_by_what_is_before_the_camera_or_asked_for():
+    assert recognize_carla(carla(7, 1), "l") == "carla-0.9.13"
+    assert recognize_carla(carla(1, 7), "l") == "carla-0.9.14"
+    with pytest.raises(UserError, match="ids 9, 11: CARLA up to 0.9.13"):
+        recognize_carla(carla(11, 9), "l")
+
+
+def test_cityscapes_and_mapillary_ids_and_ids_that_a_palette_does_not_have():
+    assert by_id(np.array([[7, 8, 0]]), (7,), (0,)).tolist() == [[1, 0, 255]]
+    with pytest.raises(UserError, match="ids 0, 40 were found, palette cityscapes has 0 to 33"):
+        check_ids(np.array([[0, 40]]), "cityscapes", "l")
+    check_ids(np.array([[0, 13, 65]]), "mapillary", "l")
+
+
+def test_a_mask_in_black_and_white_is_road_and_not_road(tmp_path):
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "m.png")
+    assert Scenes("s", (Record("a", label=tmp_path / "m.png"),)).label(0).tolist() == [[0, 1]]
+
+
+def test_depth_of_another_size_than_its_picture_is_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "p.png")
+    Image.fromarray(np.ones((3, 6), np.uint16)).save(tmp_path / "d.png")
+    record = Record("a", tmp_path / "p.png", tmp_path / "d.png", intrinsics=K)
+    with pytest.raises(UserError, match="6 x 3 pixels, its picture .* has 6 x 4: register depth"):
+        Scenes("s", (record,)).item(0)
