@@ -52,7 +52,9 @@ def test_a_training_that_is_killed_at_five_moments_ends_with_the_same_model_and_
         assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL, moment
         assert not (tmp_path / "cut/summary.json").exists()
     assert main([*cut, "--resume"]) == 0
-    for name in ("model.safetensors", "map.tif", "config.json"):
+    logs = [sorted(p.name for p in (tmp_path / place).glob("metrics*.csv")) for place in ("whole", "cut")]
+    assert logs[0] == logs[1] != []
+    for name in ("model.safetensors", "map.tif", "config.json", *logs[0]):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     left = [p.name for p in (tmp_path / "cut").rglob("*") if "tmp" in p.name or "plain" in p.name]
     assert not left
