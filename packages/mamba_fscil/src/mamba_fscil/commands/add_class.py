@@ -183,5 +183,12 @@ def _report(
             alike.append([learner.classes[k], learner.classes[value], f"{count} of {int((own == k).sum())}"])
     mechanism = learner.mechanism
     last = {key: values[-1] for key, values in vars(mechanism).items() if values}
-    found = {"table": rows, "lost": worst, "alike": alike, "wrong": wrong, "mechanism": last, "classes": learner.classes}
+    found = {
+        "table": rows,
+        "lost": worst,
+        "alike": alike,
+        "wrong": wrong,
+        "mechanism": last,
+        "classes": learner.classes,
+    }
     return {**found, "warnings": _not_known(learner.classes, logits.argmax(dim=1), own)}
