@@ -49,6 +49,7 @@ class AdaptTask(pl.LightningModule):
 
     updates: Tensor
     best: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class AdaptTask(pl.LightningModule):
             self.discriminators["class"] = objectives.ClassDiscriminator(sum(channels.values()), s.align.hidden or 128)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("best", torch.full((4,), float("nan"), dtype=torch.float64))
+        self.register_buffer("seen", torch.full((3,), float("nan"), dtype=torch.float64))
 
     @property
     def chosen_step(self) -> int:
@@ -143,7 +145,12 @@ class AdaptTask(pl.LightningModule):
         self.updates += 1
         self.log_dict({**{k: v.detach() for k, v in terms.items()}, **health, "loss": total.detach()})
         if candidate:
-            self.log_dict(self._consider(step + 1, {name: float(value) for name, value in health.items()}))
+            self._consider(step + 1, {name: float(value) for name, value in health.items()})
+        if not bool(
+            self.best.isnan().any()
+        ):  # those of the last candidate in every row, so that a resumed run has them too
+            names = ("target agreement", "target entropy", "target road")
+            self.log_dict({**dict(zip(names, self.seen.tolist(), strict=True)), "chosen step": float(self.best[3])})
 
     def _beside(self, out: Outputs, count: int, labels: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """Losses of the single-modality heads and of the tokens."""
@@ -268,7 +275,7 @@ class AdaptTask(pl.LightningModule):
             held.copy_(buffer)
 
     @torch.no_grad()
-    def _consider(self, step: int, health: Mapping[str, float]) -> dict[str, float]:
+    def _consider(self, step: int, health: Mapping[str, float]) -> None:
         """Look at the averaged network without labels, and keep it where it beats the best so far."""
         device = self.updates.device
         batches = [tuple(part.to(device) for part in batch) for batch in self.watched]
@@ -280,18 +287,13 @@ class AdaptTask(pl.LightningModule):
                 out = self.average(rgb, normals, valid)
                 found.append(signals(out.fused, out.rgb, out.normal))
         seen = mean_signals(found, [len(batch[0]) for batch in batches]) if found else Signals(1.0, 0.0, self.prior)
+        self.seen.copy_(torch.tensor(seen, dtype=torch.float64))
         before = None if bool(self.best.isnan().any()) else Signals(*self.best[:3].tolist())
         if better(seen, before, self.prior, self.settings.select_by):
             self.best.copy_(torch.tensor([*seen, float(step)], dtype=torch.float64))
             self.chosen.load_state_dict(self.average.state_dict())
         if self.watch is not None:
             self.watch(self.average, step, health)
-        return {
-            "target agreement": seen.agreement,
-            "target entropy": seen.entropy,
-            "target road": seen.road,
-            "chosen step": float(self.best[3]),
-        }
 
     @override
     def configure_optimizers(self) -> Any:
