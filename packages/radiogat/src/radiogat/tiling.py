@@ -235,4 +235,6 @@ def write_zarr(client: "Client", model: Path, out: Path, layout: MapLayout, tile
         MissingExtraError: zarr is not installed.
     """
     needs("zarr", "dask", "radiogat", why="--format zarr")
-    lazy_map(model, layout, tile).to_zarr(out, mode="w", consolidated=False)
+    from zarr.storage import LocalStore
+
+    lazy_map(model, layout, tile).to_zarr(LocalStore(out), mode="w", consolidated=False)
