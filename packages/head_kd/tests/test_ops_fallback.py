@@ -152,6 +152,20 @@ def test_deformable_convolutions_without_offsets_are_convolutions():
         assert torch.allclose(a, b, atol=1e-3)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_offset_that_is_not_finite_gives_nan_and_not_the_end_of_the_process(bad):
+    """torchvision reads outside of its tensors there: a student whose weights have become NaN ended without a word."""
+    from mmcv.ops import DeformConv2d
+
+    x, offset = torch.randn(2, 4, 7, 8, requires_grad=True), torch.zeros(2, 18, 7, 8, requires_grad=True)
+    with torch.no_grad():
+        offset[0, 3, 2, 1] = bad
+    out = DeformConv2d(4, 6, 3, padding=1)(x, offset)
+    assert out.isnan().all()
+    gradients = torch.autograd.grad(out.sum(), [x, offset])
+    assert all(g.isnan().any() for g in gradients)
+
+
 def test_what_is_not_covered_names_itself():
     with pytest.raises(UserError, match=r"mmcv operator carafe_forward: not compiled here.*pip install mmcv"):
         EXTENSION.carafe_forward(1, 2)

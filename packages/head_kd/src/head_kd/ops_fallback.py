@@ -181,11 +181,16 @@ def sigmoid_focal_loss_backward(
 def _deform(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None, geometry: dict[str, Any]
 ) -> Tensor:
-    """Deformable convolution of torchvision out of mmcv's arguments."""
-    return torch.ops.torchvision.deform_conv2d(
+    """Deformable convolution of torchvision out of mmcv's arguments; NaN everywhere where an offset is not finite.
+
+    torchvision reads outside of its tensors at such an offset, which ends the process.
+    """
+    known = offset.isfinite()
+    finite = bool(known.all())
+    out: Tensor = torch.ops.torchvision.deform_conv2d(
         input,
         weight,
-        offset,
+        offset if finite else torch.where(known, offset, 0),
         offset.new_zeros(len(offset), 1) if mask is None else mask,
         input.new_zeros(weight.shape[0]) if bias is None else bias,
         geometry["stride"][0],
@@ -198,6 +203,7 @@ def _deform(
         geometry["deform_groups"],
         mask is not None,
     )
+    return out if finite else out * torch.nan
 
 
 def _geometry(k: dict[str, int]) -> dict[str, Any]:

@@ -254,12 +254,12 @@ def learn(
 
 
 def _without_repeats(index: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Each number once, and where each of the given ones is among them; None, and the given ones, where none is repeated.
+    """Each number once, and where each of the given ones is among them; the given ones and None where few are repeated.
 
     What a projector gives for a row does not depend on the others, so a batch of few rows many times costs what they cost.
     """
     once, again = torch.unique(index, return_inverse=True)
-    return (index, None) if len(once) == len(index) else (once, again)
+    return (index, None) if 2 * len(once) > len(index) else (once, again)
 
 
 def _classification(mu: Tensor, W: Tensor, labels: Tensor, config: SessionConfig, draws: torch.Generator) -> Tensor:
