@@ -51,7 +51,10 @@ TEACHERS = {
     "DINO": "dino/dino-4scale_r50_8xb2-12e_coco.py",
 }
 REFUSED = {
-    ("SSD 300", None): "no sigmoid class scores",
+    ("SSD 300", None): "no signal of a known name",
+    ("PAA R50", None): "no proposals with a known cell",
+    ("FoveaBox R50", None): "no proposals with a known cell",
+    ("RepPoints R50", None): "no proposals with a known cell",
     (None, "DINO"): "works on queries",
 }
 """Words with which a student with any teacher, or a teacher with any student, is refused."""
