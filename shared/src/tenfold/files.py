@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import tempfile
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tenfold.errors import UserError
@@ -133,6 +134,26 @@ class Lock:
 
 _HELD: set[tuple[int, int]] = set()
 """Device and number of the files that this process has locked."""
+
+
+def made_once(path: Path, make: Callable[[], None]) -> None:
+    """Let one process make a file that several need, and the others wait for it; a killed maker's place is taken.
+
+    Args:
+        path: the file.
+        make: makes it, whole (through ``replacing``).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while not path.exists():
+        lock = Lock(path.parent / f"{path.name}.lock")
+        if lock.acquire():
+            try:
+                if not path.exists():
+                    make()
+            finally:
+                lock.release()
+        else:
+            time.sleep(0.3)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -1,8 +1,6 @@
 """The demonstration's worlds and settings: scenes are rendered once and kept in the run folder, for all processes."""
 
 import dataclasses
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from freespace_uda.data import FIRST, of_arrays, render_arrays
 from freespace_uda.scenes import RenderedScenes
 from freespace_uda.world import RoadWorld
 from tenfold.claims import Measured
-from tenfold.files import Lock, replacing
+from tenfold.files import made_once, replacing
 
 DATA = (
     "rendered: roads by ray casting with exact depth and labels, no real pictures; asphalt and "
@@ -76,25 +74,10 @@ def scenes_of(folder: Path, level: str, domain: str, part: str, seed: int) -> Re
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
-    cached(path, make)
+    made_once(path, make)
     with np.load(path, allow_pickle=False) as file:
         arrays: dict[str, Any] = dict(file)
     return of_arrays(domain, arrays, part)
-
-
-def cached(path: Path, make: Callable[[], None]) -> None:
-    """Let one process make a file that several need, and the others wait for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while not path.exists():
-        lock = Lock(path.parent / f"{path.name}.lock")
-        if lock.acquire():
-            try:
-                if not path.exists():
-                    make()
-            finally:
-                lock.release()
-        else:
-            time.sleep(0.3)
 
 
 def measure_arm(folder: str, level: str, source: str, arm: Arm, seed: int) -> Measured:

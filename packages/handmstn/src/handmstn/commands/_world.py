@@ -1,8 +1,6 @@
 """The demonstration's rendered people and their aligner, made once per seed and shared by processes through the run folder."""
 
 import dataclasses
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from handmstn.records import Hands, hands_of
 from handmstn.rendering import Domain, SyntheticHands
 from handmstn.training import train_aligner
 from tenfold import checkpoints
-from tenfold.files import Lock, replacing
+from tenfold.files import made_once, replacing
 
 METHOD = "handmstn.aligner"
 DATA = "rendered: invented people's hands, turned by any angle, partly covered; no picture is of a person"
@@ -129,7 +127,7 @@ def world(folder: Path, level: str, seed: int) -> World:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
-    cached(path, make)
+    made_once(path, make)
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     return World(**{name: _hands(name, arrays) for name in PARTS})
@@ -160,23 +158,8 @@ def aligner(folder: Path, level: str, seed: int, people: Hands) -> MultiSpatialT
         assert trained is not None
         checkpoints.save(path, trained.state_dict(), method=METHOD, config={})
 
-    cached(path, make)
+    made_once(path, make)
     fresh = build_aligner(settings, seed)
     assert fresh is not None
     checkpoints.load_into(fresh, path, method=METHOD)
     return fresh.eval()
-
-
-def cached(path: Path, make: Callable[[], None]) -> None:
-    """Let one process make a file that several need, and the others wait for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while not path.exists():
-        lock = Lock(path.parent / f"{path.name}.lock")
-        if lock.acquire():
-            try:
-                if not path.exists():
-                    make()
-            finally:
-                lock.release()
-        else:
-            time.sleep(0.3)
