@@ -407,6 +407,26 @@ def test_metrics_cut_back_and_continued_equal_an_unbroken_file(tmp_path_factory,
     assert [float(row["loss"]) for row in rows(folder / "whole.csv")] == values
 
 
+def test_processes_that_share_a_folder_write_their_own_files_and_the_first_remembers_all(tmp_path, monkeypatch):
+    first = Run.open(tmp_path / "run", package="p", verb="views", settings={})
+    monkeypatch.setenv("RANK", "1")
+    second = Run.open(tmp_path / "run", package="p", verb="views", settings={})
+    second.write_text("early.txt", "dropped")
+    for run in (first, second):
+        run.share(["a.txt", "b.txt"])
+    second.write_text("b.txt", "second")
+    first.write_text("a.txt", "first")
+    monkeypatch.delenv("RANK")
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.txt")) == ["a.txt", "b.txt"]
+    first.close()
+    anew = Run.open(tmp_path / "run", package="p", verb="views", settings={}, overwrite=True)
+    anew.write_text("c.txt", "third")
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.txt")) == ["c.txt"]
+    with pytest.raises(UserError, match="outside"):
+        anew.share(["../d.txt"])
+    anew.close()
+
+
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
 def test_a_further_process_of_the_same_command_shares_the_folder_and_writes_nothing(tmp_path, monkeypatch, variable):
     first = Run.open(tmp_path / "a", package="tenfold", verb="train", settings={"lr": 1})

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -107,7 +107,7 @@ class Run:
         settings: the resolved settings, as plain dicts.
         resumed: True when this continues an unfinished run.
         writes: False in the further processes of a command that a launcher runs several times: they share the folder,
-            and the first process alone writes to it. What they write is dropped.
+            and the first process alone writes to it. What they write is dropped, until they call ``share``.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Run:
         self.settings = settings
         self.resumed = resumed
         self.writes = launched_rank() == 0
+        self._shares = False
         self._manifest = manifest
         self._lock = lock
         self._made: list[Path] = []  # folders that opening has made, innermost last
@@ -301,10 +302,31 @@ class Run:
             if path.is_file():
                 self.own(path.relative_to(self.path).as_posix())
 
+    def share(self, names: Iterable[str]) -> None:
+        """From now on every process of this command writes files of its own, whole or not at all.
+
+        All of them call it, and the further ones write nothing until the first has returned from it.
+
+        Args:
+            names: all files that any of the processes may write, so that the first remembers them as files of this run.
+
+        Raises:
+            UserError: a name leads outside of the folder.
+        """
+        self._shares = True
+        if self.writes:
+            self._begin()
+            paths = {name: self.path / name for name in names}
+            outside = [name for name, path in paths.items() if not path.resolve().is_relative_to(self.path.resolve())]
+            if outside:
+                raise UserError(f"{outside[0]} leads outside of the run folder {self.path}")
+            self._manifest["files"] = list(dict.fromkeys([*self._manifest["files"], *paths]))
+            self._save_manifest()
+
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """``tenfold.files.replacing`` for a file of this run."""
-        if self.writes:
+        if self.writes or self._shares:
             with replacing(self.own(name)) as temporary:
                 yield temporary
         else:

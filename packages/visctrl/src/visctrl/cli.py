@@ -8,6 +8,7 @@ from visctrl.config import (
     EvaluateSettings,
     InspectSettings,
     InvertSettings,
+    ViewsSettings,
 )
 
 app = App(
@@ -18,6 +19,7 @@ app = App(
         Verb("edit", EditSettings),
         Verb("invert", InvertSettings),
         Verb("bank", BankSettings),
+        Verb("views", ViewsSettings),
         Verb("inspect", InspectSettings, out=False),
         Verb("evaluate", EvaluateSettings),
         Verb("demo", DemoSettings, claims=True),

@@ -10,6 +10,8 @@ from tenfold.config import (
     Count,
     Device,
     Ge,
+    Interval,
+    Natural,
     NonNegative,
     Positive,
     Probability,
@@ -227,6 +229,84 @@ def _check_what_is_edited(s: EditSettings) -> None:
         raise UserError("--crop works on a reference picture: give --reference, not --run")
     if s.run is not None and s.reference_mask is not None:
         raise UserError("the mask of a reference belongs to its `visctrl bank`: leave out --reference_mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Settings):
+    """How several references enter the views of one scene.
+
+    Args:
+        kind: feature (keys of two references side by side, weighed), latent (noisy latents of two references mixed), or
+            single (one reference per view, drawn once: nothing ties the views together).
+        alpha: weight of a view's own reference; the rest goes to one that is drawn anew in every step.
+        pool: views that are edited first and then are references for the others, too.
+    """
+
+    kind: Literal["feature", "latent", "single"] = "feature"
+    alpha: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    pool: Natural = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsSettings(ModelSettings):
+    """Put the subject of reference pictures into all views of a scene.
+
+    Args:
+        data: the scene: nerfstudio:DIR (with transforms.json), colmap:DIR (with sparse/0 and images), or folder:DIR (of
+            pictures). It is written again under scene in the output folder, in the same layout with the same cameras.
+        reference: pictures whose subject enters; several may show it from several sides.
+        reference_mask: where the references' subject is: a file for each, or once for all alpha (of the picture) or white.
+        target_mask: where the views' subject is: scene (the scene's own masks), a folder of masks with the views' names,
+            alpha, or white.
+        target_prompt: what the views then show.
+        reference_prompt: what the references show.
+        negative_prompt: what the views do not show.
+        missing: what to do where the scene names a picture that is not there: refuse, or leave_out (of the written scene).
+        reconstruction: folder of the COLMAP model below the scene (default: sparse/0, sparse, colmap/sparse/0, or the scene).
+        pictures: folder of a COLMAP scene's pictures below it.
+        seed: seed of what is drawn.
+        feather: pixels over which an edited subject passes into the photograph.
+        preset: settings of a published method in place of control: paper, masactrl, or fast.
+        sampling: how several references enter.
+        control: how a reference enters.
+    """
+
+    data: str
+    reference: list[str]
+    reference_mask: list[str] | None = None
+    target_mask: str | None = None
+    target_prompt: str = ""
+    reference_prompt: str = ""
+    negative_prompt: str = ""
+    missing: Literal["refuse", "leave_out"] = "refuse"
+    reconstruction: str | None = None
+    pictures: str = "images"
+    seed: Natural = 0
+    feather: NonNegative = 2.0
+    preset: Preset = "none"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reference:
+            raise UserError("--reference: expected one picture or more")
+        masks = self.reference_mask or []
+        if len(masks) not in {0, 1, len(self.reference)}:
+            raise UserError(
+                f"--reference_mask: expected one, or {len(self.reference)} as of --reference, got {len(masks)}"
+            )
+        if len(self.reference) > len(masks) == 1 and masks[0] not in {"alpha", "white"}:
+            raise UserError("--reference_mask is one file for several references: give one for each, alpha or white")
+        if self.preset != "none" and self.control != VisCtrlConfig():
+            raise UserError(f"--preset {self.preset} has settings of its own: leave out --control")
+        if self.sampling.pool and self.sampling.kind == "single":
+            raise UserError("--sampling.pool: views of kind single read their own reference alone: leave it at 0")
+
+    @property
+    def chosen(self) -> VisCtrlConfig:
+        """The settings of the preset, else those of control."""
+        return of_preset(self.preset) or self.control
 
 
 @dataclass(frozen=True, kw_only=True)

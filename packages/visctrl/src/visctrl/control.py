@@ -160,10 +160,10 @@ class SelfAttentionController:
             warnings.warn("nothing was injected: no forward pass met a chosen layer at a chosen timestep", stacklevel=2)
 
     @contextlib.contextmanager
-    def recording(self, bank: FeatureBank) -> Iterator[None]:
+    def recording(self, bank: FeatureBank) -> Iterator[FeatureBank]:
         """Within the block, forward passes put the tokens of the chosen layers into a bank."""
         with self._in(_Recording(bank)):
-            yield
+            yield bank
 
     @contextlib.contextmanager
     def injecting(

@@ -4,6 +4,7 @@ Shapes: B targets, latents (B, C, h, w), images (B, 3, H, W) in [-1, 1].
 """
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from visctrl.inversion import Trajectory, denoise, invert
 from visctrl.layers import self_attention_layers
 from visctrl.outcome import EditOutput, State
 from visctrl.provenance import Trace, provenance_picture
+from visctrl.sampling import FeatureGradualSampler, mix_latents
 from visctrl.selection import token_grid
 from visctrl.steppers import Stepper
 
@@ -43,6 +45,7 @@ class Reference:
         mask: where its subject is, (H, W), or None.
         size: height and width of the picture.
         inversions: how often it was inverted.
+        log_weight: added to the logits of its keys, where there are several references.
     """
 
     latents: Tensor
@@ -51,6 +54,7 @@ class Reference:
     size: tuple[int, int]
     inversions: int = 0
     made: dict[Any, "Features"] = field(default_factory=dict)
+    log_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,7 @@ class VisCtrl:
         mask: Tensor | None = None,
         conditions: Conditions | None = None,
         trajectory: Trajectory | None = None,
+        sampler: FeatureGradualSampler | None = None,
         history: bool = False,
         provenance: bool = False,
         hook: Hook | None = None,
@@ -315,6 +320,7 @@ class VisCtrl:
             mask: where the subjects are, (H, W) or (B, H, W): for mode subject and for the background lock.
             conditions: in place of the prompts.
             trajectory: of these very targets under the schedule of the first round, where it is there already.
+            sampler: which references each step reads; default: all, in every step.
             history: keep the pictures of each round.
             provenance: compute where the parts came from.
             hook: called after each step.
@@ -366,7 +372,9 @@ class VisCtrl:
                 warnings.warn(f"round 1: {next(filter(None, reasons))}", stacklevel=2)
             masks = None if own_mask is None else own_mask[active.cpu()]
             trace = self._trace(own, stepper, level) if provenance else None
-            edited = self._round(found, references, told, own, stepper, level, until, masks, trace, hook, number)
+            edited = self._round(
+                found, references, told, own, stepper, level, until, masks, trace, hook, number, sampler
+            )
             images = self.decode(edited)
             reasons = [""] * len(active) if guard is None else guard.after(images, state.target[active])
             state.keep(number, active, edited, images, reasons)
@@ -383,7 +391,7 @@ class VisCtrl:
             verdicts=state.verdicts,
             rows=self.rows - before,
             seconds=time.perf_counter() - began,
-            provenance=self._provenance(state, references[0]) if provenance else None,
+            provenance=self._provenance(state, references[sampler.anchor if sampler else 0]) if provenance else None,
             unsafe=unsafe,
         )
 
@@ -409,6 +417,7 @@ class VisCtrl:
         trace: Trace | None,
         hook: Hook | None,
         number: int,
+        sampler: FeatureGradualSampler | None,
     ) -> Tensor:
         """Latents after one round, from those at level ``until``."""
         g = self.guidance(config)
@@ -416,7 +425,8 @@ class VisCtrl:
         features = [self.features(reference, config) for reference in references]
         riding = [i for i, f in enumerate(features) if f.bank is None]
         sources = [
-            Source(f.bank, self.adapter.grid(r.latents), r.mask) for f, r in zip(features, references, strict=True)
+            Source(f.bank, self.adapter.grid(r.latents), r.mask, r.log_weight)
+            for f, r in zip(features, references, strict=True)
         ]
         times = [self.adapter.model_time(t) for t in stepper.timesteps[:level]]
         z = found.latents[until]
@@ -424,7 +434,8 @@ class VisCtrl:
         if masks is not None and config.lock:
             small = torch.nn.functional.adaptive_max_pool2d(masks.float()[:, None], z.shape[-2:])
             lock = (small >= 0.5).to(z.device, z.dtype)
-        extra = [self._recorded(references[i].conditions, config, g) for i in riding]
+        recorded = [self._recorded(reference.conditions, config, g) for reference in references]
+        every = [(j, 1.0) for j in range(len(references))]
         controller = SelfAttentionController(
             config.layers, mode=config.mode, strength=config.strength, bias=config.bias
         )
@@ -432,17 +443,23 @@ class VisCtrl:
         model = self.adapter.model
         with controller.attach(model, grid=self.adapter.grid(z)):
             for i in range(until, 0, -1):
-                injects = i <= level
-                ride = riding if injects and config.strength > 0 else []
-                paths = [features[j].trajectory.latents[i] for j in ride]
+                injects = i <= level and config.strength > 0
+                drawn = every if sampler is None else sampler.draw(number, len(stepper) - i)
+                if injects and sampler is not None and sampler.config.kind == "latent" and len(drawn) == 2:
+                    (a, alpha), (b, _) = drawn
+                    between = mix_latents(stepper, i, features[a].trajectory, features[b].trajectory, alpha)
+                    with controller.recording(FeatureBank()) as bank:
+                        self._call(between, stepper.timesteps[i - 1], recorded[a])
+                    read, ride = [dataclasses.replace(sources[a], bank=bank)], []
+                else:
+                    shares = {j: sources[j].log_weight + math.log(share) for j, share in drawn}
+                    read = [dataclasses.replace(sources[j], log_weight=weight) for j, weight in shares.items()]
+                    ride = [j for j, _ in drawn if j in riding and injects]
+                paths, beside = [features[j].trajectory.latents[i] for j in ride], [recorded[j] for j in ride]
                 with controller.injecting(
-                    sources,
-                    timesteps=times,
-                    groups=len(branches),
-                    own_mask=masks,
-                    riding=sum(len(extra[n]) for n in range(len(ride))),
+                    read, timesteps=times, groups=len(branches), own_mask=masks, riding=sum(map(len, beside))
                 ):
-                    out = self._call_beside(z, stepper.timesteps[i - 1], branches, paths, extra[: len(ride)])
+                    out = self._call_beside(z, stepper.timesteps[i - 1], branches, paths, beside)
                 z = stepper.move(z, self._guided(out, len(branches), g), z, i, i, i - 1)
                 if lock is not None:
                     z = lock * z + (1 - lock) * found.latents[i - 1]

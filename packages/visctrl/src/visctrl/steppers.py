@@ -58,6 +58,10 @@ class Stepper(ABC):
         return tuple(round(x, 6) for x in (*self.levels, *self.timesteps))
 
     @abstractmethod
+    def scales(self, level: int) -> tuple[float, float]:
+        """What the clean latents and the noise are multiplied by at a level."""
+
+    @abstractmethod
     def move(self, z: Tensor, output: Tensor, asked: Tensor, at: int, source: int, to: int) -> Tensor:
         """``z`` moved from level ``source`` to level ``to``, in float32 or wider.
 
@@ -107,6 +111,10 @@ class DDIMStepper(Stepper):
         self.prediction = prediction
 
     @override
+    def scales(self, level: int) -> tuple[float, float]:
+        return math.sqrt(self.levels[level]), math.sqrt(1 - self.levels[level])
+
+    @override
     def move(self, z: Tensor, output: Tensor, asked: Tensor, at: int, source: int, to: int) -> Tensor:
         z, output, asked = (x if x.dtype == torch.float64 else x.float() for x in (z, output, asked))
         e = self.noise(output, asked, at)
@@ -134,6 +142,10 @@ class FlowStepper(Stepper):
 
     Source: Lipman et al., Flow Matching for Generative Modeling, ICLR 2023; the sign is that of diffusers.
     """
+
+    @override
+    def scales(self, level: int) -> tuple[float, float]:
+        return 1 - self.levels[level], self.levels[level]
 
     @override
     def move(self, z: Tensor, output: Tensor, asked: Tensor, at: int, source: int, to: int) -> Tensor:
