@@ -21,12 +21,12 @@ from PIL import Image, PngImagePlugin
 from typing_extensions import override
 
 from tenfold import UserError
-from tenfold.readers import IMAGE_SUFFIXES
-from visctrl.data import read_picture
+from tenfold.readers import IMAGE_SUFFIXES, read_image
 from visctrl.masks import Mask, Picture
 
 Missing = Literal["refuse", "leave_out"]
 ORIENTATION = 274
+HEIC = {".heic", ".heif"}
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -132,7 +132,7 @@ def read_folder(root: Path, missing: Missing = "refuse", without: Path | None = 
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             views.append(View(name, path))
-        elif path.suffix.lower() in {".heic", ".heif"}:
+        elif path.suffix.lower() in HEIC:
             broken[name] = "HEIC pictures are not read here: convert it to JPEG or PNG"
         else:
             other += 1
@@ -190,7 +190,7 @@ def read_view(view: View) -> Picture:
             raise UserError(
                 f"{view.path}: views are written back as {', '.join(dict.fromkeys(_FORMATS.values()))}, got {image.format}"
             )
-    return read_picture(view.path)
+    return read_image(view.path)
 
 
 def stored_size(view: View) -> tuple[int, int]:
@@ -258,6 +258,8 @@ def _under(picture: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.
 def _opened(path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix.lower() in HEIC:
+        raise UserError(f"{path}: HEIC pictures of phones are not read here: convert it to JPEG or PNG first")
     try:
         return Image.open(path)
     except (OSError, ValueError, SyntaxError) as error:

@@ -22,6 +22,7 @@ from tenfold.report import write_report
 from tenfold.terminal import show_claims, table, track
 from visctrl import metrics
 from visctrl.blobs import Pairs, render, render_pairs
+from visctrl.commands import _scene
 from visctrl.config import DemoSettings, VisCtrlConfig
 from visctrl.engine import VisCtrl
 from visctrl.masks import to_pictures
@@ -57,17 +58,19 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         study.over_seeds(partial(measure, str(folder.path), level, here or len(seeds) > 1), pool, show)
     folder.adopt("models")
     _decide(study)
+    _scene.decide(study, level)
     study.note(
         "Reinhard's matching of mean and deviation solves this world outright: it is here to show iteration and drift."
     )
-    draw(study, folder.path, level)
+    engine = draw(study, folder.path, level)
+    more = _scene.draw(study, engine, CONFIG, level)
     summary = study.finish()
     captions = {
         "edits": "Targets, references, results after each round, the round that the drift guard returns, the ideal, and"
         " which place of the reference each part came from (red to the right, green downwards).",
         "rounds": "Material carried over and distance to the ideal, by round, with plain and with refined inversion.",
     }
-    write_report(folder, "visctrl demo: one material", captions)
+    write_report(folder, "visctrl demo: one material", captions | more)
     shown = ["transfer", "overlap", "rmse to ideal"]
     sys.stdout.write(table(*arm_rows(study, list(study.arms), shown)) + "\n\n")
     return show_claims(summary, strict=invocation.strict)
@@ -132,7 +135,7 @@ def measure(work: str, level: str, quiet: bool, seed: int) -> dict[str, dict[str
     once = dataclasses.replace(CONFIG, rounds=1)
     found["wrong reference"] = values(last(edits(engine, pairs, once, "wrong")), pairs)
     found["self reference"] = values(last(edits(engine, pairs, once, "target")), pairs)
-    return found
+    return found | _scene.measure(engine, CONFIG, level, seed)
 
 
 GUARDED = dataclasses.replace(CONFIG, guard=True)
@@ -205,8 +208,8 @@ def _decide(study: Study) -> None:
     study.ratio("few_steps", "transfer with 10 steps / with 40", ("10 steps", t), ("40 steps", t), required=">= 0.8")
 
 
-def draw(study: Study, work: Path, level: str) -> None:
-    """Draw the edits of the first seed, and the curves over rounds."""
+def draw(study: Study, work: Path, level: str) -> VisCtrl:
+    """Draw the edits of the first seed, and the curves over rounds; returns the seed's engine."""
     seed = study.seeds[0]
     model, codec = model_of(str(work), level, seed, quiet=True)
     pairs = render_pairs(min(8, LENGTHS[level][1]), seed)
@@ -228,3 +231,4 @@ def draw(study: Study, work: Path, level: str) -> None:
 
     panels = [Panel(metric, "rounds", metric, curves(metric)) for metric in ("transfer", "rmse to ideal")]
     line_chart(study.run.figure("rounds"), panels)
+    return engine

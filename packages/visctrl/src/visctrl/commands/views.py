@@ -327,11 +327,16 @@ def _finish(work: _Work) -> None:
     folder.write_json("views.json", about)
     chosen = sorted({round(x) for x in np.linspace(0, len(scene.views) - 1, SHOWN)})
     views = [scene.views[i] for i in chosen]
-    rows = [[read_view(view) for view in views], [read_picture(folder.path / "scene" / view.name) for view in views]]
-    titles = [Path(view.name).name for view in views]
+    rows = {
+        "references": [read_picture(path) for path in work.settings.reference[:SHOWN]],
+        "view": [read_view(view) for view in views],
+        "edited": [read_picture(folder.path / "scene" / view.name) for view in views],
+    }
+    names = [Path(view.name).stem[-14:] for view in views]
+    below = [[""] * len(rows["references"]), names, [""] * len(views)]
     for path in (folder.own("grid.png"), folder.figure("views")):
-        image_grid(path, rows, row_titles=["view", "edited"], column_titles=titles)
-    write_report(folder, "visctrl views", {"views": "Views of the scene, and what became of them."})
+        image_grid(path, list(rows.values()), row_titles=list(rows), titles=below, cell=1.4)
+    write_report(folder, "visctrl views", {"views": "References, views of the scene, and what became of them."})
     shown = [
         [x["view"], x["round"], x.get("rows", 0), _ended(x)] for x in (records if len(records) <= 40 else records[:40])
     ]
