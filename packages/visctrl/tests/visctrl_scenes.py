@@ -59,21 +59,26 @@ def nerfstudio(root, count=4, suffix=".png"):
 
 
 def colmap(root, count=4, model="sparse/0", text=False, names="front/view_{}.png"):
-    """Distorted pictures of two cameras, placed by pycolmap's own model."""
+    """Distorted pictures of two cameras, placed by a model in COLMAP's text format, or binary by pycolmap."""
     import pycolmap
 
-    found = pycolmap.Reconstruction()
-    found.add_camera_with_trivial_rig(pycolmap.Camera.create_from_model_name(1, "OPENCV", 22.0, WIDTH, HEIGHT))
-    found.add_camera_with_trivial_rig(pycolmap.Camera.create_from_model_name(2, "SIMPLE_RADIAL", 25.0, HEIGHT, WIDTH))
+    folder = root / model
+    folder.mkdir(parents=True)
+    first, second = "22 22.5 15 10.5 0.05 -0.01 0.001 0", "25 10.5 15 0.02"
+    cameras = f"1 OPENCV {WIDTH} {HEIGHT} {first}\n2 SIMPLE_RADIAL {HEIGHT} {WIDTH} {second}\n"
+    (folder / "cameras.txt").write_text(cameras)
+    lines = []
     for i in range(1, count + 1):
-        camera = 1 if i < count else 2
-        name = names.format(i)
-        place = pycolmap.Rigid3d(pycolmap.Rotation3d(), np.array([float(i), 0.0, 1.0]))
-        found.add_image_with_trivial_frame(pycolmap.Image(name=name, camera_id=camera, image_id=i), place)
+        camera, name = 1 if i < count else 2, names.format(i)
+        lines.append(f"{i} 1 0 0 0 {i} 0 1 {camera} {name}\n\n")
         path = root / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photo(i, *((WIDTH, HEIGHT) if camera == 1 else (HEIGHT, WIDTH)))).save(path)
-    found.add_point3D(np.array([0.0, 0.0, 4.0]), pycolmap.Track(), np.array([9, 8, 7], np.uint8))
-    (root / model).mkdir(parents=True)
-    (found.write_text if text else found.write_binary)(str(root / model))
+    (folder / "images.txt").write_text("".join(lines))
+    (folder / "points3D.txt").write_text("1 0 0 4 9 8 7 0.5\n")
+    if not text:
+        found = pycolmap.Reconstruction(str(folder))
+        for file in folder.glob("*.txt"):
+            file.unlink()
+        found.write_binary(str(folder))
     return root

@@ -4,8 +4,9 @@ Read in this order: ``steppers`` (noise levels and the step between two), ``inve
 gives it back), ``layers`` (which self-attention a network has), ``banks`` (features of a reference), ``selection`` (which
 keys a query sees), ``control`` (record and inject), ``joint`` (attention over picture and text), ``families`` (pretrained
 models behind one interface), ``guard`` (when to stop), ``outcome`` and ``engine`` (the method), ``provenance``, ``masks``,
-``pipelines`` (for users of diffusers), ``tap`` (other transformers, experimental), ``metrics``; ``blobs`` and ``toy`` are the
-demonstration's world.
+``pipelines`` (for users of diffusers), ``tap`` (other transformers, experimental), ``metrics``; ``sampling`` and ``views``
+(many views of one thing), ``ranks`` (in several processes), ``viewset``, ``nerfstudio``, ``colmap`` and ``scenes`` (scenes in
+files); ``blobs``, ``points`` and ``toy`` are the demonstration's world.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from tenfold.lazy import attach
 
 if TYPE_CHECKING:
     from visctrl.banks import FeatureBank as FeatureBank
+    from visctrl.config import SamplingConfig as SamplingConfig
     from visctrl.config import VisCtrlConfig as VisCtrlConfig
     from visctrl.control import SelfAttentionController as SelfAttentionController
     from visctrl.control import Source as Source
@@ -30,10 +32,14 @@ if TYPE_CHECKING:
     from visctrl.outcome import EditOutput as EditOutput
     from visctrl.pipelines import VisCtrlCallback as VisCtrlCallback
     from visctrl.pipelines import VisCtrlStableDiffusionPipeline as VisCtrlStableDiffusionPipeline
+    from visctrl.sampling import FeatureGradualSampler as FeatureGradualSampler
+    from visctrl.scenes import read_scene as read_scene
     from visctrl.steppers import DDIMStepper as DDIMStepper
     from visctrl.steppers import FlowStepper as FlowStepper
     from visctrl.steppers import stepper_of as stepper_of
     from visctrl.tap import KeyTap as KeyTap
+    from visctrl.views import edit_views as edit_views
+    from visctrl.views import update_dataset as update_dataset
 
 __version__ = "0.1.0"
 __all__, __getattr__, __dir__ = attach(__name__)

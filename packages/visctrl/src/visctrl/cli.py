@@ -1,4 +1,4 @@
-"""The command `visctrl`: edit, invert, bank, inspect, evaluate, and the demonstration."""
+"""The command `visctrl`: edit, invert, bank, views, inspect, evaluate, and the demonstration."""
 
 from tenfold.cli import App, Verb
 from visctrl.config import (

@@ -176,7 +176,7 @@ def load_model(settings: ModelSettings) -> Any:
     if settings.offload:
         if device == "cpu":
             raise UserError("--offload moves parts of the model off a GPU: there is none")
-        pipe.enable_model_cpu_offload(device=device)
+        pipe.enable_model_cpu_offload(device=f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device)
     else:
         pipe.to(device)
     return pipe

@@ -71,7 +71,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         "rounds": "Material carried over and distance to the ideal, by round, with plain and with refined inversion.",
     }
     write_report(folder, "visctrl demo: one material", captions | more)
-    shown = ["transfer", "overlap", "rmse to ideal"]
+    shown = ["transfer", "overlap", "rmse to ideal", *([_scene.RESIDUAL] if _scene.SCENES[level] else [])]
     sys.stdout.write(table(*arm_rows(study, list(study.arms), shown)) + "\n\n")
     return show_claims(summary, strict=invocation.strict)
 

@@ -8,6 +8,7 @@ import torch
 
 from tenfold import UserError
 from tenfold.cli import Invocation
+from tenfold.distributed import rank, split, world_size
 from tenfold.figures import image_grid
 from tenfold.report import write_report
 from tenfold.terminal import table, track
@@ -16,10 +17,16 @@ from visctrl.config import EditSettings
 from visctrl.data import Pair, load_model, read_mask, read_pairs, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Picture
+from visctrl.ranks import joined, wait_for_all
 
 
 def run(settings: EditSettings, invocation: Invocation) -> None:
     """Edit each target, write its pictures, and print what happened."""
+    with joined():
+        _run(settings, invocation)
+
+
+def _run(settings: EditSettings, invocation: Invocation) -> None:
     pairs = _pairs(settings)
     for pair in pairs:  # everything that can be read is read before a model is loaded
         for path, mask, option in (
@@ -33,18 +40,27 @@ def run(settings: EditSettings, invocation: Invocation) -> None:
     folder, config = invocation.folder, settings.chosen
     engine = VisCtrl(load_model(settings), config)
     references: dict[tuple[str, str | None, str], tuple[Reference, Picture]] = {}
+    places = {pair.name: "" if len(pairs) == 1 else f"{pair.name}/" for pair in pairs}
+    if world_size() > 1:
+        rounds = [f"history/round_{number + 1}.png" for number in range(config.rounds)]
+        names = ["edited.png", "provenance.png", "grid.png", "edit.json", *rounds]
+        folder.share(f"{place}{name}" for place in places.values() for name in names)
+        wait_for_all()
+    mine = split(pairs, rank(), world_size())
+    for pair in track(mine, "pictures", quiet=invocation.quiet or len(mine) <= 1):
+        if not (folder.resumed and (folder.path / f"{places[pair.name]}edit.json").is_file()):
+            _one(engine, settings, pair, places[pair.name], invocation, references)
+    wait_for_all()
+    if rank():
+        return
     rows, grid = [], []
-    for pair in track(pairs, "pictures", quiet=invocation.quiet or len(pairs) == 1):
-        place = "" if len(pairs) == 1 else f"{pair.name}/"
-        done = folder.path / f"{place}edit.json"
-        if not (folder.resumed and done.is_file()):
-            _one(engine, settings, pair, place, invocation, references)
-        about = json.loads(done.read_text(encoding="utf-8"))
+    for pair in pairs:
+        about = json.loads((folder.path / f"{places[pair.name]}edit.json").read_text(encoding="utf-8"))
         verdict = about["verdict"] or "all rounds"
         if about["unsafe"]:
             verdict = "blanked by the model's safety checker"
         rows.append([pair.name, about["round"], about["rows"], f"{about['seconds']:.1f}", verdict])
-        grid.append([read_picture(pair.target), read_picture(folder.path / f"{place}edited.png")])
+        grid.append([read_picture(pair.target), read_picture(folder.path / f"{places[pair.name]}edited.png")])
     if len(pairs) > 1:
         image_grid(folder.own("grid.png"), grid, column_titles=["target", "edited"], row_titles=[p.name for p in pairs])
     image_grid(folder.figure("edited"), grid, column_titles=["target", "edited"])
