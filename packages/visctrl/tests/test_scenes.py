@@ -48,12 +48,15 @@ def test_a_nerfstudio_scene_is_written_with_new_pictures_and_the_same_cameras_ma
     assert [view.name for view in again.views] == [view.name for view in scene.views]
 
 
-@pytest.mark.parametrize(("model", "text"), [("sparse/0", False), ("colmap/sparse/0", True), (".", False)])
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [("sparse/0", False), ("colmap/sparse/0", True), (".", False), ("distorted/sparse/0", False)],
+)
 def test_a_colmap_scene_is_written_with_new_pictures_and_a_model_that_pycolmap_reads_alike(tmp_path, model, text):
     import pycolmap
 
     root = colmap(tmp_path / "cm", model=model, text=text)
-    scene = read_scene(f"colmap:{root}")
+    scene = read_scene(f"colmap:{root}", reconstruction=model if "distorted" in model else None)
     assert (len(scene.views), scene.cameras) == (4, 2)
     pictures = written(scene, tmp_path / "new")
     before, after = (pycolmap.Reconstruction(str(x / model)) for x in (root, tmp_path / "new"))
@@ -252,6 +255,9 @@ def test_what_is_no_scene_is_one_line(tmp_path):
         changed("a", frames=[]): "at least one frame",
         changed("b", frames=[{"transform_matrix": pose(0)}]): "expected a 'file_path'",
         changed("c", frames=[frame | {"file_path": "../x.png"}]): "leads out of the scene's folder",
+        changed(
+            "g", frames=[frame | {"file_path": "./..\\nerf_dataset\\rgb/000013.png"}]
+        ): "leads out of the scene's folder",
         changed("d", frames=[frame | {"file_path": "C:\\scans\\x.png"}]): "leads out of the scene's folder",
         changed("e", frames=[frame | {"mask_path": "/etc/passwd"}]): "mask_path: /etc/passwd leads out",
         changed("f", frames=[frame | {"transform_matrix": [[float("nan")] * 4] * 4}]): "has no pose",

@@ -120,8 +120,8 @@ def edit_views(
 ) -> Iterator[tuple[int, EditOutput]]:
     """Edit the views of a scene: first those of the pool, then the others, which may read them.
 
-    In several processes (``visctrl.ranks``) each edits its share, every so-manyth view from its own number on, with the
-    references recorded once per process; the pool's latents are gathered in between.
+    In n processes (``visctrl.ranks``) each edits every n-th view from its own number on, with the references recorded once
+    per process; the pool's latents are gathered in between.
 
     Args:
         engine: the engine, whose settings an edit has.
