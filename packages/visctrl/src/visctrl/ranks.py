@@ -6,7 +6,9 @@ A picture is edited by itself, whichever process does it, so that the results ar
 """
 
 import contextlib
+import datetime
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -14,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from tenfold import UserError
-from tenfold.distributed import is_initialized, world_size
+from tenfold.distributed import is_initialized, rank, world_size
 
 T = TypeVar("T")
+PATIENCE = datetime.timedelta(days=7)
+"""How long a process waits for the others, whose shares may take longer."""
 
 
 @contextlib.contextmanager
@@ -33,11 +37,20 @@ def joined() -> Iterator[None]:
         raise UserError("WORLD_SIZE is set, and MASTER_ADDR or MASTER_PORT is not: start the processes with torchrun")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Within the block, what all processes would warn about alike is said by the first alone."""
+    with warnings.catch_warnings():
+        if rank():
+            warnings.simplefilter("ignore")
+        yield
 
 
 def gathered(own: Mapping[int, T]) -> dict[int, T]:

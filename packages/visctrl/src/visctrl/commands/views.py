@@ -25,7 +25,7 @@ from visctrl.data import load_model, read_mask, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Mask, Picture, check_mask
 from visctrl.outcome import EditOutput
-from visctrl.ranks import gathered, joined, wait_for_all
+from visctrl.ranks import gathered, joined, said_once, wait_for_all
 from visctrl.scenes import read_scene
 from visctrl.views import edit_views, pool_of
 from visctrl.viewset import View, ViewSet, read_view, stored_size, upright_mask, write_view
@@ -43,18 +43,10 @@ def run(settings: ViewsSettings, invocation: Invocation) -> None:
 
 def _run(settings: ViewsSettings, invocation: Invocation) -> None:
     folder = invocation.folder
-    places = Path(settings.target_mask) if settings.target_mask else None
-    scene = read_scene(
-        settings.data,
-        missing=settings.missing,
-        reconstruction=settings.reconstruction,
-        pictures=settings.pictures,
-        without=places if places is not None and places.is_dir() else None,
-    )
-    for remark in scene.remarks:
-        warnings.warn(remark, stacklevel=2)
-    files = _references(settings)
-    empty = _checked(scene, settings)
+    with said_once():
+        scene = _scene_of(settings)
+        files = _references(settings)
+        empty = _checked(scene, settings)
     engine = VisCtrl(load_model(settings), settings.chosen)
     references = [
         _work.reference_of(
@@ -76,6 +68,20 @@ def _run(settings: ViewsSettings, invocation: Invocation) -> None:
     wait_for_all()
     if rank() == 0:
         _finish(work)
+
+
+def _scene_of(settings: ViewsSettings) -> ViewSet:
+    places = Path(settings.target_mask) if settings.target_mask else None
+    scene = read_scene(
+        settings.data,
+        missing=settings.missing,
+        reconstruction=settings.reconstruction,
+        pictures=settings.pictures,
+        without=places if places is not None and places.is_dir() else None,
+    )
+    for remark in scene.remarks:
+        warnings.warn(remark, stacklevel=3)
+    return scene
 
 
 def _references(settings: ViewsSettings) -> list[tuple[Path, str | None]]:
