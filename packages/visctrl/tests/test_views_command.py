@@ -229,6 +229,7 @@ def test_bad_scenes_are_one_line_and_leave_nothing_behind(place, tmp_path, capsy
         ([good, "--reference_mask", place / "r0.png"], "one file for several references"),
         ([good, "--sampling.alpha", "0"], "--sampling.alpha: expected"),
         ([good, "--sampling.kind", "single", "--sampling.pool", "1"], "--sampling.pool"),
+        ([good, "--pictures", "images_4"], "are for colmap:DIR"),
         ([good, "--control.mode", "subject"], "mode subject needs a mask"),
         ([good, *one, "--reference", place / "none.png"], "none.png: no such file"),
         ([good, "--model", place / "ns"], "no model_index.json"),

@@ -53,7 +53,7 @@ class ColmapScene(ViewSet):
 
 
 def read_colmap(
-    root: Path, missing: Missing = "refuse", reconstruction: str | None = None, pictures: str = "images"
+    root: Path, missing: Missing = "refuse", reconstruction: str | None = None, pictures: str | None = None
 ) -> ColmapScene:
     """The scene of a folder with a sparse model and pictures.
 
@@ -61,13 +61,13 @@ def read_colmap(
         root: the folder.
         missing: what to do about placed pictures that are not there.
         reconstruction: folder of the model below it; default: the first of ``MODELS`` that holds one.
-        pictures: folder of the pictures below it.
+        pictures: folder of the pictures below it; default: images.
 
     Raises:
         UserError: no pycolmap, no model, one without placed pictures, no folder of pictures, or missing pictures.
     """
     needs("pycolmap", "scenes", "visctrl", why="reading COLMAP scenes")
-    name = _model(root, reconstruction)
+    name, pictures = _model(root, reconstruction), pictures or "images"
     found = _load(root / name)
     if not (root / pictures).is_dir():
         raise UserError(f"--data colmap:{root}: no folder {pictures} with its pictures: name it by --pictures")

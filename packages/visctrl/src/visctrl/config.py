@@ -256,14 +256,14 @@ class ViewsSettings(ModelSettings):
             pictures). It is written again under scene in the output folder, in the same layout with the same cameras.
         reference: pictures whose subject enters; several may show it from several sides.
         reference_mask: where the references' subject is: a file for each, or once for all alpha (of the picture) or white.
-        target_mask: where the views' subject is: scene (the scene's own masks), a folder of masks with the views' names,
+        target_mask: where the views' subject is: scene (white in the scene's own masks), a folder of masks with the views' names,
             alpha, or white.
         target_prompt: what the views then show.
         reference_prompt: what the references show.
         negative_prompt: what the views do not show.
         missing: what to do where the scene names a picture that is not there: refuse, or leave_out (of the written scene).
         reconstruction: folder of the COLMAP model below the scene (default: sparse/0, sparse, colmap/sparse/0, or the scene).
-        pictures: folder of a COLMAP scene's pictures below it.
+        pictures: folder of a COLMAP scene's pictures below it (default: images).
         seed: seed of what is drawn.
         feather: pixels over which an edited subject passes into the photograph.
         preset: settings of a published method in place of control: paper, masactrl, or fast.
@@ -280,7 +280,7 @@ class ViewsSettings(ModelSettings):
     negative_prompt: str = ""
     missing: Literal["refuse", "leave_out"] = "refuse"
     reconstruction: str | None = None
-    pictures: str = "images"
+    pictures: str | None = None
     seed: Natural = 0
     feather: NonNegative = 2.0
     preset: Preset = "none"
@@ -300,6 +300,8 @@ class ViewsSettings(ModelSettings):
             raise UserError("--reference_mask is one file for several references: give one for each, alpha or white")
         if self.preset != "none" and self.control != VisCtrlConfig():
             raise UserError(f"--preset {self.preset} has settings of its own: leave out --control")
+        if (self.reconstruction or self.pictures) and not self.data.startswith("colmap:"):
+            raise UserError(f"--reconstruction and --pictures are for colmap:DIR, got --data {self.data}")
         if self.sampling.pool and self.sampling.kind == "single":
             raise UserError("--sampling.pool: views of kind single read their own reference alone: leave it at 0")
 

@@ -15,7 +15,7 @@ def read_scene(
     *,
     missing: Missing = "refuse",
     reconstruction: str | None = None,
-    pictures: str = "images",
+    pictures: str | None = None,
     without: Path | None = None,
 ) -> ViewSet:
     """The views of a scene, with all that is needed to write it again.
