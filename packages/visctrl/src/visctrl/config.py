@@ -256,8 +256,8 @@ class ViewsSettings(ModelSettings):
             pictures). It is written again under scene in the output folder, in the same layout with the same cameras.
         reference: pictures whose subject enters; several may show it from several sides.
         reference_mask: where the references' subject is: a file for each, or once for all alpha (of the picture) or white.
-        target_mask: where the views' subject is: scene (white in the scene's own masks), a folder of masks with the views' names,
-            alpha, or white.
+        target_mask: where the views' subject is: scene (white in the scene's own masks), a folder of masks with the views'
+            names, alpha, or white.
         target_prompt: what the views then show.
         reference_prompt: what the references show.
         negative_prompt: what the views do not show.
