@@ -24,7 +24,10 @@ ARMS: dict[str, SamplingConfig] = {
     "scene, gradual sampling": SamplingConfig(),
     "scene, gradual sampling of latents": SamplingConfig(kind="latent"),
     "scene, gradual sampling with a pool of 2": SamplingConfig(pool=2),
+    "scene, one reference": SamplingConfig(kind="single"),
 }
+ONE = "scene, one reference"
+"""What is left over where nothing but the method itself lets views differ."""
 RESIDUAL = "refit residual"
 
 
@@ -58,13 +61,12 @@ def make_task(seed: int, number: int) -> SceneTask:
     return SceneTask(scene, scene.render(own), references, scene.render(mean))
 
 
-def edited(engine: VisCtrl, task: SceneTask, sampling: SamplingConfig, seed: int) -> Tensor:
+def edited(engine: VisCtrl, task: SceneTask, arm: str, seed: int) -> Tensor:
     """The views after an arm. Shapes: -> (V, 3, S, S)."""
-    sources = [
-        engine.reference(task.references.images[i : i + 1], mask=task.references.masks[i]) for i in range(REFERENCES)
-    ]
+    numbers = [REFERENCES // 2] if arm == ONE else range(REFERENCES)
+    sources = [engine.reference(task.references.images[i : i + 1], mask=task.references.masks[i]) for i in numbers]
     images = list(task.views.split(1))
-    outs = dict(edit_views(engine, images, sources, sampling, seed=seed))
+    outs = dict(edit_views(engine, images, sources, ARMS[arm], seed=seed))
     return torch.cat([outs[view].images for view in range(VIEWS)]).float().clamp(-1, 1)
 
 
@@ -73,10 +75,10 @@ def measure(engine: VisCtrl, config: VisCtrlConfig, level: str, seed: int) -> di
     engine.config = dataclasses.replace(config, rounds=ROUNDS)
     tasks = [make_task(seed, number) for number in range(SCENES[level])]
     found = {}
-    for name, sampling in ARMS.items() if tasks else ():
+    for name in ARMS if tasks else ():
         residuals, transfers = [], []
         for number, task in enumerate(tasks):
-            images = edited(engine, task, sampling, 1000 * seed + number)
+            images = edited(engine, task, name, 1000 * seed + number)
             residuals.append(task.scene.refit(images)[1])
             transfers.append(metrics.transfer(images, task.views, task.ideal, task.scene.masks))
         found[name] = {RESIDUAL: float(np.mean(residuals)), "transfer": float(torch.cat(transfers).median())}
@@ -105,13 +107,13 @@ def draw(study: Study, engine: VisCtrl, config: VisCtrlConfig, level: str) -> di
     engine.config = dataclasses.replace(config, rounds=ROUNDS)
     task = make_task(seed, 0)
     rows = {"references": task.references.images, "views": task.views}
-    for arm, name in zip(ARMS, ("independent", "gradual", "latents", "pool of 2"), strict=True):
-        rows[name] = edited(engine, task, ARMS[arm], 1000 * seed)
+    for arm, name in zip(ARMS, ("independent", "gradual", "latents", "pool of 2", "one reference"), strict=True):
+        rows[name] = edited(engine, task, arm, 1000 * seed)
     colors, _ = task.scene.refit(rows["gradual"])
     rows |= {"refit of gradual": task.scene.render(colors), "ideal": task.ideal}
     pictures = [to_pictures(images, *images.shape[-2:]) for images in rows.values()]
     image_grid(study.run.figure("scene"), pictures, row_titles=list(rows), cell=0.9)
     return {
-        "scene": "References of nearly one material, six views of a scene, the views with one random reference each and with"
-        " gradual sampling, what a refit of the scene to those shows, and the ideal."
+        "scene": "References of nearly one material, six views of a scene, the views with one random reference each, with"
+        " gradual sampling of three kinds and with one reference for all, what a refit of the scene to those shows, and the ideal."
     }
