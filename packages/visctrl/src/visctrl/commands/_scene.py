@@ -115,6 +115,5 @@ def draw(study: Study, engine: VisCtrl, config: VisCtrlConfig, level: str) -> di
     image_grid(study.run.figure("scene"), pictures, row_titles=list(rows), cell=0.9)
     return {
         "scene": "References of nearly one material, six views of a scene, the views with one random reference each, with"
-        " gradual sampling of three kinds and with one reference for all; what a refit of the scene to gradual sampling shows; and"
-        " the ideal."
+        " gradual sampling of three kinds and with one reference for all; what a refit to gradual sampling shows; the ideal."
     }
