@@ -66,7 +66,7 @@ def test_with_one_reference_or_alpha_one_a_view_is_the_edit_with_its_own_referen
 @pytest.mark.parametrize("bank", ["memory", "stream"])
 @pytest.mark.parametrize("kind", ["feature", "latent"])
 def test_equal_references_make_alpha_and_seed_irrelevant(engine, kind, bank):
-    engine = VisCtrl(engine.adapter, dataclasses.replace(CONFIG, bank=bank))
+    engine = VisCtrl(engine.adapter, dataclasses.replace(CONFIG, bank=bank, refine=1))  # recorded at the latents
     references = [engine.reference(picture(1)) for _ in range(3)]
     want = engine.edit(picture(0), references[0]).latents
     for seed, alpha in ((0, 0.5), (1, 0.2)):
@@ -92,6 +92,7 @@ def test_a_weight_of_two_thirds_is_a_reference_that_stands_there_twice(engine):
 
 
 def test_mixed_latents_are_read_at_their_own_noise_level(engine):
+    engine = VisCtrl(engine.adapter, dataclasses.replace(CONFIG, refine=1))
     a, b = (engine.reference(picture(i)) for i in (1, 2))
     alone = [engine.edit(picture(0), x).latents for x in (a, b)]
     mixed = engine.edit(picture(0), [a, b], sampler=always_two(0.5, "latent")).latents
@@ -211,12 +212,12 @@ def test_a_camera_sees_a_point_where_it_projects_to_unless_a_ball_is_before_it(v
                 if b != ball
             )
             x, y = (FOCAL * (away @ axis) / (away @ ahead) + 0.5 for axis in (right, down))
-            if facing > 0.8 and not before and 0 < x < 1 and 0 < y < 1:
+            if facing > 0.5 and not before and 0 < x < 1 and 0 < y < 1:
                 assert seen[int(y * SIZE), int(x * SIZE), p] > 0
                 checked += 1
             if facing < -0.3:
                 assert seen[..., p].sum() == 0
-    assert checked > 20 * views
+    assert checked > 8 * views
 
 
 def test_a_refit_gives_back_colors_that_views_agree_on_and_the_size_of_what_they_do_not():
