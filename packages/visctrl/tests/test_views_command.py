@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -171,7 +172,9 @@ def test_a_view_that_does_not_show_the_subject_is_written_as_it_was(place, tmp_p
             mask[5:15, 5:15] = 255
         Image.fromarray(mask).save(masks / f"frame_0000{i + 1}.png")
     data = f"nerfstudio:{place / 'ns'}"
-    assert main(words(place, data, tmp_path / "out", "--target_mask", masks)) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(words(place, data, tmp_path / "out", "--target_mask", masks)) == 0
     assert "images/frame_00002.png is written as it was: its mask is empty" in capsys.readouterr().err
     name = "images/frame_00002.png"
     assert (tmp_path / "out/scene" / name).read_bytes() == (place / "ns" / name).read_bytes()
