@@ -65,7 +65,7 @@ def edited(engine: VisCtrl, task: SceneTask, arm: str, seed: int) -> Tensor:
     """The views after an arm. Shapes: -> (V, 3, S, S)."""
     numbers = [REFERENCES // 2] if arm == ONE else range(REFERENCES)
     sources = [engine.reference(task.references.images[i : i + 1], mask=task.references.masks[i]) for i in numbers]
-    images = list(task.views.split(1))
+    images = [task.views[i : i + 1] for i in range(VIEWS)]
     outs = dict(edit_views(engine, images, sources, ARMS[arm], seed=seed))
     return torch.cat([outs[view].images for view in range(VIEWS)]).float().clamp(-1, 1)
 

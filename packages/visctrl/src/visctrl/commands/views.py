@@ -86,7 +86,7 @@ def _scene_of(settings: ViewsSettings) -> ViewSet:
 
 def _references(settings: ViewsSettings) -> list[tuple[Path, str | None]]:
     """Files of the references with their masks, read once so that what is wrong is said before a model is loaded."""
-    given = settings.reference_mask or [None]
+    given: list[str | None] = list(settings.reference_mask) if settings.reference_mask else [None]
     masks = given * len(settings.reference) if len(given) == 1 else given
     pairs = [(Path(path), mask) for path, mask in zip(settings.reference, masks, strict=True)]
     for path, mask in pairs:
