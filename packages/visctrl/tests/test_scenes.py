@@ -64,8 +64,8 @@ def test_a_colmap_scene_is_written_with_new_pictures_and_a_model_that_pycolmap_r
     for i, image in after.images.items():
         assert np.array_equal(image.cam_from_world().matrix(), before.images[i].cam_from_world().matrix())
         camera = after.cameras[image.camera_id]
-        assert (camera.model_name, list(camera.params)) == (
-            before.cameras[image.camera_id].model_name,
+        assert (camera.model.name, list(camera.params)) == (
+            before.cameras[image.camera_id].model.name,
             list(before.cameras[image.camera_id].params),
         )
         picture = read_image(tmp_path / "new/images" / image.name)

@@ -127,7 +127,7 @@ def _view(root: Path, pictures: str, image: Any, camera: Any) -> View:
     name = below(root / pictures, image.name)
     masks = (root / "masks" / f"{name}.png", root / "masks" / name, root / "masks" / Path(name).with_suffix(".png"))
     mask = next((path for path in masks if path.is_file()), None)
-    about = f"{image.camera_id} {camera.model_name}"
+    about = f"{image.camera_id} {camera.model.name}"
     where = Path(below(root, f"{pictures}/{name}"))
     return View(where.as_posix(), root / where, about, (camera.width, camera.height), mask)
 
