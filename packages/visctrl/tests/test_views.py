@@ -162,7 +162,7 @@ def test_views_are_edited_as_by_hand_and_those_of_the_pool_first(engine):
 
 
 def test_an_updated_dataset_is_rendered_anew_for_every_view(engine):
-    scene = make_scene(0, views=6, points=12)
+    scene = make_scene(0, views=3, points=12)
     colors = torch.full((len(scene.points), 3), 0.2)
     once = VisCtrl(engine.adapter, dataclasses.replace(CONFIG, rounds=1))
     references = [once.reference(torch.nn.functional.interpolate(picture(i), 32)) for i in (1, 2)]
@@ -173,19 +173,19 @@ def test_an_updated_dataset_is_rendered_anew_for_every_view(engine):
         seen.append((view, render(view)))
         return seen[-1][1]
 
-    happened = update_dataset(once, 6, references, rendered, update, passes=2, seed=3)
-    assert [(x.number, x.view) for x in happened] == [(i // 6, view) for i, (view, _) in enumerate(seen)]
-    assert [sorted(view for view, _ in seen[i : i + 6]) for i in (0, 6)] == [list(range(6))] * 2
+    happened = update_dataset(once, 3, references, rendered, update, passes=2, seed=3)
+    assert [(x.number, x.view) for x in happened] == [(i // 3, view) for i, (view, _) in enumerate(seen)]
+    assert [sorted(view for view, _ in seen[i : i + 3]) for i in (0, 3)] == [list(range(3))] * 2
     images, now = scene.render(colors), colors
     for place, (view, shown) in enumerate(seen):  # the loop written out
         assert torch.equal(shown, scene.view(now, view))
-        drawn = FeatureGradualSampler(SamplingConfig(), 2, view, 3, 2, place // 6)
+        drawn = FeatureGradualSampler(SamplingConfig(), 2, view, 3, 2, place // 3)
         images[view] = once.edit(shown, references, sampler=drawn).images[0]
         now, _ = scene.refit(images)
     assert torch.equal(render(0), scene.view(now, 0))
     assert (now - colors).abs().max() > 1e-3
     with pytest.raises(ValueError, match="pool"):
-        update_dataset(once, 6, references, render, update, SamplingConfig(pool=1))
+        update_dataset(once, 3, references, render, update, SamplingConfig(pool=1))
 
 
 @pytest.mark.parametrize("views", [6, 12])
