@@ -4,8 +4,8 @@ Read in this order: ``steppers`` (noise levels and the step between two), ``inve
 gives it back), ``layers`` (which self-attention a network has), ``banks`` (features of a reference), ``selection`` (which
 keys a query sees), ``control`` (record and inject), ``joint`` (attention over picture and text), ``families`` (pretrained
 models behind one interface), ``guard`` (when to stop), ``outcome`` and ``engine`` (the method), ``provenance``, ``masks``,
-``pipelines`` (for users of diffusers), ``tap`` (other transformers, experimental), ``metrics``; ``blobs`` and ``toy`` are the
-demonstration's world.
+``pipelines`` (for users of diffusers), ``tap`` (other transformers, experimental), ``metrics``; ``video`` (all frames from
+one bank) and ``clips`` (frames of files); ``blobs`` and ``toy`` are the demonstration's world.
 """
 
 from typing import TYPE_CHECKING
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from visctrl.steppers import FlowStepper as FlowStepper
     from visctrl.steppers import stepper_of as stepper_of
     from visctrl.tap import KeyTap as KeyTap
+    from visctrl.video import SharedPool as SharedPool
+    from visctrl.video import edit_video as edit_video
+    from visctrl.video import shared_pool as shared_pool
 
 __version__ = "0.1.0"
 __all__, __getattr__, __dir__ = attach(__name__)

@@ -8,6 +8,7 @@ from visctrl.config import (
     EvaluateSettings,
     InspectSettings,
     InvertSettings,
+    VideoSettings,
 )
 
 app = App(
@@ -18,6 +19,7 @@ app = App(
         Verb("edit", EditSettings),
         Verb("invert", InvertSettings),
         Verb("bank", BankSettings),
+        Verb("video", VideoSettings),
         Verb("inspect", InspectSettings, out=False),
         Verb("evaluate", EvaluateSettings),
         Verb("demo", DemoSettings, claims=True),

@@ -10,6 +10,7 @@ from tenfold.config import (
     Count,
     Device,
     Ge,
+    Interval,
     NonNegative,
     Positive,
     Probability,
@@ -266,6 +267,62 @@ class BankSettings(ModelSettings):
             raise UserError("--control.bank stream keeps no features: a bank needs memory, pinned or auto")
         if self.control.later_steps is not None or self.control.later_start is not None:
             raise UserError("a bank is of one schedule: leave out --control.later_steps and --control.later_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings(ModelSettings):
+    """Put the subject of reference pictures into every frame of a video.
+
+    Args:
+        target: the video, or a folder of frames in the order of the numbers in their names.
+        reference: pictures whose subject enters.
+        target_mask: where the frames' subject is: a folder of masks with the names of the frames, a video of masks, one
+            picture for all frames, alpha (of a folder's pictures), or white (all that is not nearly white).
+        reference_mask: where the references' subject is: a file (for one reference), alpha, or white.
+        target_prompt: what the result shows.
+        reference_prompt: what the references show.
+        negative_prompt: what the result does not show.
+        frames: frames to edit, such as 0:40 (counted from 0; default: all).
+        keyframes: number of frames that are edited first; all frames then attend to them and to the references.
+        alpha: share of the references in what frames attend to; the rest is the keyframes'.
+        batch: frames that go through the network at once.
+        rate: frames per second of the video that a folder of frames becomes (default: a folder stays a folder).
+        sound: copy the sound of the video.
+        feather: pixels over which a result passes into the frame, at a mask.
+        preset: settings of a published method in place of control: paper, masactrl, or fast.
+        control: how the references enter.
+    """
+
+    target: str
+    reference: list[str]
+    target_mask: str | None = None
+    reference_mask: str | None = None
+    target_prompt: str = ""
+    reference_prompt: str = ""
+    negative_prompt: str = ""
+    frames: str = ":"
+    keyframes: Count = 3
+    alpha: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    batch: Count = 1
+    rate: Positive | None = None
+    sound: bool = True
+    feather: NonNegative = 2.0
+    preset: Preset = "none"
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reference:
+            raise UserError("--reference: expected at least one picture")
+        if self.preset != "none" and self.control != VisCtrlConfig():
+            raise UserError(f"--preset {self.preset} has settings of its own: leave out --control")
+        if len(self.reference) > 1 and self.reference_mask not in {None, "alpha", "white"}:
+            raise UserError("--reference_mask is one file for several references: give alpha or white")
+
+    @property
+    def chosen(self) -> VisCtrlConfig:
+        """The settings of the preset, else those of control."""
+        return of_preset(self.preset) or self.control
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,11 +141,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return found
 
 
-def write_picture(path: Path, picture: Picture, note: str) -> None:
-    """Write a PNG whose metadata says that it was edited, and how."""
+def write_picture(path: Path, picture: Picture, note: str, **more: str) -> None:
+    """Write a PNG whose metadata says that it was edited, and how; ``more`` are further entries."""
     about = PngImagePlugin.PngInfo()
-    about.add_text("Software", "visctrl")
-    about.add_text("Comment", note)
+    for name, text in {"Software": "visctrl", "Comment": note, **more}.items():
+        about.add_text(name, text)
     Image.fromarray(picture).save(path, format="PNG", pnginfo=about)
 
 

@@ -43,6 +43,7 @@ class Reference:
         mask: where its subject is, (H, W), or None.
         size: height and width of the picture.
         inversions: how often it was inverted.
+        log_weight: added to the logits of its keys, where there are several references.
     """
 
     latents: Tensor
@@ -51,6 +52,7 @@ class Reference:
     size: tuple[int, int]
     inversions: int = 0
     made: dict[Any, "Features"] = field(default_factory=dict)
+    log_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -416,7 +418,8 @@ class VisCtrl:
         features = [self.features(reference, config) for reference in references]
         riding = [i for i, f in enumerate(features) if f.bank is None]
         sources = [
-            Source(f.bank, self.adapter.grid(r.latents), r.mask) for f, r in zip(features, references, strict=True)
+            Source(f.bank, self.adapter.grid(r.latents), r.mask, r.log_weight)
+            for f, r in zip(features, references, strict=True)
         ]
         times = [self.adapter.model_time(t) for t in stepper.timesteps[:level]]
         z = found.latents[until]

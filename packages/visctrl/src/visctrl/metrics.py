@@ -89,3 +89,15 @@ def match_colors(target: Tensor, reference: Tensor, target_mask: Tensor, referen
     moved = (target - mean) * (other_spread / spread.clamp_min(1e-3)) + other
     m = target_mask[:, None].to(target.dtype)
     return (m * moved + (1 - m) * target).clamp(-1, 1)
+
+
+def flicker(edited: Tensor, target: Tensor) -> Tensor:
+    """Change between neighboring frames beyond that of the input. Shapes: (T, 3, H, W) -> (T - 1,).
+
+        mean max(0, |y_{t+1} - y_t| - |x_{t+1} - x_t|)
+
+    The input itself has none. An edit that raises the contrast of what moves has some that is no fault: compare ways to edit
+    one video, not videos.
+    """
+    after, before = edited[1:] - edited[:-1], target[1:] - target[:-1]
+    return (after.abs() - before.abs()).clamp_min(0).flatten(1).mean(dim=1)

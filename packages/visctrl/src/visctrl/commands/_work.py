@@ -68,29 +68,37 @@ def prepare(engine: VisCtrl, path: Path, mask: str | None, size: int | None, cro
     """
     photo = read_picture(path)
     found = None if mask is None else read_mask(mask, path, photo, option)
-    side, multiple = longest_side(engine, size), engine.adapter.multiple
-    cut = None
-    if crop:
-        if found is None:
-            raise UserError(f"--crop cuts subjects out: {path} has no mask")
-        cut = crop_subject(photo, found, side)
-        shown: Picture = cut.picture
-        small: Mask | None = cut.mask
-    else:
-        scale = min(1.0, side / max(photo.shape[:2]))
-        h, w = (max(1, round(scale * x)) for x in photo.shape[:2])
-        shown = resized(photo, h, w)
-        small = None if found is None else resized_mask(found, h, w)
-        if small is not None and not (small >= 0.5).any():
-            raise UserError(
-                f"{option} {mask}: nothing of the subject is left at {w} x {h} pixels: give a larger --size"
-            )
-    image = to_images([shown], multiple)
+    if not crop:
+        return fitted(engine, photo, found, size, f"{option} {mask}")
+    if found is None:
+        raise UserError(f"--crop cuts subjects out: {path} has no mask")
+    cut = crop_subject(photo, found, longest_side(engine, size))
+    return _prepared(engine, photo, found, cut.picture, cut.mask, cut)
+
+
+def fitted(engine: VisCtrl, photo: Picture, mask: Mask | None, size: int | None, name: str) -> Prepared:
+    """A photograph and its mask at the model's size.
+
+    Raises:
+        UserError: nothing of the mask is left there; the message begins with ``name``.
+    """
+    scale = min(1.0, longest_side(engine, size) / max(photo.shape[:2]))
+    h, w = (max(1, round(scale * x)) for x in photo.shape[:2])
+    small = None if mask is None else resized_mask(mask, h, w)
+    if small is not None and not (small >= 0.5).any():
+        raise UserError(f"{name}: nothing of the subject is left at {w} x {h} pixels: give a larger --size")
+    return _prepared(engine, photo, mask, resized(photo, h, w), small, None)
+
+
+def _prepared(
+    engine: VisCtrl, photo: Picture, mask: Mask | None, shown: Picture, small: Mask | None, crop: Crop | None
+) -> Prepared:
+    image = to_images([shown], engine.adapter.multiple)
     tensor = None
     if small is not None:
         tensor = torch.zeros(image.shape[-2:])
         tensor[: small.shape[0], : small.shape[1]] = torch.from_numpy(np.asarray(small, np.float32))
-    return Prepared(photo, found, shown, small, image, tensor, cut)
+    return Prepared(photo, mask, shown, small, image, tensor, crop)
 
 
 def finished_picture(edited: Tensor, target: Prepared, feather: float, locked: bool) -> Picture:
