@@ -63,7 +63,9 @@ def turn(path):
 def read(path):
     """Frames and their times in seconds."""
     with av.open(str(path)) as file:
-        frames = [(frame.to_ndarray(format="rgb24"), float(frame.pts * frame.time_base)) for frame in file.decode(video=0)]
+        frames = [
+            (frame.to_ndarray(format="rgb24"), float(frame.pts * frame.time_base)) for frame in file.decode(video=0)
+        ]
     return [x for x, _ in frames], [t for _, t in frames]
 
 

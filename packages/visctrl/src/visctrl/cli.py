@@ -3,6 +3,7 @@
 from tenfold.cli import App, Verb
 from visctrl.config import (
     BankSettings,
+    CompareSettings,
     DemoSettings,
     EditSettings,
     EvaluateSettings,
@@ -20,6 +21,7 @@ app = App(
         Verb("invert", InvertSettings),
         Verb("bank", BankSettings),
         Verb("video", VideoSettings),
+        Verb("compare", CompareSettings, claims=True),
         Verb("inspect", InspectSettings, out=False),
         Verb("evaluate", EvaluateSettings),
         Verb("demo", DemoSettings, claims=True),

@@ -9,8 +9,10 @@ from tenfold import UserError
 from tenfold.config import (
     Count,
     Device,
+    Distinct,
     Ge,
     Interval,
+    Length,
     NonNegative,
     Positive,
     Probability,
@@ -150,6 +152,8 @@ class ModelSettings(Settings):
 
     Args:
         model: folder of a pipeline of diffusers, a .safetensors file of Stable Diffusion, or a name on the model hub.
+        model_config: folder of a pipeline whose configurations a .safetensors file is loaded with (default: those of the
+            model hub).
         variant: variant of the weights, such as fp16.
         dtype: number format; auto is fp16 on a GPU and fp32 on a CPU.
         offload: keep parts of the model on the CPU while they are not needed (GPU only).
@@ -158,6 +162,7 @@ class ModelSettings(Settings):
     """
 
     model: str
+    model_config: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     offload: bool = False
@@ -334,6 +339,96 @@ class InspectSettings(ModelSettings):
     """
 
     control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Values of settings, of which all combinations are compared.
+
+    Args:
+        start: values of --control.start.
+        layers: values of --control.layers.
+        strength: values of --control.strength.
+        rounds: values of --control.rounds.
+    """
+
+    start: Annotated[list[Probability], Distinct()] = field(default_factory=list)
+    layers: Annotated[list[str], Distinct()] = field(default_factory=list)
+    strength: Annotated[list[Probability], Distinct()] = field(default_factory=list)
+    rounds: Annotated[list[Count], Distinct()] = field(default_factory=list)
+
+    @property
+    def given(self) -> dict[str, list[Any]]:
+        """The settings that have values, with these."""
+        return {f.name: list(getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(ModelSettings):
+    """Compare settings, or published methods, on the same pairs of pictures.
+
+    The pairs are the sample: differences are paired over them. Nothing is drawn at random, so there are no seeds.
+
+    Args:
+        target: pictures to edit.
+        reference: picture whose subject enters.
+        pairs: table in place of both, as for edit.
+        target_mask: where the targets' subject is: a file (white on black), alpha (of the picture), or white.
+        reference_mask: the same for the reference.
+        target_prompt: what the result shows.
+        reference_prompt: what the reference shows.
+        negative_prompt: what the result does not show.
+        grid: values of settings; every combination is an arm, on top of control.
+        arms: settings to compare where there is no grid: control, and the presets fast, masactrl and paper; differences are
+            taken to the first.
+        encoder: encoder whose features compare pictures: packaged:lite0, timm:NAME, none, or auto (packaged:lite0 where
+            it is installed, else none).
+        encoder_weights: file of weights of timm:NAME, or random.
+        feather: pixels over which a result passes into the photograph, at a mask.
+        executor: where pairs are edited: processes:N, or null for here, one after another.
+        control: settings of the arm control, and of what a grid leaves open.
+    """
+
+    target: list[str] | None = None
+    reference: str | None = None
+    pairs: str | None = None
+    target_mask: str | None = None
+    reference_mask: str | None = None
+    target_prompt: str = ""
+    reference_prompt: str = ""
+    negative_prompt: str = ""
+    grid: Grid = field(default_factory=Grid)
+    arms: Annotated[list[Literal["control", "fast", "masactrl", "paper"]], Length(1), Distinct()] = field(
+        default_factory=lambda: ["control", "fast", "masactrl", "paper"]
+    )
+    encoder: str = "auto"
+    encoder_weights: str | None = None
+    feather: NonNegative = 2.0
+    executor: str | None = None
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs is not None:
+            given = [name for name in ("target", "reference", "target_mask", "reference_mask") if getattr(self, name)]
+            if given:
+                raise UserError(f"--pairs names targets, references and masks itself: leave out --{given[0]}")
+        elif not self.target or self.reference is None:
+            raise UserError("nothing to compare on: give --target FILE with --reference FILE, or --pairs FILE.csv")
+
+    @property
+    def configs(self) -> dict[str, VisCtrlConfig]:
+        """Arm -> its settings."""
+        found: dict[str, VisCtrlConfig] = {"": self.control}
+        for name, values in self.grid.given.items():
+            found = {
+                f"{arm}, {name} {value}".removeprefix(", "): dataclasses.replace(config, **{name: value})
+                for arm, config in found.items()
+                for value in values
+            }
+        if self.grid.given:
+            return found
+        return {arm: self.control if arm == "control" else of_preset(arm) or self.control for arm in self.arms}
 
 
 @dataclass(frozen=True, kw_only=True)
