@@ -14,9 +14,11 @@ import visctrl_clips
 from PIL import Image
 from visctrl import metrics
 from visctrl.cli import main
+from visctrl.commands import _film
 from visctrl.commands import video as command
 from visctrl.config import VisCtrlConfig
 from visctrl.engine import VisCtrl
+from visctrl.toy import PatchCodec, ToyDenoiser, toy_adapter
 from visctrl.video import Frame, edit_video, key_positions, shared_pool
 from visctrl_tiny import ddim, picture, sd, tiny_unconditional, unconditional
 
@@ -269,3 +271,17 @@ def test_the_recipe_runs_on_a_tiny_stand_in_of_its_model(place, tmp_path):
     given += ["--reference", place / "reference.png", "--size", "16", "--frames", "0:2", "--control.steps", "4"]
     assert main([str(x) for x in [*given, "--quiet", "--out", tmp_path / "out"]]) == 0
     assert len(visctrl_clips.read(tmp_path / "out/video.mp4")[0]) == 2
+
+
+def test_the_demonstrations_video_is_measured_and_moves_in_its_ideal_color(monkeypatch):
+    film = _film.films(0)[0]
+    assert film.frames.images.shape == film.ideal.shape == (8, 3, 32, 32)
+    assert float(metrics.flicker(film.ideal, film.ideal).max()) == 0
+    assert float((film.frames.images[1:] - film.frames.images[:-1]).abs().mean()) > 0.005
+    monkeypatch.setattr(_film, "FILMS", 1)
+    monkeypatch.setattr(_film, "CONFIG", dataclasses.replace(_film.CONFIG, steps=5, rounds=1, refine=1))
+    codec = PatchCodec()
+    codec.fit(film.ideal)
+    found = _film.measure(VisCtrl(toy_adapter(ToyDenoiser(), codec), CONFIG), 0)
+    assert set(found) == set(_film.ARMS)
+    assert all(np.isfinite(list(values.values())).all() for values in found.values())

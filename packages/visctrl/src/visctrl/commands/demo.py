@@ -22,6 +22,7 @@ from tenfold.report import write_report
 from tenfold.terminal import show_claims, table, track
 from visctrl import metrics
 from visctrl.blobs import Pairs, render, render_pairs
+from visctrl.commands import _film
 from visctrl.config import DemoSettings, VisCtrlConfig
 from visctrl.engine import VisCtrl
 from visctrl.masks import to_pictures
@@ -57,6 +58,8 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         study.over_seeds(partial(measure, str(folder.path), level, here or len(seeds) > 1), pool, show)
     folder.adopt("models")
     _decide(study)
+    if level == "full":
+        _film.decide(study)
     study.note(
         "Reinhard's matching of mean and deviation solves this world outright: it is here to show iteration and drift."
     )
@@ -67,6 +70,11 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         " which place of the reference each part came from (red to the right, green downwards).",
         "rounds": "Material carried over and distance to the ideal, by round, with plain and with refined inversion.",
     }
+    if level == "full":
+        _film.draw(study, VisCtrl(toy_adapter(*model_of(str(folder.path), level, seeds[0], quiet=True)), CONFIG))
+        captions["video"] = (
+            "Frames of a video: as they were, from one pool, with a random reference each, and the ideal."
+        )
     write_report(folder, "visctrl demo: one material", captions)
     shown = ["transfer", "overlap", "rmse to ideal"]
     sys.stdout.write(table(*arm_rows(study, list(study.arms), shown)) + "\n\n")
@@ -132,7 +140,7 @@ def measure(work: str, level: str, quiet: bool, seed: int) -> dict[str, dict[str
     once = dataclasses.replace(CONFIG, rounds=1)
     found["wrong reference"] = values(last(edits(engine, pairs, once, "wrong")), pairs)
     found["self reference"] = values(last(edits(engine, pairs, once, "target")), pairs)
-    return found
+    return found | (_film.measure(engine, seed) if level == "full" else {})
 
 
 GUARDED = dataclasses.replace(CONFIG, guard=True)
