@@ -171,6 +171,15 @@ def test_an_attention_backend_that_is_chosen_globally_gives_the_same_edit(build,
         part.reset_attention_backend()
 
 
+def test_a_backend_without_masks_injects_without_weights_and_says_what_weights_need(tmp_path):
+    pipe = flux(tmp_path)
+    want = edited(pipe)
+    with attention_backend("_native_flash"):
+        assert (edited(pipe) - want).abs().max() < 1e-3
+        with pytest.raises(UnsupportedModelError, match="attention backend that takes masks, such as native"):
+            edited(pipe, dataclasses.replace(CONFIG, mode="union", bias=1.0))
+
+
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,

@@ -110,6 +110,7 @@ class VideoClip:
         needs("av", "video", "visctrl")
         self.path, self.span, self.option = path, span, option
         times: list[int] = []
+        timed = True
         sizes: set[tuple[int, int]] = set()
         why, self.rotation, transfer = "", 0, 0
         with self.opened() as container:
@@ -122,11 +123,14 @@ class VideoClip:
                 for frame in container.decode(stream):
                     self.rotation, transfer = round(frame.rotation), int(frame.color_trc)
                     sizes.add((frame.height, frame.width))
-                    times.append(len(times) if frame.pts is None else int(frame.pts))
+                    timed = timed and frame.pts is not None
+                    times.append(int(frame.pts or 0))
             except _errors() as error:
                 why = f" ({error.strerror})"
         if not times:
             raise UserError(f"{option} {path}: no frame can be decoded{why}")
+        if not timed:
+            times, self.time_base = list(range(len(times))), 1 / self.rate
         early = bool(why) or (declared > len(times) and self._packets() < declared)
         if early and (span.stop is None or span.stop > len(times)):
             of = f" of {declared}" if declared > len(times) else ""
