@@ -15,11 +15,19 @@ def close(a, b, most=6):
     return np.abs(a.astype(int) - b).mean() < most
 
 
+def is_number(frame, number):
+    """Whether no other frame is nearer in brightness, and its colors are near; a frame two pixels off is further by far."""
+    gray = np.array([0.3, 0.59, 0.11])
+    distances = [np.abs((frame.astype(int) - visctrl_clips.picture(n)) @ gray).mean() for n in range(40)]
+    off = [d for n, d in enumerate(distances) if abs(n - number) >= 4]
+    return distances[number] < min(distances) + 0.1 < min(off) and close(frame, visctrl_clips.picture(number), 9)
+
+
 def test_a_video_is_decoded_frame_by_frame_with_its_colors(tmp_path):
     clip = open_clip(visctrl_clips.write(tmp_path / "a.mp4"))
     assert (len(clip), clip.size, clip.names[39]) == (40, (24, 32), "000039")
     for number, frame in enumerate(clip):
-        assert close(frame, visctrl_clips.picture(number)), number
+        assert is_number(frame, number), number
     part = open_clip(tmp_path / "a.mp4", span_of("10:13"))
     assert part.names == ["000010", "000011", "000012"]
     assert all(np.array_equal(a, b) for a, b in zip(part, list(clip)[10:13], strict=True))
@@ -32,7 +40,7 @@ def test_what_is_written_has_the_times_and_the_sound_of_what_was_read(tmp_path):
     frames, times = visctrl_clips.read(tmp_path / "b.mp4")
     assert times == pytest.approx([t / 1000 for t in uneven], abs=1e-4)
     assert visctrl_clips.sound(tmp_path / "b.mp4") == visctrl_clips.sound(tmp_path / "a.mp4")
-    assert all(close(frame, visctrl_clips.picture(n)) for n, frame in enumerate(frames))
+    assert all(is_number(frame, n) for n, frame in enumerate(frames))
     write_video(tmp_path / "mute.mp4", iter(clip), clip, sound=False)
     assert visctrl_clips.sound(tmp_path / "mute.mp4") is None
 
@@ -94,7 +102,7 @@ def test_a_video_trimmed_on_the_phone_has_the_frames_that_a_player_shows(tmp_pat
     path.write_bytes(bytes(data))
     clip = open_clip(path)
     assert len(clip) == 30
-    assert close(next(iter(clip)), visctrl_clips.picture(10))
+    assert is_number(next(iter(clip)), 10)
 
 
 def test_other_containers_and_codecs_are_read(tmp_path):
@@ -160,10 +168,6 @@ def test_sound_that_an_mp4_cannot_hold_is_named_before_anything_is_edited(tmp_pa
 
 
 def test_colors_in_hdr_are_refused_by_name(tmp_path):
-    path = visctrl_clips.write(tmp_path / "a.mp4", 3)
-    data = path.read_bytes()
-    at = data.index(b"colrnclx") + 8
-    assert data[at : at + 6] == bytes([0, 1, 0, 1, 0, 1])
-    path.write_bytes(data[: at + 2] + bytes([0, 18]) + data[at + 4 :])
+    path = visctrl_clips.write(tmp_path / "a.mp4", 3, transfer=18)
     with pytest.raises(UserError, match="HLG"):
         open_clip(path)

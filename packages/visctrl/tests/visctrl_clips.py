@@ -19,7 +19,9 @@ def picture(number, size=(24, 32)):
     return x
 
 
-def write(path, count=40, size=(24, 32), *, sound=None, times=None, container=None, codec="libx264", **options):
+def write(
+    path, count=40, size=(24, 32), *, sound=None, times=None, container=None, codec="libx264", transfer=1, **options
+):
     """A video; the times are in thousandths of a second."""
     h, w = size
     odd = bool(h % 2 or w % 2)
@@ -28,7 +30,8 @@ def write(path, count=40, size=(24, 32), *, sound=None, times=None, container=No
         stream.width, stream.height, stream.pix_fmt = w, h, "yuv444p" if odd else "yuv420p"
         c = stream.codec_context
         c.time_base = Fraction(1, 1000)
-        c.colorspace = c.color_primaries = c.color_trc = c.color_range = 1
+        c.colorspace = c.color_primaries = c.color_range = 1
+        c.color_trc = transfer
         voice = None if sound is None else out.add_stream(sound, rate=8000)
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(picture(number, size), "rgb24")

@@ -118,7 +118,7 @@ class VideoClip:
             self.time_base = Fraction(stream.time_base)
             self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
             self.aspect = Fraction(stream.codec_context.sample_aspect_ratio or 1)
-            declared = int(stream.frames)
+            declared = int(stream.frames) if "mp4" in container.format.name else 0  # others write what they expected
             try:
                 for frame in container.decode(stream):
                     self.rotation, transfer = round(frame.rotation), int(frame.color_trc)

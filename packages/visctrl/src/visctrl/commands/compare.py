@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tenfold import UserError, executors
-from tenfold.claims import Study, arm_rows, mean_ci95
+from tenfold.claims import Study, arm_rows
 from tenfold.cli import Invocation
 from tenfold.devices import choose_device
 from tenfold.figures import arm_chart, image_grid
@@ -39,7 +39,7 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
     for name, config in arms.items():
         if config.mode == "subject" and any(p.target_mask is None and p.reference_mask is None for p in pairs):
             raise UserError(f"arm {name}: mode subject needs a mask of each target, of its reference, or of both")
-    study = Study(folder, data=f"{len(pairs)} pairs of pictures, the user's own", seeds=range(len(pairs)))
+    study = Study(folder, data=f"{len(pairs)} pairs of pictures, the user's own", seeds=range(len(pairs)), unit="pair")
     study.note(
         f"The numbers under seeds are those of the pairs: {', '.join(f'{i} {p.name}' for i, p in enumerate(pairs))}."
     )
@@ -156,23 +156,8 @@ def _values(
 
 def _decide(study: Study, arms: list[str], main: str, *, grid: bool) -> None:
     """Claim differences to the first arm, paired over the pairs; a grid is for looking at, and claims nothing."""
-    number = len(study.seeds)
-    if grid or len(arms) < 2:
-        return
-    if number < 3:
-        study.note(f"{number} pairs decide nothing: differences need three or more.")
-        return
-    for arm in arms[1:]:
-        estimate, ci95 = mean_ci95(study.values((arm, main)) - study.values((arms[0], main)))
-        study.claim(
-            f"{arm}_over_{arms[0]}",
-            f"{main} of {arm} - {main} of {arms[0]}",
-            "difference",
-            estimate,
-            ci95,
-            method=f"paired t over {number} pairs",
-            required=">= 0",
-        )
+    if not grid:
+        study.against(arms[0], arms, main)
 
 
 def place(pair: Pair, arm: str) -> str:
