@@ -49,7 +49,7 @@ def test_arms_are_compared_over_pairs_with_paired_intervals_and_a_contact_sheet(
     assert claim["ci95"][0] <= claim["estimate"] <= claim["ci95"][1]
     assert set(summary["arms"]["fast"]) == {"color", "layout", "background PSNR", "round", "rows"}
     assert summary["arms"]["control"]["background PSNR"] == [100.0] * 3
-    for name in ("grid.png", "figures/contact.png", "figures/arms.png", "report.html", "pictures/0001-1/fast.png"):
+    for name in ("grid.png", "figures/contact.png", "figures/arms.png", "report.html", "pictures/0001-1/01-fast.png"):
         assert (out / name).is_file(), name
     shown = capsys.readouterr().out
     assert "color of fast - color of control" in shown
@@ -82,7 +82,7 @@ def test_a_grid_gives_every_combinations_edit_and_shares_what_it_can(place, tmp_
     assert main([str(x) for x in given]) == 0
     found, want = (
         np.asarray(Image.open(p), int)
-        for p in (out / "pictures/0000-0/start-0.25-strength-0.5.png", alone / "edited.png")
+        for p in (out / "pictures/0000-0/00-start-0.25-strength-0.5.png", alone / "edited.png")
     )
     assert np.abs(found - want).max() <= 1
     rows = [x["rows"][0] for x in summary["arms"].values()]

@@ -54,6 +54,7 @@ class VisCtrlConfig(Settings):
         guard: stop before a round that would drift, and return the round before it.
         max_residual: relative change in the last evaluation of an inversion beyond which a round is not begun.
         max_clipped: growth of the share of clipped pixels, against the target, beyond which a round is not kept.
+        max_layout: growth of the distance to the target's layout, against the first round, beyond which a round is not kept.
     """
 
     steps: Count = 10
@@ -77,6 +78,7 @@ class VisCtrlConfig(Settings):
     guard: bool = True
     max_residual: Positive = 0.1
     max_clipped: Share = 0.05
+    max_layout: Positive = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()

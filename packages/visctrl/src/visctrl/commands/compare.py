@@ -104,7 +104,7 @@ def measure(settings: CompareSettings, work: str, number: int) -> dict[str, dict
             f"{pair.target}: out of memory: give a smaller --size, --dtype fp16, --offload true or --control.bank stream"
         ) from error
     for arm, picture in pictures.items():  # once all arms are done, so that a command that is refused leaves none
-        with replacing(Path(work) / place(pair, arm)) as temporary:
+        with replacing(Path(work) / place(settings, pair, arm)) as temporary:
             write_picture(temporary, picture, f"edited with visctrl from {pair.reference.name}")
     return found
 
@@ -160,16 +160,17 @@ def _decide(study: Study, arms: list[str], main: str, *, grid: bool) -> None:
         study.against(arms[0], arms, main)
 
 
-def place(pair: Pair, arm: str) -> str:
+def place(settings: CompareSettings, pair: Pair, arm: str) -> str:
     """File of a result, below the run's folder."""
-    return f"pictures/{pair.name}/{re.sub(r'[^A-Za-z0-9.-]+', '-', arm).strip('-')}.png"
+    number, name = list(settings.configs).index(arm), re.sub(r"[^A-Za-z0-9.-]+", "-", arm).strip("-")
+    return f"pictures/{pair.name}/{number:02}-{name}.png"
 
 
 def _draw(folder: Run, settings: CompareSettings, pairs: list[Pair], arms: list[str]) -> None:
     """Draw the contact sheet: pairs by arms; for a grid of several settings one sheet per pair, its first setting in rows."""
 
     def pictures(pair: Pair, some: list[str]) -> list[Picture]:
-        return [read_picture(folder.path / place(pair, arm)) for arm in some]
+        return [read_picture(folder.path / place(settings, pair, arm)) for arm in some]
 
     given = settings.grid.given
     heads = [[read_picture(p.target), read_picture(p.reference)] for p in pairs[:SHOWN] if p.reference is not None]
