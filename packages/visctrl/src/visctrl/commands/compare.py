@@ -43,12 +43,12 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
     study.note(
         f"The numbers under seeds are those of the pairs: {', '.join(f'{i} {p.name}' for i, p in enumerate(pairs))}."
     )
-    try:
-        with executors.make(settings.executor) as pool:
-            show = partial(track, description="pairs", quiet=invocation.quiet)
-            study.over_seeds(partial(measure, settings, str(folder.path)), pool, show)
-    finally:
-        folder.adopt("pictures")
+    for pair in pairs:
+        for arm in arms:
+            folder.own(place(settings, pair, arm), result=False)  # they are written where pairs are measured
+    with executors.make(settings.executor) as pool:
+        show = partial(track, description="pairs", quiet=invocation.quiet)
+        study.over_seeds(partial(measure, settings, str(folder.path)), pool, show)
     first = next(iter(study.arms.values()))
     main = "fidelity" if "fidelity" in first else "color"
     _decide(study, list(arms), main, grid=bool(settings.grid.given))
