@@ -4,7 +4,6 @@ A clip can be gone through any number of times and holds one frame at once. Pict
 """
 
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -126,7 +125,7 @@ class VideoClip:
                     timed = timed and frame.pts is not None
                     times.append(int(frame.pts or 0))
             except _errors() as error:
-                why = f" ({error.strerror})"
+                why = f" ({_reason(error)})"
         if not times:
             raise UserError(f"{option} {path}: no frame can be decoded{why}")
         if not timed:
@@ -169,7 +168,7 @@ class VideoClip:
         try:
             return av.open(str(self.path), options=options)
         except _errors() as error:
-            raise UserError(f"{self.option} {self.path}: not a video that can be opened ({error.strerror})") from error
+            raise UserError(f"{self.option} {self.path}: not a video that can be opened ({_reason(error)})") from error
 
     def _packets(self) -> int:
         """Packets that are there, also those which an edit list leaves out."""
@@ -207,7 +206,7 @@ class VideoClip:
                 with av.open(io.BytesIO(), "w", format="mp4") as trial:
                     trial.add_stream_from_template(stream)
                     trial.start_encoding()
-            except (ValueError, *_errors()) as error:
+            except _errors(ValueError) as error:
                 raise UserError(
                     f"{self.option} {self.path}: its sound ({stream.codec_context.name}) cannot be copied into an mp4:"
                     " give --sound false"
@@ -342,17 +341,16 @@ def _picture_stream(container: Any, shown: str) -> Any:
     return streams[0]
 
 
-def _errors() -> tuple[type[Any], ...]:
+def _errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     import av
 
-    return (av.FFmpegError, OSError)
+    return (av.FFmpegError, OSError, *more)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _by_number(name: str) -> list[tuple[int, int | str]]:
     """A key that puts frame_2 before frame_10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def is_video(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of a file that is no picture."""
-    return Path(path).is_file() and Path(path).suffix.lower() not in PICTURES

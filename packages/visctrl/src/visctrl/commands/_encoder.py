@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tenfold import models
 from tenfold.checkpoints import load_foreign_into
+from tenfold.config import Device
 from tenfold.devices import choose_device
 from tenfold.errors import MissingExtraError
 from visctrl.masks import Mask, Picture, crop_subject, resized, to_images
@@ -54,7 +55,7 @@ class Features:
         return float((found[0] - found[1]).square().mean())
 
 
-def encoder_of(spec: str, weights: str | None, device: str) -> Features | None:
+def encoder_of(spec: str, weights: str | None, device: Device) -> Features | None:
     """The encoder that the options name; None without one.
 
     Raises:
