@@ -30,8 +30,8 @@ def films(seed: int) -> list[Film]:
 def edited(engine: VisCtrl, film: Film, arm: str, key: Sequence[int]) -> Tensor:
     """The frames of a video under one arm, as they would be shown. Shapes: -> (FRAMES, 3, 32, 32)."""
     engine.config = CONFIG
-    frames = list(film.frames.images.split(1))
-    references = [engine.reference(x) for x in film.references.images.split(1)]
+    frames = [x[None] for x in film.frames.images]
+    references = [engine.reference(x[None]) for x in film.references.images]
     if arm == ALONE:
         drawn = torch.randint(REFERENCES, (FRAMES,), generator=generator(*key)).tolist()
         found = [engine.edit(x, references[j]).images for x, j in zip(frames, drawn, strict=True)]
