@@ -111,7 +111,7 @@ class VideoClip:
         times: list[int] = []
         timed = True
         sizes: set[tuple[int, int]] = set()
-        why, self.rotation, transfer = "", 0, 0
+        why, self.rotation = "", 0
         with self.opened() as container:
             stream = _picture_stream(container, f"{option} {path}")
             self.time_base = Fraction(stream.time_base)
@@ -120,12 +120,13 @@ class VideoClip:
             declared = int(stream.frames) if "mp4" in container.format.name else 0  # others write what they expected
             try:
                 for frame in container.decode(stream):
-                    self.rotation, transfer = round(frame.rotation), int(frame.color_trc)
+                    self.rotation = round(frame.rotation)
                     sizes.add((frame.height, frame.width))
                     timed = timed and frame.pts is not None
                     times.append(int(frame.pts or 0))
             except _errors() as error:
                 why = f" ({_reason(error)})"
+            transfer = int(stream.codec_context.color_trc)
         if not times:
             raise UserError(f"{option} {path}: no frame can be decoded{why}")
         if not timed:
