@@ -169,7 +169,7 @@ def edit_video(
     Args:
         engine: the engine, whose settings hold.
         frames: all frames, of one size.
-        references: the references.
+        references: the references; not looked at where there is a pool.
         keyframes: as for ``shared_pool``.
         alpha: as for ``shared_pool``.
         prompt: what the result shows.
