@@ -60,11 +60,12 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     folder, seeds = invocation.folder, settings.seeds_of(SEEDS)
     sys.stdout.write(f"data: {DATA}\n")
     study = Study(folder, data=DATA, seeds=seeds, level=level)
+    for seed in seeds:
+        folder.own(f"models/seed-{seed}.safetensors", result=False)  # so that a run killed after a training is resumed
     with executors.make(settings.executor) as pool:
         here = invocation.quiet or pool is not None
         show = partial(track, description="models", quiet=here or len(seeds) == 1)
         study.over_seeds(partial(measure, str(folder.path), level, here or len(seeds) > 1), pool, show)
-    folder.adopt("models")
     _decide(study)
     if level == "full":
         _film.decide(study)
