@@ -103,7 +103,7 @@ def killed(arguments, module, name, after):
     """``main`` in a copy of this process, which kills itself (SIGKILL) at the call of that number of a function."""
     process = os.fork()
     if not process:
-        signal.alarm(100)
+        signal.alarm(600)
         function, count = getattr(module, name), iter(range(10**9))
 
         def counting(*args, **kwargs):

@@ -182,7 +182,7 @@ def killed(arguments, after):
     """``main`` in a copy of this process, which kills itself (SIGKILL) when it would write so many frames."""
     process = os.fork()
     if not process:
-        signal.alarm(100)
+        signal.alarm(600)
         write, count = command.write_picture, iter(range(10**9))
 
         def writing(path, *args, **kwargs):
