@@ -255,6 +255,16 @@ def test_seeds_that_settings_were_tuned_on_are_named(tmp_path):
     assert "2 seeds of this report (100, 101)" in note
 
 
+def test_items_that_are_paired_have_their_own_name_and_are_not_taken_for_seeds_of_tuning(tmp_path):
+    run = Run.open(tmp_path, package="tenfold", verb="compare", settings={})
+    s = Study(run, data="none", seeds=range(101), unit="pair")
+    s.over_seeds(lambda number: {"a": {"x": float(number)}, "b": {"x": 0.5 * number}})
+    s.difference("d", "text", ("a", "x"), ("b", "x"), required=">= 0")
+    summary = s.finish()
+    assert summary["claims"][0]["method"] == "paired t over 101 pairs"
+    assert summary["notes"] == []
+
+
 def test_a_table_of_arms_has_means_with_intervals_and_a_dash_where_nothing_was_measured(tmp_path):
     s = study(tmp_path, seeds=[0, 1])
     s.over_seeds(lambda seed: {"a": {"x": float(seed)}, "b": {"x": 3.0, "y": 2.0}})

@@ -1,10 +1,13 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from visctrl.cli import main
+from visctrl.commands import _work, demo
 from visctrl.data import read_pairs
 from visctrl.inversion import Trajectory
 from visctrl_tiny import sd, sdxl, unconditional
@@ -76,8 +79,6 @@ def test_a_table_of_pairs_is_gone_through_and_a_resumed_run_keeps_what_was_done(
         "target,reference,target_mask\ntarget.png,reference.png,mask.png\nother.png,reference.png,\n"
     )
     words = ["edit", "--model", place / "plain", "--pairs", place / "pairs.csv", *QUICK, "--out", tmp_path / "out"]
-    from visctrl.commands import _work
-
     write, calls = _work.write_edit, []
 
     def stopping(*args):
@@ -96,6 +97,42 @@ def test_a_table_of_pairs_is_gone_through_and_a_resumed_run_keeps_what_was_done(
     for name in ("0000-target", "0001-other"):
         a, b = (tmp_path / x / name / "edited.png" for x in ("out", "whole"))
         assert a.read_bytes() == b.read_bytes()
+
+
+def killed(arguments, module, name, after):
+    """``main`` in a copy of this process, which kills itself (SIGKILL) at the call of that number of a function."""
+    process = os.fork()
+    if not process:
+        signal.alarm(600)
+        function, count = getattr(module, name), iter(range(10**9))
+
+        def counting(*args, **kwargs):
+            if next(count) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        setattr(module, name, counting)
+        main(arguments)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+
+
+def test_edits_of_a_table_killed_and_resumed_are_those_of_an_unbroken_run(place, tmp_path):
+    (place / "many.csv").write_text("target,reference\n" + "target.png,reference.png\nother.png,reference.png\n" * 2)
+    words = ["edit", "--model", place / "plain", "--pairs", place / "many.csv", *QUICK, "--quiet", "--out"]
+    given = [str(w) for w in words]
+    for number in (0, 2):  # before the first result, and in the midst
+        out = tmp_path / f"killed-{number}"
+        killed([*given, str(out)], _work, "write_edit", number)
+        assert len(list(out.rglob("edit.json"))) == number
+        assert main([*given, str(out), "--resume"]) == 0
+    assert main([*given, str(tmp_path / "whole")]) == 0
+    want = sorted((tmp_path / "whole").rglob("*.png"))
+    assert len(want) > 12
+    for path in want:
+        for number in (0, 2):
+            again = tmp_path / f"killed-{number}" / path.relative_to(tmp_path / "whole")
+            assert again.read_bytes() == path.read_bytes(), again
 
 
 def test_a_bank_is_recorded_once_and_gives_the_same_edit(place, tmp_path, capsys):
@@ -245,3 +282,14 @@ def test_the_demonstration_runs_in_its_quick_form(tmp_path, capsys):
     assert "Reinhard" in summary["arms"]
     assert (tmp_path / "demo/figures/edits.png").is_file()
     assert "data: rendered" in capsys.readouterr().out
+
+
+def test_a_demonstration_killed_after_its_training_goes_on_from_there(tmp_path):
+    words = ["demo", "--quick", "--quiet", "--out", str(tmp_path / "demo")]
+    killed(words, demo, "edits", 0)
+    model = tmp_path / "demo/models/seed-0.safetensors"
+    before = model.stat().st_mtime_ns
+    assert main([*words, "--resume"]) == 0
+    assert model.stat().st_mtime_ns == before
+    assert main([*words, "--overwrite"]) == 0
+    assert model.stat().st_mtime_ns > before

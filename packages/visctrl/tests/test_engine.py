@@ -217,7 +217,7 @@ def test_a_sweep_gives_each_settings_edit_and_inverts_each_picture_once(pipes):
 
 def test_the_guard_returns_the_round_before_a_drift_and_is_silent_without_one(pipes):
     pipe = pipes("unconditional")
-    calm = VisCtrl(pipe, dataclasses.replace(CONFIG, guard=True, max_residual=10.0, max_clipped=0.9))
+    calm = VisCtrl(pipe, dataclasses.replace(CONFIG, guard=True, max_residual=10.0, max_clipped=0.9, max_layout=9.0))
     out = calm.edit(picture(0), picture(1))
     assert out.verdicts == [""]
     wild = VisCtrl(pipe, dataclasses.replace(CONFIG, guard=True, max_residual=1e-9, max_clipped=0.9, rounds=3))
@@ -226,6 +226,11 @@ def test_the_guard_returns_the_round_before_a_drift_and_is_silent_without_one(pi
     assert out.rounds == [1]
     assert "stopped after round 1" in out.verdicts[0]
     first = VisCtrl(pipe, dataclasses.replace(CONFIG, rounds=1)).edit(picture(0), picture(1))
+    assert torch.equal(out.images, first.images)
+    strict = VisCtrl(pipe, dataclasses.replace(calm.config, max_layout=1e-9, rounds=3))
+    out = strict.edit(picture(0), picture(1))
+    assert out.rounds == [1]
+    assert "layout" in out.verdicts[0]
     assert torch.equal(out.images, first.images)
 
 

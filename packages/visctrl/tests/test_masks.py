@@ -85,6 +85,18 @@ def test_the_guard_fires_on_planted_drift_and_is_silent_without():
     assert clipped(loud).tolist() == [0.0, 1.0]
 
 
+def test_the_guard_fires_where_shapes_melt_after_the_first_round_and_not_where_colors_change():
+    guard = DriftGuard(0.1, 0.05, 0.05)
+    pairs = render_pairs(4, 3)
+    target, first = pairs.target.images, pairs.ideal
+    brighter = 0.7 * first + 0.3 * pairs.target.images
+    melted = torch.nn.functional.avg_pool2d(first, 9, 1, 4, count_include_pad=False)
+    assert guard.after(melted, target) == [""] * 4, "what the first round changes is meant"
+    assert guard.after(brighter, target, first) == [""] * 4
+    assert all("layout" in reason for reason in guard.after(melted, target, first))
+    assert guard.after(melted, target, melted) == [""] * 4
+
+
 def test_metrics_know_the_untouched_target_and_the_ideal():
     p = render_pairs(8, 3)
     t, m = p.target.images, p.target.masks

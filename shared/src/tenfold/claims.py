@@ -97,18 +97,23 @@ class Study:
         seeds: seeds of the report; a note says which of them settings were tuned on (100 and up).
         level: ``quick`` decides nothing, ``default`` the main claims, ``full`` every claim; None, for a command that has
             no levels, decides every claim.
+        unit: what is paired. Where nothing is drawn at random, the seeds are the numbers of the items that arms are compared
+            on, such as "pair".
     """
 
-    def __init__(self, run: Run, *, data: str, seeds: Sequence[int], level: Level | None = None) -> None:
+    def __init__(
+        self, run: Run, *, data: str, seeds: Sequence[int], level: Level | None = None, unit: str = "seed"
+    ) -> None:
         self.run = run
         self.seeds = list(seeds)
         self.level = level
+        self.unit = unit
         self._head = {"package": run.package, "version": run.version, "command": run.verb, "level": level, "data": data}
         self._values: dict[str, dict[str, list[float]]] = {}
         self._claims: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._seconds = 0.0
-        if tuned := [seed for seed in self.seeds if seed >= TUNING_SEEDS]:
+        if unit == "seed" and (tuned := [seed for seed in self.seeds if seed >= TUNING_SEEDS]):
             self.note(
                 f"{_plural(len(tuned), 'seed')} of this report ({', '.join(map(str, tuned))}) may be among those that"
                 f" settings were tuned on ({TUNING_SEEDS} and up)."
@@ -234,7 +239,8 @@ class Study:
         Where every claim is decided, fewer than three seeds, which give no interval, decide none; nor do they for ``ratio``.
         """
         estimate, ci95 = mean_ci95(self.values(better) - self.values(worse))
-        method = f"paired t over {len(self.seeds)} seeds" if ci95 else f"mean of {_plural(len(self.seeds), 'seed')}"
+        units = _plural(len(self.seeds), self.unit)
+        method = f"paired t over {units}" if ci95 else f"mean of {units}"
         self._over_the_seeds(id, text, "difference", estimate, ci95, method, required, main)
 
     def against(

@@ -4,9 +4,10 @@ Read in this order: ``steppers`` (noise levels and the step between two), ``inve
 gives it back), ``layers`` (which self-attention a network has), ``banks`` (features of a reference), ``selection`` (which
 keys a query sees), ``control`` (record and inject), ``joint`` (attention over picture and text), ``families`` (pretrained
 models behind one interface), ``guard`` (when to stop), ``outcome`` and ``engine`` (the method), ``provenance``, ``masks``,
-``pipelines`` (for users of diffusers), ``tap`` (other transformers, experimental), ``metrics``; ``sampling`` and ``views``
-(many views of one thing), ``ranks`` (in several processes), ``viewset``, ``nerfstudio``, ``colmap`` and ``scenes`` (scenes in
-files); ``blobs``, ``points`` and ``toy`` are the demonstration's world.
+``pipelines`` (for users of diffusers), ``tap`` (other transformers, experimental), ``metrics``; ``video`` (all frames from
+one bank) and ``clips`` (frames of files); ``sampling`` and ``views`` (many views of one thing), ``ranks`` (in several
+processes), ``viewset``, ``nerfstudio``, ``colmap`` and ``scenes`` (scenes in files); ``blobs``, ``points`` and ``toy`` are
+the demonstration's world.
 """
 
 from typing import TYPE_CHECKING
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from visctrl.steppers import FlowStepper as FlowStepper
     from visctrl.steppers import stepper_of as stepper_of
     from visctrl.tap import KeyTap as KeyTap
+    from visctrl.video import SharedPool as SharedPool
+    from visctrl.video import edit_video as edit_video
+    from visctrl.video import shared_pool as shared_pool
     from visctrl.views import edit_views as edit_views
     from visctrl.views import update_dataset as update_dataset
 

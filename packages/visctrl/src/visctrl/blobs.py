@@ -17,6 +17,8 @@ from torch import Tensor
 
 SIZE = 32
 WHITE = 0.97
+JITTER = 0.05
+"""Largest difference of the hues of a film's references from their middle."""
 BLOBS = 3
 APART = 0.3
 """Least distance of the hues of a target and its reference, on a circle of length 1."""
@@ -35,6 +37,21 @@ class Blobs:
     images: Tensor
     masks: Tensor
     colors: Tensor
+
+
+@dataclass(frozen=True)
+class Film:
+    """A video of blobs that move, references that differ a little, and what the edit should give.
+
+    Attributes:
+        frames: the frames.
+        references: pictures of one object, whose hues differ as lighting makes them.
+        ideal: the frames' structures in the mean of the references' materials.
+    """
+
+    frames: Blobs
+    references: Blobs
+    ideal: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,36 @@ def structures(number: int, rng: np.random.Generator) -> NDArray[np.float64]:
             distance = np.hypot(dy, dx) if rng.random() < 0.5 else np.maximum(dy, dx)
             np.maximum(mask, np.clip(radius - distance + 0.5, 0, 1), out=mask)
     return found
+
+
+def moving_structures(number: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Masks of discs and squares that move on straight lines, anti-aliased. Shapes: -> (number, SIZE, SIZE)."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE] + 0.5
+    found = np.zeros((number, SIZE, SIZE))
+    for _ in range(BLOBS):
+        (y0, x0), (y1, x1) = rng.uniform(8, SIZE - 8, (2, 2))
+        radius, round_ = rng.uniform(4, 7), rng.random() < 0.5
+        for n, share in enumerate(np.linspace(0, 0.5, number)):
+            dy, dx = np.abs(y - y0 - share * (y1 - y0)), np.abs(x - x0 - share * (x1 - x0))
+            distance = np.hypot(dy, dx) if round_ else np.maximum(dy, dx)
+            np.maximum(found[n], np.clip(radius - distance + 0.5, 0, 1), out=found[n])
+    return found
+
+
+def render_film(number: int, references: int, seed: int) -> Film:
+    """A video of ``number`` frames, and references whose hues differ by up to ``JITTER``."""
+    rng = np.random.default_rng((seed, 3))
+    masks = moving_structures(number, rng)
+    hue = rng.random()
+    own = material(hue + APART + rng.uniform(0, 0.4 - 2 * JITTER), rng)
+    bright = rng.uniform(0.35, 0.95)
+    shades = [
+        2 * np.array(colorsys.hsv_to_rgb((hue + d) % 1, 0.85, bright)) - 1
+        for d in rng.uniform(-JITTER, JITTER, references)
+    ]
+    frames = paint(masks, np.stack([own] * number))
+    others = paint(structures(references, rng), np.stack(shades))
+    return Film(frames, others, paint(masks, np.stack([np.mean(shades, axis=0)] * number)).images)
 
 
 def material(hue: float, rng: np.random.Generator) -> NDArray[np.float64]:

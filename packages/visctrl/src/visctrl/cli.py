@@ -3,11 +3,13 @@
 from tenfold.cli import App, Verb
 from visctrl.config import (
     BankSettings,
+    CompareSettings,
     DemoSettings,
     EditSettings,
     EvaluateSettings,
     InspectSettings,
     InvertSettings,
+    VideoSettings,
     ViewsSettings,
 )
 
@@ -20,6 +22,8 @@ app = App(
         Verb("invert", InvertSettings),
         Verb("bank", BankSettings),
         Verb("views", ViewsSettings),
+        Verb("video", VideoSettings),
+        Verb("compare", CompareSettings, claims=True),
         Verb("inspect", InspectSettings, out=False),
         Verb("evaluate", EvaluateSettings),
         Verb("demo", DemoSettings, claims=True),

@@ -9,8 +9,10 @@ from tenfold import UserError
 from tenfold.config import (
     Count,
     Device,
+    Distinct,
     Ge,
     Interval,
+    Length,
     Natural,
     NonNegative,
     Positive,
@@ -53,6 +55,7 @@ class VisCtrlConfig(Settings):
         guard: stop before a round that would drift, and return the round before it.
         max_residual: relative change in the last evaluation of an inversion beyond which a round is not begun.
         max_clipped: growth of the share of clipped pixels, against the target, beyond which a round is not kept.
+        max_layout: growth of the distance to the target's layout, against the first round, beyond which a round is not kept.
     """
 
     steps: Count = 10
@@ -76,6 +79,7 @@ class VisCtrlConfig(Settings):
     guard: bool = True
     max_residual: Positive = 0.1
     max_clipped: Share = 0.05
+    max_layout: Positive = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +155,8 @@ class ModelSettings(Settings):
 
     Args:
         model: folder of a pipeline of diffusers, a .safetensors file of Stable Diffusion, or a name on the model hub.
+        model_config: folder of a pipeline whose configurations a .safetensors file is loaded with (default: those of the
+            model hub).
         variant: variant of the weights, such as fp16.
         dtype: number format; auto is fp16 on a GPU and fp32 on a CPU.
         offload: keep parts of the model on the CPU while they are not needed (GPU only).
@@ -159,6 +165,7 @@ class ModelSettings(Settings):
     """
 
     model: str
+    model_config: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     offload: bool = False
@@ -351,6 +358,62 @@ class BankSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoSettings(ModelSettings):
+    """Put the subject of reference pictures into every frame of a video.
+
+    Args:
+        target: the video, or a folder of frames in the order of the numbers in their names.
+        reference: pictures whose subject enters.
+        target_mask: where the frames' subject is: a folder of masks with the names of the frames, a video of masks, one
+            picture for all frames, alpha (of a folder's pictures), or white (all that is not nearly white).
+        reference_mask: where the references' subject is: a file (for one reference), alpha, or white.
+        target_prompt: what the result shows.
+        reference_prompt: what the references show.
+        negative_prompt: what the result does not show.
+        frames: frames to edit, such as 0:40 (counted from 0; default: all).
+        keyframes: number of frames that are edited first; all frames then attend to them and to the references.
+        alpha: share of the references in what frames attend to; the rest is the keyframes'.
+        batch: frames that go through the network at once.
+        rate: frames per second of the video that a folder of frames becomes (default: a folder stays a folder).
+        sound: copy the sound of the video.
+        feather: pixels over which a result passes into the frame, at a mask.
+        preset: settings of a published method in place of control: paper, masactrl, or fast.
+        control: how the references enter.
+    """
+
+    target: str
+    reference: list[str]
+    target_mask: str | None = None
+    reference_mask: str | None = None
+    target_prompt: str = ""
+    reference_prompt: str = ""
+    negative_prompt: str = ""
+    frames: str = ":"
+    keyframes: Count = 3
+    alpha: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    batch: Count = 1
+    rate: Positive | None = None
+    sound: bool = True
+    feather: NonNegative = 2.0
+    preset: Preset = "none"
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reference:
+            raise UserError("--reference: expected at least one picture")
+        if self.preset != "none" and self.control != VisCtrlConfig():
+            raise UserError(f"--preset {self.preset} has settings of its own: leave out --control")
+        if len(self.reference) > 1 and self.reference_mask not in {None, "alpha", "white"}:
+            raise UserError("--reference_mask is one file for several references: give alpha or white")
+
+    @property
+    def chosen(self) -> VisCtrlConfig:
+        """The settings of the preset, else those of control."""
+        return of_preset(self.preset) or self.control
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectSettings(ModelSettings):
     """Show a model's layers, versions, attention backend, memory plan and license.
 
@@ -359,6 +422,96 @@ class InspectSettings(ModelSettings):
     """
 
     control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Values of settings, of which all combinations are compared.
+
+    Args:
+        start: values of --control.start.
+        layers: values of --control.layers.
+        strength: values of --control.strength.
+        rounds: values of --control.rounds.
+    """
+
+    start: Annotated[list[Probability], Distinct()] = field(default_factory=list)
+    layers: Annotated[list[str], Distinct()] = field(default_factory=list)
+    strength: Annotated[list[Probability], Distinct()] = field(default_factory=list)
+    rounds: Annotated[list[Count], Distinct()] = field(default_factory=list)
+
+    @property
+    def given(self) -> dict[str, list[Any]]:
+        """The settings that have values, with these."""
+        return {f.name: list(getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(ModelSettings):
+    """Compare settings, or published methods, on the same pairs of pictures.
+
+    The pairs are the sample: differences are paired over them. Nothing is drawn at random, so there are no seeds.
+
+    Args:
+        target: pictures to edit.
+        reference: picture whose subject enters.
+        pairs: table in place of both, as for edit.
+        target_mask: where the targets' subject is: a file (white on black), alpha (of the picture), or white.
+        reference_mask: the same for the reference.
+        target_prompt: what the result shows.
+        reference_prompt: what the reference shows.
+        negative_prompt: what the result does not show.
+        grid: values of settings; every combination is an arm, on top of control.
+        arms: settings to compare where there is no grid: control, and the presets fast, masactrl and paper; differences are
+            taken to the first.
+        encoder: encoder whose features compare pictures: packaged:lite0, timm:NAME, none, or auto (packaged:lite0 where
+            it is installed, else none).
+        encoder_weights: file of weights of timm:NAME, or random.
+        feather: pixels over which a result passes into the photograph, at a mask.
+        executor: where pairs are edited: processes:N, or null for here, one after another.
+        control: settings of the arm control, and of what a grid leaves open.
+    """
+
+    target: list[str] | None = None
+    reference: str | None = None
+    pairs: str | None = None
+    target_mask: str | None = None
+    reference_mask: str | None = None
+    target_prompt: str = ""
+    reference_prompt: str = ""
+    negative_prompt: str = ""
+    grid: Grid = field(default_factory=Grid)
+    arms: Annotated[list[Literal["control", "fast", "masactrl", "paper"]], Length(1), Distinct()] = field(
+        default_factory=lambda: ["control", "fast", "masactrl", "paper"]
+    )
+    encoder: str = "auto"
+    encoder_weights: str | None = None
+    feather: NonNegative = 2.0
+    executor: str | None = None
+    control: VisCtrlConfig = field(default_factory=VisCtrlConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs is not None:
+            given = [name for name in ("target", "reference", "target_mask", "reference_mask") if getattr(self, name)]
+            if given:
+                raise UserError(f"--pairs names targets, references and masks itself: leave out --{given[0]}")
+        elif not self.target or self.reference is None:
+            raise UserError("nothing to compare on: give --target FILE with --reference FILE, or --pairs FILE.csv")
+
+    @property
+    def configs(self) -> dict[str, VisCtrlConfig]:
+        """Arm -> its settings."""
+        found: dict[str, VisCtrlConfig] = {"": self.control}
+        for name, values in self.grid.given.items():
+            found = {
+                f"{arm}, {name} {value}".removeprefix(", "): dataclasses.replace(config, **{name: value})
+                for arm, config in found.items()
+                for value in values
+            }
+        if self.grid.given:
+            return found
+        return {arm: self.control if arm == "control" else of_preset(arm) or self.control for arm in self.arms}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,10 +163,14 @@ def load_model(settings: ModelSettings) -> Any:
         raise UserError(f"{shown}: no such folder or file, and no name on the model hub (OWNER/NAME)")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"{shown}: no model_index.json in it: expected the folder of a pipeline of diffusers")
+    if settings.model_config is not None and not path.is_file():
+        raise UserError(f"--model_config is for a .safetensors file: {shown} has configurations of its own")
+    if settings.model_config is not None and not (Path(settings.model_config) / "model_index.json").is_file():
+        raise UserError(f"--model_config {settings.model_config}: no model_index.json in it")
     with _quiet():
         try:
             if path.is_file():
-                pipe = _from_file(path, dtype)
+                pipe = _from_file(path, dtype, settings.model_config)
             else:
                 pipe = DiffusionPipeline.from_pretrained(settings.model, torch_dtype=dtype, variant=settings.variant)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
@@ -182,7 +186,7 @@ def load_model(settings: ModelSettings) -> Any:
     return pipe
 
 
-def _from_file(path: Path, dtype: torch.dtype) -> Any:
+def _from_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
     """A pipeline out of one file; XL where its text encoders are two."""
     if path.suffix != ".safetensors":
         raise UserError(f"--model {path}: expected a .safetensors file or a folder (other files would be unpickled)")
@@ -191,7 +195,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> Any:
     with safe_open(path, framework="pt") as file:
         xl = any(name.startswith("conditioner.embedders.1.") for name in file.keys())  # noqa: SIM118
     kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    return kind.from_single_file(str(path), torch_dtype=dtype)
+    return kind.from_single_file(str(path), config=config, torch_dtype=dtype)
 
 
 @contextmanager

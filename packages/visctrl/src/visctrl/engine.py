@@ -343,7 +343,7 @@ class VisCtrl:
         told = conditions or self.conditions(prompt, negative_prompt)
         z = self.encode(target)
         state = State(z.float(), target.to(z.device), config.rounds)
-        guard = DriftGuard(config.max_residual, config.max_clipped) if config.guard else None
+        guard = DriftGuard(config.max_residual, config.max_clipped, config.max_layout) if config.guard else None
         trace: Trace | None = None
         for number in range(config.rounds):
             active = state.active()
@@ -376,7 +376,8 @@ class VisCtrl:
                 found, references, told, own, stepper, level, until, masks, trace, hook, number, sampler
             )
             images = self.decode(edited)
-            reasons = [""] * len(active) if guard is None else guard.after(images, state.target[active])
+            first = None if state.first is None else state.first[active]
+            reasons = [""] * len(active) if guard is None else guard.after(images, state.target[active], first)
             state.keep(number, active, edited, images, reasons)
             state.take_trace(active, trace)
             if history:

@@ -79,7 +79,10 @@ class ModelAdapter(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the network."""
+        """Number format that the network computes in, also where its weights are stored in another one."""
+        own = getattr(self.model, "dtype", None)  # diffusers looks through layerwise casting
+        if isinstance(own, torch.dtype) and own.is_floating_point:
+            return own
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
@@ -277,6 +280,12 @@ class SDAdapter(_Autoencoder):
             )
         if picture is None:
             return
+        loaded = len(self.model.encoder_hid_proj.image_projection_layers)
+        given = len(picture) if isinstance(picture, list) else 1
+        if given != loaded:
+            raise UnsupportedModelError(
+                f"{loaded} IP-Adapters are loaded and {given} pictures are given: ip_adapter_image takes one per adapter"
+            )
         found = self.pipe.prepare_ip_adapter_image_embeds(picture, None, self.device, 1, True)
         for number, both in enumerate(found):
             null, own = both.chunk(2)

@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from visctrl.errors import ShapeMismatchError
+from visctrl.errors import ShapeMismatchError, UnsupportedModelError
 from visctrl.selection import Keys
 
 JOINT = {"joint": ("JointAttnProcessor2_0",), "flux": ("FluxAttnProcessor",)}
@@ -43,6 +43,7 @@ def attend_joint(
 
     Raises:
         ShapeMismatchError: a reference of another size with rotary positions.
+        UnsupportedModelError: the attention backend takes no masks, and the keys weigh differently.
     """
     size = attn.to_q.out_features // attn.heads
 
@@ -82,7 +83,15 @@ def attend_joint(
     k = torch.cat([text_k, k] if flux else [k, text_k], dim=1)
     v = torch.cat([text_v, v] if flux else [v, text_v], dim=1)
     backend = getattr(processor, "_attention_backend", None)
-    out = dispatch_attention_fn(q, k, v, attn_mask=bias, backend=backend).flatten(2, 3).to(q.dtype)
+    try:
+        out = dispatch_attention_fn(q, k, v, attn_mask=bias, backend=backend).flatten(2, 3).to(q.dtype)
+    except ValueError as error:
+        if bias is None:
+            raise
+        raise UnsupportedModelError(
+            "keys that weigh differently (a bias, masks, several references) need an attention backend that takes masks,"
+            f" such as native ({' '.join(str(error).split())})"
+        ) from error
     if text is None:
         return attn.to_out[1](attn.to_out[0](out)) if hasattr(attn, "to_out") else out
     image, words = (out[:, length:], out[:, :length]) if flux else (out[:, : h.shape[1]], out[:, h.shape[1] :])

@@ -20,6 +20,32 @@ def transfer(images: Tensor, target: Tensor, ideal: Tensor, masks: Tensor) -> Te
     return ((mean_color(images, masks) - before) * d).sum(dim=1) / d.square().sum(dim=1).clamp_min(1e-9)
 
 
+def toward(images: Tensor, target: Tensor, masks: Tensor, color: Tensor) -> Tensor:
+    """``transfer``, where only the mean color of the reference's subject is known. Shapes: ``color`` (B, 3) -> (B,)."""
+    before = mean_color(target, masks)
+    d = color - before
+    return ((mean_color(images, masks) - before) * d).sum(dim=1) / d.square().sum(dim=1).clamp_min(1e-9)
+
+
+def structure(images: Tensor, target: Tensor, *, side: int = 16) -> Tensor:
+    """How differently two pictures are laid out, in [0, 1], whatever their colors. Shapes: -> (B,).
+
+    Of both, reduced to ``side`` x ``side`` places: the distances between the colors of all pairs of places, over their
+    mean; half the mean difference of these. Equal where colors are exchanged one for one; a shape that moves, melts or
+    vanishes changes which places are alike.
+
+    The idea, with features of a network in place of colors: Tumanyan et al., Splicing ViT Features, CVPR 2022.
+    """
+
+    def alike(x: Tensor) -> Tensor:
+        size = (min(side, x.shape[-2]), min(side, x.shape[-1]))
+        places = torch.nn.functional.adaptive_avg_pool2d(x.float().clamp(-1, 1), size).flatten(2).transpose(1, 2)
+        distances = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances / distances.mean(dim=(1, 2), keepdim=True).clamp_min(1e-6)
+
+    return (alike(images) - alike(target)).abs().mean(dim=(1, 2)) / 2
+
+
 def overlap(images: Tensor, masks: Tensor) -> Tensor:
     """Intersection over union of the mask and what looks like the subject. Shapes: -> (B,).
 
@@ -89,3 +115,15 @@ def match_colors(target: Tensor, reference: Tensor, target_mask: Tensor, referen
     moved = (target - mean) * (other_spread / spread.clamp_min(1e-3)) + other
     m = target_mask[:, None].to(target.dtype)
     return (m * moved + (1 - m) * target).clamp(-1, 1)
+
+
+def flicker(edited: Tensor, target: Tensor) -> Tensor:
+    """Change between neighboring frames beyond that of the input. Shapes: (T, 3, H, W) -> (T - 1,).
+
+        mean max(0, |y_{t+1} - y_t| - |x_{t+1} - x_t|)
+
+    The input itself has none. An edit that raises the contrast of what moves has some that is no fault: compare ways to edit
+    one video, not videos.
+    """
+    after, before = edited[1:] - edited[:-1], target[1:] - target[:-1]
+    return (after.abs() - before.abs()).clamp_min(0).flatten(1).mean(dim=1)

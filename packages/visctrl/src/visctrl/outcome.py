@@ -51,6 +51,7 @@ class State:
         self.latents = latents.clone()
         self.target = target
         self.images = target.float().clone()
+        self.first: Tensor | None = None
         self.rounds = [0] * len(latents)
         self.verdicts = [""] * len(latents)
         self.residuals = [[float("nan")] * len(latents) for _ in range(rounds)]
@@ -83,6 +84,8 @@ class State:
                     images[n].to(self.images.device),
                     number + 1,
                 )
+        if number == 0:
+            self.first = self.images.clone()
         self.stop(active, reasons)
 
     def take_trace(self, active: Tensor, trace: Trace | None) -> None:

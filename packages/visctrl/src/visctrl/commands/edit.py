@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 
@@ -12,9 +11,9 @@ from tenfold.distributed import rank, split, world_size
 from tenfold.figures import image_grid
 from tenfold.report import write_report
 from tenfold.terminal import table, track
-from visctrl.commands import _banks, _work
+from visctrl.commands import _banks, _pairs, _work
 from visctrl.config import EditSettings
-from visctrl.data import Pair, load_model, read_mask, read_pairs, read_picture
+from visctrl.data import Pair, load_model, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Picture
 from visctrl.ranks import joined, wait_for_all
@@ -27,16 +26,8 @@ def run(settings: EditSettings, invocation: Invocation) -> None:
 
 
 def _run(settings: EditSettings, invocation: Invocation) -> None:
-    pairs = _pairs(settings)
-    for pair in pairs:  # everything that can be read is read before a model is loaded
-        for path, mask, option in (
-            (pair.target, pair.target_mask, "--target_mask"),
-            (pair.reference, pair.reference_mask, "--reference_mask"),
-        ):
-            if path is not None:
-                picture = read_picture(path)
-                if mask is not None:
-                    read_mask(mask, path, picture, option)
+    pairs = _pairs.listed(settings)
+    _pairs.check(pairs)
     folder, config = invocation.folder, settings.chosen
     engine = VisCtrl(load_model(settings), config)
     references: dict[tuple[str, str | None, str], tuple[Reference, Picture]] = {}
@@ -67,20 +58,6 @@ def _run(settings: EditSettings, invocation: Invocation) -> None:
     write_report(folder, "visctrl edit", {"edited": "Targets, and what became of them."})
     sys.stdout.write(table(["picture", "round", "rows of the network", "seconds", "ended by"], rows) + "\n")
     sys.stdout.write(f"{folder.path / 'grid.png'}\n")
-
-
-def _pairs(settings: EditSettings) -> list[Pair]:
-    if settings.pairs is not None:
-        return read_pairs(settings.pairs)
-    found = []
-    for number, target in enumerate(settings.target or []):
-        name = f"{number:04}-{Path(target).stem}"
-        reference = None if settings.reference is None else Path(settings.reference)
-        masks = (settings.target_mask, settings.reference_mask)
-        found.append(Pair(name, Path(target), reference, *masks, settings.target_prompt, settings.reference_prompt))
-    if len(found) > 1 and settings.target_mask not in {None, "alpha", "white"}:
-        raise UserError("--target_mask is one file for several targets: give --pairs, or the masks alpha or white")
-    return found
 
 
 def _one(
