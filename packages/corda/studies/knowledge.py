@@ -58,7 +58,7 @@ class StudySettings(Settings):
         every: steps between two measurements.
     """
 
-    rates: list[float] = dataclasses.field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
+    rates: list[float] = dataclasses.field(default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3])
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
     target: float = 1.7
     steps: int = 24
