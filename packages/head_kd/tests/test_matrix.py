@@ -76,7 +76,9 @@ def weights(tmp_path_factory):
     def of(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("zoo") / "teacher.pth"
-            torch.save({"state_dict": build(config(TEACHERS[name]).model).state_dict()}, made[name])
+            teacher = build(config(TEACHERS[name]).model)
+            teacher.init_weights()
+            torch.save({"state_dict": teacher.state_dict()}, made[name])
         return made[name]
 
     return of
@@ -90,7 +92,7 @@ def cell(student, teacher, file):
         model = build(pair(config(STUDENTS[student]), config(TEACHERS[teacher]), file).model)
     except UserError as error:
         return f"refused: {error}"
-    model.transfer()
+    model.init_weights()
     model.schedule = type(model.schedule)(warmup=0)
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5)

@@ -90,7 +90,7 @@ def average_precision(found: Contributions, counts: NDArray[Any] | None = None) 
 
 
 def difference_over_images(
-    better: Sequence[Contributions], worse: Sequence[Contributions], *, draws: int = 300, seed: int = 0
+    better: Sequence[Contributions], worse: Sequence[Contributions], *, draws: int = 200, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """Mean difference of AP of pairs of detectors on the same images, and its 95 % interval over resamples of the images.
 

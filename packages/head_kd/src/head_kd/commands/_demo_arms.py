@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 
 from head_kd.checkpoints import student_weights
 from head_kd.coco import Split
@@ -41,6 +42,7 @@ class Size:
         steps: training steps of each student, with 8 images.
         finest: stride of the teacher's finest map.
         channels: channels of the teacher's neck.
+        warmup: steps over which the distillation terms come in.
     """
 
     images: int
@@ -50,6 +52,7 @@ class Size:
     steps: int
     finest: Literal[4, 8] = 4
     channels: int = 64
+    warmup: int = 100
 
     def teacher(self) -> dict[str, Any]:
         """The teacher's model."""
@@ -58,13 +61,14 @@ class Size:
 
 SIZES = {
     "quick": Size(24, 12, 4, 4, 4),
-    "default": Size(384, 100, 440, 8, 280, finest=8, channels=48),
+    "default": Size(384, 100, 330, 8, 200, finest=8, channels=48, warmup=40),
     "full": Size(512, 200, 450, 8, 250),
 }
 SEEDS = {"quick": 1, "default": 2, "full": 5}
 RATE = 6e-3
 """Highest learning rate of all students; not tuned, nor for any arm."""
 TEACHER_RATE = 2e-3
+TEACHER_BETAS = (0.9, 0.95)
 PROPOSALS = {"nms_pre": 200, "max_per_image": 100}
 """Of the students: on images of 128 pixels the authors' 2000 and 1000 are nearly every anchor, and NMS most of a step."""
 TEACHER_SEED = 1000
@@ -91,7 +95,7 @@ class Arm:
 
 
 def _terms(**weights: float) -> Distillation:
-    return Distillation(warmup=100, rois_per_image=32, **weights)  # type: ignore[arg-type]
+    return Distillation(rois_per_image=32, **weights)  # type: ignore[arg-type]
 
 
 ARMS = {
@@ -100,8 +104,8 @@ ARMS = {
     "akd": Arm("+ assistant + AKD", "own", _terms(akd_weight=1.25, ckd_weight=0.0)),
     "akd_ckd": Arm("+ assistant + AKD + CKD", "own", _terms(akd_weight=1.25)),
     "tf_head": Arm("TF-HEAD, no teacher", "tf_head", _terms()),
-    "pkd": Arm("PKD on the neck", "pkd", Distillation(neck_weight=0.4, warmup=100)),
-    "fitnet": Arm("FitNet on the neck", "fitnet", Distillation(neck_weight=0.08, warmup=100)),
+    "pkd": Arm("PKD on the neck", "pkd", Distillation(neck_weight=0.4)),
+    "fitnet": Arm("FitNet on the neck", "fitnet", Distillation(neck_weight=0.08)),
     "direct": Arm("direct imitation, no assistant", "direct", _terms()),
 }
 LEVEL_ARMS = {
@@ -112,6 +116,17 @@ LEVEL_ARMS = {
 REPORTED = ("akd_ckd", "tf_head", "direct")
 """Arms of the full level that no claim is decided by; on the first seeds alone, to pay for more steps of the others."""
 REPORTED_SEEDS = 2
+
+
+class _ChannelsLast(Hook):
+    """Weights and maps with their channels last in memory: a step of these small networks takes a tenth less time."""
+
+    def before_train(self, runner: Any) -> None:
+        runner.model.to(memory_format=torch.channels_last)
+
+
+def ready() -> None:
+    """Nothing: a process that runs it has imported what the other functions need."""
 
 
 def train_teacher(folder: str, scratch: str, size: Size) -> dict[str, float]:
@@ -127,7 +142,8 @@ def train_teacher(folder: str, scratch: str, size: Size) -> dict[str, float]:
     steps, batch = size.teacher_steps, size.teacher_batch
     train, val = drawn_splits(scratch, size)
     cfg = experiment(size.teacher(), train, val, steps=steps, batch=batch, rate=TEACHER_RATE, memory=True)
-    done = fit(Config(cfg), RunnerSettings(seed=TEACHER_SEED, log_every=50), None, quiet=True)
+    cfg["optim_wrapper"]["optimizer"]["betas"] = TEACHER_BETAS
+    done = fit(Config(cfg), RunnerSettings(seed=TEACHER_SEED, log_every=50), None, quiet=True, hooks=[_ChannelsLast()])
     file = Path(folder) / "teacher.safetensors"
     _save(file, done.model.state_dict(), "head_kd.teacher")
     ap = 100 * max(0.0, float(done.run_hook.last_validation["bbox_mAP"]))
@@ -151,11 +167,12 @@ def train_arm(folder: str, scratch: str, size: Size, kept_seed: int, name: str, 
     plain = Config(experiment(retinanet(), train, val, steps=size.steps, batch=8, rate=RATE, memory=True))
     teacher = Config({"model": size.teacher()})
     weights = Path(folder) / "teacher.safetensors" if arm.taught else None
-    cfg = pair(plain, teacher, weights, arm.method, arm.distill, seed=seed, reuse_features=arm.taught)
+    distill = dataclasses.replace(arm.distill, warmup=size.warmup)
+    cfg = pair(plain, teacher, weights, arm.method, distill, seed=seed, reuse_features=arm.taught)
     cfg.model.proposals = dict(PROPOSALS)
     with tempfile.TemporaryDirectory(prefix="head-kd-found-") as place:
         cfg.val_evaluator.outfile_prefix = f"{place}/found"
-        done = fit(cfg, RunnerSettings(seed=seed, log_every=50), None, quiet=True)
+        done = fit(cfg, RunnerSettings(seed=seed, log_every=50), None, quiet=True, hooks=[_ChannelsLast()])
         detections = json.loads(Path(place, "found.bbox.json").read_text(encoding="utf-8"))
     if seed == kept_seed:
         file = Path(folder) / "students" / f"{name}.safetensors"
