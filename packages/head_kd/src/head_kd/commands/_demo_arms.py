@@ -118,7 +118,7 @@ REPORTED = ("akd_ckd", "tf_head", "direct")
 REPORTED_SEEDS = 2
 
 
-class _ChannelsLast(Hook):
+class _ChannelsLast(Hook):  # type: ignore[misc]
     """Weights and maps with their channels last in memory: a step of these small networks takes a tenth less time."""
 
     def before_train(self, runner: Any) -> None:
