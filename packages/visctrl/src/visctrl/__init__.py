@@ -33,15 +33,12 @@ if TYPE_CHECKING:
     from visctrl.outcome import EditOutput as EditOutput
     from visctrl.pipelines import VisCtrlCallback as VisCtrlCallback
     from visctrl.pipelines import VisCtrlStableDiffusionPipeline as VisCtrlStableDiffusionPipeline
-    from visctrl.sampling import FeatureGradualSampler as FeatureGradualSampler
     from visctrl.scenes import read_scene as read_scene
     from visctrl.steppers import DDIMStepper as DDIMStepper
     from visctrl.steppers import FlowStepper as FlowStepper
     from visctrl.steppers import stepper_of as stepper_of
     from visctrl.tap import KeyTap as KeyTap
-    from visctrl.video import SharedPool as SharedPool
     from visctrl.video import edit_video as edit_video
-    from visctrl.video import shared_pool as shared_pool
     from visctrl.views import edit_views as edit_views
     from visctrl.views import update_dataset as update_dataset
 
