@@ -5,6 +5,7 @@ The table goes to ``docs/head-kd.md``: ``python -m pytest -m slow -s packages/he
 
 import copy
 import gc
+import math
 import sys
 
 import pytest
@@ -102,7 +103,10 @@ def cell(student, teacher, file):
         total(model, losses).backward()
         optimizer.step()
     terms = [name for name in losses if name.startswith(("akd", "ckd"))]
-    assert all(float(losses[name].detach()) > 0 for name in terms), terms
+    values = {name: float(losses[name].detach()) for name in terms}
+    assert all(math.isfinite(value) and value >= 0 for value in values.values()), values
+    # CKD counts where a box of the student's own hits an object, which an untrained student's need not do
+    assert all(value > 0 for name, value in values.items() if name.startswith("akd")), values
     return f"{sum(t.startswith('akd') for t in terms)} AKD" + (
         " + CKD" if any(t.startswith("ckd") for t in terms) else ""
     )
