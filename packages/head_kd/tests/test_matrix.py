@@ -51,12 +51,15 @@ TEACHERS = {
     "RepPoints": "reppoints/reppoints-moment_r50_fpn_1x_coco.py",
     "DINO": "dino/dino-4scale_r50_8xb2-12e_coco.py",
 }
+DENSE = ("RetinaNet", "FCOS", "ATSS", "GFL", "RepPoints")
 REFUSED = {
     ("SSD 300", None): "no signal of a known name",
     ("PAA R50", None): "no proposals with a known cell",
     ("FoveaBox R50", None): "no proposals with a known cell",
     ("RepPoints R50", None): "no proposals with a known cell",
     (None, "DINO"): "works on queries",
+    **{("YOLOF R50", teacher): "do not cover the dense head's" for teacher in DENSE},
+    **{("SSD 300", teacher): "does not say how many channels" for teacher in DENSE},
 }
 """Words with which a student with any teacher, or a teacher with any student, is refused."""
 
