@@ -121,6 +121,23 @@ def llava():
     return model, samples
 
 
+def captions(model):
+    texts = [ids(length, length) for length in (7, 3, 5)]
+    return model, [{"input_ids": t, "pixel_values": p} for t, p in zip(texts, pictures(3, 8), strict=True)]
+
+
+def vilt():
+    """Text and patches stand in one row, the text first; the mask is given for the text alone."""
+    own = {"image_size": 8, "patch_size": 4, "max_position_embeddings": 16, "max_image_length": -1, "num_labels": 3}
+    return captions(tf.ViltForQuestionAnswering(tf.ViltConfig(**SIZE, **TEXTS, **own)))
+
+
+def git():
+    """The same, the patches first."""
+    vision = {**SIZE, "image_size": 8, "patch_size": 4}
+    return captions(tf.GitForCausalLM(tf.GitConfig(vision_config=vision, **SIZE, **TEXTS, max_position_embeddings=16)))
+
+
 def wav2vec2():
     own = {"conv_dim": [8, 8], "conv_kernel": [4, 3], "conv_stride": [2, 2], "feat_extract_norm": "layer"}
     own |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 20}
@@ -192,7 +209,7 @@ def routed():
 
 
 FAMILIES = [
-    llama, qwen3, gemma3, gpt2, bert, roberta, t5, bart, whisper, vit, clip, llava, wav2vec2, routed, mamba,
+    llama, qwen3, gemma3, gpt2, bert, roberta, t5, bart, whisper, vit, clip, llava, vilt, git, wav2vec2, routed, mamba,
 ]  # fmt: skip
 PADDING = {"labels": -100, "input_ids": 0, "input_values": 0.0, "attention_mask": 0}
 

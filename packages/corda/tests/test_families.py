@@ -75,6 +75,7 @@ REFUSED_BY_PEFT = {
     "roberta": "its classifier gets one token of each sample",
     "vit": "its classifier gets one token of each sample",
     "clip": "its projections get one token of each sample",
+    "vilt": "its pooler gets one token of each sample",
     "routed": "an expert gets one row of a sample",
 }
 """Family -> why peft's own ``preprocess_corda`` fails with all linear layers, one unpadded sample at a time."""

@@ -64,6 +64,45 @@ def test_a_mask_of_four_dimensions_says_which_tokens_are_padding(decoder, form):
     assert_equal(collect_context(model, [given], NAMES), expected)
 
 
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, hidden_states, attention_mask=None):
+        return self.fc(hidden_states)
+
+
+class Padding(nn.Module):
+    """Pads to a multiple of four tokens, and gives its inner module what is added to the scores, as Longformer does."""
+
+    def __init__(self, seen, hidden):
+        super().__init__()
+        self.encoder, self.seen, self.hidden = Inner(), seen, hidden
+
+    def forward(self, inputs_embeds, attention_mask):
+        more = -attention_mask.shape[1] % 4
+        mask = nn.functional.pad(attention_mask, (0, more))
+        added = torch.where(mask.bool(), self.seen, self.hidden)
+        return self.encoder(nn.functional.pad(inputs_embeds, (0, 0, 0, more)), attention_mask=added)
+
+
+@pytest.mark.parametrize(("seen", "hidden"), [(0.0, -1e4), (0.0, float("-inf")), (1e4, -1e4), (1.0, 0.0), (0.5, 0.0)])
+def test_a_mask_inside_of_a_model_may_be_what_is_added_to_the_scores(seen, hidden):
+    x = torch.randn(2, 6, 4)
+    mask = (torch.arange(6) < torch.tensor([6, 3])[:, None]).long()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = collect_context(Padding(seen, hidden), [{"inputs_embeds": x, "attention_mask": mask}], ["encoder.fc"])
+    assert stats.tokens == {"encoder.fc": 9}
+    alone_ = collect_context(
+        Padding(seen, hidden),
+        [{"inputs_embeds": x[i, None, :n], "attention_mask": torch.ones(1, n)} for i, n in ((0, 6), (1, 3))],
+        ["encoder.fc"],
+    )
+    torch.testing.assert_close(stats.covariance("encoder.fc"), alone_.covariance("encoder.fc"))
+
+
 @pytest.mark.parametrize("skip_first", [0, 1])
 def test_only_tokens_with_a_label_count_if_that_is_asked_for(decoder, skip_first):
     model, samples, batch = decoder
@@ -202,6 +241,25 @@ def test_an_expert_that_nobody_is_routed_to_takes_the_sums_of_its_block_with_a_w
         assert stats.samples[found[0]] == 2
     with pytest.raises(TargetNotReachedError, match="exclude_modules"):
         collect_context(model, [{"input_ids": ids(1, 1)[None]}], [f"layers.0.block_sparse_moe.experts.{idle}.w1"])
+
+
+@pytest.mark.parametrize("form", ["{}", "expert_{}"])
+def test_experts_are_known_by_their_number_whatever_the_model_calls_them(form):
+    """Switch's and NLLB's are ``experts.expert_3``."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleDict({form.format(n): nn.Sequential(nn.Linear(4, 4)) for n in range(3)})
+
+        def forward(self, hidden_states):
+            return self.experts[form.format(1)](hidden_states)
+
+    with pytest.warns(UserWarning, match=r"no token was routed to .*\(2 layers\)"):
+        stats = collect_context(Block(), [torch.randn(1, 5, 4)])
+    torch.testing.assert_close(
+        stats.covariance(f"experts.{form.format(0)}.0"), stats.covariance(f"experts.{form.format(1)}.0")
+    )
 
 
 def test_a_sample_that_outweighs_the_others_is_named():

@@ -67,7 +67,7 @@ def forward(model: nn.Module, batch: Batch) -> None:
     """
     length = _length(batch)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longer = isinstance(limit, int) and length > limit
+    longer = isinstance(limit, int) and 0 < limit < length
     with contextlib.suppress(Stop):
         try:
             if isinstance(batch, Mapping):

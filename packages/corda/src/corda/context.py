@@ -211,8 +211,8 @@ def _united(heads: Sequence[_Head], moment: Callable[[str], Tensor]) -> ContextS
     )
 
 
-EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
-"""The number of an expert in a layer's name."""
+EXPERT = re.compile(r"(?<=experts\.)(?:expert_?)?\d+(?=\.)")
+"""The number of an expert in a layer's name: ``experts.3``, ``experts.expert_3``."""
 
 
 def with_experts(stats: ContextStats, missed: Sequence[str]) -> ContextStats:

@@ -7,23 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HIDDEN = -5000.0
+"""Added to the score of a token, less than this hides it: models add -1e4 or more extreme, biases of positions are smaller."""
+
 
 def as_tokens(mask: Any, *, square: bool = True) -> Tensor | None:
     """(B, T), True for a token that counts, from a mask of two dimensions or of attention (B, 1, queries, keys).
 
-    A token counts if it sees itself; where queries and keys differ, if any query sees it.
+    A token counts if it sees itself; where queries and keys differ, if any query sees it. Fractions are booleans where all
+    lie between 0 and 1 (and not all are 0), else they are added to the scores, and very negative ones hide a token.
     """
     if isinstance(mask, Mapping):
         mask = next(iter(mask.values()), None)
     if not isinstance(mask, Tensor):
         return None
-    if mask.ndim == 2:
-        return mask.bool()
-    if mask.ndim not in (3, 4):
+    if mask.ndim not in (2, 3, 4):
         return None
     seen = mask.bool()
-    if mask.is_floating_point() and not (mask > 0).any():  # added to the scores: 0 is seen
-        seen = mask > torch.finfo(mask.dtype).min / 2
+    if mask.is_floating_point() and (not mask.any() or (mask < 0).any() or (mask > 1).any()):
+        seen = mask > HIDDEN
+    if seen.ndim == 2:
+        return seen
     seen = seen if mask.ndim == 3 else seen[:, 0]
     if square and seen.shape[1] == seen.shape[2]:
         return seen.diagonal(dim1=1, dim2=2)

@@ -36,6 +36,8 @@ IGNORED = -100
 TEXT = ("input_ids", "inputs_embeds")
 SIGHT_AND_SOUND = ("pixel_values", "input_features", "input_values")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
+READ = "read"
+"""Mark of what was made of a text that is given beside pictures or sound."""
 CROSS = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "memory", "context")
 
 
@@ -61,11 +63,13 @@ class Stream:
         batch: B.
         keep: (B, T); None where every token counts.
         owner: module that knows how many tokens become of a mask's entries (audio), if there is one.
+        sight: whether it holds what was made of pictures or sound beside a text, and of none of that text.
     """
 
     batch: int
     keep: Tensor | None = None
     owner: Any = None
+    sight: bool = False
 
     def over(self, shape: Sequence[int]) -> Tensor | None:
         """The mask for tokens (B, T), where it fits them; None where all count.
@@ -249,9 +253,13 @@ class Streams:
         else:
             frame.own = self._own(frame, outer, (outer.encoder or outer.own) if outer else None)
         if texts:
-            frame.others += [Stream(len(sight)) for sight in sights]
+            frame.others += [Stream(len(sight), sight=True) for sight in sights]
         if outer is None and frame.own is not None and frame.encoder is None:
             frame.own = Stream(frame.own.batch, self._chosen(frame, frame.own.keep, text=True), frame.own.owner)
+        if sights and self._follows(frame, bool(texts)):
+            assert self._provenance is not None
+            for text in texts:
+                self._provenance.mark(text, READ)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         while self.frames:
@@ -264,13 +272,20 @@ class Streams:
         """Inside of a module that attends to other states than its own: what is made of which? Where masks may differ."""
         if frame.source is None or frame.cross_source is None or frame.source is frame.cross_source:
             return
-        if self._provenance is None:
-            if not self._padded():
-                return
+        if self._follows(frame):
+            assert self._provenance is not None
+            self._provenance.mark(frame.source, (frame.number, "own"))
+            self._provenance.mark(frame.cross_source, (frame.number, "cross"))
+
+    def _follows(self, frame: Frame, begin: bool = True) -> bool:
+        """Whether what is computed is followed, from this frame on if there is padding and nothing was followed before."""
+        if self._provenance is None and begin and self._padded():
             self._provenance, self._followed_from = Provenance(), frame
             self._provenance.__enter__()
-        self._provenance.mark(frame.source, (frame.number, "own"))
-        self._provenance.mark(frame.cross_source, (frame.number, "cross"))
+        return self._provenance is not None
+
+    def _marks(self, x: Tensor) -> frozenset[Any]:
+        return frozenset() if self._provenance is None else self._provenance.of(x)
 
     def _left(self, frames: Sequence[Frame]) -> None:
         if self._provenance is not None and any(frame is self._followed_from for frame in frames):
@@ -279,7 +294,7 @@ class Streams:
 
     def _attended(self, x: Tensor) -> int | None:
         """Place of the innermost frame whose other states x was made of, and of nothing of its own; None if there is none."""
-        marks = frozenset() if self._provenance is None else self._provenance.of(x)
+        marks = self._marks(x)
         for place, frame in reversed(list(enumerate(self.frames))):
             if frame.cross_source is not None:
                 sides = {mark[1] for mark in marks if isinstance(mark, tuple) and mark[0] == frame.number}
@@ -324,7 +339,8 @@ class Streams:
             if mask.shape[1] > shape[1] and _owner(frame.module) is None:  # a cache of keys: earlier tokens too
                 mask = mask[:, -shape[1] :]
             if outer is None or mask.shape == tuple(shape):
-                keep = mask.bool()
+                keep = as_tokens(mask)
+                assert keep is not None
                 if inherited is not None and inherited.keep is not None and inherited.keep.shape == keep.shape:
                     keep = keep & inherited.keep.to(keep.device)  # tokens without labels stay out
                 return Stream(shape[0], keep, _owner(frame.module))
@@ -334,17 +350,19 @@ class Streams:
             return Stream(1 if one else len(source), seen, _owner(frame.module))
         if shape is None or frame.attending:
             return inherited
+        read = READ in self._marks(source)
         for stream in [inherited, *(s for f in reversed(self.frames[:-1]) for s in f.streams)]:
             with contextlib.suppress(LookupError):
-                if stream is not None:
-                    return Stream(stream.batch, stream.over(shape), stream.owner)
-        return None
+                if stream is not None and not (read and stream.sight):
+                    return Stream(stream.batch, stream.over(shape), stream.owner, stream.sight)
+        seen = as_tokens(given)  # of text and pictures in one row, say
+        return None if seen is None or seen.shape != tuple(shape) else Stream(shape[0], seen)
 
     def _seen(self, frame: Frame, outer: Frame | None, sight: Tensor) -> Stream:
         """Of a module that is given pictures or sound."""
         mask = frame.given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            return Stream(len(sight), mask.bool(), _owner(frame.module))
+            return Stream(len(sight), as_tokens(mask), _owner(frame.module))
         known = outer.encoder or outer.own if outer else None
         given = outer.given if outer else {}
         seen, read = (any(isinstance(given.get(key), Tensor) for key in keys) for keys in (SIGHT_AND_SOUND, TEXT))
@@ -414,15 +432,16 @@ class Streams:
         """The streams that x may belong to, the likeliest first."""
         attended = self._attended(x)
         if attended is None:
+            read = READ in self._marks(x)
             for frame in reversed(self.frames):
-                yield from frame.streams
+                yield from (stream for stream in frame.streams if not (read and stream.sight))
             return
         found = [*(f.own for f in self.frames[:attended:-1] if f.attending), self.frames[attended].cross]
         yield from (stream for stream in found if stream is not None)
 
     def _differ(self, x: Tensor, shape: Sequence[int]) -> bool:
         """Whether x fits both masks of a module that attends to other states, and its computation does not say which."""
-        if self._provenance is None or self._provenance.of(x):
+        if self._provenance is None or any(mark != READ for mark in self._marks(x)):
             return False
         frame = next((f for f in reversed(self.frames) if f.cross_source is not None), None)
         if frame is None or frame.cross_source is None or x is frame.source or x is frame.cross_source:

@@ -399,17 +399,22 @@ def _draw_fine_tuning(study: Study, level: Level) -> None:
         curves = {}
         for name, (label, _, _) in STARTS.items():
             rows = [study.values((f"{kind}-{name}", f"{metric} {loss:.2f}")) for loss in losses]
-            curves[label] = _curve(losses, rows, log=False)
+            curves[label] = _curve(losses, rows, log=False, within=(0, 100) if unit == "%" else (0, np.inf))
         ylabel = "facts still known (%)" if unit == "%" else unit
         panels.append(Panel(title, "loss of other code (nats per character)", ylabel, curves))
     line_chart(study.run.figure("fine-tuning"), panels)
 
 
-def _curve(places: Sequence[float], rows: Sequence[NDArray[np.float64]], log: bool) -> Curve:
-    """Mean and interval over seeds at each place; of the logarithms, as in the ratios, where ``log``."""
+def _curve(
+    places: Sequence[float],
+    rows: Sequence[NDArray[np.float64]],
+    log: bool,
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> Curve:
+    """Mean and interval over seeds at each place, cut at what is possible; of the logarithms, as in the ratios, where ``log``."""
     points = [mean_ci95(np.log(values) if log else values) for values in rows]  # type: ignore[arg-type]
     lines = np.array([(mean, *(ci95 or (mean, mean))) for mean, ci95 in points]).T
-    mean, low, high = (np.exp(lines) if log else lines).tolist()
+    mean, low, high = (np.exp(lines) if log else lines).clip(*within).tolist()
     return Curve(places, mean, low, high)
 
 
