@@ -1,7 +1,7 @@
 """From a base model and calibration text to a wrapped model, against peft: memory, each way in its own process, and accuracy.
 
 The computation is that of ``end_to_end.py``. Memory is the peak resident size of a process that goes the whole way once, less
-that of one that imports the same and only makes model and windows, with an allocator that returns what is free
+that of one that imports the same and only makes model and windows, both counted from there on, with an allocator that returns what is free
 (``ALLOCATOR``, for both). The last rows show the error of the adapted subspace; the reference is an SVD in fp64 of W C_d, C
 summed in fp64. No row is a time, so the machine need not be idle.
 """
@@ -9,6 +9,7 @@ summed in fp64. No row is a time, so the machine need not be idle.
 import copy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from corda import collect_context
@@ -44,8 +45,11 @@ def _command(way: str, mode: str, size: str) -> list[str]:
 
 
 def once(way: str, mode: str, size: str) -> None:
-    """Go one way once."""
+    """Go one way once; what reading the model took for a while does not count (on Linux, which can forget a peak)."""
     model, data = model_of(size), windows(size)
+    forget = Path("/proc/self/clear_refs")
+    if forget.exists():
+        forget.write_text("5", encoding="ascii")
     if way != "nothing":
         whole(way, mode, model, data)
 

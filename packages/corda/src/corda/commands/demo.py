@@ -411,7 +411,7 @@ def _curve(
     log: bool,
     within: tuple[float, float] = (-np.inf, np.inf),
 ) -> Curve:
-    """Mean and interval over seeds at each place, cut at what is possible; of the logarithms, as in the ratios, where ``log``."""
+    """Mean and interval over seeds at each place, cut at what can be; of the logarithms, as in the ratios, where ``log``."""
     points = [mean_ci95(np.log(values) if log else values) for values in rows]  # type: ignore[arg-type]
     lines = np.array([(mean, *(ci95 or (mean, mean))) for mean, ci95 in points]).T
     mean, low, high = (np.exp(lines) if log else lines).clip(*within).tolist()
