@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radiogat.maps import MapLayout, RadioMap
+from radiogat.maps import DBM, MapLayout, RadioMap
 from radiogat.planes import moved, plane_for, same_plane
-from radiogat.roles import AS_NAME, UNITS, Missing
+from radiogat.roles import Missing, frequency_in
 from radiogat.samples import RSS_RANGE, Grid, RadioSamples
 from tenfold import UserError
 from tenfold.errors import needs
 
 Floats = NDArray[np.float64]
-_DBM = frozenset({"", "dbm", "dbmw", "dbm/re", "dbm_re"})
-"""Units of a band whose values are received powers."""
 
 
 @contextlib.contextmanager
@@ -175,8 +173,8 @@ def frequency_of(path: str | Path, file: Any, number: int, freq_mhz: float | Non
     tags, said = file.tags(number), file.descriptions[number - 1] or ""
     with contextlib.suppress(KeyError, ValueError):
         return float(tags["freq_mhz"])
-    if (found := AS_NAME.search(said)) is not None:
-        return float(found[1]) * UNITS[found[2].lower()]
+    if (found := frequency_in(said)) is not None:
+        return found
     if freq_mhz is not None:
         return freq_mhz
     raise UserError(f"{path}, band {number}: no frequency; describe it as '1750 MHz', or give --freq_mhz")
@@ -193,7 +191,7 @@ def powers_in(path: str | Path, file: Any, freq_mhz: float | None) -> dict[str, 
         layer = file.tags(number).get("layer", "rss_dbm")
         freq = 0.0 if layer == "building" else frequency_of(path, file, number, freq_mhz)
         unit = (file.units[number - 1] or "").strip().lower()
-        if layer != "building" and unit not in _DBM:
+        if layer != "building" and unit not in DBM:
             raise UserError(f"{path}, band {number} is in {file.units[number - 1]}, expected dBm: convert it")
         first = found.setdefault(layer, {}).setdefault(freq, number)
         if first != number:
@@ -244,6 +242,7 @@ def read_cells(
     freq_mhz: float | None = None,
     sign: int = 1,
     missing: Missing = "refuse",
+    range: tuple[float, float] | None = None,
 ) -> RadioSamples:
     """The cells of a GeoTIFF that have a value, as measurements at their own centers; nothing is resampled.
 
@@ -253,6 +252,7 @@ def read_cells(
         freq_mhz: frequency of a file that says none.
         sign: -1 where the values are given as positive losses.
         missing: refuse values that no power has (0 dBm, or out of range), or drop these cells, with a count.
+        range: lowest and highest value of the file that is a measurement; others are as those that no power has.
 
     Raises:
         UserError: not such a raster, or as ``missing`` says.
@@ -272,6 +272,8 @@ def read_cells(
             row, column = np.nonzero(np.isfinite(values))
             power = values[row, column]
             no_power = (power == 0) | (power < RSS_RANGE[0]) | (power > RSS_RANGE[1])
+            if range is not None:
+                no_power |= (sign * power < range[0]) | (sign * power > range[1])
             if no_power.any() and not (power > 0).all():
                 odd, example = odd + int(no_power.sum()), float(power[np.argmax(no_power)])
                 row, column, power = row[~no_power], column[~no_power], power[~no_power]
