@@ -410,3 +410,27 @@ def test_hackrfs_sweeps_are_read_as_those_of_rtl_power(tmp_path):
     assert len(read(path, "relative to", at=PLACES[0])) == 3 - 1  # two lines at one place: medians
     assert column("Level", "dBm").unit == "dbm"
     assert sniff(path, lambda fields: False).delimiter == ","
+
+
+def test_a_column_that_says_several_frequencies_is_asked_about(tmp_path):
+    """It was left out in silence."""
+    lines = ["time,lat,lon,RSSI 1842.5 MHz (20 MHz),RSSI 806 MHz", "1,48.14,11.57,-80,-90", "2,48.15,11.57,-81,-91"]
+    with pytest.raises(UserError, match="says several frequencies: rename it"):
+        read_samples(written(tmp_path, lines))
+
+
+def test_powers_above_zero_and_those_of_nr_beside_lte_are_said(tmp_path):
+    lines = ["lat,lon,earfcn,rsrp,nr_arfcn,ss_rsrp", "48.1,11.5,1300,-80,636666,-95", "48.2,11.5,1300,20,636666,-96"]
+    samples = read(written(tmp_path, lines), "1 powers are above 0 dBm, up to 20", "column ss_rsrp is not read")
+    assert samples.bands == (1815.0,)
+    of_nr = read(written(tmp_path, lines), columns={"rss_dbm": "ss_rsrp", "channel": "nr_arfcn"})
+    assert of_nr.rss_dbm.tolist() == [-95, -96]
+
+
+def test_a_long_block_of_zero_bytes_and_a_long_preamble_are_passed(tmp_path):
+    path = tmp_path / "log.csv"
+    notes = "".join(f"# note {i}\n" for i in range(300))
+    path.write_bytes(
+        (notes + "\n".join([HEAD, *ROWS[:3]]) + "\n").encode() + b"\0" * 300_000 + f"\n{ROWS[3]}\n".encode()
+    )
+    right(read(path))

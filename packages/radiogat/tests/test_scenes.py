@@ -154,6 +154,7 @@ def test_values_that_no_power_has_are_refused_or_dropped_with_a_count(tmp_path):
     [
         ({"crs": None}, "has no coordinate system: assign one"),
         ({"transform": (10.0, 1.0, X, 1.0, -10.0, Y)}, "is rotated"),
+        ({"transform": (-10.0, 0.0, X, 0.0, -10.0, Y)}, "its columns go from east to west"),
     ],
 )
 def test_a_raster_that_cannot_be_placed_is_refused(tmp_path, change, message):
@@ -556,6 +557,8 @@ def test_values_outside_of_a_given_range_are_no_measurements_of_a_raster(tmp_pat
     samples, text = said(lambda: read_cells(path, missing="drop", range=(-120.0, -20.0)))
     assert samples.rss_dbm.tolist() == [-70, -80]
     assert "1 cells are left out" in text
+    marked = raster(tmp_path / "m.tif", np.array([[-128.0, -70, -128, -80, -128]]), descriptions=["1800 MHz"])
+    assert "-128 stands 3 times, 48 dB from every other value" in said(lambda: read_cells(marked))[1]
 
 
 def test_measurements_in_buildings_are_said_where_they_are_many(tmp_path):

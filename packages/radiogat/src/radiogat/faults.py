@@ -11,6 +11,35 @@ from numpy.typing import NDArray
 from radiogat.roles import Missing
 from tenfold import UserError
 
+Floats = NDArray[np.float64]
+_GAP = 10.0
+"""dB that a value must lie apart from all others to look like a mark of missing ones."""
+_OFTEN = 3
+"""Times that such a value stands in a file at least."""
+
+
+def apart(rss: Floats, sign: int = 1) -> list[str]:
+    """What is to be said of a lowest or highest power that stands often and far from all others, as marks of missing ones do.
+
+    Args:
+        rss: powers.
+        sign: -1 where the file has their negatives.
+    """
+    levels, times = np.unique(rss, return_counts=True)
+    said: list[str] = []
+    if len(levels) < 2:
+        return said
+    low, high = float(levels[0]), float(levels[-1])
+    for level, count, gap in ((low, times[0], levels[1] - low), (high, times[-1], high - levels[-2])):
+        if count >= _OFTEN and gap >= _GAP:
+            ends = (low + gap / 2, high) if level == low else (low, high - gap / 2)
+            first, last = sorted(sign * end for end in ends)
+            said.append(
+                f"{sign * level:g} stands {count} times, {gap:.3g} dB from every other value; if it marks missing ones,"
+                f" --range {first:.4g},{last:.4g} leaves it out"
+            )
+    return said
+
 
 @dataclasses.dataclass
 class Faults:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from radiogat.faults import Faults
+from radiogat.faults import Faults, apart
 from radiogat.planes import plane_for, project
-from radiogat.roles import Reading, Roles, frequency_in, is_sweep, layout_of
+from radiogat.roles import Reading, Roles, frequencies_in, is_sweep, layout_of
 from radiogat.samples import RSS_RANGE, RadioSamples
 from radiogat.tables import Column, chunks, numbers, split, text_of
 from radiogat.tracks import joined, read_track
@@ -30,10 +30,6 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _SENTINELS = (2147483647.0, -2147483648.0, 9999.0, -9999.0)
-_GAP = 10.0
-"""dB that a value must lie apart from all others to look like a mark of missing ones."""
-_OFTEN = 3
-"""Times that such a value stands in a file at least."""
 _HEMISPHERE = frozenset(
     {
         *("n_s", "ns", "e_w", "ew", "hemisphere", "lat_hemisphere", "lon_hemisphere", "lat_dir", "lon_dir", "lat_ns"),
@@ -50,6 +46,10 @@ _HEMISPHERE = frozenset(
     }
 )
 """Names of the column behind a position that says N, S, E or W."""
+
+
+_NR_POWER = frozenset({"ss_rsrp", "ssrsrp", "nr_rsrp", "nrrsrp", "nr_ss_rsrp", "nrssrsrp"})
+"""Names of powers of NR."""
 
 
 @dataclasses.dataclass
@@ -139,6 +139,10 @@ class LogReader:
         if self._others:
             self.notes.append(f"{self._others} rows are of other cells than {', '.join(self.how.only)}")
         self._say_apart(rows.rss)
+        if (rows.rss > 0).any():
+            self.notes.append(
+                f"{int((rows.rss > 0).sum())} powers are above 0 dBm, up to {rows.rss.max():g}: --range LOW,HIGH limits them"
+            )
         if not self._degrees:
             self._check_meters(rows)
         for note in dict.fromkeys(self.notes):
@@ -158,20 +162,9 @@ class LogReader:
             raise type(error)(f"{self.path}: {error}") from error
 
     def _say_apart(self, rss: Floats) -> None:
-        """Say that the lowest or the highest power stands often and far from all others, as a mark of missing values does."""
-        levels, times = np.unique(rss, return_counts=True)
-        if len(levels) < 2:
-            return
-        low, high = float(levels[0]), float(levels[-1])
-        for level, count, gap in ((low, times[0], levels[1] - low), (high, times[-1], high - levels[-2])):
-            if count >= _OFTEN and gap >= _GAP:
-                ends = (low + gap / 2, high) if level == low else (low, high - gap / 2)
-                raw = sorted(self.how.sign * end for end in ends)
-                name = self.layout.names[self._powers[0]] if self._powers else "level"
-                self.notes.append(
-                    f"column {name}: {self.how.sign * level:g} stands {count} times, {gap:.3g} dB from every other value; if it"
-                    f" marks missing ones, --range {raw[0]:.4g},{raw[1]:.4g} leaves it out"
-                )
+        """Say that the lowest or the highest power may mark missing values."""
+        name = self.layout.names[self._powers[0]] if self._powers else "level"
+        self.notes += [f"column {name}: {text}" for text in apart(rss, self.how.sign)]
 
     def _check_meters(self, rows: _Rows) -> None:
         """Refuse, or doubt, x and y that are degrees.
@@ -223,6 +216,7 @@ class LogReader:
                 " name it: --columns rss_dbm=NAME"
             )
         powers = self._powers = sorted(wide) if wide else roles.family(int(power or 0))
+        self._say_nr(powers)
         kind, tuned = ("wide", []) if wide else self.tuner.source()
         if not wide and len(tuned) not in (0, 1, len(powers)):
             raise UserError(f"{self.path}: {len(tuned)} columns of frequencies for {len(powers)} of powers")
@@ -262,6 +256,17 @@ class LogReader:
                     self._count += int(keep.sum())
                 yield _Rows(a[keep], b[keep], freq[keep], rss[keep], cell[keep])
 
+    def _say_nr(self, powers: Sequence[int]) -> None:
+        """Say that a row also holds powers of NR, which are not read: phones log them beside those of LTE."""
+        columns = self.roles.columns
+        left = [
+            c.name for i, c in enumerate(columns) if i not in powers and c.keys & _NR_POWER and c.index in (None, 0)
+        ]
+        if left and not any(columns[i].keys & _NR_POWER for i in powers):
+            self.notes.append(
+                f"column {left[0]} is not read; --columns rss_dbm={left[0]}, with its channel=NAME, maps NR"
+            )
+
     def _wide(self) -> dict[int, float]:
         """Column number -> MHz, of a table with a column for each frequency: ``1842.5 MHz``."""
         if self.roles.find("freq_mhz") is not None or self.roles.find("channel") is not None:
@@ -270,8 +275,11 @@ class LogReader:
             return {}
         found = {}
         for i, name in enumerate(self.layout.names):
-            if (freq := frequency_in(name)) is not None:
-                found[i] = freq
+            freqs = frequencies_in(name)
+            if len(freqs) > 1:
+                raise UserError(f"{self.path}: column {name} says several frequencies: rename it, as in 1842.5 MHz")
+            if freqs:
+                found[i] = freqs.pop()
         return found
 
     def _side(self, number: int) -> int | None:

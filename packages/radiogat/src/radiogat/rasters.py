@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radiogat.faults import apart
 from radiogat.maps import DBM, MapLayout, RadioMap
 from radiogat.planes import moved, plane_for, same_plane
 from radiogat.roles import Missing, frequency_in
@@ -116,6 +117,8 @@ def placed(
     t, name = file.transform, Path(path)
     if t.b or t.d:
         raise UserError(f"{path} is rotated: turn it north-up (gdalwarp IN OUT does)")
+    if t.a < 0:
+        raise UserError(f"{path}: its columns go from east to west: turn it (gdalwarp IN OUT does)")
     square = t.a > 0 and t.e != 0 and abs(abs(t.e) - t.a) <= 1e-6 * t.a
     if file.crs is None:
         if need_crs:
@@ -290,6 +293,8 @@ def read_cells(
         warnings.warn(f"{path}: {odd} cells are left out, whose values no power has ({example:g})", stacklevel=2)
     if not len(powers):
         raise UserError(f"{path}: no cell has a value")
+    for text in apart(powers, sign):
+        warnings.warn(f"{path}: {text}", stacklevel=2)
     if not same_plane(own, goal):
         warnings.warn(f"{path} lies in {own}: the centers of its cells are moved to {goal}", stacklevel=2)
         xy = moved(xy, own, goal)

@@ -121,9 +121,14 @@ UNITS = {"hz": 1e-6, "khz": 1e-3, "mhz": 1.0, "ghz": 1e3}
 _AS_NAME = re.compile(r"(?<![\d.,])(\d+(?:[.,]\d+)?)\s*(hz|khz|mhz|ghz)(?![a-z0-9])", re.IGNORECASE)
 
 
+def frequencies_in(text: str) -> set[float]:
+    """All MHz that a text says: ``1842.5 MHz``, ``1,8 GHz``."""
+    return {float(match[1].replace(",", ".")) * UNITS[match[2].lower()] for match in _AS_NAME.finditer(text)}
+
+
 def frequency_in(text: str) -> float | None:
-    """MHz that a text says: ``1842.5 MHz``, ``1,8 GHz``; None where it says none, or several."""
-    found = {float(match[1].replace(",", ".")) * UNITS[match[2].lower()] for match in _AS_NAME.finditer(text)}
+    """MHz that a text says; None where it says none, or several."""
+    found = frequencies_in(text)
     return found.pop() if len(found) == 1 else None
 
 
@@ -312,7 +317,8 @@ def layout_of(path: Path, columns: Mapping[str, str] | None = None) -> Layout:
         raise UserError(f"{path}: NetMonster's list of cells (.ntm) holds no powers: export its log of measurements")
     if any(re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?", name) for name in first):
         raise UserError(
-            f"{path}: no line of column names, and an unknown layout; its fields begin {', '.join(first[:4])}"
+            f"{path}: no line of column names that are known, and an unknown layout; its fields begin {', '.join(first[:4])};"
+            " --columns lat=NAME,lon=NAME,rss_dbm=NAME,freq_mhz=NAME names those of its header"
         )
     return dataclasses.replace(layout, skip=1)
 

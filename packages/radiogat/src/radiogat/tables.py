@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 _SNIFFED = 1 << 18
 """Bytes that decide encoding, separator and header."""
-_PREAMBLE = 200
+_PREAMBLE = 1000
 """Lines among which the header is looked for."""
+_LONGEST = 100_000
+"""Characters of a line that are looked at for its fields."""
 _ROWS = 20_000
 """Rows that are held as text at once."""
 _NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
@@ -161,7 +163,7 @@ def sniff(path: Path, is_header: Callable[[Sequence[str]], bool]) -> Layout:
             raise UserError(f"{path} is {what}")
     encoding = encoding_of(path)
     with path.open(encoding=encoding, errors="replace", newline="") as file:
-        text = file.read(_SNIFFED)
+        text = file.read(_SNIFFED).replace("\0", "")
     lines = re.split(r"\r\n|\r|\n", text)  # as files are iterated; str.splitlines knows more ends of lines
     if not any(line.strip() for line in lines):
         raise UserError(f"{path}: expected a line of column names and a line for each measurement")
@@ -196,7 +198,7 @@ def _with_header(lines: Sequence[str], number: int, delimiter: str, fields: list
     skip, units = number + 1, ()
     below = [field.strip("()[]").lower() for field in split(lines[skip], delimiter)] if skip < len(lines) else []
     if len(set(below) - {"", "-", "#"}) > 0 and sum(map(bool, below)) > 1 and _UNIT_WORDS.issuperset(below):
-        skip, units = skip + 1, tuple([*below, *[""] * len(fields)][: len(fields)])
+    skip, units = number + 1, ("",) * len(fields)
     comma = _comma(lines[skip : skip + 50], delimiter)
     return Layout(encoding, delimiter, tuple(fields), skip, comma, units)
 
@@ -250,6 +252,7 @@ _UNIT_WORDS = frozenset(
 
 def split(line: str, delimiter: str) -> list[str]:
     """The fields of a line, without spaces and marks of no width around them; an empty last one does not count."""
+    line = line[:_LONGEST]
     if delimiter == WHITE:
         reader = csv.reader([" ".join(line.lstrip("#%!/ \t").split())], delimiter=" ")
     else:
