@@ -195,10 +195,10 @@ def _as_long(lines: Sequence[str], number: int, count: int) -> bool:
 
 def _with_header(lines: Sequence[str], number: int, delimiter: str, fields: list[str], encoding: str) -> Layout:
     """The layout of a file whose header is known; a line of units below it belongs to it."""
-    skip, units = number + 1, ()
+    skip, units = number + 1, ("",) * len(fields)
     below = [field.strip("()[]").lower() for field in split(lines[skip], delimiter)] if skip < len(lines) else []
     if len(set(below) - {"", "-", "#"}) > 0 and sum(map(bool, below)) > 1 and _UNIT_WORDS.issuperset(below):
-    skip, units = number + 1, ("",) * len(fields)
+        skip, units = skip + 1, tuple([*below, *[""] * len(fields)][: len(fields)])
     comma = _comma(lines[skip : skip + 50], delimiter)
     return Layout(encoding, delimiter, tuple(fields), skip, comma, units)
 
