@@ -203,6 +203,13 @@ def test_of_two_spellings_of_one_name_none_is_taken_unasked(tmp_path):
     right(read(written(tmp_path, lines), columns={"rss_dbm": "rsrp"}))
 
 
+def test_of_two_positions_in_a_row_it_is_said_which_counts(tmp_path):
+    """A tower's and the phone's."""
+    lines = ["gps_lat,gps_lon," + HEAD, *(f"48.2,11.6,{row}" for row in ROWS)]
+    right(read(written(tmp_path, lines), "positions are lat, lon; gps_lat is there, too: --columns lat=NAME,lon=NAME"))
+    assert len(read(written(tmp_path, lines), "medians", columns={"lat": "gps_lat", "lon": "gps_lon"})) == 1
+
+
 def test_degrees_count_before_an_acceleration_called_x_and_y(tmp_path):
     lines = ["x,y,z," + HEAD, *(f"0.{i},9.8,0.1,{row}" for i, row in enumerate(ROWS))]
     right(read(written(tmp_path, lines)))

@@ -99,6 +99,11 @@ class LogReader:
         """
         x, y, lon, lat = (self.roles.find(role) for role in ("x", "y", "lon", "lat"))
         if lon is not None and lat is not None and (self.how.crs is None or x is None or y is None):
+            if "lat" not in self.how.columns and (more := self.roles.also("lat", lat)):
+                used = f"{self.layout.names[lat]}, {self.layout.names[lon]}"
+                self.notes.append(
+                    f"positions are {used}; {more[0]} is there, too: --columns lat=NAME,lon=NAME says which counts"
+                )
             return lon, lat, True
         if x is not None and y is not None:
             return x, y, False

@@ -218,6 +218,11 @@ class Roles:
             raise UserError(f"{self.path}: {shown}: which is meant? --columns {role}=NAME says it")
         return same[0] if same else None
 
+    def also(self, role: str, chosen: int) -> list[str]:
+        """Names of other columns that may have the same role, by another of its names."""
+        names = {name for alias in COLUMNS[role] for name in (alias, squeezed(alias))}
+        return [c.name for i, c in enumerate(self.columns) if i != chosen and c.keys & names and c.index is None]
+
     def _called(self, role: str) -> list[int]:
         """Numbers of the columns that are called by the first name of a role that occurs."""
         for alias in COLUMNS[role]:
