@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,6 @@ _TILE = 256
 """Cells along the sides of a GeoTIFF's tiles."""
 DBM = frozenset({"", "dbm", "dbmw", "dbm/re", "dbm_re"})
 """Units of values that are received powers."""
-_METERS = frozenset({"", "m", "meter", "meters", "metre", "metres"})
 _LONG = {
     "rss_dbm": "received power",
     "rss_lo": "lower bound of the received power",
@@ -423,9 +423,9 @@ def _check_unit(path: str | Path, file: Any, name: str) -> None:
         UserError: so.
     """
     unit = str(getattr(file[name], "units", "")).strip()
-    expected = _METERS if name in {"x", "y"} else DBM
-    if unit.lower() not in expected:
-        wanted = "meters" if name in {"x", "y"} else "dBm"
+    wanted = "meters" if name in {"x", "y"} else "dBm"
+    known = re.fullmatch(r"m?|met(er|re)s?", unit.lower()) if wanted == "meters" else unit.lower() in DBM
+    if not known:
         raise UserError(f"{path}: {name} is in {unit}, expected {wanted}: convert it")
 
 
