@@ -144,7 +144,7 @@ class LogReader:
         if self._others:
             self.notes.append(f"{self._others} rows are of other cells than {', '.join(self.how.only)}")
         self._say_apart(rows.rss)
-        if (rows.rss > 0).any():
+        if (rows.rss > 0).any() and (rows.rss < 0).any():
             self.notes.append(
                 f"{int((rows.rss > 0).sum())} powers are above 0 dBm, up to {rows.rss.max():g}: --range LOW,HIGH limits them"
             )
