@@ -3,8 +3,8 @@
     python packages/radiogat/studies/drive_tests.py --seeds 0,1,2 --out drive-tests
 
 Cases: five bands at each of 600 places; two bands along streets; one band along streets, with and without buildings.
-For each: the RMSE that `heldout_` says and the true one over all free unmeasured cells, the coverage of the 90 % bars there,
-and the true RMSE of the chosen method over that of the best part.
+For each: the RMSE that `heldout_` says and the true one on 8,000 of the free unmeasured cells, the coverage of the 90 % bars
+there, and the true RMSE of the chosen method over that of the best part.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from radiogat.simulate import along_streets, at_places, city
 
 from tenfold.terminal import table
 
+CELLS = 8000
 CASES = (
     "five bands at 600 places",
     "two bands along streets",
@@ -43,9 +44,11 @@ def measure(case: str, seed: int, size: int, steps: int) -> dict[str, float | st
     estimator = RadioMapEstimator(network=RadioGATxConfig(steps=steps, seed=seed), seed=seed)
     where = maps.scene.grid.centers()[free[0].ravel()]
     estimator.fit(samples, scene, where=where)
-    said, true, inside, single = [], [], [], {name: [] for name in estimator.parts_}
+    some = np.random.default_rng(seed).permutation(len(where))[:CELLS]
+    where = where[some]
+    true, inside, single = [], [], {name: [] for name in estimator.parts_}
     for b, f in enumerate(maps.freq_mhz):
-        truth = maps.rss_dbm[b][free[b]]
+        truth = maps.rss_dbm[b][free[b]][some]
         power, low, high = estimator.predict(where, f, 0.9)
         true.append(rmse(truth, power))
         inside.append(coverage(truth, low, high))

@@ -19,6 +19,7 @@ from radiogat.baselines import (
     nearest,
 )
 from radiogat.conformal import SpatialConformal, spatial_blocks
+from radiogat.maps import MapLayout, RadioMap
 from radiogat.metrics import block_rmse, coverage, interval_score, mae, rmse
 from radiogat.samples import Grid, RadioSamples
 from radiogat.spectral import fit_spectrum, free_space_shift, reference_frequency, spectrum_at
@@ -291,3 +292,15 @@ def test_suggestions_are_apart_and_where_doubt_is():
     assert apart.min() >= 4
     with pytest.raises(UserError, match="of 1600 that could be measured"):
         suggest_places(grid, doubt, 2000, 20.0)
+
+
+@pytest.mark.parametrize("cell", [2.0, 10.0])
+def test_a_maps_suggestions_reach_over_its_own_variogram_whatever_its_cell(cell):
+    side = 400
+    grid = Grid(0.0, side, cell, int(side / cell), int(side / cell))
+    x, y = grid.centers().reshape(*grid.shape, 2).transpose(2, 0, 1)
+    power = -70 + 6 * np.sin(x / 40) + 6 * np.cos(y / 40)
+    layers = {"rss_dbm": power[None], "rss_lo": power[None] - 3, "rss_hi": power[None] + 3}
+    places = RadioMap(MapLayout(grid, (1800.0,), 0.9), layers).suggest(5)
+    apart = np.sqrt(((places[:, None] - places) ** 2).sum(axis=2))[np.triu_indices(5, 1)]
+    assert apart.min() > 60  # 10 cells were 20 and 100 meters

@@ -295,9 +295,9 @@ def test_a_killed_training_ends_with_the_same_bits(simulated, tmp_path):
         "--data",
         f"csv:{simulated / 'samples.csv'}",
         "--steps",
-        "60",
+        "30",
         "--checkpoint_every",
-        "20",
+        "10",
     ]
     words += ["--map", "none", "--method", "radiogatx", "--fallback", "false"]
     assert main([*words, "--out", str(tmp_path / "whole"), "--quiet"]) == 0

@@ -311,7 +311,7 @@ def test_the_protocol_runs_the_faithful_network_and_the_released_one():
 
 def test_joint_bands_beat_a_single_one_on_a_city(town):
     """The direction of the main claim, on a small city and a short training."""
-    network = RadioGATxConfig(steps=120)
+    network = RadioGATxConfig(steps=60)
     rows = {task: Protocol(town, task, 0.05, 0, 2) for task in ("S", "M")}
     found = {t: p.measure("radiogatx", network, RadioGATConfig(), 0.9)[0]["rmse"] for t, p in rows.items()}
     assert found["M"] < 0.8 * found["S"]

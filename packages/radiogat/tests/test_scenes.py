@@ -154,6 +154,7 @@ def test_values_that_no_power_has_are_refused_or_dropped_with_a_count(tmp_path):
     [
         ({"crs": None}, "has no coordinate system: assign one"),
         ({"transform": (10.0, 1.0, X, 1.0, -10.0, Y)}, "is rotated"),
+        ({"transform": (-10.0, 0.0, X, 0.0, -10.0, Y)}, "its columns go from east to west"),
     ],
 )
 def test_a_raster_that_cannot_be_placed_is_refused(tmp_path, change, message):
@@ -487,3 +488,83 @@ def test_measurements_outside_of_the_buildings_raster_are_counted(tmp_path, caps
     found = read_geotiff(tmp_path / "o/map.tif")
     assert np.isfinite(found.rss_dbm).sum() == 30
     assert np.array_equal(found.layout.building, values != 0)
+
+
+def test_a_netcdf_with_its_dimensions_in_another_order_is_the_same_map(tmp_path):
+    """A cube of equal sides would have been read transposed, in silence."""
+    import netCDF4
+
+    power = np.arange(27.0).reshape(3, 3, 3) - 90
+    with netCDF4.Dataset(tmp_path / "m.nc", "w") as file:
+        for name, values in (
+            ("freq", [2600, 1800, 800]),
+            ("y", Y - 5 - 10 * np.arange(3.0)),
+            ("x", X + 5 + 10 * np.arange(3.0)),
+        ):
+            file.createDimension(name, 3)
+            file.createVariable(name, "f8", (name,))[:] = values
+        file.createVariable("rss_dbm", "f8", ("y", "x", "freq"))[:] = power.transpose(1, 2, 0)
+    found = read_netcdf(tmp_path / "m.nc")
+    assert found.layout.freq_mhz == (800.0, 1800.0, 2600.0)
+    assert np.array_equal(found.rss_dbm, power[::-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "said"),
+    [
+        ("rss_dbm", "mW", "rss_dbm is in mW, expected dBm"),
+        ("x", "km", "x is in km, expected meters"),
+        ("y", "degrees_north", "y is in degrees_north, expected meters"),
+        ("freq", "THz", "freq is in THz, expected MHz"),
+    ],
+)
+def test_a_netcdf_in_other_units_is_refused(tmp_path, name, unit, said):
+    import netCDF4
+
+    RadioMap(MapLayout(Grid(X, Y, 5.0, 3, 4), (1800.0,), None, UTM), {"rss_dbm": np.full((1, 3, 4), -70.0)}).to_netcdf(
+        tmp_path / "m.nc"
+    )
+    with netCDF4.Dataset(tmp_path / "m.nc", "a") as file:
+        file[name].units = unit
+    with pytest.raises(UserError, match=said):
+        read_netcdf(tmp_path / "m.nc")
+
+
+@pytest.mark.parametrize(
+    ("description", "mhz"),
+    [
+        ("1842.5 MHz", 1842.5),
+        ("1,8 GHz", 1800.0),
+        ("RSRP_1800MHz", 1800.0),
+        ("868000 kHz, dBm", 868.0),
+        ("20 MHz at 1842.5 MHz", None),
+        ("1,842.5 MHz", None),
+        ("n78", None),
+    ],
+)
+def test_the_frequency_in_a_bands_description_is_one_or_none(tmp_path, description, mhz):
+    """With a decimal comma 1,8 GHz was 8 GHz, and of several frequencies the first counted."""
+    path = raster(tmp_path / "p.tif", np.full((3, 3), -70.0), descriptions=[description])
+    if mhz is None:
+        with pytest.raises(UserError, match="no frequency; describe it as"):
+            read_geotiff(path)
+    else:
+        assert read_geotiff(path).layout.freq_mhz == (mhz,)
+
+
+def test_values_outside_of_a_given_range_are_no_measurements_of_a_raster(tmp_path):
+    path = raster(tmp_path / "p.tif", np.array([[-140.0, -70, -80]]), descriptions=["1800 MHz"])
+    samples, text = said(lambda: read_cells(path, missing="drop", range=(-120.0, -20.0)))
+    assert samples.rss_dbm.tolist() == [-70, -80]
+    assert "1 cells are left out" in text
+    marked = raster(tmp_path / "m.tif", np.array([[-128.0, -70, -128, -80, -128]]), descriptions=["1800 MHz"])
+    assert "-128 stands 3 times, 48 dB from every other value" in said(lambda: read_cells(marked))[1]
+
+
+def test_measurements_in_buildings_are_said_where_they_are_many(tmp_path):
+    """As where footprints are shifted."""
+    inside = geojson(tmp_path / "b.geojson", lonlat(box(X + 40, Y - 60, 20, 20)))
+    _, text = said(lambda: read_scene(inside, None, TWO, cell=5.0))
+    assert "1 of 2 measurements lie in buildings: are both of one place and plane?" in text
+    beside = geojson(tmp_path / "c.geojson", lonlat(box(X + 90, Y - 120, 20, 20)))
+    assert "lie in buildings" not in said(lambda: read_scene(beside, None, TWO, cell=5.0))[1]

@@ -260,7 +260,10 @@ class FileSettings(Settings):
         freq_mhz: frequency in MHz of files without a column of frequencies.
         sign: sign of the powers in the file; -1 where they are given as positive losses.
         missing: rows without a value: refuse the file, or drop them (their number is said).
-        radio: what channel and band numbers belong to, where the file does not say: lte, nr, umts, gsm or wifi.
+        range: lowest and highest power in the file that is a measurement; others mark missing ones; default: all but 0,
+            from -200 to 40 dBm.
+        radio: what channel and band numbers belong to, where the file does not say: lte, nr, umts, gsm (512 to 885 DCS 1800),
+            pcs (512 to 810 PCS 1900) or wifi.
         by: column of the cell's identity, pci for example; where several cells were measured at one place, the strongest
             counts.
         only: values of that column whose rows are taken, separated by commas; one value maps one cell.
@@ -278,7 +281,8 @@ class FileSettings(Settings):
     freq_mhz: Megahertz | None = None
     sign: Literal[1, -1] = 1
     missing: Literal["refuse", "drop"] = "refuse"
-    radio: Literal["lte", "nr", "umts", "gsm", "wifi"] | None = None
+    range: tuple[float, float] | None = None
+    radio: Literal["lte", "nr", "umts", "gsm", "pcs", "wifi"] | None = None
     by: str | None = None
     only: str | None = None
     track: str | None = None
@@ -287,6 +291,10 @@ class FileSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise SettingError(
+                "range", f"expected LOW,HIGH, the lower one first, got {self.range[0]:g},{self.range[1]:g}"
+            )
         if self.only and self.by is None:
             raise SettingError("only", "expected with --by, the column that the values are of")
         for pair in self.columns:

@@ -20,6 +20,8 @@ from tenfold.files import replacing
 Floats = NDArray[np.float64]
 _MOST_GB = 4.0
 """Gigabytes that the rasters of a scene may take."""
+_INSIDE = 0.2
+"""Share of the measurements in buildings from which on it is said: fewer lie there by the error of a GPS."""
 
 
 # Measurements
@@ -38,6 +40,7 @@ def read_samples(
     only: Sequence[str] = (),
     track: str | Path | None = None,
     at: tuple[float, float] | None = None,
+    range: tuple[float, float] | None = None,
 ) -> RadioSamples:
     """Measurements from a text table or parquet: a position, a frequency (or channel, or band), a power in dBm.
 
@@ -50,16 +53,17 @@ def read_samples(
         sign: -1 where the column holds path loss or other negated values.
         freq_mhz: frequency of files without a column of it.
         missing: refuse a file with rows that lack a value, or drop these rows, with a warning that counts them.
-        radio: lte, nr, umts, gsm or wifi: what channel numbers belong to, where the file does not say.
+        radio: lte, nr, umts, gsm, pcs or wifi: what channel numbers belong to, where the file does not say.
         by: column of the cell's identity (pci); default: the usual ones. Of several cells at a place the strongest counts.
         only: values of that column whose rows are taken: one cell's map.
         track: file of positions over time, for files with times and no positions.
         at: (lat, lon) of all measurements of a file that has neither.
+        range: lowest and highest power that is a measurement, as the file has them: others mark missing ones.
 
     Raises:
         UserError: a column is missing, values cannot be read (all faults, with lines), or are not what they are called.
     """
-    how = Reading(columns or {}, crs, sign, freq_mhz, missing, radio, by, only, track, at)
+    how = Reading(columns or {}, crs, sign, freq_mhz, missing, radio, by, only, track, at, range)
     return LogReader(path, how).read()
 
 
@@ -107,7 +111,10 @@ def read_scene(
         grid = Grid.around(around, side, margin=side)
         _bounded(grid, count)
         building = None if buildings is None else polygons_on(buildings, grid, samples.crs)
-        return RadioScene(grid, building, masts, samples.crs)
+        scene = RadioScene(grid, building, masts, samples.crs)
+        if buildings is not None:
+            _say_inside(buildings, scene, samples)
+        return scene
     found = read_buildings(buildings, samples.crs, cell, lambda grid: _bounded(grid, count))
     outside = ~found.grid.inside(samples.xy)
     if outside.mean() > 0.5:
@@ -120,7 +127,19 @@ def read_scene(
     text += f", {found.unknown} have no value and count as free" if found.unknown else ""
     text += f"; {int(outside.sum())} of {len(samples)} samples lie outside of it" if outside.any() else ""
     warnings.warn(text, stacklevel=2)
-    return RadioScene(found.grid, found.mask, masts, samples.crs or found.crs)
+    scene = RadioScene(found.grid, found.mask, masts, samples.crs or found.crs)
+    _say_inside(buildings, scene, samples)
+    return scene
+
+
+def _say_inside(path: str | Path, scene: RadioScene, samples: RadioSamples) -> None:
+    """Say where many measurements lie in buildings: footprints of another place or plane look like that."""
+    inside = scene.built_at(samples.xy)
+    if inside.mean() > _INSIDE:
+        warnings.warn(
+            f"{path}: {int(inside.sum())} of {len(samples)} measurements lie in buildings: are both of one place and plane?",
+            stacklevel=3,
+        )
 
 
 def _say_far(path: str | Path, masts: Floats, samples: RadioSamples) -> None:

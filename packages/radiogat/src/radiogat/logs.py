@@ -5,76 +5,51 @@ cells a value belongs to is said; all faults of a file come in one message.
 """
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radiogat.channels import RADIOS, band_mhz, channel_mhz, radio_of
+from radiogat.faults import Faults, apart
 from radiogat.planes import plane_for, project
-from radiogat.roles import AS_NAME, UNITS, Missing, Reading, Roles, is_rtl_power, layout_of
+from radiogat.roles import Reading, Roles, frequencies_in, is_sweep, layout_of
 from radiogat.samples import RSS_RANGE, RadioSamples
 from radiogat.tables import Column, chunks, numbers, split, text_of
+from radiogat.tracks import joined, read_track
+from radiogat.tuning import Tuner
 from tenfold import UserError
 
 if TYPE_CHECKING:
     import pandas
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
-_CHANNEL_RADIO = (
-    ("earfcn", "lte"),
-    ("nr_arfcn", "nr"),
-    ("nrarfcn", "nr"),
-    ("nr_dl", "nr"),
-    ("ssb", "nr"),
-    ("uarfcn", "umts"),
-)
 _SENTINELS = (2147483647.0, -2147483648.0, 9999.0, -9999.0)
+_HEMISPHERE = frozenset(
+    {
+        *("n_s", "ns", "e_w", "ew", "hemisphere", "lat_hemisphere", "lon_hemisphere", "lat_dir", "lon_dir", "lat_ns"),
+        *(
+            "lon_ew",
+            "latitude_direction",
+            "longitude_direction",
+            "lat_direction",
+            "lon_direction",
+            "lat_ref",
+            "lon_ref",
+        ),
+        *("latitude_ref", "longitude_ref", "latitude_hemisphere", "longitude_hemisphere", "latdir", "londir"),
+    }
+)
+"""Names of the column behind a position that says N, S, E or W."""
 
 
-@dataclasses.dataclass
-class _Faults:
-    """What is wrong with a file's rows, by kind, with the line of the first."""
-
-    path: Path
-    count: dict[str, int] = dataclasses.field(default_factory=dict)
-    first: dict[str, str] = dataclasses.field(default_factory=dict)
-    fatal: set[str] = dataclasses.field(default_factory=set)
-
-    def note(self, lines: NDArray[np.int64], name: str, what: str, example: str = "", *, fatal: bool = False) -> None:
-        if not len(lines):
-            return
-        kind = f"column {name}: {what}" if name else what
-        self.first.setdefault(kind, f"line {lines[0]}, {kind}" + (f" ('{example}')" if example else ""))
-        self.count[kind] = self.count.get(kind, 0) + len(lines)
-        if fatal:
-            self.fatal.add(kind)
-
-    def said(self, kinds: Iterable[str]) -> str:
-        parts = []
-        for kind in kinds:
-            more = self.count[kind] - 1
-            parts.append(self.first[kind] + (f" (and {more} more rows)" if more else ""))
-        return "; ".join(parts)
-
-    def settle(self, missing: Missing, rows: int, left: int) -> None:
-        """Refuse, or say what is left out.
-
-        Raises:
-            UserError: text that is no number; rows without a value, unless they are dropped; or nothing is left.
-        """
-        if not self.count:
-            return
-        if self.fatal:
-            raise UserError(f"{self.path}, {self.said(self.count)}")
-        if missing == "refuse" or not left:
-            hint = "--missing drop leaves such rows out" if left else "no row is left"
-            raise UserError(f"{self.path}, {self.said(self.count)}: {hint}")
-        warnings.warn(f"{self.path}: {rows - left} of {rows} rows are left out: {self.said(self.count)}", stacklevel=4)
+_NR_POWER = frozenset({"ss_rsrp", "ssrsrp", "nr_rsrp", "nrrsrp", "nr_ss_rsrp", "nrssrsrp"})
+"""Names of powers of NR."""
 
 
 @dataclasses.dataclass
@@ -102,45 +77,43 @@ class LogReader:
     def __init__(self, path: str | Path, how: Reading) -> None:
         self.path, self.how = Path(path), how
         self.layout = layout_of(self.path, how.columns)
-        self.sweep = is_rtl_power(self.layout.names) and not self.layout.skip
+        self.sweep = is_sweep(self.layout.names) and not self.layout.skip
         self.roles = Roles(self.path, self.layout, how.columns)
         self.cells: dict[str, int] = {}
-        self.faults = _Faults(self.path)
+        self.faults = Faults(self.path)
         self.notes: list[str] = []
+        self.tuner = Tuner(self.path, self.layout, self.roles, how, self.faults, self.notes)
         self._seen: dict[str, None] = {}
+        self._cell: int | None = None
+        self._powers: list[int] = []
+        self._count = 0
+        self._others = 0
+        self._degrees = True
 
     # Which columns
 
     def _place(self) -> tuple[int, int, bool] | None:
-        """Numbers of the columns of the position, and whether they are degrees; None for a file without."""
+        """Numbers of the columns of the position, and whether they are degrees; None for a file without.
+
+        Where a file has both, x and y count if their plane is named: they may be anything else, as a phone's acceleration.
+        """
         x, y, lon, lat = (self.roles.find(role) for role in ("x", "y", "lon", "lat"))
-        if x is not None and y is not None and not (lon is not None and lat is not None and self.how.crs is None):
-            return x, y, False
+        if lon is not None and lat is not None and (self.how.crs is None or x is None or y is None):
+            if "lat" not in self.how.columns and (more := self.roles.also("lat", lat)):
+                used = f"{self.layout.names[lat]}, {self.layout.names[lon]}"
+                self.notes.append(
+                    f"positions are {used}; {more[0]} is there, too: --columns lat=NAME,lon=NAME says which counts"
+                )
+            return lon, lat, True
         if x is not None and y is not None:
             return x, y, False
-        if lon is not None and lat is not None:
-            return lon, lat, True
         if self.how.track is None and self.how.at is None:
             raise UserError(
                 f"{self.path}: no columns x and y, nor lat and lon; there are {', '.join(self.layout.names[:30])};"
-                " --track FILE joins positions by time, --at LAT,LON gives the one place of all"
+                " --columns lat=NAME,lon=NAME names them, --track FILE joins positions by time, --at LAT,LON gives the one"
+                " place of all"
             )
         return None
-
-    def _frequency(self) -> tuple[str, list[int]]:
-        """How frequencies are known (freq, channel, band, wide, given), and the columns of them."""
-        if (found := self.roles.find("freq_mhz")) is not None:
-            return "freq", self.roles.family(found)
-        if (found := self.roles.find("channel")) is not None and self.how.freq_mhz is None:
-            return "channel", self.roles.family(found)
-        if (found := self.roles.find("band")) is not None and self.how.freq_mhz is None:
-            return "band", [found]
-        if self.how.freq_mhz is not None:
-            return "given", []
-        raise UserError(
-            f"{self.path}: no column of frequencies (freq_mhz, EARFCN, band ...): name it (--columns freq_mhz=NAME), or give"
-            " one frequency for all (--freq_mhz)"
-        )
 
     # Reading
 
@@ -170,6 +143,13 @@ class LogReader:
         self.faults.settle(self.how.missing, self._count, len(rows.rss))
         if self._others:
             self.notes.append(f"{self._others} rows are of other cells than {', '.join(self.how.only)}")
+        self._say_apart(rows.rss)
+        if (rows.rss > 0).any() and (rows.rss < 0).any():
+            self.notes.append(
+                f"{int((rows.rss > 0).sum())} powers are above 0 dBm, up to {rows.rss.max():g}: --range LOW,HIGH limits them"
+            )
+        if not self._degrees:
+            self._check_meters(rows)
         for note in dict.fromkeys(self.notes):
             warnings.warn(f"{self.path}: {note}", stacklevel=3)
         crs = self.how.crs
@@ -186,15 +166,36 @@ class LogReader:
         except UserError as error:
             raise type(error)(f"{self.path}: {error}") from error
 
-    _count = 0
-    _others = 0
-    _degrees = True
+    def _say_apart(self, rss: Floats) -> None:
+        """Say that the lowest or the highest power may mark missing values."""
+        name = self.layout.names[self._powers[0]] if self._powers else "level"
+        self.notes += [f"column {name}: {text}" for text in apart(rss, self.how.sign)]
+
+    def _check_meters(self, rows: _Rows) -> None:
+        """Refuse, or doubt, x and y that are degrees.
+
+        Raises:
+            UserError: all lie within one meter, if they are meters.
+        """
+        x, y = rows.a, rows.b
+        size = max(float(np.ptp(x)), float(np.ptp(y)))
+        if (np.abs(x) > 180).any() or (np.abs(y) > 90).any() or size > 0.25 * max(abs(x.mean()), abs(y.mean())):
+            return
+        if len(x) < 2 or not size:
+            return
+        names = [self.layout.names[self.roles.find(role) or 0] for role in ("x", "y")]
+        hint = f"--columns lon={names[0]},lat={names[1]}"
+        if size < 1:
+            raise UserError(
+                f"{self.path}: x and y are meters, and all measurements would lie within {size:.2g} m; if degrees, {hint}"
+            )
+        self.notes.append(f"x and y are taken as meters, {size:.3g} m across; if they are degrees, {hint}")
 
     def _cells(self, xy: Floats, freq: Floats, rss: Floats, cell: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
         """The strongest of the cells at each place and frequency; a cell's own repeats count with their median."""
         import pandas
 
-        names = list(self.cells)
+        names = [name or "(none)" for name in self.cells]
         frame = pandas.DataFrame({"x": xy[:, 0], "y": xy[:, 1], "f": freq, "c": cell, "p": rss})
         counts = frame["c"].value_counts()
         per = frame.groupby(["x", "y", "f", "c"], sort=False, as_index=False)["p"].median()
@@ -209,8 +210,6 @@ class LogReader:
         )
         return best[["x", "y"]].to_numpy(), best["f"].to_numpy(), best["p"].to_numpy()
 
-    _cell: int | None = None
-
     def _frames(self) -> Iterable[_Rows]:
         how, roles = self.how, self.roles
         place = self._place()
@@ -221,8 +220,9 @@ class LogReader:
                 f"{self.path}: no column of received power (rss_dbm, rsrp ...); there are {', '.join(self.layout.names[:30])};"
                 " name it: --columns rss_dbm=NAME"
             )
-        powers = sorted(wide) if wide else roles.family(int(power or 0))
-        kind, tuned = ("wide", []) if wide else self._frequency()
+        powers = self._powers = sorted(wide) if wide else roles.family(int(power or 0))
+        self._say_nr(powers)
+        kind, tuned = ("wide", []) if wide else self.tuner.source()
         if not wide and len(tuned) not in (0, 1, len(powers)):
             raise UserError(f"{self.path}: {len(tuned)} columns of frequencies for {len(powers)} of powers")
         self._cell = roles.named(how.by) if how.by is not None else roles.find("cell")
@@ -230,12 +230,12 @@ class LogReader:
             self._cell = None  # the identity of the first of several values in a row
         if how.by is None and how.only:
             raise UserError("--only takes values of the column that --by names: give --by")
-        radio = None if how.radio else roles.find("radio")
         when = self._times() if place is None and how.track is not None else []
-        used = [*powers, *tuned, *(place[:2] if place else ()), *when]
-        used += [i for i in (self._cell, radio) if i is not None]
+        sides = [self._side(number) for number in place[:2]] if place is not None and place[2] else [None, None]
+        used = [*powers, *tuned, *(place[:2] if place else ()), *when, *self.tuner.others(kind)]
+        used += [i for i in (self._cell, *sides) if i is not None]
         self._degrees = place is None or place[2]
-        track = self._track() if place is None and how.track is not None else None
+        track = read_track(str(how.track)) if place is None and how.track is not None else None
         for _, frame in chunks(self.path, self.layout, used):
             cell, mine = self._identity(frame)
             self._others += int((~mine).sum())
@@ -243,7 +243,7 @@ class LogReader:
             self._count += len(frame) * (1 if len(powers) == 1 else 0)
             lines = frame.index.to_numpy(dtype=np.int64)
             if place is not None:
-                a, b, ok = self._position(frame, lines, *place)
+                a, b, ok = self._position(frame, lines, *place, sides)
             elif track is not None:
                 a, b, ok = self._tracked(frame, lines, when, track)
             else:
@@ -255,11 +255,22 @@ class LogReader:
                     freq, tuned_in = np.full(len(frame), wide[number]), np.ones(len(frame), dtype=bool)
                 else:
                     tune = tuned[n if len(tuned) > 1 else 0] if tuned else None
-                    freq, tuned_in = self._tuned(frame, lines, kind, tune, radio, good)
+                    freq, tuned_in = self.tuner.tuned(frame, lines, kind, tune, good)
                 keep = ok & good & tuned_in
                 if len(powers) > 1:
                     self._count += int(keep.sum())
                 yield _Rows(a[keep], b[keep], freq[keep], rss[keep], cell[keep])
+
+    def _say_nr(self, powers: Sequence[int]) -> None:
+        """Say that a row also holds powers of NR, which are not read: phones log them beside those of LTE."""
+        columns = self.roles.columns
+        left = [
+            c.name for i, c in enumerate(columns) if i not in powers and c.keys & _NR_POWER and c.index in (None, 0)
+        ]
+        if left and not any(columns[i].keys & _NR_POWER for i in powers):
+            self.notes.append(
+                f"column {left[0]} is not read; --columns rss_dbm={left[0]}, with its channel=NAME, maps NR"
+            )
 
     def _wide(self) -> dict[int, float]:
         """Column number -> MHz, of a table with a column for each frequency: ``1842.5 MHz``."""
@@ -269,177 +280,105 @@ class LogReader:
             return {}
         found = {}
         for i, name in enumerate(self.layout.names):
-            if (match := AS_NAME.search(name)) is not None:
-                found[i] = float(match[1]) * UNITS[match[2].lower()]
+            freqs = frequencies_in(name)
+            if len(freqs) > 1:
+                raise UserError(f"{self.path}: column {name} says several frequencies: rename it, as in 1842.5 MHz")
+            if freqs:
+                found[i] = freqs.pop()
         return found
+
+    def _side(self, number: int) -> int | None:
+        """Number of the column right behind a coordinate, where that says on which hemisphere it lies."""
+        behind = number + 1
+        there = behind < len(self.layout.names) and self.roles.columns[behind].plain in _HEMISPHERE
+        return behind if there else None
 
     # Values of a frame
 
     def _position(
-        self, frame: "pandas.DataFrame", lines: NDArray[np.int64], a: int, b: int, degrees: bool
-    ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        self,
+        frame: "pandas.DataFrame",
+        lines: NDArray[np.int64],
+        a: int,
+        b: int,
+        degrees: bool,
+        sides: Sequence[int | None],
+    ) -> tuple[Floats, Floats, Bools]:
         names = self.layout.names
         found = []
         ok = np.ones(len(frame), dtype=bool)
-        for number in (a, b):
+        for number, side in zip((a, b), sides, strict=True):
             values, odd = numbers(frame[number], comma=self.layout.comma, degrees=degrees)
             self._odd(frame, lines, number, odd)
             empty = np.isnan(values) & ~odd
             self.faults.note(lines[empty & ok], names[number], "is empty")
-            ok &= ~empty
+            ok &= ~empty & ~odd
+            if side is not None:
+                word = text_of(frame[side]).str.upper().str[:1]
+                values = np.where(word.isin(["S", "W"]).to_numpy(dtype=bool), -np.abs(values), values)
+                unsaid = ok & ~word.isin(["N", "S", "E", "W"]).to_numpy(dtype=bool)
+                self.faults.note(lines[unsaid], names[side], "is none of N, S, E, W")
+                ok &= ~unsaid
+            elif self.roles.columns[number].unit in {"w", "°w", "deg w", "s", "°s", "deg s"}:
+                values = -values
             found.append(values)
         if degrees:
-            nowhere = ok & (
-                ((found[0] == 0) & (found[1] == 0)) | np.isin(found[0], _SENTINELS) | (np.abs(found[0]) > 360)
-            )
+            out = (np.abs(found[0]) > 180) | (np.abs(found[1]) > 90)
+            out &= out.sum() * 2 < ok.sum()  # where most are, something else is wrong, and is said
+            nowhere = ((found[0] == 0) & (found[1] == 0)) | np.isin(found[0], _SENTINELS) | (np.abs(found[0]) > 360)
+            nowhere = ok & (nowhere | out)
             self.faults.note(lines[nowhere], f"{names[a]}, {names[b]}", "no position (0, 0 or out of range)")
             ok &= ~nowhere
         return found[0], found[1], ok
 
-    def _odd(self, frame: "pandas.DataFrame", lines: NDArray[np.int64], number: int, odd: NDArray[np.bool_]) -> None:
-        if odd.any():
-            text = str(frame[number].iloc[int(np.argmax(odd))]).strip()
-            self.faults.note(lines[odd], self.layout.names[number], f"'{text}' is no number", fatal=True)
+    def _odd(self, frame: "pandas.DataFrame", lines: NDArray[np.int64], number: int, odd: Bools) -> None:
+        """Note text that is no number: it stops the reading, but for lines that hold nothing else, as a summary at the end."""
+        if not odd.any():
+            return
+        rest = frame[[i for i in frame.columns if i != number]]
+        alone = odd & (rest.fillna("").astype(str).apply(lambda c: c.str.strip()) == "").all(axis=1).to_numpy(
+            dtype=bool
+        )
+        alone &= len(rest.columns) > 0
+        for rows, fatal in ((odd & ~alone, True), (alone, False)):
+            if rows.any():
+                text = str(frame[number].iloc[int(np.argmax(rows))]).strip()
+                what = f"'{text}' is no number" if fatal else "a line of text"
+                self.faults.note(lines[rows], self.layout.names[number], what, "" if fatal else text, fatal=fatal)
 
     def _power(
         self, frame: "pandas.DataFrame", lines: NDArray[np.int64], number: int, *, quiet: bool
-    ) -> tuple[Floats, NDArray[np.bool_]]:
+    ) -> tuple[Floats, Bools]:
         c: Column = self.roles.columns[number]
-        if c.unit in {"dbuv", "dbuv/m", "dbµv", "mw", "w", "asu"}:
+        if _other_unit(c.unit):
             raise UserError(f"{self.path}: column {c.name} is in {c.unit}, expected dBm: convert it")
         values, odd = numbers(frame[number], comma=self.layout.comma)
         self._odd(frame, lines, number, odd)
-        values = values * self.how.sign
+        given, values = values, values * self.how.sign
         empty = np.isnan(values) & ~odd
         if not quiet:
             self.faults.note(lines[empty], c.name, "is empty")
         outside = np.isfinite(values) & ((values == 0) | (values < RSS_RANGE[0]) | (values > RSS_RANGE[1]))
+        asked = self.how.range
+        beyond = np.isfinite(values) & ((given < asked[0]) | (given > asked[1])) if asked else np.zeros_like(outside)
+        if beyond.any():
+            self.faults.note(lines[beyond], c.name, "outside of --range", f"{given[int(np.argmax(beyond))]:g}")
+            outside &= ~beyond
         if outside.any() and not outside.all():
-            text = f"{self.how.sign * values[int(np.argmax(outside))]:g}"
+            text = f"{given[int(np.argmax(outside))]:g}"
             self.faults.note(lines[outside], c.name, "0 dBm or out of range, which marks missing values", text)
-            return values, ~(empty | odd | outside)
-        return values, ~(empty | odd)
+            return values, ~(empty | odd | outside | beyond)
+        return values, ~(empty | odd | beyond)
 
-    def _identity(self, frame: "pandas.DataFrame") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _identity(self, frame: "pandas.DataFrame") -> tuple[NDArray[np.int64], Bools]:
         if self._cell is None:
             return np.zeros(len(frame), dtype=np.int64), np.ones(len(frame), dtype=bool)
-        text = text_of(frame[self._cell])
+        text = text_of(frame[self._cell]).str.replace(r"^(\d+)\.0+$", r"\1", regex=True)  # 101.0, as pandas writes 101
         mine = text.isin(list(self.how.only)).to_numpy(dtype=bool) if self.how.only else np.ones(len(text), dtype=bool)
         if self.how.only:
             self._seen.update(dict.fromkeys(text.unique()))
         labels = {name: self.cells.setdefault(name, len(self.cells)) for name in text[mine].unique()}
         return text.map(labels).fillna(-1).to_numpy(dtype=np.int64), mine
-
-    def _tuned(
-        self,
-        frame: "pandas.DataFrame",
-        lines: NDArray[np.int64],
-        kind: str,
-        number: int | None,
-        radio: int | None,
-        needed: NDArray[np.bool_],
-    ) -> tuple[Floats, NDArray[np.bool_]]:
-        """MHz of each row, and where they are known."""
-        if number is None:
-            return np.full(len(frame), float(self.how.freq_mhz or 0)), np.ones(len(frame), dtype=bool)
-        name = self.layout.names[number]
-        if kind == "band":
-            return self._by_band(frame, lines, number, radio, needed)
-        values, odd = numbers(frame[number], comma=self.layout.comma)
-        self._odd(frame, lines, number, odd & needed)
-        empty = np.isnan(values) & ~odd & needed
-        if kind == "freq" and empty.any() and (other := self.roles.find("channel")) is not None and other in frame:
-            return self._tuned(frame, lines, "channel", other, radio, needed)
-        self.faults.note(lines[empty], name, "is empty")
-        if kind == "freq":
-            return self._megahertz(values, number), np.isfinite(values)
-        if self.roles.columns[number].plain in {"channel", "ch"}:
-            values = np.where(values == 0, np.nan, values)  # WiGLE's cells without a channel; no GSM carrier of 935 MHz
-            self.faults.note(lines[np.isnan(values) & ~odd & needed & ~empty], name, "is 0, no channel")
-            empty = np.isnan(values) & ~odd & needed
-        mhz = np.full(len(values), np.nan)
-        known = np.zeros(len(values), dtype=bool)
-        for word, rows in self._radios(frame, lines, number, radio, needed & ~empty & ~odd):
-            mhz[rows] = channel_mhz(values[rows], word)
-            known[rows] = True
-        bad = known & np.isnan(mhz)
-        self.faults.note(lines[bad], name, "is no channel", f"{values[bad][0]:g}" if bad.any() else "")
-        return mhz, known & ~bad
-
-    def _radios(
-        self,
-        frame: "pandas.DataFrame",
-        lines: NDArray[np.int64],
-        number: int,
-        radio: int | None,
-        rows: NDArray[np.bool_],
-    ) -> Iterable[tuple[str, NDArray[np.bool_]]]:
-        plain = self.roles.columns[number].plain
-        own = self.how.radio or next((r for part, r in _CHANNEL_RADIO if part in plain), None)
-        if plain == "bcch" or (plain.endswith("scanned_arfcn") and own is None):
-            own = "gsm"
-        if own is None and radio is None and self.roles.find("cell") is not None:
-            wifi = self.roles.columns[self.roles.find("cell") or 0].plain in {"bssid", "mac"}
-            own = "wifi" if wifi and plain in {"channel", "ch"} else None
-        if own is not None:
-            yield own, rows
-            return
-        if radio is None:
-            raise UserError(
-                f"{self.path}: column {self.layout.names[number]} holds channels of an unknown radio: give --radio"
-                f" {' | '.join(RADIOS)}, or --columns freq_mhz=NAME"
-            )
-        words = text_of(frame[radio])
-        left = rows.copy()
-        for word in words[rows].unique():
-            of_it = rows & (words == word).to_numpy(dtype=bool)
-            if (known := radio_of(word)) is not None:
-                left &= ~of_it
-                yield known, of_it
-        if left.any():
-            text = str(words.iloc[int(np.argmax(left))])
-            self.faults.note(lines[left], self.layout.names[radio], "no radio whose channels are known", text)
-
-    def _megahertz(self, values: Floats, number: int) -> Floats:
-        c = self.roles.columns[number]
-        if c.unit in UNITS:
-            return values * UNITS[c.unit]
-        top = np.nanmax(values) if np.isfinite(values).any() else 1.0
-        unit = "mhz"
-        if top < 10:
-            unit = "ghz"
-        elif top >= 3e7:
-            unit = "hz"
-        elif top > 1.2e5:
-            unit = "khz"
-        if unit != "mhz":
-            if "mhz" in c.plain:
-                return values
-            shown = {"ghz": "GHz", "khz": "kHz", "hz": "Hz"}[unit]
-            self.notes.append(f"column {c.name} is read as {shown}, by its range")
-        return values * UNITS[unit]
-
-    def _by_band(
-        self,
-        frame: "pandas.DataFrame",
-        lines: NDArray[np.int64],
-        number: int,
-        radio: int | None,
-        needed: NDArray[np.bool_],
-    ) -> tuple[Floats, NDArray[np.bool_]]:
-        name = self.layout.names[number]
-        text = text_of(frame[number])
-        words = text_of(frame[radio]) if radio is not None else None
-        mhz = np.full(len(text), np.nan)
-        for key in text.unique():
-            rows = (text == key).to_numpy(dtype=bool)
-            own = self.how.radio or (radio_of(str(words[rows].iloc[0])) if words is not None else None)
-            mhz[rows] = band_mhz(str(key), own)
-        bad = np.isnan(mhz) & needed
-        example = str(text.iloc[int(np.argmax(bad))]) if bad.any() else ""
-        self.faults.note(lines[bad], name, "no band that is known (for bare numbers give --radio lte or nr)", example)
-        self.notes.append(f"column {name} says bands: the middle of each one's downlink is taken as its frequency")
-        return mhz, np.isfinite(mhz)
 
     # Positions by time
 
@@ -450,49 +389,17 @@ class LogReader:
             raise UserError(f"{self.path}: no column of times to join --track by: name it (--columns time=NAME)")
         return [*date, time] if date and date[0] != time else [time]
 
-    def _track(self) -> "pandas.DataFrame":
-        """Times and positions of the track, in order."""
-        import pandas
-
-        path = Path(str(self.how.track))
-        layout = layout_of(path)
-        roles = Roles(path, layout, {})
-        when, lon, lat = roles.find("time"), roles.find("lon"), roles.find("lat")
-        if when is None or lon is None or lat is None:
-            raise UserError(
-                f"--track {path}: expected columns of time, lat and lon; there are {', '.join(layout.names)}"
-            )
-        parts = []
-        for _, frame in chunks(path, layout, [when, lon, lat]):
-            time = moments(text_of(frame[when]))
-            values = [numbers(frame[i], comma=layout.comma, degrees=True)[0] for i in (lon, lat)]
-            parts.append(pandas.DataFrame({"time": time, "lon": values[0], "lat": values[1]}))
-        track = pandas.concat(parts).dropna().sort_values("time")
-        if track.empty:
-            raise UserError(f"--track {path}: no row has a time and a position")
-        return track
-
     def _tracked(
         self, frame: "pandas.DataFrame", lines: NDArray[np.int64], when: Sequence[int], track: "pandas.DataFrame"
-    ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        import pandas
-
-        text = text_of(frame[when[0]])
-        for number in when[1:]:
-            text = text + " " + text_of(frame[number])
-        left = pandas.DataFrame({"time": moments(text).to_numpy(), "row": np.arange(len(frame))})
-        bad = left["time"].isna().to_numpy()
+    ) -> tuple[Floats, Floats, Bools]:
+        a, b, bad = joined(frame, when, track)
         self.faults.note(lines[bad], self.layout.names[when[-1]], "is no time")
-        left = left[~bad].sort_values("time")
-        near = pandas.merge_asof(left, track, on="time", direction="nearest", tolerance=pandas.Timedelta(seconds=5))
-        a, b = np.full(len(frame), np.nan), np.full(len(frame), np.nan)
-        a[near["row"].to_numpy()], b[near["row"].to_numpy()] = near["lon"].to_numpy(), near["lat"].to_numpy()
         lost = np.isnan(a) & ~bad
         self.faults.note(lines[lost], "", "no position in the track within 5 seconds")
         return a, b, np.isfinite(a)
 
     def _sweeps(self) -> Iterable[_Rows]:
-        """rtl_power: each line is a part of a sweep, whose bins begin at Hz low."""
+        """rtl_power and hackrf_sweep: each line is a part of a sweep, whose bins begin at Hz low."""
         import pandas
 
         how = self.how
@@ -502,12 +409,12 @@ class LogReader:
                 " one place of all"
             )
         self.notes.append("rtl_power's levels are relative to the receiver's full scale: differences hold, dBm do not")
-        track = None if how.track is None else self._track()
+        track = None if how.track is None else read_track(how.track)
         with self.path.open(encoding=self.layout.encoding, newline="") as file:
             kept = [(n, split(line, ",")) for n, line in enumerate(file, 1) if line.strip()]
         lines = np.array([n for n, _ in kept], dtype=np.int64)
         for n, fields in kept:
-            if not is_rtl_power(fields):
+            if not is_sweep(fields):
                 raise UserError(
                     f"{self.path}, line {n}: expected date, time, Hz low, Hz high, Hz step, samples, dB ..."
                 )
@@ -518,28 +425,40 @@ class LogReader:
             lat, lon = how.at or (np.nan, np.nan)
             a, b, ok = np.full(len(kept), lon), np.full(len(kept), lat), np.ones(len(kept), dtype=bool)
         self._count = len(kept)
-        for i, (_, fields) in enumerate(kept):
-            level = np.array([float(f) if f.lower() not in {"nan", ""} else np.nan for f in fields[6:]])
+        for i, (n, fields) in enumerate(kept):
+            level, odd = numbers(pandas.Series(fields[6:], dtype=str), comma=False)
+            self.faults.note(np.array([n] if odd.any() else [], dtype=np.int64), "dB", "text that is no number")
             mhz = (float(fields[2]) + np.arange(len(level)) * float(fields[4])) / 1e6
-            good = np.isfinite(level) & ok[i]
+            good = np.isfinite(level) & ok[i] & ~odd.any()
             if how.freq_mhz is not None:
                 step = float(fields[4]) / 1e6
                 good &= np.abs(mhz - how.freq_mhz) <= step / 2
                 mhz = np.full(len(mhz), how.freq_mhz)
-            n = int(good.sum())
-            yield _Rows(np.full(n, a[i]), np.full(n, b[i]), mhz[good], level[good], np.zeros(n, dtype=np.int64))
+            count = int(good.sum())
+            yield _Rows(
+                np.full(count, a[i]), np.full(count, b[i]), mhz[good], level[good], np.zeros(count, dtype=np.int64)
+            )
 
 
-def moments(text: "pandas.Series[Any]") -> "pandas.Series[Any]":
-    """Times of any usual notation, in UTC where they say no zone; seconds or milliseconds since 1970 where they are numbers."""
-    import pandas
-
-    count = pandas.to_numeric(text, errors="coerce")
-    if count.notna().mean() > 0.9 and float(count.median()) > 1e8:
-        unit: Any = "ms" if float(count.median()) > 1e11 else "s"
-        return pandas.to_datetime(count, unit=unit, errors="coerce", utc=True).astype("datetime64[ns, UTC]")
-    cleaned = text.str.replace("_", " ", regex=False).str.replace(r"^(\d{4})\.(\d\d)\.(\d\d)", r"\1-\2-\3", regex=True)
-    return pandas.to_datetime(cleaned, errors="coerce", utc=True, format="mixed").astype("datetime64[ns, UTC]")
+def _other_unit(unit: str) -> bool:
+    """Whether what stands in brackets behind a power is a unit, and not dBm."""
+    if re.fullmatch(r"dbm(w|0)?(/.*| .*)?", unit):
+        return False
+    return unit.startswith("db") or unit in {
+        "mw",
+        "w",
+        "uw",
+        "µw",
+        "μw",
+        "nw",
+        "pw",
+        "asu",
+        "v",
+        "mv",
+        "uv",
+        "%",
+        "v/m",
+    }
 
 
 def read_positions(path: str | Path, crs: str | None) -> tuple[Floats, str | None]:
@@ -556,7 +475,7 @@ def read_positions(path: str | Path, crs: str | None) -> tuple[Floats, str | Non
     pair = (lon, lat) if degrees else (x, y)
     if pair[0] is None or pair[1] is None:
         raise UserError(f"{path}: no columns x and y, nor lat and lon; there are {', '.join(layout.names)}")
-    faults = _Faults(path)
+    faults = Faults(path)
     parts = []
     for _, frame in chunks(path, layout, [pair[0], pair[1]]):
         values = []

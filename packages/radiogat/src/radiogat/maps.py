@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from radiogat.pictures import map_picture
 from radiogat.roles import UNITS
 from radiogat.samples import Grid, RadioSamples
-from radiogat.suggest import suggest_places
+from radiogat.suggest import reach_of, suggest_places
 from tenfold import UserError
 from tenfold.errors import needs
 from tenfold.files import replacing
@@ -130,15 +131,26 @@ class RadioMap:
 
         Args:
             count: places.
-            reach: distance over which a measurement informs; default: 10 cells.
+            reach: distance over which a measurement informs; default: the range of the variogram of the map's own powers.
         """
-        return suggest_places(self.layout.grid, self.error_bar.mean(axis=0), count, reach or 10 * self.layout.grid.cell)
+        return suggest_places(self.layout.grid, self.error_bar.mean(axis=0), count, reach or self._reach())
+
+    def _reach(self) -> float:
+        known = np.argwhere(np.isfinite(self.rss_dbm))
+        some = known[np.random.default_rng(0).permutation(len(known))[:_CELLS]]
+        centers = self.layout.grid.centers().reshape(*self.layout.grid.shape, 2)
+        freq = np.array(self.layout.freq_mhz)[some[:, 0]]
+        return reach_of(RadioSamples(centers[some[:, 1], some[:, 2]], freq, self.rss_dbm[tuple(some.T)]))
 
 
 _BUILDING = {"long_name": "building", "flag_values": np.array([0, 1], np.int8), "flag_meanings": "free building"}
 """Attributes of the layer building in netCDF."""
+_CELLS = 2000
+"""Cells of a map that its variogram is of."""
 _TILE = 256
 """Cells along the sides of a GeoTIFF's tiles."""
+DBM = frozenset({"", "dbm", "dbmw", "dbm/re", "dbm_re"})
+"""Units of values that are received powers."""
 _LONG = {
     "rss_dbm": "received power",
     "rss_lo": "lower bound of the received power",
@@ -367,12 +379,19 @@ def read_netcdf(path: str | Path) -> RadioMap:
                 raise UserError(f"{path}: freq is in {unit}, expected MHz, GHz, kHz or Hz")
             freq = freq * UNITS[unit.lower()]
             names = [n for n in ("rss_dbm", "rss_lo", "rss_hi") if n in file.variables]
-            layers: dict[str, Floats] = {str(n): np.ma.filled(file[n][:].astype(np.float64), np.nan) for n in names}
-            building = np.ma.filled(file["building"][:], 0) != 0 if "building" in file.variables else None
+            for name in [*names, "x", "y"]:
+                _check_unit(path, file, name)
+            layers: dict[str, Floats] = {str(n): _in_order(path, file[n], ("freq", "y", "x")) for n in names}
+            has = "building" in file.variables
+            building = np.nan_to_num(_in_order(path, file["building"], ("y", "x"))) != 0 if has else None
             level = float(getattr(file, "interval", 0.0)) or None
             crs = _plane_of(file)
     except OSError as error:
         raise UserError(f"{path}: not a netCDF file ({error})") from error
+    if len(np.unique(freq)) < len(freq):
+        raise UserError(f"{path}: a frequency stands twice in freq: keep one of them")
+    order = np.argsort(freq)
+    freq, layers = freq[order], {name: values[order] for name, values in layers.items()}
     if len(y) > 1 and y[1] > y[0]:
         y, layers = y[::-1], {name: values[:, ::-1] for name, values in layers.items()}
         building = None if building is None else building[::-1]
@@ -382,6 +401,32 @@ def read_netcdf(path: str | Path) -> RadioMap:
         raise UserError(f"{path}: expected equal steps, x to the east, and square cells")
     grid = Grid(float(x[0] - cell / 2), float(y[0] + cell / 2), cell, len(y), len(x))
     return RadioMap(MapLayout(grid, tuple(map(float, freq)), level, crs, building), layers)
+
+
+def _in_order(path: str | Path, variable: Any, order: tuple[str, ...]) -> Floats:
+    """Values of a variable with its dimensions in this order, NaN where there are none.
+
+    Raises:
+        UserError: it has other dimensions.
+    """
+    if set(variable.dimensions) != set(order):
+        found = ", ".join(variable.dimensions)
+        raise UserError(f"{path}: {variable.name} is over ({found}), expected ({', '.join(order)})")
+    values = np.ma.filled(variable[:].astype(np.float64), np.nan)
+    return np.asarray(values.transpose([variable.dimensions.index(name) for name in order]))
+
+
+def _check_unit(path: str | Path, file: Any, name: str) -> None:
+    """Refuse a variable in another unit than dBm or meters.
+
+    Raises:
+        UserError: so.
+    """
+    unit = str(getattr(file[name], "units", "")).strip()
+    wanted = "meters" if name in {"x", "y"} else "dBm"
+    known = re.fullmatch(r"m?|met(er|re)s?", unit.lower()) if wanted == "meters" else unit.lower() in DBM
+    if not known:
+        raise UserError(f"{path}: {name} is in {unit}, expected {wanted}: convert it")
 
 
 def _plane_of(file: Any) -> str | None:

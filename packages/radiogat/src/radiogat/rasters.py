@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radiogat.maps import MapLayout, RadioMap
+from radiogat.faults import apart
+from radiogat.maps import DBM, MapLayout, RadioMap
 from radiogat.planes import moved, plane_for, same_plane
-from radiogat.roles import AS_NAME, UNITS, Missing
+from radiogat.roles import Missing, frequency_in
 from radiogat.samples import RSS_RANGE, Grid, RadioSamples
 from tenfold import UserError
 from tenfold.errors import needs
 
 Floats = NDArray[np.float64]
-_DBM = frozenset({"", "dbm", "dbmw", "dbm/re", "dbm_re"})
-"""Units of a band whose values are received powers."""
 
 
 @contextlib.contextmanager
@@ -118,6 +117,8 @@ def placed(
     t, name = file.transform, Path(path)
     if t.b or t.d:
         raise UserError(f"{path} is rotated: turn it north-up (gdalwarp IN OUT does)")
+    if t.a < 0:
+        raise UserError(f"{path}: its columns go from east to west: turn it (gdalwarp IN OUT does)")
     square = t.a > 0 and t.e != 0 and abs(abs(t.e) - t.a) <= 1e-6 * t.a
     if file.crs is None:
         if need_crs:
@@ -175,8 +176,8 @@ def frequency_of(path: str | Path, file: Any, number: int, freq_mhz: float | Non
     tags, said = file.tags(number), file.descriptions[number - 1] or ""
     with contextlib.suppress(KeyError, ValueError):
         return float(tags["freq_mhz"])
-    if (found := AS_NAME.search(said)) is not None:
-        return float(found[1]) * UNITS[found[2].lower()]
+    if (found := frequency_in(said)) is not None:
+        return found
     if freq_mhz is not None:
         return freq_mhz
     raise UserError(f"{path}, band {number}: no frequency; describe it as '1750 MHz', or give --freq_mhz")
@@ -193,7 +194,7 @@ def powers_in(path: str | Path, file: Any, freq_mhz: float | None) -> dict[str, 
         layer = file.tags(number).get("layer", "rss_dbm")
         freq = 0.0 if layer == "building" else frequency_of(path, file, number, freq_mhz)
         unit = (file.units[number - 1] or "").strip().lower()
-        if layer != "building" and unit not in _DBM:
+        if layer != "building" and unit not in DBM:
             raise UserError(f"{path}, band {number} is in {file.units[number - 1]}, expected dBm: convert it")
         first = found.setdefault(layer, {}).setdefault(freq, number)
         if first != number:
@@ -244,6 +245,7 @@ def read_cells(
     freq_mhz: float | None = None,
     sign: int = 1,
     missing: Missing = "refuse",
+    range: tuple[float, float] | None = None,
 ) -> RadioSamples:
     """The cells of a GeoTIFF that have a value, as measurements at their own centers; nothing is resampled.
 
@@ -253,6 +255,7 @@ def read_cells(
         freq_mhz: frequency of a file that says none.
         sign: -1 where the values are given as positive losses.
         missing: refuse values that no power has (0 dBm, or out of range), or drop these cells, with a count.
+        range: lowest and highest value of the file that is a measurement; others are as those that no power has.
 
     Raises:
         UserError: not such a raster, or as ``missing`` says.
@@ -272,6 +275,8 @@ def read_cells(
             row, column = np.nonzero(np.isfinite(values))
             power = values[row, column]
             no_power = (power == 0) | (power < RSS_RANGE[0]) | (power > RSS_RANGE[1])
+            if range is not None:
+                no_power |= (sign * power < range[0]) | (sign * power > range[1])
             if no_power.any() and not (power > 0).all():
                 odd, example = odd + int(no_power.sum()), float(power[np.argmax(no_power)])
                 row, column, power = row[~no_power], column[~no_power], power[~no_power]
@@ -288,6 +293,8 @@ def read_cells(
         warnings.warn(f"{path}: {odd} cells are left out, whose values no power has ({example:g})", stacklevel=2)
     if not len(powers):
         raise UserError(f"{path}: no cell has a value")
+    for text in apart(powers, sign):
+        warnings.warn(f"{path}: {text}", stacklevel=2)
     if not same_plane(own, goal):
         warnings.warn(f"{path} lies in {own}: the centers of its cells are moved to {goal}", stacklevel=2)
         xy = moved(xy, own, goal)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from radiogat.channels import RADIOS, radio_of
 from radiogat.planes import check_plane
-from radiogat.tables import Layout, column, parquet_layout, sniff
+from radiogat.tables import Layout, column, parquet_layout, sniff, squeezed
 from tenfold import UserError
 from tenfold.errors import did_you_mean
 
@@ -30,10 +30,20 @@ COLUMNS: dict[str, tuple[str, ...]] = {
             "lon_deg",
         ),
         *("all_longitude_decimal_degree", "all_longitude", "location_longitude", "geo_longitude"),
+        *(
+            "longitude_wgs84",
+            "lon_wgs84",
+            "wgs84_lon",
+            "longitude_dd",
+            "lon_dd",
+            "decimal_longitude",
+            "position_longitude",
+        ),
     ),
     "lat": (
         *("lat", "latitude", "currentlatitude", "gps_latitude", "gps_lat", "latitude_deg", "lat_deg"),
         *("all_latitude_decimal_degree", "all_latitude", "location_latitude", "geo_latitude"),
+        *("latitude_wgs84", "lat_wgs84", "wgs84_lat", "latitude_dd", "lat_dd", "decimal_latitude", "position_latitude"),
     ),
     "freq_mhz": (
         *("freq_mhz", "frequency_mhz", "freq", "frequency", "mhz", "band_mhz", "dl_frequency", "carrier_frequency"),
@@ -63,7 +73,17 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("lte_primary_rsrp_dbm", "lte_primary_rsrp", "lte_ue_serving_cell_rsrp", "lte_serving_cell_rsrp"),
         *("rscp", "rscp_dbm", "rss", "rssi_dbm", "rssi", "rxlev", "rxlev_dbm", "rx_level", "rxl", "all_scanned_rxlev"),
         *("power_dbm", "power", "received_power", "level_dbm", "level", "signal", "signal_dbm", "averagesignal"),
-        *("amplitude", "amplitude_dbm", "field_strength_dbm", "dbm"),
+        *(
+            "signal_strength",
+            "signal_level",
+            "rx_power",
+            "rx_level_dbm",
+            "received_level",
+            "prx",
+            "amplitude",
+            "amplitude_dbm",
+        ),
+        *("field_strength_dbm", "dbm"),
     ),
     "cell": (
         *("pci", "physical_cell_identity", "physical_cell_id", "serving_cell_pci", "lte_primary_pci", "lte_pci"),
@@ -97,11 +117,19 @@ _MLS = (
 )
 _SERVING = frozenset({"lte pcell", "nr pcell", "pcell", "serving", "serving cell", "lte serving", "nr serving"})
 """What stands in brackets behind the values of the cell that serves."""
-_MEASURES = frozenset(
-    {"dbm", "dbuv", "dbµv", "dbuv/m", "mw", "w", "asu", "hz", "khz", "mhz", "ghz", "m", "deg", "°", "text"}
-)
 UNITS = {"hz": 1e-6, "khz": 1e-3, "mhz": 1.0, "ghz": 1e3}
-AS_NAME = re.compile(r"(\d+(?:\.\d+)?)\s*(hz|khz|mhz|ghz)\b", re.IGNORECASE)
+_AS_NAME = re.compile(r"(?<![\d.,])(\d+(?:[.,]\d+)?)\s*(hz|khz|mhz|ghz)(?![a-z0-9])", re.IGNORECASE)
+
+
+def frequencies_in(text: str) -> set[float]:
+    """All MHz that a text says: ``1842.5 MHz``, ``1,8 GHz``."""
+    return {float(match[1].replace(",", ".")) * UNITS[match[2].lower()] for match in _AS_NAME.finditer(text)}
+
+
+def frequency_in(text: str) -> float | None:
+    """MHz that a text says; None where it says none, or several."""
+    found = frequencies_in(text)
+    return found.pop() if len(found) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +142,12 @@ class Reading:
         sign: -1 where the column holds path loss or other negated values.
         freq_mhz: frequency of files without a column of it; of rtl_power's sweeps, the one that is taken.
         missing: refuse a file with rows that lack a value, or drop these rows, with a count.
-        radio: lte, nr, umts, gsm or wifi: what channel and band numbers belong to, where the file does not say.
+        radio: lte, nr, umts, gsm, pcs or wifi: what channel and band numbers belong to, where the file does not say.
         by: column of the cell's identity, as ``pci``; with ``only``, one cell's map.
         only: values of that column whose rows are taken.
         track: file of positions over time, for files that have times and no positions.
         at: the one position, (lat, lon), of a file that has none.
+        range: lowest and highest power that is a measurement, as the file has them; others mark missing ones.
     """
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -131,6 +160,7 @@ class Reading:
     only: Sequence[str] = ()
     track: str | Path | None = None
     at: tuple[float, float] | None = None
+    range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for role in self.columns:
@@ -157,7 +187,8 @@ class Roles:
     def __init__(self, path: Path, layout: Layout, given: Mapping[str, str]) -> None:
         self.path = path
         self.names = layout.names
-        self.columns = [column(name) for name in layout.names]
+        units = layout.units or ("",) * len(layout.names)
+        self.columns = [column(name, unit) for name, unit in zip(layout.names, units, strict=True)]
         self.given = given
 
     def find(self, role: str) -> int | None:
@@ -183,17 +214,19 @@ class Roles:
             serving = [i for i in same if self.columns[i].unit in _SERVING]
             if len(serving) == 1:
                 return serving[0]
-            if any(self.columns[i].unit and self.columns[i].unit not in _MEASURES for i in same):
-                shown = ", ".join(self.names[i] for i in same)
-                raise UserError(f"{self.path}: {shown}: which is meant? --columns {role}=NAME says it")
+            shown = ", ".join(self.names[i] for i in same)
+            raise UserError(f"{self.path}: {shown}: which is meant? --columns {role}=NAME says it")
         return same[0] if same else None
+
+    def also(self, role: str, chosen: int) -> list[str]:
+        """Names of other columns that may have the same role, by another of its names."""
+        names = {name for alias in COLUMNS[role] for name in (alias, squeezed(alias))}
+        return [c.name for i, c in enumerate(self.columns) if i != chosen and c.keys & names and c.index is None]
 
     def _called(self, role: str) -> list[int]:
         """Numbers of the columns that are called by the first name of a role that occurs."""
         for alias in COLUMNS[role]:
-            same = [
-                i for i, c in enumerate(self.columns) if alias in (c.plain, c.name.lower()) and c.index in (None, 0)
-            ]
+            same = [i for i, c in enumerate(self.columns) if c.keys & {alias, squeezed(alias)} and c.index in (None, 0)]
             if same:
                 return same
         return []
@@ -248,13 +281,13 @@ class Roles:
 
 def _is_header(given: Mapping[str, str]) -> Any:
     """A test whether a line's fields are column names: a power, and a position or another known role."""
-    roles = {role: set(names) for role, names in COLUMNS.items()}
+    roles = {role: {*names, *map(squeezed, names)} for role, names in COLUMNS.items()}
 
     def is_header(fields: Sequence[str]) -> bool:
-        plain = {column(field).plain for field in fields} | {field.strip().lower() for field in fields}
+        plain = frozenset().union(*(column(field).keys for field in fields))
         own = {role: bool(plain & names) or _given(given.get(role), fields) for role, names in roles.items()}
         place = (own["x"] and own["y"]) or (own["lon"] and own["lat"])
-        wide = sum(AS_NAME.search(field) is not None for field in fields) > 0
+        wide = sum(frequency_in(field) is not None for field in fields) > 0
         return place or (own["rss_dbm"] and (own["freq_mhz"] or own["channel"])) or (wide and own["time"])
 
     return is_header
@@ -279,7 +312,7 @@ def layout_of(path: Path, columns: Mapping[str, str] | None = None) -> Layout:
     if layout.skip:
         return layout
     first = layout.names
-    if is_rtl_power(first):
+    if is_sweep(first):
         return layout
     if len(first) == len(_CELLMAPPER) and all(_within(v, top) for v, top in zip(first[:2], (90, 180), strict=True)):
         return dataclasses.replace(layout, names=_CELLMAPPER)
@@ -289,7 +322,8 @@ def layout_of(path: Path, columns: Mapping[str, str] | None = None) -> Layout:
         raise UserError(f"{path}: NetMonster's list of cells (.ntm) holds no powers: export its log of measurements")
     if any(re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?", name) for name in first):
         raise UserError(
-            f"{path}: no line of column names, and an unknown layout; its fields begin {', '.join(first[:4])}"
+            f"{path}: no line of column names that are known, and an unknown layout; its fields begin {', '.join(first[:4])};"
+            " --columns lat=NAME,lon=NAME,rss_dbm=NAME,freq_mhz=NAME names those of its header"
         )
     return dataclasses.replace(layout, skip=1)
 
@@ -301,12 +335,12 @@ def _within(text: str, top: float) -> bool:
         return False
 
 
-def is_rtl_power(fields: Sequence[str]) -> bool:
-    """Whether a line is a sweep of rtl_power: date, time, Hz low, Hz high, Hz step, samples, dB, dB ..."""
+def is_sweep(fields: Sequence[str]) -> bool:
+    """Whether a line is a sweep of rtl_power or hackrf_sweep: date, time, Hz low, Hz high, Hz step, samples, dB, dB ..."""
     if (
         len(fields) < 7
         or not re.fullmatch(r"\d{4}-\d\d-\d\d", fields[0])
-        or not re.fullmatch(r"\d\d:\d\d:\d\d", fields[1])
+        or not re.fullmatch(r"\d\d:\d\d:\d\d(?:\.\d+)?", fields[1])
     ):
         return False
     return all(re.fullmatch(r"[-+]?\d+(?:\.\d+)?", field) for field in fields[2:6])

@@ -29,13 +29,13 @@ def read_measured(settings: FileSettings) -> tuple[RadioSamples, RadioScene | No
     if settings.crs is not None:
         check_plane(settings.crs)
     if kind == "geotiff" and path:
-        how: dict[str, Any] = {name: getattr(settings, name) for name in ("freq_mhz", "sign", "missing")}
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("freq_mhz", "sign", "missing", "range")}
         samples = read_cells(path, settings.crs, **how)
     elif kind == "netcdf" and path:
         samples = _in_plane(samples_of(read_netcdf(path)), settings)
     elif kind in {"csv", "parquet"} and path:
         columns = dict(pair.split("=", 1) for pair in settings.columns)
-        names = ("crs", "sign", "freq_mhz", "missing", "radio", "by", "track", "at")
+        names = ("crs", "sign", "freq_mhz", "missing", "radio", "by", "track", "at", "range")
         only = settings.only.split(",") if settings.only else ()
         samples = read_samples(path, columns=columns, only=only, **{name: getattr(settings, name) for name in names})
     else:
