@@ -88,21 +88,13 @@ def measure(settings: CompareSettings, work: str, number: int) -> dict[str, dict
     source = _work.prepare(engine, pair.reference, pair.reference_mask, settings.size, False, "--reference_mask")
     masked = all(p.target_mask is not None for p in pairs)
     found, pictures = {}, {}
-    try:
+    with _work.named(str(pair.target)):
         for arm, out in _edits(engine, settings, pair, target, source):
             locked = settings.configs[arm].lock
             picture = _work.finished_picture(out.images, target, settings.feather, locked)
             values = _values(picture, target, source, encoder, masked)
             found[arm] = values | {"round": float((out.rounds or [0])[0]), "rows": float(out.rows)}
             pictures[arm] = picture
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{pair.target}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{pair.target}: out of memory: give a smaller --size, --dtype fp16, --offload true or --control.bank stream"
-        ) from error
     for arm, picture in pictures.items():  # once all arms are done, so that a command that is refused leaves none
         with replacing(Path(work) / place(settings, pair, arm)) as temporary:
             write_picture(temporary, picture, f"edited with visctrl from {pair.reference.name}")

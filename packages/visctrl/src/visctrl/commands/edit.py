@@ -3,9 +3,6 @@
 import json
 import sys
 
-import torch
-
-from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.distributed import rank, split, world_size
 from tenfold.figures import image_grid
@@ -80,7 +77,7 @@ def _one(
             )
             references[key] = (_work.reference_of(engine, found, pair.reference_prompt), found.shown)
     reference, shown = references[key]
-    try:
+    with _work.named(str(pair.target)):
         out = engine.edit(
             target.image,
             reference,
@@ -90,13 +87,4 @@ def _one(
             history=True,
             provenance=True,
         )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{pair.target}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{pair.target}: out of memory at {target.shown.shape[1]} x {target.shown.shape[0]} pixels: give a smaller"
-            " --size, --dtype fp16, --offload true or --control.bank stream"
-        ) from error
     _work.write_edit(invocation.folder, place, pair, target, shown, out, settings, engine.config)
