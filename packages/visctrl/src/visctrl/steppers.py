@@ -10,6 +10,7 @@ visits i = n, ..., 1; the step that leaves level i has the index k = n - i. Shap
 import copy
 import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from typing_extensions import override
 from tenfold import UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+IGNORED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding")
+"""Settings of schedulers that say how they space or clip, and that are not followed."""
+CONSISTENCY = frozenset({"LCMScheduler", "TCDScheduler"})
 
 
 class Stepper(ABC):
@@ -176,6 +180,13 @@ def stepper_of(scheduler: Any, steps: int, *, tokens: int | None = None) -> Step
     total = int(config.num_train_timesteps)
     if not 1 <= steps <= total:
         raise UserError(f"steps: expected 1 to {total}, the timesteps of the model's schedule, got {steps}")
+    ignored = [name for name in IGNORED if config.get(name)]
+    if ignored or type(scheduler).__name__ in CONSISTENCY:
+        what = ", ".join(ignored) or "steps of its own for consistency models"
+        warnings.warn(
+            f"{type(scheduler).__name__} has {what}: timesteps here are evenly spaced and steps those of DDIM",
+            stacklevel=4,
+        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in {"epsilon", "v_prediction", "sample"}:
         raise UserError(f"the scheduler predicts '{prediction}', expected epsilon, v_prediction or sample")

@@ -149,12 +149,24 @@ class Training:
         batch: pictures per step.
         rate: largest learning rate.
         average: decay of the average of weights that is kept.
+        warm_up: steps over which the rate rises.
+        middle: draw timesteps as 1000 sigmoid(n + middle) with n of a standard normal; None: as 1000 u^0.8 with uniform u.
     """
 
     steps: int = 2500
     batch: int = 16
     rate: float = 2e-3
     average: float = 0.99
+    warm_up: int = 30
+    middle: float | None = None
+
+    def timesteps(self, draw: torch.Generator) -> Tensor:
+        """Timesteps of one step's pictures. Shapes: -> (batch,)."""
+        if self.middle is None:
+            share = torch.rand(self.batch, generator=draw).pow(0.8)
+        else:
+            share = torch.sigmoid(torch.randn(self.batch, generator=draw) + self.middle)
+        return (1000 * share).long().clamp(max=999)
 
 
 def train_toy(
@@ -162,7 +174,7 @@ def train_toy(
 ) -> tuple[ToyDenoiser, PatchCodec]:
     """A codec and a denoiser of these pictures.
 
-        L = mean || v - v_theta(z_t, t) ||^2,  v = sqrt(abar_t) e - sqrt(1 - abar_t) z,  t = floor(1000 u^0.8)
+        L = mean || v - v_theta(z_t, t) ||^2,  v = sqrt(abar_t) e - sqrt(1 - abar_t) z
 
     Args:
         images: pictures (N, 3, 32, 32).
@@ -181,10 +193,14 @@ def train_toy(
     optimizer = torch.optim.AdamW(weights, lr=training.rate, betas=(0.9, 0.99), fused=True)
     for step in show(range(training.steps)):
         done = step / training.steps
-        rate = training.rate * min(1.0, (step + 1) / 30) * (0.005 + 0.995 * (1 + math.cos(math.pi * done)) / 2)
+        rate = (
+            training.rate
+            * min(1.0, (step + 1) / training.warm_up)
+            * (0.005 + 0.995 * (1 + math.cos(math.pi * done)) / 2)
+        )
         optimizer.param_groups[0]["lr"] = rate
         x = z[torch.randint(len(z), (training.batch,), generator=draw)]
-        t = (1000 * torch.rand(training.batch, generator=draw).pow(0.8)).long().clamp(max=999)
+        t = training.timesteps(draw)
         e = torch.randn(x.shape, generator=draw)
         a = abar[t].view(-1, 1, 1, 1)
         loss = F.mse_loss(model(a.sqrt() * x + (1 - a).sqrt() * e, t).sample, a.sqrt() * e - (1 - a).sqrt() * x)

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from tenfold import UserError
 from tenfold.readers import IMAGE_SUFFIXES, read_image
+from visctrl.data import is_heic
 from visctrl.masks import Mask, Picture
 
 Missing = Literal["refuse", "leave_out"]
@@ -258,7 +259,7 @@ def _under(picture: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.
 def _opened(path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix.lower() in HEIC:
+    if is_heic(path):
         raise UserError(f"{path}: HEIC pictures of phones are not read here: convert it to JPEG or PNG first")
     try:
         return Image.open(path)

@@ -15,7 +15,7 @@ from tenfold import UserError
 from tenfold.figures import image_grid
 from tenfold.runs import Run
 from visctrl.config import EditSettings, VisCtrlConfig
-from visctrl.data import Pair, read_mask, read_picture, write_picture
+from visctrl.data import Pair, color_profile, in_profile, read_mask, read_picture, write_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import (
     Crop,
@@ -65,13 +65,32 @@ def longest_side(engine: VisCtrl, size: int | None) -> int:
     return max(multiple, side // multiple * multiple)
 
 
-def prepare(engine: VisCtrl, path: Path, mask: str | None, size: int | None, crop: bool, option: str) -> Prepared:
+def prepare(
+    engine: VisCtrl,
+    path: Path,
+    mask: str | None,
+    size: int | None,
+    crop: bool,
+    option: str,
+    beside: Path | None = None,
+) -> Prepared:
     """Read a picture and its mask, and bring them to the model's size.
+
+    Args:
+        engine: the engine.
+        path: the picture.
+        mask: its mask, as the option.
+        size: longest side, as the option.
+        crop: cut its subject out.
+        option: option of the mask, for messages.
+        beside: a picture in whose color profile it is to be.
 
     Raises:
         UserError: see ``read_picture`` and ``read_mask``.
     """
     photo = read_picture(path)
+    if beside is not None:
+        photo = in_profile(photo, color_profile(path), color_profile(beside))
     found = None if mask is None else read_mask(mask, path, photo, option)
     if not crop:
         return fitted(engine, photo, found, size, f"{option} {mask}")
@@ -146,7 +165,7 @@ def write_edit(
         rows["came from"] = enlarged(sources)
     for name, picture in {"edited": result, **{f"history/round_{i + 1}": x for i, x in enumerate(rounds)}}.items():
         with run.replacing(f"{folder}{name}.png") as temporary:
-            write_picture(temporary, picture, note)
+            write_picture(temporary, picture, note, color_profile(pair.target))
     if sources is not None:
         with run.replacing(f"{folder}provenance.png") as temporary:
             write_picture(temporary, rows["came from"], PLACES)

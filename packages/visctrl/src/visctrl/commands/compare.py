@@ -21,7 +21,7 @@ from visctrl import metrics
 from visctrl.commands import _pairs, _work
 from visctrl.commands._encoder import NO_ENCODER, Features, encoder_of, subject
 from visctrl.config import CompareSettings, VisCtrlConfig
-from visctrl.data import Pair, load_model, read_picture, write_picture
+from visctrl.data import Pair, color_profile, load_model, read_picture, write_picture
 from visctrl.engine import VisCtrl
 from visctrl.masks import Picture, to_images
 from visctrl.outcome import EditOutput
@@ -85,7 +85,9 @@ def measure(settings: CompareSettings, work: str, number: int) -> dict[str, dict
     assert pair.reference is not None
     engine, encoder = _loaded(settings)
     target = _work.prepare(engine, pair.target, pair.target_mask, settings.size, False, "--target_mask")
-    source = _work.prepare(engine, pair.reference, pair.reference_mask, settings.size, False, "--reference_mask")
+    source = _work.prepare(
+        engine, pair.reference, pair.reference_mask, settings.size, False, "--reference_mask", beside=pair.target
+    )
     masked = all(p.target_mask is not None for p in pairs)
     found, pictures = {}, {}
     with _work.named(str(pair.target)):
@@ -97,7 +99,8 @@ def measure(settings: CompareSettings, work: str, number: int) -> dict[str, dict
             pictures[arm] = picture
     for arm, picture in pictures.items():  # once all arms are done, so that a command that is refused leaves none
         with replacing(Path(work) / place(settings, pair, arm)) as temporary:
-            write_picture(temporary, picture, f"edited with visctrl from {pair.reference.name}")
+            note = f"edited with visctrl from {pair.reference.name}"
+            write_picture(temporary, picture, note, color_profile(pair.target))
     return found
 
 

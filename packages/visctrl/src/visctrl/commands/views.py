@@ -20,7 +20,7 @@ from tenfold.runs import Run
 from tenfold.terminal import table, track
 from visctrl.commands import _work
 from visctrl.config import ViewsSettings
-from visctrl.data import load_model, read_mask, read_picture
+from visctrl.data import load_model, read_mask, read_mask_file, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Mask, Picture, check_mask
 from visctrl.outcome import EditOutput
@@ -51,7 +51,7 @@ def _run(settings: ViewsSettings, invocation: Invocation) -> None:
     references = [
         _work.reference_of(
             engine,
-            _work.prepare(engine, path, mask, settings.size, False, "--reference_mask"),
+            _work.prepare(engine, path, mask, settings.size, False, "--reference_mask", beside=scene.views[0].path),
             settings.reference_prompt,
         )
         for path, mask in files
@@ -150,7 +150,7 @@ def view_mask(spec: str | None, view: View, picture: Picture) -> Mask | None:
     if file is None or not file.is_file():
         where = "the scene has no mask of it" if file is None else f"{file} is not there"
         raise UserError(f"--target_mask {spec}: {view.name}: {where}")
-    found = upright_mask(read_picture(file).mean(axis=-1).astype(np.float32) / 255, view)
+    found = upright_mask(read_mask_file(file, f"--target_mask {file}"), view)
     if (found >= 0.5).any():
         try:
             check_mask(found, picture, f"--target_mask {file}")
