@@ -259,6 +259,7 @@ def exchanged():
     for a, b in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ")):
         table = table.replace(a, b)
     data[128 : 128 + len(table)] = table
+    data[24:36] = bytes(12)  # when it was made
     return bytes(data)
 
 

@@ -278,5 +278,6 @@ def test_a_small_autoencoder_without_a_distribution_is_used_as_it_is(pipe):
 )
 def test_what_a_scheduler_asks_for_and_the_steps_here_do_not_follow_is_said(pipe, kind, changes, said):
     scheduler = kind.from_config(pipe.scheduler.config, **changes)
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=said) as said_so:
         VisCtrl(pipe, CONFIG, scheduler=scheduler).edit(picture(0), picture(1))
+    assert len(said_so) == 1

@@ -26,7 +26,7 @@ from visctrl.layers import self_attention_layers
 from visctrl.outcome import EditOutput, State
 from visctrl.provenance import Trace, provenance_of
 from visctrl.sampling import FeatureGradualSampler, mix_latents
-from visctrl.steppers import Stepper
+from visctrl.steppers import Stepper, warn_of_what_is_not_followed
 
 Hook = Callable[[int, int, Tensor], Tensor | None]
 """Called after a step with round, step and latents; what it returns takes their place."""
@@ -82,6 +82,7 @@ class VisCtrl:
         self.config = config or VisCtrlConfig()
         self.rows = 0
         self_attention_layers(self.adapter.model)
+        warn_of_what_is_not_followed(self.adapter.scheduler)
 
     def guidance(self, config: VisCtrlConfig) -> float:
         """The guidance scale of the sampling.

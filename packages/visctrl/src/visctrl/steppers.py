@@ -157,6 +157,17 @@ class FlowStepper(Stepper):
         return z + (self.levels[to] - self.levels[source]) * output
 
 
+def warn_of_what_is_not_followed(scheduler: Any) -> None:
+    """Warn of settings of a scheduler, or of a kind of it, that the steps here do not follow."""
+    ignored = [name for name in IGNORED if scheduler.config.get(name)]
+    if ignored or type(scheduler).__name__ in CONSISTENCY:
+        what = ", ".join(ignored) or "steps of its own for consistency models"
+        warnings.warn(
+            f"{type(scheduler).__name__} has {what}: timesteps here are evenly spaced and steps those of DDIM",
+            stacklevel=3,
+        )
+
+
 def stepper_of(scheduler: Any, steps: int, *, tokens: int | None = None) -> Stepper:
     """The schedule of a scheduler of diffusers, of any class that has cumulative alphas or flow sigmas.
 
@@ -180,13 +191,6 @@ def stepper_of(scheduler: Any, steps: int, *, tokens: int | None = None) -> Step
     total = int(config.num_train_timesteps)
     if not 1 <= steps <= total:
         raise UserError(f"steps: expected 1 to {total}, the timesteps of the model's schedule, got {steps}")
-    ignored = [name for name in IGNORED if config.get(name)]
-    if ignored or type(scheduler).__name__ in CONSISTENCY:
-        what = ", ".join(ignored) or "steps of its own for consistency models"
-        warnings.warn(
-            f"{type(scheduler).__name__} has {what}: timesteps here are evenly spaced and steps those of DDIM",
-            stacklevel=4,
-        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in {"epsilon", "v_prediction", "sample"}:
         raise UserError(f"the scheduler predicts '{prediction}', expected epsilon, v_prediction or sample")

@@ -30,9 +30,12 @@ from visctrl.masks import (
     to_pictures,
 )
 from visctrl.outcome import EditOutput
+from visctrl.provenance import color_map
 
 PLACES = "colors: places in the reference, red to the right, green downwards"
 """What a picture of provenance says in its metadata."""
+KEY = "colors of\nits places"
+"""Heading of the picture of all places in a reference, in the colors that stand for them."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def write_edit(
     rows |= {f"round {number + 1}": picture for number, picture in enumerate(rounds)}
     sources: NDArray[np.uint8] | None = out.provenance[0] if out.provenance else None
     if sources is not None:
-        rows["came from"] = enlarged(sources)
+        rows |= {"came from": enlarged(sources), KEY: color_map((64, 64))}
     for name, picture in {"edited": result, **{f"history/round_{i + 1}": x for i, x in enumerate(rounds)}}.items():
         with run.replacing(f"{folder}{name}.png") as temporary:
             write_picture(temporary, picture, note, color_profile(pair.target))

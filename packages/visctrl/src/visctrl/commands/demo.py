@@ -3,7 +3,6 @@
 A small denoiser made of diffusers' attention is trained, and goes through the same adapter, controller, banks and steppers as
 Stable Diffusion. The ideal result is known. Matching mean and deviation of colors inside the masks (Reinhard) solves this
 task outright, so its row stands beside ours: what is shown here is iteration, drift and control, not that the task is hard.
-A second world, of two materials (``_duo``), is one that it cannot solve.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold import executors
+from tenfold import checkpoints, executors
 from tenfold.claims import Study, arm_rows
 from tenfold.cli import Invocation
 from tenfold.figures import Curve, Panel, image_grid, line_chart
@@ -23,12 +22,12 @@ from tenfold.report import write_report
 from tenfold.terminal import show_claims, table, track
 from visctrl import metrics
 from visctrl.blobs import Pairs, render, render_pairs
-from visctrl.commands import _duo, _film, _models, _scene
+from visctrl.commands import _film, _scene
 from visctrl.config import DemoSettings, VisCtrlConfig
 from visctrl.engine import VisCtrl
 from visctrl.masks import to_pictures
 from visctrl.outcome import EditOutput
-from visctrl.toy import PatchCodec, ToyDenoiser, Training, toy_adapter
+from visctrl.toy import PatchCodec, ToyDenoiser, Training, toy_adapter, train_toy
 
 DATA = "rendered discs and squares of one color on white, 32 x 32 pixels"
 SEEDS = {"quick": 1, "default": 1, "full": 5}
@@ -52,6 +51,7 @@ CURVES = {
     "plain, to the noisiest level (as released)": "plain inversion",
     "plain, only to the injected levels": "plain, only to the injected levels",
 }
+METHOD = "visctrl.toy"
 
 
 def run(settings: DemoSettings, invocation: Invocation) -> int:
@@ -61,23 +61,20 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     sys.stdout.write(f"data: {DATA}\n")
     study = Study(folder, data=DATA, seeds=seeds, level=level)
     for seed in seeds:
-        for name in (f"models/seed-{seed}", *([_duo.file_of(seed)] if level in _duo.LENGTHS else [])):
-            folder.own(f"{name}.safetensors", result=False)  # so that a run killed after a training is resumed
+        folder.own(f"models/seed-{seed}.safetensors", result=False)  # so that a run killed after a training is resumed
     with executors.make(settings.executor) as pool:
         here = invocation.quiet or pool is not None
         show = partial(track, description="models", quiet=here or len(seeds) == 1)
         study.over_seeds(partial(measure, str(folder.path), level, here or len(seeds) > 1), pool, show)
     _decide(study)
     _scene.decide(study, level)
-    _duo.decide(study, level)
     if level == "full":
         _film.decide(study)
     study.note(
-        "Reinhard's matching of mean and deviation solves the world of one material outright: that world shows iteration"
-        " and drift."
+        "Reinhard's matching of mean and deviation solves this world outright: it is here to show iteration and drift."
     )
     engine = draw(study, folder.path, level)
-    more = _scene.draw(study, engine, CONFIG, level) | _duo.draw(study, str(folder.path), level)
+    more = _scene.draw(study, engine, CONFIG, level)
     summary = study.finish()
     captions = {
         "edits": "Targets, references, results after each round, the round that the drift guard returns, the ideal, and"
@@ -89,7 +86,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         captions["video"] = (
             "Frames of a video: as they were, from one pool, with a random reference each, and the ideal."
         )
-    write_report(folder, "visctrl demo", captions | more)
+    write_report(folder, "visctrl demo: one material", captions | more)
     shown = ["transfer", "overlap", "rmse to ideal", *([_scene.RESIDUAL] if _scene.SCENES[level] else [])]
     sys.stdout.write(table(*arm_rows(study, list(study.arms), shown)) + "\n\n")
     return show_claims(summary, strict=invocation.strict)
@@ -97,8 +94,20 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
 
 def model_of(work: str, level: str, seed: int, quiet: bool) -> tuple[ToyDenoiser, PatchCodec]:
     """The model of a seed, trained where it is not there yet."""
-    training = Training(steps=LENGTHS[level][0])
-    return _models.model_of(work, f"models/seed-{seed}", lambda: render(4096, seed).images, training, seed, quiet)
+    file = Path(work) / f"models/seed-{seed}.safetensors"
+    model, codec = ToyDenoiser(), PatchCodec()
+    if file.is_file():
+        found = checkpoints.load(file, method=METHOD).tensors
+        for name, part in (("model", model), ("codec", codec)):
+            own = {k.removeprefix(f"{name}."): x for k, x in found.items() if k.startswith(f"{name}.")}
+            part.load_state_dict(own)
+        return model.eval(), codec
+    steps = LENGTHS[level][0]
+    show = partial(track, description=f"training of seed {seed}", quiet=quiet)
+    model, codec = train_toy(render(4096, seed).images, Training(steps=steps), seed, show)
+    tensors = {f"{n}.{k}": x for n, part in (("model", model), ("codec", codec)) for k, x in part.state_dict().items()}
+    checkpoints.save(file, tensors, method=METHOD, config={"seed": seed, "steps": steps})
+    return model, codec
 
 
 def edits(engine: VisCtrl, pairs: Pairs, config: VisCtrlConfig, references: str = "reference") -> list[EditOutput]:
@@ -142,7 +151,7 @@ def measure(work: str, level: str, quiet: bool, seed: int) -> dict[str, dict[str
     once = dataclasses.replace(CONFIG, rounds=1)
     found["wrong reference"] = values(last(edits(engine, pairs, once, "wrong")), pairs)
     found["self reference"] = values(last(edits(engine, pairs, once, "target")), pairs)
-    found |= _scene.measure(engine, CONFIG, level, seed) | _duo.measure(work, level, seed, quiet)
+    found |= _scene.measure(engine, CONFIG, level, seed)
     return found | (_film.measure(engine, seed) if level == "full" else {})
 
 

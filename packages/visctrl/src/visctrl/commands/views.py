@@ -24,7 +24,7 @@ from visctrl.data import load_model, read_mask, read_mask_file, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Mask, Picture, check_mask
 from visctrl.outcome import EditOutput
-from visctrl.provenance import color_name
+from visctrl.provenance import color_map, color_name
 from visctrl.ranks import gathered, joined, said_once, wait_for_all
 from visctrl.scenes import read_scene
 from visctrl.views import edit_views, pool_of
@@ -260,12 +260,11 @@ class _Work:
         rounds = [_work.finished_picture(x, target, self.settings.feather, locked) for x in out.history or []]
         row = {"view": target.photo, **{f"round {i + 1}": x for i, x in enumerate(rounds)}, "edited": result}
         if out.provenance:
-            row["came from"] = _work.enlarged(out.provenance[0])
-        if out.read_from:
-            row["of the reference"] = _work.enlarged(out.read_from[0])
+            row |= {"came from": _work.enlarged(out.provenance[0]), _work.KEY: color_map((64, 64))}
         shares = self._shares(out)
-        titles = [*[*row][:-1], _legend(shares)] if out.read_from else list(row)
-        image_grid(folder.own(f"views/{number:05}.png"), [list(row.values())], column_titles=titles, cell=1.6)
+        if out.read_from:
+            row[_legend(shares)] = _work.enlarged(out.read_from[0])
+        image_grid(folder.own(f"views/{number:05}.png"), [list(row.values())], column_titles=list(row), cell=1.6)
         if self._in_pool(number):
             path = folder.own(f"views/{number:05}.safetensors")
             checkpoints.save(path, {"latents": out.latents.cpu()}, method=METHOD, config={"view": view.name})
