@@ -300,6 +300,8 @@ def test_what_an_edit_cannot_do_is_one_line(pipes):
         engine.edit(picture(0), picture(1), trajectory=other)
     with pytest.warns(UserWarning, match="cut off"):
         engine.conditions("a b c d e f g h i j k l m n o p")
+    with pytest.warns(UserWarning, match="the negative prompt has 18 tokens"):
+        engine.conditions("a", "a b c d e f g h i j k l m n o p")
 
 
 def test_a_pipeline_with_a_controlnet_is_sent_to_the_callback(tmp_path):

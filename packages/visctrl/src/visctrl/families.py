@@ -252,13 +252,13 @@ def _called(pipe: Any, *names: str) -> bool:
     return all(getattr(pipe, name, None) is not None for name in names)
 
 
-def _warn_of_length(tokenizer: Any, prompt: str) -> None:
-    found, most = len(tokenizer(prompt).input_ids), int(tokenizer.model_max_length)
-    if found > most:
-        warnings.warn(
-            f"the prompt has {found} tokens, of which the model reads {most}: the end of '{prompt[:40]}...' is cut off",
-            stacklevel=4,
-        )
+def _warn_of_length(tokenizer: Any, prompt: str, negative: str = "") -> None:
+    most = int(tokenizer.model_max_length)
+    for name, text in (("prompt", prompt), ("negative prompt", negative)):
+        found = len(tokenizer(text).input_ids)
+        if found > most:
+            said = f"the {name} has {found} tokens, of which the model reads {most}"
+            warnings.warn(f"{said}: the end of '{text[:40]}...' is cut off", stacklevel=4)
 
 
 def _nested(rows: Rows) -> dict[str, Any]:
@@ -308,7 +308,7 @@ class SDAdapter(_Autoencoder):
             negative: the negative prompt.
             more: ``ip_adapter_image``, where an IP-Adapter is loaded.
         """
-        _warn_of_length(self.pipe.tokenizer, prompt)
+        _warn_of_length(self.pipe.tokenizer, prompt, negative)
         own, null = self.pipe.encode_prompt(prompt, self.device, 1, True, negative)
         pair: tuple[dict[str, Tensor], dict[str, Tensor]] = (
             {"encoder_hidden_states": own},
@@ -382,7 +382,7 @@ class SDXLAdapter(SDAdapter):
     @override
     def conditions(self, prompt: str = "", negative: str = "", **more: Any) -> Conditions:
         if self.pipe.tokenizer is not None:
-            _warn_of_length(self.pipe.tokenizer, prompt)
+            _warn_of_length(self.pipe.tokenizer, prompt, negative)
         own, null, pooled, null_pooled = self.pipe.encode_prompt(
             prompt, device=self.device, do_classifier_free_guidance=True, negative_prompt=negative or None
         )

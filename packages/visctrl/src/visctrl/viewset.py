@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar, Literal
@@ -126,10 +126,10 @@ def read_folder(root: Path, missing: Missing = "refuse", without: Path | None = 
     if not root.is_dir():
         raise UserError(f"--data folder:{root}: no such folder")
     views, broken, other = [], {}, 0
-    for path in sorted(root.rglob("*"), key=lambda p: natural(p.relative_to(root).as_posix())):
+    for path in sorted(_files(root), key=lambda p: natural(p.relative_to(root).as_posix())):
         name = path.relative_to(root).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
-        if hidden or not path.is_file() or (without is not None and path.resolve().is_relative_to(without.resolve())):
+        if hidden or (without is not None and path.resolve().is_relative_to(without.resolve())):
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             views.append(View(name, path))
@@ -140,6 +140,15 @@ def read_folder(root: Path, missing: Missing = "refuse", without: Path | None = 
     settle(str(root), broken, len(views), missing)
     remarks = [f"{other} further files in {root} are no pictures and are not written"] if other else []
     return FolderScene(root, views, broken, remarks)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The files in a folder, at any depth, also through links to folders; a folder is gone through once."""
+    seen = set()
+    for base, folders, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(base))
+        folders[:] = [x for x in folders if os.path.realpath(os.path.join(base, x)) not in seen]
+        yield from (Path(base) / x for x in files)
 
 
 def natural(name: str) -> list[Any]:
