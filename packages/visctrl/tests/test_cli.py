@@ -9,7 +9,9 @@ from PIL import Image, ImageCms
 from visctrl.cli import main
 from visctrl.commands import _work, demo
 from visctrl.data import color_profile, in_profile, read_mask, read_pairs, read_picture
+from visctrl.engine import VisCtrl
 from visctrl.inversion import Trajectory
+from visctrl.toy import toy_adapter
 from visctrl_tiny import sd, sdxl, unconditional
 
 from tenfold import UserError
@@ -339,6 +341,39 @@ def test_the_demonstration_runs_in_its_quick_form(tmp_path, capsys):
     assert "Reinhard" in summary["arms"]
     assert (tmp_path / "demo/figures/edits.png").is_file()
     assert "data: rendered" in capsys.readouterr().out
+
+
+def test_the_demonstration_with_photographs_draws_blobs_cut_out_of_them(monkeypatch, tmp_path):
+    from visctrl.commands import _photos
+    from visctrl.config import DemoSettings, VisCtrlConfig
+
+    from tenfold.runs import Run
+
+    _photos.check()
+    photos = _photos.photographs()
+    assert len(photos) == 6
+    assert all(min(photo.shape[:2]) >= 64 for photo in photos)
+    blobs, of = _photos.render(12, 0, photos)
+    for image, mask, n in zip(blobs.images, blobs.masks, of, strict=True):
+        inside = image[:, mask == 1].T.numpy()
+        colors = photos[n].reshape(-1, 3)
+        assert np.abs(inside[:5, None] - colors[None]).max(axis=-1).min(axis=1).max() < 1e-6
+        assert (image[:, mask == 0] == image[:, mask == 0].max()).all()
+    config = VisCtrlConfig(steps=2, start=0.5, layers="0:", rounds=1, refine=1, guard=False)
+    with Run.open(tmp_path / "out", package="visctrl", verb="demo", settings=DemoSettings()) as run:
+        captions = _photos.draw(run, "quick", 0, config, "toy", quiet=True)
+    assert list(captions) == ["photos"]
+    assert (tmp_path / "out/figures/photos.png").is_file()
+
+
+def test_the_demonstrations_u_net_goes_through_the_same_adapter_and_engine(tmp_path):
+    model, codec = demo.model_of(str(tmp_path), "quick", "unet", 0, quiet=True)
+    assert type(model).__name__ == "UNet2DModel"
+    again, _ = demo.model_of(str(tmp_path), "quick", "unet", 0, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    engine = VisCtrl(toy_adapter(model, codec), demo.GUARDED)
+    out = engine.edit(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32))
+    assert torch.isfinite(out.images).all()
 
 
 def test_a_demonstration_killed_after_its_training_goes_on_from_there(tmp_path):

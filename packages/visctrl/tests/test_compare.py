@@ -134,7 +134,7 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_nothing_behind(place, tm
         ([*pair, "--grid.rounds", "[0]"], "--grid.rounds"),
         ([*pair, "--grid.layers", '["99"]'], "none of the layers"),
         ([*pair, "--arms", '["control", "none"]'], "--arms"),
-        ([*pair, "--arms", '["control", "paper"]'], "takes no prompts"),
+        ([*pair, "--arms", '["control", "paper"]'], "arm paper: guidance 6: the model takes no prompts"),
         ([*pair, "--arms", '["control"]', "--control.mode", "subject"], "mode subject needs a mask"),
     ):
         assert_user_error(main, words(place, tmp_path / "out", *more), capsys, said)

@@ -29,9 +29,10 @@ def pairs():
     return render_duo_pairs(16, 0)
 
 
-def test_discs_and_squares_do_not_touch_and_squares_are_smaller(pairs):
+def test_discs_and_squares_share_no_pixel_but_at_corners_and_squares_are_smaller(pairs):
     masks = pairs.target.masks
-    assert float((masks[:, 0] * masks[:, 1]).max()) == 0
+    assert float((masks[:, 0] * masks[:, 1]).max()) <= 0.25  # the edge of one, softened, in the edge of the other
+    assert float((masks[:, 0] * masks[:, 1]).mean()) < 1e-3
     assert float(masks.sum(dim=1).max()) <= 1 + 1e-6
     discs, squares = (float(masks[:, kind].sum(dim=(1, 2)).mean()) for kind in (0, 1))
     # 3 discs of radius 3.6 to 4.6 and 6 squares of 3.6 to 4.8, where all find a place

@@ -94,7 +94,7 @@ def read_mask_file(path: str | Path, shown: str) -> Mask:
     """
     picture = read_picture(path)
     with Image.open(path) as image:
-        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             raise UserError(
                 f"{shown}: a mask is white on black, and this file is transparent in places: put it on black"
             )
@@ -123,7 +123,7 @@ def read_mask(spec: str, path: Path, picture: Picture, option: str) -> Mask:
             if not image.has_transparency_data:
                 raise UserError(f"{option} alpha: {path} has no transparency (mode {image.mode})")
             upright = ImageOps.exif_transpose(image).convert("RGBA")
-            found = np.asarray(upright.getchannel("A"), np.float32) / 255
+            found: Mask = np.asarray(upright.getchannel("A"), np.float32) / 255
     elif spec == "white":
         found = (picture.min(axis=-1) < NEARLY_WHITE).astype(np.float32)
     else:

@@ -7,11 +7,11 @@ latents (B, 16, 8, 8), 64 tokens of 64 entries.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
+from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ def toy_scheduler() -> DDIMScheduler:
     return DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
 
 
-def toy_adapter(model: ToyDenoiser, codec: PatchCodec) -> UnconditionalAdapter:
+def toy_adapter(model: nn.Module, codec: PatchCodec) -> UnconditionalAdapter:
     """The adapter of the denoiser and its codec."""
     return UnconditionalAdapter(model, toy_scheduler(), codec)
 
@@ -169,9 +169,33 @@ class Training:
         return (1000 * share).long().clamp(max=999)
 
 
+Arch = Literal["toy", "unet"]
+
+
+def denoiser(arch: Arch = "toy") -> nn.Module:
+    """A denoiser of these latents with new weights.
+
+    Args:
+        arch: the small one above, or a ``UNet2DModel`` of diffusers, which learns to use its attention far more slowly.
+    """
+    if arch == "toy":
+        return ToyDenoiser()
+    return UNet2DModel(
+        sample_size=SIDE,
+        in_channels=16,
+        out_channels=16,
+        layers_per_block=1,
+        block_out_channels=(64,),
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+    )
+
+
 def train_toy(
-    images: Tensor, training: Training, seed: int, show: Callable[[range], Any] = iter
-) -> tuple[ToyDenoiser, PatchCodec]:
+    images: Tensor, training: Training, seed: int, show: Callable[[range], Any] = iter, arch: Arch = "toy"
+) -> tuple[nn.Module, PatchCodec]:
     """A codec and a denoiser of these pictures.
 
         L = mean || v - v_theta(z_t, t) ||^2,  v = sqrt(abar_t) e - sqrt(1 - abar_t) z
@@ -181,11 +205,12 @@ def train_toy(
         training: length and rates.
         seed: seed of the weights and of what is drawn.
         show: passes the steps through and shows how far they are.
+        arch: the denoiser.
     """
     codec = PatchCodec()
     codec.fit(images[:512])
     with keyed(seed, 0):
-        model = ToyDenoiser()
+        model = denoiser(arch)
     z, abar = codec.encode(images), toy_scheduler().alphas_cumprod
     draw = generator(seed, 1)
     weights = list(model.parameters())

@@ -120,7 +120,11 @@ def _edits(
         return
     for arm, config in arms.items():
         engine.config = config
-        yield arm, engine.edit(target.image, reference, mask=target.image_mask, conditions=told)
+        try:
+            out = engine.edit(target.image, reference, mask=target.image_mask, conditions=told)
+        except UserError as error:
+            raise UserError(f"arm {arm}: {error}") from error
+        yield arm, out
 
 
 def _values(
