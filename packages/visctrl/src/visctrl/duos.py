@@ -63,7 +63,7 @@ class DuoPairs:
 
 
 def structures(number: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Masks of discs and squares that lie apart, but for a corner at times; anti-aliased. Shapes: -> (number, 2, SIZE, SIZE)."""
+    """Anti-aliased masks of discs and squares that lie apart, but for a corner at times. Shapes: -> (number, 2, SIZE, SIZE)."""
     y, x = np.mgrid[0:SIZE, 0:SIZE] + 0.5
     found = np.zeros((number, 2, SIZE, SIZE))
     for masks in found:
