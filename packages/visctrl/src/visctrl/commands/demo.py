@@ -63,6 +63,7 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     sys.stdout.write(f"data: {DATA}\n")
     if settings.materials == "photos":
         _photos.check()
+        sys.stdout.write("photographs: real, of scikit-image and scikit-learn; a picture without a claim\n")
     study = Study(folder, data=DATA, seeds=seeds, level=level)
     for seed in seeds:
         folder.own(f"models/seed-{seed}.safetensors", result=False)  # so that a run killed after a training is resumed
