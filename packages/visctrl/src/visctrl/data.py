@@ -22,6 +22,7 @@ from tenfold.errors import did_you_mean
 from tenfold.readers import read_image
 from visctrl.config import ModelSettings
 from visctrl.masks import Mask, Picture, check_mask
+from visctrl.viewset import is_heic
 
 NEARLY_WHITE = 250
 COLUMNS = ("target", "reference", "target_mask", "reference_mask", "target_prompt", "reference_prompt")
@@ -62,24 +63,6 @@ def read_picture(path: str | Path) -> Picture:
     if is_heic(path):
         raise UserError(f"{path}: HEIC pictures of phones are not read here: convert it to JPEG or PNG first")
     return read_image(path)
-
-
-def is_heic(path: Path) -> bool:
-    """Whether a file is a HEIC picture, by its ending or, under another one, by its first bytes."""
-    if path.suffix.lower() in {".heic", ".heif"}:
-        return True
-    with path.open("rb") as file:
-        head = file.read(12)
-    return head[4:8] == b"ftyp" and head[8:12] in {
-        b"heic",
-        b"heix",
-        b"heim",
-        b"heis",
-        b"hevc",
-        b"hevx",
-        b"mif1",
-        b"msf1",
-    }
 
 
 def read_mask_file(path: str | Path, shown: str) -> Mask:

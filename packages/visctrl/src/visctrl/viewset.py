@@ -22,7 +22,6 @@ from typing_extensions import override
 
 from tenfold import UserError
 from tenfold.readers import IMAGE_SUFFIXES, read_image
-from visctrl.data import is_heic
 from visctrl.masks import Mask, Picture
 
 Missing = Literal["refuse", "leave_out"]
@@ -263,6 +262,24 @@ def _under(picture: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.
     color = 255 + (picture - 255.0) / np.where(a > 0, a, 1)
     found = np.where(a > 0, color.round().clip(0, 255), before[..., :3])
     return np.concatenate([found.astype(np.uint8), before[..., 3:]], axis=-1)
+
+
+def is_heic(path: Path) -> bool:
+    """Whether a file is a HEIC picture, by its ending or, under another one, by its first bytes."""
+    if path.suffix.lower() in HEIC:
+        return True
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in {
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"hevx",
+        b"mif1",
+        b"msf1",
+    }
 
 
 def _opened(path: Path) -> Image.Image:
