@@ -5,11 +5,13 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from visctrl.cli import main
 from visctrl.commands import _work, demo
-from visctrl.data import read_pairs
+from visctrl.data import color_profile, in_profile, read_mask, read_pairs, read_picture
+from visctrl.engine import VisCtrl
 from visctrl.inversion import Trajectory
+from visctrl.toy import toy_adapter
 from visctrl_tiny import sd, sdxl, unconditional
 
 from tenfold import UserError
@@ -235,8 +237,6 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(place, tmp_path, capsys
 
 
 def test_pictures_of_cameras_and_scanners_are_read_upright_in_eight_bits(place, tmp_path):
-    from visctrl.data import read_mask, read_picture
-
     turned = Image.open(place / "target.png").rotate(90, expand=True)
     exif = Image.Exif()
     exif[274] = 6
@@ -252,6 +252,65 @@ def test_pictures_of_cameras_and_scanners_are_read_upright_in_eight_bits(place, 
     assert picture[0, 0].tolist() == [255] * 3
     for spec in ("alpha", "white"):
         assert read_mask(spec, tmp_path / "clear.png", picture, "--target_mask").sum() == 9
+
+
+def exchanged():
+    """A color profile as sRGB's with red and green exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    table = data[128 : 132 + 12 * int.from_bytes(data[128:132], "big")]
+    for a, b in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ")):
+        table = table.replace(a, b)
+    data[128 : 128 + len(table)] = table
+    data[24:36] = bytes(12)  # when it was made
+    return bytes(data)
+
+
+def test_a_picture_in_a_phones_color_profile_keeps_its_numbers_and_its_profile_and_references_are_brought_to_it(
+    place, tmp_path
+):
+    photo = read_image(place / "target.png")
+    Image.fromarray(photo).save(tmp_path / "p3.png", icc_profile=exchanged())
+    words = ["--model", place / "plain", "--target", tmp_path / "p3.png", "--reference", place / "reference.png"]
+    run("edit", *words, "--target_mask", place / "mask.png", *QUICK, "--feather", "0", "--out", tmp_path / "out")
+    inside = read_image(place / "mask.png")[..., 0] > 0
+    for name in ("edited", "history/round_1"):
+        with Image.open(tmp_path / f"out/{name}.png") as image:
+            assert image.info["icc_profile"] == exchanged()
+            assert np.array_equal(np.asarray(image)[~inside], photo[~inside])
+    assert color_profile(tmp_path / "p3.png") == exchanged()
+    assert color_profile(place / "target.png") is None
+    moved = in_profile(photo, None, exchanged())
+    assert np.abs(moved.astype(int) - photo[..., [1, 0, 2]]).max() <= 1
+    assert np.array_equal(in_profile(photo, exchanged(), exchanged()), photo)
+
+
+def test_profiles_of_print_and_broken_ones_are_not_written_into_pictures_in_rgb(tmp_path):
+    print_profile = bytearray(exchanged())
+    print_profile[16:20] = b"CMYK"
+    for name, profile in (("print", bytes(print_profile)), ("broken", b"abc")):
+        Image.new("CMYK", (8, 8)).save(tmp_path / f"{name}.jpg", icc_profile=profile)
+        assert color_profile(tmp_path / f"{name}.jpg") is None
+
+
+def test_masks_as_programs_write_them_are_understood_or_refused_by_name(place, tmp_path, capsys):
+    strokes = np.zeros((21, 30, 4), np.uint8)
+    strokes[5:17, 6:24] = 255
+    Image.fromarray(strokes).save(tmp_path / "strokes.png")  # white strokes on nothing: on white all would be subject
+    Image.fromarray((strokes[..., 3] > 0).astype(np.uint8)).save(tmp_path / "ones.png")
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    target, reference = ["--target", place / "target.png"], ["--reference", place / "reference.png"]
+    for words, said in (
+        ([*target, *reference, "--target_mask", tmp_path / "strokes.png"], "transparent in places: put it on black"),
+        ([*target, *reference, "--target_mask", tmp_path / "ones.png"], "the largest value of this file is 1"),
+        (["--target", tmp_path / "phone.jpg", *reference], "HEIC"),
+    ):
+        given = ["edit", "--model", place / "plain", *words, "--out", tmp_path / "out"]
+        assert_user_error(main, [str(w) for w in given], capsys, said)
+        assert not (tmp_path / "out").exists(), said
+    Image.fromarray(strokes).quantize(4).save(tmp_path / "palette.png")
+    picture = read_picture(tmp_path / "palette.png")
+    assert Image.open(tmp_path / "palette.png").mode == "P"
+    assert np.array_equal(read_mask("alpha", tmp_path / "palette.png", picture, "x") >= 0.5, strokes[..., 3] > 0)
 
 
 def test_a_row_of_a_table_may_hold_prompts_and_kinds_of_masks(place, tmp_path):
@@ -284,6 +343,39 @@ def test_the_demonstration_runs_in_its_quick_form(tmp_path, capsys):
     assert "data: rendered" in capsys.readouterr().out
 
 
+def test_the_demonstration_with_photographs_draws_blobs_cut_out_of_them(monkeypatch, tmp_path):
+    from visctrl.commands import _photos
+    from visctrl.config import DemoSettings, VisCtrlConfig
+
+    from tenfold.runs import Run
+
+    _photos.check()
+    photos = _photos.photographs()
+    assert len(photos) == 6
+    assert all(min(photo.shape[:2]) >= 64 for photo in photos)
+    blobs, of = _photos.render(12, 0, photos)
+    for image, mask, n in zip(blobs.images, blobs.masks, of, strict=True):
+        inside = image[:, mask == 1].T.numpy()
+        colors = photos[n].reshape(-1, 3)
+        assert np.abs(inside[:5, None] - colors[None]).max(axis=-1).min(axis=1).max() < 1e-6
+        assert (image[:, mask == 0] == image[:, mask == 0].max()).all()
+    config = VisCtrlConfig(steps=2, start=0.5, layers="0:", rounds=1, refine=1, guard=False)
+    with Run.open(tmp_path / "out", package="visctrl", verb="demo", settings=DemoSettings()) as run:
+        captions = _photos.draw(run, "quick", 0, config, "toy", quiet=True)
+    assert list(captions) == ["photos"]
+    assert (tmp_path / "out/figures/photos.png").is_file()
+
+
+def test_the_demonstrations_u_net_goes_through_the_same_adapter_and_engine(tmp_path):
+    model, codec = demo.model_of(str(tmp_path), "quick", "unet", 0, quiet=True)
+    assert type(model).__name__ == "UNet2DModel"
+    again, _ = demo.model_of(str(tmp_path), "quick", "unet", 0, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    engine = VisCtrl(toy_adapter(model, codec), demo.GUARDED)
+    out = engine.edit(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32))
+    assert torch.isfinite(out.images).all()
+
+
 def test_a_demonstration_killed_after_its_training_goes_on_from_there(tmp_path):
     words = ["demo", "--quick", "--quiet", "--out", str(tmp_path / "demo")]
     killed(words, demo, "edits", 0)
@@ -291,5 +383,5 @@ def test_a_demonstration_killed_after_its_training_goes_on_from_there(tmp_path):
     before = model.stat().st_mtime_ns
     assert main([*words, "--resume"]) == 0
     assert model.stat().st_mtime_ns == before
-    assert main([*words, "--overwrite"]) == 0
+    killed([*words, "--overwrite"], demo, "edits", 0)
     assert model.stat().st_mtime_ns > before

@@ -171,3 +171,23 @@ def test_colors_in_hdr_are_refused_by_name(tmp_path):
     path = visctrl_clips.write(tmp_path / "a.mp4", 3, transfer=18)
     with pytest.raises(UserError, match="HLG"):
         open_clip(path)
+
+
+def test_a_large_video_that_does_not_name_its_colors_has_those_that_players_show(tmp_path):
+    size = (720, 1280)
+    want = visctrl_clips.picture(1, size)
+    for space in (1, 2):
+        path = visctrl_clips.write(tmp_path / f"{space}.mp4", 2, size, space=space)
+        found = list(open_clip(path))[1]
+        assert np.abs(found.astype(int) - want)[20:, 40:].mean() < 3, space
+
+
+def test_interlaced_frames_are_refused_and_subtitles_that_are_not_written_are_said(tmp_path):
+    path = visctrl_clips.write(tmp_path / "tv.mp4", 4, (32, 32), x264="interlaced=1")
+    with pytest.raises(UserError, match="interlaced, two moments in each"):
+        open_clip(path)
+    plain = visctrl_clips.write(tmp_path / "plain.mp4", 3)
+    (tmp_path / "a.srt").write_text("1\n00:00:00,000 --> 00:00:00,100\nHello\n\n")
+    visctrl_clips.joined(tmp_path / "film.mkv", plain, tmp_path / "a.srt")
+    with pytest.warns(UserWarning, match="1 tracks of subtitles are not written"):
+        assert len(open_clip(tmp_path / "film.mkv")) == 3

@@ -1,6 +1,7 @@
 """`visctrl compare`: arms by pairs with statistics, grids on shared inversions, contact sheets."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -108,6 +109,21 @@ def test_a_comparison_that_was_interrupted_goes_on_with_the_next_pair(place, tmp
     assert main([*words(place, tmp_path / "a", *given), "--overwrite"]) == 0
 
 
+def test_nothing_of_a_comparison_is_drawn_so_that_seeds_would_change_nothing(place, tmp_path):
+    given = ["--pairs", place / "pairs.csv", "--arms", '["control", "fast"]']
+    found = []
+    for seed in (0, 1):
+        random.seed(seed)
+        np.random.seed(seed)  # the state that a library might draw from
+        torch.manual_seed(seed)
+        assert main(words(place, tmp_path / f"{seed}", *given, model="sd")) == 0
+        summary = json.loads((tmp_path / f"{seed}/summary.json").read_text())
+        found.append((summary["arms"], summary["claims"]))
+        pictures = sorted((tmp_path / f"{seed}/pictures").rglob("*.png"))
+        found[-1] += ([path.read_bytes() for path in pictures],)
+    assert found[0] == found[1]
+
+
 def test_what_cannot_be_compared_is_one_line_and_leaves_nothing_behind(place, tmp_path, capsys):
     pair = ["--target", place / "0.png", "--reference", place / "3.png"]
     for more, said in (
@@ -118,7 +134,7 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_nothing_behind(place, tm
         ([*pair, "--grid.rounds", "[0]"], "--grid.rounds"),
         ([*pair, "--grid.layers", '["99"]'], "none of the layers"),
         ([*pair, "--arms", '["control", "none"]'], "--arms"),
-        ([*pair, "--arms", '["control", "paper"]'], "takes no prompts"),
+        ([*pair, "--arms", '["control", "paper"]'], "arm paper: guidance 6: the model takes no prompts"),
         ([*pair, "--arms", '["control"]', "--control.mode", "subject"], "mode subject needs a mask"),
     ):
         assert_user_error(main, words(place, tmp_path / "out", *more), capsys, said)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from visctrl.config import VisCtrlConfig
@@ -7,6 +8,7 @@ from visctrl.control import SelfAttentionController
 from visctrl.engine import VisCtrl
 from visctrl.errors import BankMismatchError, ShapeMismatchError, UnsupportedModelError
 from visctrl.families import adapter_of
+from visctrl.provenance import COLORS, color_name
 from visctrl_tiny import FAMILIES, picture, sd, tiny_unconditional
 
 from tenfold import UserError
@@ -53,6 +55,22 @@ def test_every_family_edits_a_picture_and_is_as_it_was_bit_for_bit(pipes, family
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     if family not in {"sd3", "flux"}:
         assert out.provenance[0].ndim == 3
+
+
+def test_of_two_references_the_provenance_says_which_one_each_part_came_from_in_colors_and_shares(pipes):
+    engine = VisCtrl(pipes("sd"), CONFIG)
+    first, second = (engine.reference(picture(seed)) for seed in (1, 2))
+    out = engine.edit(picture(0), [first, second], provenance=True)
+    assert sum(out.shares[0]) == pytest.approx(1)
+    assert out.read_from[0].shape == out.provenance[0].shape
+    for number, weights in enumerate(((0.0, -1e4), (-1e4, 0.0))):
+        pair = [dataclasses.replace(r, log_weight=w) for r, w in zip((first, second), weights, strict=True)]
+        out = engine.edit(picture(0), pair, provenance=True)
+        assert out.shares == [[float(number == 0), float(number == 1)]]
+        assert (out.read_from[0] == COLORS[color_name(number)]).all()
+        alone = engine.edit(picture(0), pair[number], provenance=True)
+        assert np.array_equal(out.provenance[0], alone.provenance[0])
+        assert (alone.read_from, alone.shares) == (None, [[1.0]])
 
 
 def test_an_encoded_picture_decodes_alike_in_all_families_with_the_pipelines_own_scaling(pipes):
@@ -282,6 +300,8 @@ def test_what_an_edit_cannot_do_is_one_line(pipes):
         engine.edit(picture(0), picture(1), trajectory=other)
     with pytest.warns(UserWarning, match="cut off"):
         engine.conditions("a b c d e f g h i j k l m n o p")
+    with pytest.warns(UserWarning, match="the negative prompt has 18 tokens"):
+        engine.conditions("a", "a b c d e f g h i j k l m n o p")
 
 
 def test_a_pipeline_with_a_controlnet_is_sent_to_the_callback(tmp_path):

@@ -6,12 +6,22 @@ import dataclasses
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderTiny,
     ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
+    MotionAdapter,
     PNDMScheduler,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    T2IAdapter,
+    UNetMotionModel,
     UniPCMultistepScheduler,
 )
 from peft import LoraConfig
@@ -20,7 +30,7 @@ from visctrl.data import load_model
 from visctrl.engine import VisCtrl
 from visctrl.errors import UnsupportedModelError
 from visctrl.pipelines import VisCtrlCallback
-from visctrl_tiny import picture, sd
+from visctrl_tiny import picture, sd, sdxl, tiny_unet
 
 from tenfold import UserError
 
@@ -164,3 +174,110 @@ def test_a_strongly_guided_inversion_stays_finite_and_its_residual_says_what_it_
     guarded = VisCtrl(pipe, dataclasses.replace(engine.config, guard=True, max_residual=0.01))
     with pytest.warns(UserWarning, match="residual"):
         guarded.edit(picture(0), picture(1), prompt="a")
+
+
+def with_parts(pipe, kind=StableDiffusionPipeline, **changes):
+    """A pipeline of another class or with other parts."""
+    return kind(**pipe.components | changes, requires_safety_checker=False)
+
+
+def animated(pipe):
+    motion = MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=4,
+        motion_num_attention_heads=2,
+        use_motion_mid_block=False,
+    )
+    parts = {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    return AnimateDiffPipeline(**parts, unet=UNetMotionModel.from_unet2d(pipe.unet, motion), motion_adapter=motion)
+
+
+def with_adapter(pipe):
+    adapter = T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2)
+    parts = {k: x for k, x in pipe.components.items() if k != "image_encoder"}
+    return StableDiffusionAdapterPipeline(**parts, adapter=adapter, requires_safety_checker=False)
+
+
+OTHERS = {
+    "inpainting": (lambda p: with_parts(p, unet=tiny_unet(in_channels=9)), "takes 9 channels, the latents have 4"),
+    "instructions": (lambda p: with_parts(p, unet=tiny_unet(in_channels=8)), "takes 8 channels"),
+    "distilled": (lambda p: with_parts(p, unet=tiny_unet(time_cond_proj_dim=16)), "the guidance as a number"),
+    "classes": (lambda p: with_parts(p, unet=tiny_unet(class_embed_type="timestep")), "class_embed_type timestep"),
+    "T2I-Adapter": (with_adapter, "has a T2I-Adapter, which the engine would not call"),
+    "AnimateDiff": (animated, "AnimateDiffPipeline is of no family that is known"),
+    "no text encoder": (lambda p: with_parts(p, text_encoder=None), "of no family that is known"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_takes_more_than_latents_and_a_prompt_is_refused_by_name(pipe, name):
+    make, said = OTHERS[name]
+    with pytest.raises(UnsupportedModelError, match=said):
+        VisCtrl(make(pipe), CONFIG)
+
+
+def test_a_refiner_is_refused_and_a_pipeline_of_another_task_edits_as_the_text_to_image_pipeline(pipe, tmp_path):
+    plain = edited(pipe)
+    assert torch.equal(edited(with_parts(pipe, StableDiffusionImg2ImgPipeline)), plain)
+    xl = sdxl(tmp_path)
+    assert torch.equal(edited(StableDiffusionXLImg2ImgPipeline(**xl.components)), edited(xl))
+    given = tiny_unet(
+        cross_attention_dim=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=5 * 8 + 16,
+        use_linear_projection=True,
+    )
+    parts = xl.components | {"unet": given, "text_encoder": None, "tokenizer": None}
+    with pytest.raises(UnsupportedModelError, match="takes 5 numbers about the picture, expected 6"):
+        VisCtrl(StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True), CONFIG)
+
+
+def test_the_sizes_that_xl_is_told_are_those_of_its_own_pipeline(tmp_path):
+    xl, told = sdxl(tmp_path), []
+    engine = VisCtrl(xl, CONFIG)
+    handle = xl.unet.register_forward_pre_hook(
+        lambda _, args, named: told.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    engine.edit(picture(0), picture(1))
+    handle.remove()
+    want = xl._get_add_time_ids((16, 16), (0, 0), (16, 16), torch.float32, 16)
+    assert all(torch.equal(x, want.expand(len(x), -1)) for x in told)
+
+
+def test_an_autoencoder_that_names_mean_and_deviation_of_its_latents_gives_latents_of_about_unit_size(tmp_path):
+    xl = sdxl(tmp_path)
+    raw = xl.vae.encode(picture(0)).latent_dist.mode().detach()
+    mean, deviation = [0.1, -0.2, 0.3, 0.0], [2.0, 0.5, 1.5, 1.0]
+    xl.vae.register_to_config(latents_mean=mean, latents_std=deviation)
+    engine = VisCtrl(xl, CONFIG)
+    z = engine.encode(picture(0))
+    for channel in range(4):
+        want = (raw[:, channel] - mean[channel]) * xl.vae.config.scaling_factor / deviation[channel]
+        assert torch.allclose(z[:, channel], want, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(engine.decode(z), xl.vae.decode(raw).sample, atol=1e-5)
+
+
+def test_a_small_autoencoder_without_a_distribution_is_used_as_it_is(pipe):
+    torch.manual_seed(0)
+    sides = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    vae = AutoencoderTiny(**sides, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+    assert torch.isfinite(edited(with_parts(pipe, vae=vae))).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        (EulerDiscreteScheduler, {"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+        (DDIMScheduler, {"thresholding": True}, "thresholding"),
+        (LCMScheduler, {}, "for consistency models"),
+    ],
+)
+def test_what_a_scheduler_asks_for_and_the_steps_here_do_not_follow_is_said(pipe, kind, changes, said):
+    scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    with pytest.warns(UserWarning, match=said) as said_so:
+        VisCtrl(pipe, CONFIG, scheduler=scheduler).edit(picture(0), picture(1))
+    assert len(said_so) == 1

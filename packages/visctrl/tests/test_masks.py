@@ -9,7 +9,16 @@ from visctrl.blobs import APART, render_pairs
 from visctrl.errors import ShapeMismatchError
 from visctrl.guard import DriftGuard, clipped
 from visctrl.masks import blend, crop_subject, paste_back, to_images, to_pictures
-from visctrl.provenance import Trace, color_map, provenance_picture
+from visctrl.provenance import (
+    COLORS,
+    Origins,
+    Trace,
+    color_map,
+    color_name,
+    provenance_of,
+    provenance_picture,
+    reference_picture,
+)
 from visctrl.selection import Keys, token_grid
 
 
@@ -146,7 +155,8 @@ def test_provenance_is_the_largest_attention_averaged_over_heads():
     h, other = torch.randn(1, 6, 8), torch.randn(1, 5, 8)
     both = torch.cat([h[:, :2], other], dim=1)
     trace = Trace(0, 10)
-    trace.take(Layer, h, Keys(both, None, 2, torch.tensor([[0, 1, *range(10, 15)]])))
+    positions, numbers = torch.tensor([[0, 1, *range(10, 15)], [-1, -1, 0, 0, 1, 1, 1]])[:, None]
+    trace.take(Layer, h, Keys(both, None, 2, positions, numbers))
     want = []
     for n in range(6):
         total = torch.zeros(7)
@@ -157,6 +167,7 @@ def test_provenance_is_the_largest_attention_averaged_over_heads():
             ).sum(dim=1).div(2).softmax(dim=0) / 2
         want.append((10 + int(total[2:].argmax()), float(total[2:].max()), float(total[2:].sum())))
     assert trace.source[0].tolist() == [x[0] for x in want]
+    assert trace.reference[0].tolist() == [int(x[0] >= 12) for x in want]
     assert torch.allclose(trace.confidence[0], torch.tensor([x[1] for x in want]))
     assert torch.allclose(trace.share[0], torch.tensor([x[2] for x in want]))
 
@@ -165,8 +176,20 @@ def test_a_provenance_picture_has_the_colors_of_the_places_and_white_for_nothing
     colors = color_map((3, 4))
     assert (colors[0, 0] == [0, 0, 255]).all()
     assert (colors[2, 3] == [255, 255, 0]).all()
-    picture = provenance_picture(torch.tensor([0, 11, 5]), torch.tensor([1.0, 1.0, 0.0]), (1, 3), (3, 4))
+    origins = Origins(torch.tensor([0, 11, 5]), torch.zeros(3, dtype=torch.long), torch.tensor([1.0, 1.0, 0.0]))
+    picture = provenance_picture(origins, (1, 3), [(3, 4)])
     assert picture.tolist() == [[[0, 0, 255], [255, 255, 0], [255, 255, 255]]]
+
+
+def test_of_several_references_each_part_says_which_one_it_came_from_and_its_place_there():
+    origins = Origins(torch.tensor([3, 3, 0]), torch.tensor([0, 2, 11]), torch.ones(3))
+    places = provenance_picture(origins, (1, 3), [(2, 2), (9, 9), (4, 4), *[(1, 1)] * 9])[0]
+    assert (places[0] == color_map((2, 2))[1, 1]).all()
+    assert (places[1] == color_map((4, 4))[0, 3]).all()
+    pictures = reference_picture(origins, (1, 3))[0].tolist()
+    assert [tuple(x) for x in pictures] == [COLORS[color_name(j)] for j in (0, 2, 11)]
+    found = provenance_of([origins], (1, 3), [(2, 2)] * 12)
+    assert found.shares[0] == pytest.approx([1 / 3, 0, 1 / 3, *[0] * 8, 1 / 3])
 
 
 def test_token_grids_follow_halvings_that_round_up():

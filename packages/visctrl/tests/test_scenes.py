@@ -222,6 +222,15 @@ def test_a_folders_pictures_come_in_the_order_of_their_numbers_and_what_is_none_
     assert len(scene.remarks) == 1
 
 
+def test_pictures_in_folders_that_are_links_are_found_and_a_link_to_itself_ends(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "scene").mkdir()
+    Image.fromarray(photo(0)).save(tmp_path / "raw/a.png")
+    (tmp_path / "scene/images").symlink_to(tmp_path / "raw")
+    (tmp_path / "raw/again").symlink_to(tmp_path / "scene")
+    assert [view.name for view in read_scene(f"folder:{tmp_path / 'scene'}").views] == ["images/a.png"]
+
+
 def test_what_is_no_scene_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     nothing = colmap(tmp_path / "nothing")

@@ -2,13 +2,13 @@
 
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from visctrl.cli import main
 from visctrl_scenes import HEIGHT, WIDTH, colmap, nerfstudio, photo
@@ -63,6 +63,9 @@ def test_a_scene_is_edited_inside_its_masks_and_loads_again(place, tmp_path, cap
     assert (about["cameras"], len(about["views"]), about["kind"]) == (2, 4, "nerfstudio")
     assert sum(view["reference_for_others"] for view in about["views"]) == 1
     assert len({view["rows"] for view in about["views"]}) == 1  # references are paid for before
+    for view in about["views"]:
+        assert set(view["read_from"]) <= {"reference 1", "reference 2", *(f"view {i}" for i in range(4))}
+        assert sum(view["read_from"].values()) == pytest.approx(1, abs=1e-3)
     for name in ("grid.png", "figures/views.png", "report.html", "views/00000.png"):
         assert (tmp_path / "out" / name).is_file(), name
     out = capsys.readouterr().out
@@ -95,16 +98,6 @@ def test_an_interrupted_run_goes_on_with_what_is_there_and_ends_with_the_same_fi
     same(tmp_path / "whole", tmp_path / "broken")
 
 
-SCRIPT = """
-import os, sys
-from visctrl.cli import main
-ports, *commands = [part.split("\\n") for part in sys.argv[1].split("\\n\\n")]
-for port, words in zip(ports, commands, strict=True):
-    os.environ["MASTER_PORT"] = port
-    assert main(words) == 0
-"""
-
-
 def free_ports(number):
     sockets = [socket.socket() for _ in range(number)]
     for each in sockets:
@@ -113,6 +106,25 @@ def free_ports(number):
     for each in sockets:
         each.close()
     return ports
+
+
+def started(rank, ports, commands):
+    """``main`` for these commands in a copy of this process, as one of two ranks; its process id."""
+    process = os.fork()
+    if process:
+        return process
+    signal.alarm(300)
+    torch.set_num_threads(1)
+    code = 3
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        codes = []
+        for port, words in zip(ports, commands, strict=True):
+            os.environ["MASTER_PORT"] = port
+            codes.append(main(words))
+        code = max(codes)
+    finally:
+        os._exit(code)
 
 
 def test_two_processes_write_what_one_writes(place, tmp_path):
@@ -140,17 +152,9 @@ def test_two_processes_write_what_one_writes(place, tmp_path):
 
     for command in commands("one"):
         assert main(command) == 0
-    text = "\n\n".join("\n".join(part) for part in [free_ports(2), *commands("two")])
-    running = []
-    for number in range(2):
-        own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
-        env = os.environ | {key: str(value) for key, value in own.items()}
-        running.append(
-            subprocess.Popen([sys.executable, "-c", SCRIPT, text], env=env, stderr=subprocess.PIPE, text=True)
-        )
-    for each in running:
-        _, said = each.communicate(timeout=300)
-        assert each.returncode == 0, said
+    ports = free_ports(2)
+    running = [started(rank, ports, commands("two")) for rank in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in running] == [0, 0]
     same(tmp_path / "onev", tmp_path / "twov")
     one, two = contents(tmp_path / "onep"), contents(tmp_path / "twop")
     assert one.keys() == two.keys()

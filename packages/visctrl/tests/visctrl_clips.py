@@ -1,5 +1,6 @@
 """Videos made with PyAV: a square that moves over a gradient, with sound, tags and odd sizes where asked for."""
 
+import contextlib
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -20,17 +21,30 @@ def picture(number, size=(24, 32)):
 
 
 def write(
-    path, count=40, size=(24, 32), *, sound=None, times=None, container=None, codec="libx264", transfer=1, **options
+    path,
+    count=40,
+    size=(24, 32),
+    *,
+    sound=None,
+    times=None,
+    container=None,
+    codec="libx264",
+    transfer=1,
+    space=1,
+    x264="",
+    **options,
 ):
     """A video; the times are in thousandths of a second."""
     h, w = size
     odd = bool(h % 2 or w % 2)
     with av.open(str(path), "w", format=container, options=options) as out:
-        stream = out.add_stream(codec, rate=25, options={"crf": "12"} if codec == "libx264" else {})
+        stream = out.add_stream(
+            codec, rate=25, options={"crf": "12", "x264-params": x264} if codec == "libx264" else {}
+        )
         stream.width, stream.height, stream.pix_fmt = w, h, "yuv444p" if odd else "yuv420p"
         c = stream.codec_context
         c.time_base = Fraction(1, 1000)
-        c.colorspace = c.color_primaries = c.color_range = 1
+        c.colorspace, c.color_primaries, c.color_range = space, 1, 1
         c.color_trc = transfer
         voice = None if sound is None else out.add_stream(sound, rate=8000)
         for number in range(count):
@@ -53,6 +67,19 @@ def _tone(out, voice, seconds):
         for part in resampler.resample(frame):
             out.mux(voice.encode(part))
     out.mux(voice.encode(None))
+
+
+def joined(path, *parts):
+    """The streams of several files in one."""
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(av.open(str(path), "w"))
+        sources = [stack.enter_context(av.open(str(part))) for part in parts]
+        streams = [out.add_stream_from_template(source.streams[0]) for source in sources]
+        for source, stream in zip(sources, streams, strict=True):
+            for packet in source.demux():
+                if packet.size and packet.dts is not None:
+                    packet.stream = stream
+                    out.mux(packet)
 
 
 def turn(path):

@@ -127,6 +127,14 @@ def paint(masks: NDArray[np.float64], colors: NDArray[np.float64]) -> Blobs:
     return Blobs(*(torch.from_numpy(x).float() for x in (images, masks, colors)))
 
 
+def textured(masks: NDArray[np.float64], crops: NDArray[np.float64]) -> Blobs:
+    """Blobs cut out of pictures (N, SIZE, SIZE, 3) in [-1, 1], on white; their colors are means over the blobs."""
+    m = masks[:, None]
+    images = m * crops.transpose(0, 3, 1, 2) + (1 - m) * WHITE
+    colors = (m * images).sum(axis=(2, 3)) / np.maximum(m.sum(axis=(2, 3)), 1e-9)
+    return Blobs(*(torch.from_numpy(x).float() for x in (images, masks, colors)))
+
+
 def render(number: int, seed: int) -> Blobs:
     """Pictures for training."""
     rng = np.random.default_rng((seed, 1))

@@ -5,6 +5,7 @@ A clip can be gone through any number of times and holds one frame at once. Pict
 
 import io
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import islice, pairwise
@@ -19,6 +20,8 @@ from tenfold.readers import read_image
 from visctrl.masks import Picture
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+UNTOLD = 2
+"""Color space of frames that do not name theirs."""
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer functions that 8-bit colors cannot hold."""
 
@@ -102,14 +105,14 @@ class VideoClip:
         aspect: width of a pixel over its height.
 
     Raises:
-        UserError: no video, one that ends early or changes its size, a tilted one, or one in HDR.
+        UserError: no video, one that ends early or changes its size, a tilted or an interlaced one, or one in HDR.
     """
 
     def __init__(self, path: Path, span: slice = slice(None), option: str = "--target") -> None:
         needs("av", "video", "visctrl")
         self.path, self.span, self.option = path, span, option
         times: list[int] = []
-        timed = True
+        timed, combed = True, False
         sizes: set[tuple[int, int]] = set()
         why, self.rotation = "", 0
         with self.opened() as container:
@@ -121,12 +124,14 @@ class VideoClip:
             try:
                 for frame in container.decode(stream):
                     self.rotation = round(frame.rotation)
+                    combed = combed or bool(frame.interlaced_frame)
                     sizes.add((frame.height, frame.width))
                     timed = timed and frame.pts is not None
                     times.append(int(frame.pts or 0))
             except _errors() as error:
                 why = f" ({_reason(error)})"
             transfer = int(stream.codec_context.color_trc)
+            titles = len(container.streams.subtitles)
         if not times:
             raise UserError(f"{option} {path}: no frame can be decoded{why}")
         if not timed:
@@ -142,6 +147,12 @@ class VideoClip:
             raise UserError(f"{option} {path}: frames of different sizes: {sorted((w, h) for h, w in sizes)}")
         if self.rotation % 90:
             raise UserError(f"{option} {path}: turned by {self.rotation} degrees: expected a multiple of 90")
+        if combed:
+            raise UserError(
+                f"{option} {path}: its frames are interlaced, two moments in each: deinterlace it first (ffmpeg -vf yadif)"
+            )
+        if titles:
+            warnings.warn(f"{path}: {titles} tracks of subtitles are not written", stacklevel=3)
         if transfer in HDR:
             raise UserError(
                 f"{option} {path}: its colors are HDR ({HDR[transfer]}), which 8 bits cannot hold: convert it to SDR first"
@@ -184,7 +195,9 @@ class VideoClip:
         with self.opened() as container:
             frames = container.decode(_picture_stream(container, str(self.path)))
             for frame in islice(frames, first, first + len(self.times)):
-                spaces = {"src_colorspace": "ITU709"} if frame.colorspace == 1 else {}
+                # without a tag players take BT.709 for what is larger than a television of old
+                large = frame.colorspace == UNTOLD and (frame.width >= 1280 or frame.height > 576)
+                spaces = {"src_colorspace": "ITU709"} if frame.colorspace == 1 or large else {}
                 yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **spaces), self.rotation // 90))
 
     @property

@@ -537,7 +537,11 @@ class DemoSettings(tenfold.config.DemoSettings):
     """Train a small model on rendered blobs, and carry one material into another picture.
 
     Args:
+        arch: denoiser: toy (minutes), or unet (a U-Net of diffusers, which trains four times as long).
+        materials: colors, or photos as well: blobs cut out of real photographs, as a picture without a claim.
         executor: where models are trained and measured: processes:N, or null for here, one after another.
     """
 
+    arch: Literal["toy", "unet"] = "toy"
+    materials: Literal["colors", "photos"] = "colors"
     executor: str | None = None

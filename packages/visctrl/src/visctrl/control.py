@@ -40,12 +40,14 @@ class Source:
         grid: height and width of its latents; default: the target's.
         mask: where its subject is, (H, W) in [0, 1], for mode subject.
         log_weight: what is added to its keys' logits.
+        number: its number among all references, for provenance.
     """
 
     bank: FeatureBank | None
     grid: Grid | None = None
     mask: Tensor | None = None
     log_weight: float = 0.0
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class SelfAttentionController:
                 )
             grid = source.grid or self.grid or (1, own.shape[1])
             tokens = _spread(found.to(own.dtype), len(own), state.groups)
-            references.append(ReferenceTokens(tokens, grid, source.mask, source.log_weight))
+            references.append(ReferenceTokens(tokens, grid, source.mask, source.log_weight, source.number))
         keys = choose_keys(
             own, references, self.attention_mode, bias=self.bias, own_mask=state.own_mask, grid=self.grid
         )

@@ -1,6 +1,7 @@
 """What people have on disk: pictures, masks, tables of pairs, and pretrained models. Everything is checked as it is read."""
 
 import csv
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from transformers.utils import logging as transformers_logging
 
 from tenfold import UserError
@@ -21,6 +22,7 @@ from tenfold.errors import did_you_mean
 from tenfold.readers import read_image
 from visctrl.config import ModelSettings
 from visctrl.masks import Mask, Picture, check_mask
+from visctrl.viewset import is_heic
 
 NEARLY_WHITE = 250
 COLUMNS = ("target", "reference", "target_mask", "reference_mask", "target_prompt", "reference_prompt")
@@ -58,9 +60,33 @@ def read_picture(path: str | Path) -> Picture:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix.lower() in {".heic", ".heif"}:
+    if is_heic(path):
         raise UserError(f"{path}: HEIC pictures of phones are not read here: convert it to JPEG or PNG first")
     return read_image(path)
+
+
+def read_mask_file(path: str | Path, shown: str) -> Mask:
+    """A mask of its own file, white on black, (H, W) in [0, 1].
+
+    Args:
+        path: the file.
+        shown: what messages begin with.
+
+    Raises:
+        UserError: it cannot be read, is transparent somewhere, or nearly black where it is not black.
+    """
+    picture = read_picture(path)
+    with Image.open(path) as image:
+        if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            raise UserError(
+                f"{shown}: a mask is white on black, and this file is transparent in places: put it on black"
+            )
+    found = picture.mean(axis=-1).astype(np.float32) / 255
+    if 0 < found.max() < 0.5:
+        raise UserError(
+            f"{shown}: a mask is white (255) on black, and the largest value of this file is {round(255 * found.max())}"
+        )
+    return found
 
 
 def read_mask(spec: str, path: Path, picture: Picture, option: str) -> Mask:
@@ -77,13 +103,14 @@ def read_mask(spec: str, path: Path, picture: Picture, option: str) -> Mask:
     """
     if spec == "alpha":
         with Image.open(path) as image:
-            if "A" not in image.getbands():
+            if not image.has_transparency_data:
                 raise UserError(f"{option} alpha: {path} has no transparency (mode {image.mode})")
-            found = np.asarray(ImageOps.exif_transpose(image).getchannel("A"), np.float32) / 255
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            found: Mask = np.asarray(upright.getchannel("A"), np.float32) / 255
     elif spec == "white":
         found = (picture.min(axis=-1) < NEARLY_WHITE).astype(np.float32)
     else:
-        found = read_picture(spec).mean(axis=-1).astype(np.float32) / 255
+        found = read_mask_file(spec, f"{option} {spec}")
     try:
         check_mask(found, picture, f"{option} {spec}")
     except ValueError as error:
@@ -141,12 +168,45 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return found
 
 
-def write_picture(path: Path, picture: Picture, note: str, **more: str) -> None:
-    """Write a PNG whose metadata says that it was edited, and how; ``more`` are further entries."""
+def color_profile(path: str | Path) -> bytes | None:
+    """The color profile of a picture that is stored in RGB, such as a phone's Display P3; None where there is none."""
+    with Image.open(path) as image:
+        profile = image.info.get("icc_profile")
+    if not profile:
+        return None
+    try:
+        space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space
+    except (OSError, TypeError, ImageCms.PyCMSError):
+        return None
+    return profile if space.strip() == "RGB" else None
+
+
+def in_profile(picture: Picture, own: bytes | None, wanted: bytes | None) -> Picture:
+    """A picture of one color profile in the numbers of another; None is sRGB."""
+    if own == wanted:
+        return picture
+    source, target = (
+        ImageCms.createProfile("sRGB") if x is None else ImageCms.ImageCmsProfile(io.BytesIO(x)) for x in (own, wanted)
+    )
+    found = ImageCms.profileToProfile(Image.fromarray(picture), source, target, outputMode="RGB")
+    assert found is not None
+    return np.asarray(found)
+
+
+def write_picture(path: Path, picture: Picture, note: str, profile: bytes | None = None, **more: str) -> None:
+    """Write a PNG whose metadata says that it was edited, and how.
+
+    Args:
+        path: the file.
+        picture: the picture.
+        note: how it was edited.
+        profile: its color profile.
+        more: further entries of its metadata.
+    """
     about = PngImagePlugin.PngInfo()
     for name, text in {"Software": "visctrl", "Comment": note, **more}.items():
         about.add_text(name, text)
-    Image.fromarray(picture).save(path, format="PNG", pnginfo=about)
+    Image.fromarray(picture).save(path, format="PNG", pnginfo=about, icc_profile=profile)
 
 
 def load_model(settings: ModelSettings) -> Any:

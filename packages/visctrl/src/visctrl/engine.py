@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold import UserError
@@ -26,10 +24,9 @@ from visctrl.guard import DriftGuard
 from visctrl.inversion import Trajectory, denoise, invert
 from visctrl.layers import self_attention_layers
 from visctrl.outcome import EditOutput, State
-from visctrl.provenance import Trace, provenance_picture
+from visctrl.provenance import Trace, provenance_of
 from visctrl.sampling import FeatureGradualSampler, mix_latents
-from visctrl.selection import token_grid
-from visctrl.steppers import Stepper
+from visctrl.steppers import Stepper, warn_of_what_is_not_followed
 
 Hook = Callable[[int, int, Tensor], Tensor | None]
 """Called after a step with round, step and latents; what it returns takes their place."""
@@ -85,6 +82,7 @@ class VisCtrl:
         self.config = config or VisCtrlConfig()
         self.rows = 0
         self_attention_layers(self.adapter.model)
+        warn_of_what_is_not_followed(self.adapter.scheduler)
 
     def guidance(self, config: VisCtrlConfig) -> float:
         """The guidance scale of the sampling.
@@ -383,6 +381,8 @@ class VisCtrl:
             if history:
                 state.remember()
         images, unsafe = self._checked(state.images)
+        grids = [self.adapter.grid(r.latents) for r in references]
+        shown = provenance_of(state.origins, self.adapter.grid(z), grids) if provenance else None
         return EditOutput(
             images=images,
             latents=state.latents,
@@ -392,7 +392,9 @@ class VisCtrl:
             verdicts=state.verdicts,
             rows=self.rows - before,
             seconds=time.perf_counter() - began,
-            provenance=self._provenance(state, references[sampler.anchor if sampler else 0]) if provenance else None,
+            provenance=None if shown is None else shown.places,
+            read_from=None if shown is None else shown.references,
+            shares=None if shown is None else shown.shares,
             unsafe=unsafe,
         )
 
@@ -426,8 +428,8 @@ class VisCtrl:
         features = [self.features(reference, config) for reference in references]
         riding = [i for i, f in enumerate(features) if f.bank is None]
         sources = [
-            Source(f.bank, self.adapter.grid(r.latents), r.mask, r.log_weight)
-            for f, r in zip(features, references, strict=True)
+            Source(f.bank, self.adapter.grid(r.latents), r.mask, r.log_weight, number)
+            for number, (f, r) in enumerate(zip(features, references, strict=True))
         ]
         times = [self.adapter.model_time(t) for t in stepper.timesteps[:level]]
         z = found.latents[until]
@@ -497,18 +499,6 @@ class VisCtrl:
         )
         black = torch.tensor(unsafe, device=images.device).view(-1, 1, 1, 1)
         return torch.where(black, -1.0, images), [bool(x) for x in unsafe]
-
-    def _provenance(self, state: "State", reference: Reference) -> list[NDArray[np.uint8]] | None:
-        if any(found is None for found in state.traces):
-            return None
-        target, other = self.adapter.grid(state.latents), self.adapter.grid(reference.latents)
-        pictures = []
-        for source, share in (found for found in state.traces if found is not None):
-            h, w = token_grid(target, len(source))
-            scale = target[0] // h
-            there = (-(-other[0] // scale), -(-other[1] // scale))
-            pictures.append(provenance_picture(source.clamp(max=there[0] * there[1] - 1), share, (h, w), there))
-        return pictures
 
     @torch.inference_mode()
     def sweep(

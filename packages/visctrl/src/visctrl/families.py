@@ -146,11 +146,12 @@ def adapter_of(source: Any, scheduler: Any = None) -> ModelAdapter:
     """
     if isinstance(source, ModelAdapter):
         return source
-    if getattr(source, "controlnet", None) is not None:
-        raise UnsupportedModelError(
-            f"{type(source).__name__} has a ControlNet, which the engine would not call: use VisCtrlCallback in the"
-            " pipeline's own call"
-        )
+    for part, name in (("controlnet", "a ControlNet"), ("adapter", "a T2I-Adapter")):
+        if getattr(source, part, None) is not None:
+            raise UnsupportedModelError(
+                f"{type(source).__name__} has {name}, which the engine would not call: use VisCtrlCallback in the"
+                " pipeline's own call"
+            )
     for kind in ADAPTERS:
         found = kind.of(source, scheduler)
         if found is not None:
@@ -163,7 +164,34 @@ def adapter_of(source: Any, scheduler: Any = None) -> ModelAdapter:
 
 
 class _Autoencoder(ModelAdapter):
-    """Families whose pictures go through an autoencoder."""
+    """Families whose pictures go through an autoencoder.
+
+    Raises:
+        UnsupportedModelError: a denoiser that takes more than the latents: a mask, another picture, a depth map.
+    """
+
+    def __init__(self, pipe: Any, network: nn.Module, scheduler: Any) -> None:
+        super().__init__(pipe, network, scheduler)
+        given, expected = int(self.model.config.in_channels), self.channels
+        if given != expected:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} takes {given} channels, the latents have {expected}: a model of inpainting, of"
+                " instructions, of depth or the like is not known: take the text-to-image model of its family"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels that the denoiser takes where it takes latents alone."""
+        return int(self.pipe.vae.config.latent_channels)
+
+    def _moments(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and deviation of the autoencoder's latents, by channel where it names them."""
+        config = self.pipe.vae.config
+        mean, deviation = (config.get(name) for name in ("latents_mean", "latents_std"))
+        if mean is None or deviation is None:
+            return config.get("shift_factor") or 0.0, 1 / config.scaling_factor
+        middle, spread = (torch.tensor(x, device=z.device, dtype=z.dtype).view(1, -1, 1, 1) for x in (mean, deviation))
+        return middle, spread / config.scaling_factor
 
     @property
     def factor(self) -> int:
@@ -187,12 +215,14 @@ class _Autoencoder(ModelAdapter):
             dtype = next(vae.parameters()).dtype
             found = vae.encode(images.to(self.device, dtype))
         z = (found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents).float()
-        return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        mean, deviation = self._moments(z)
+        return (z - mean) / deviation
 
     @override
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
-        z = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        mean, deviation = self._moments(latents)
+        z = latents * deviation + mean
         with _wide(vae):
             return vae.decode(z.to(self.device, next(vae.parameters()).dtype), return_dict=False)[0].float()
 
@@ -214,17 +244,21 @@ class _wide:  # noqa: N801
             self.vae.to(self.before)
 
 
+def _is_unet(network: nn.Module) -> bool:
+    return type(unwrapped(network)).__name__ == "UNet2DConditionModel"
+
+
 def _called(pipe: Any, *names: str) -> bool:
     return all(getattr(pipe, name, None) is not None for name in names)
 
 
-def _warn_of_length(tokenizer: Any, prompt: str) -> None:
-    found, most = len(tokenizer(prompt).input_ids), int(tokenizer.model_max_length)
-    if found > most:
-        warnings.warn(
-            f"the prompt has {found} tokens, of which the model reads {most}: the end of '{prompt[:40]}...' is cut off",
-            stacklevel=4,
-        )
+def _warn_of_length(tokenizer: Any, prompt: str, negative: str = "") -> None:
+    most = int(tokenizer.model_max_length)
+    for name, text in (("prompt", prompt), ("negative prompt", negative)):
+        found = len(tokenizer(text).input_ids)
+        if found > most:
+            said = f"the {name} has {found} tokens, of which the model reads {most}"
+            warnings.warn(f"{said}: the end of '{text[:40]}...' is cut off", stacklevel=4)
 
 
 def _nested(rows: Rows) -> dict[str, Any]:
@@ -248,9 +282,22 @@ class SDAdapter(_Autoencoder):
     @override
     def of(cls, source: Any, scheduler: Any = None) -> ModelAdapter | None:
         fits = _called(source, "unet", "vae", "text_encoder", "tokenizer", "scheduler")
-        if not fits or getattr(source, "text_encoder_2", None) is not None:
+        if not fits or getattr(source, "text_encoder_2", None) is not None or not _is_unet(source.unet):
             return None
         return cls(source, source.unet, scheduler or source.scheduler)
+
+    def __init__(self, pipe: Any, network: nn.Module, scheduler: Any) -> None:
+        super().__init__(pipe, network, scheduler)
+        config = self.model.config
+        for name, why in (
+            ("time_cond_proj_dim", "the guidance as a number, as models distilled for few steps do"),
+            ("class_embed_type", "a class or another picture besides the prompt"),
+            ("num_class_embeds", "a class besides the prompt"),
+        ):
+            if config.get(name) is not None:
+                raise UnsupportedModelError(
+                    f"the U-Net takes {why} ({name} {config.get(name)}), which is not known here"
+                )
 
     @override
     def conditions(self, prompt: str = "", negative: str = "", **more: Any) -> Conditions:
@@ -261,7 +308,7 @@ class SDAdapter(_Autoencoder):
             negative: the negative prompt.
             more: ``ip_adapter_image``, where an IP-Adapter is loaded.
         """
-        _warn_of_length(self.pipe.tokenizer, prompt)
+        _warn_of_length(self.pipe.tokenizer, prompt, negative)
         own, null = self.pipe.encode_prompt(prompt, self.device, 1, True, negative)
         pair: tuple[dict[str, Tensor], dict[str, Tensor]] = (
             {"encoder_hidden_states": own},
@@ -311,14 +358,31 @@ class SDXLAdapter(SDAdapter):
     @classmethod
     @override
     def of(cls, source: Any, scheduler: Any = None) -> ModelAdapter | None:
-        if not _called(source, "unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"):
+        if not _called(source, "unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler") or not _is_unet(
+            source.unet
+        ):
             return None
         return cls(source, source.unet, scheduler or source.scheduler)
+
+    def __init__(self, pipe: Any, network: nn.Module, scheduler: Any) -> None:
+        super().__init__(pipe, network, scheduler)
+        config = self.model.config
+        if config.addition_time_embed_dim is None or config.projection_class_embeddings_input_dim is None:
+            return
+        numbers, text = divmod(
+            config.projection_class_embeddings_input_dim - pipe.text_encoder_2.config.projection_dim,
+            config.addition_time_embed_dim,
+        )
+        if (numbers, text) != (6, 0):
+            raise UnsupportedModelError(
+                f"the U-Net takes {numbers} numbers about the picture, expected 6 (its size, crop and target size): a refiner"
+                " is not known here: take the base model"
+            )
 
     @override
     def conditions(self, prompt: str = "", negative: str = "", **more: Any) -> Conditions:
         if self.pipe.tokenizer is not None:
-            _warn_of_length(self.pipe.tokenizer, prompt)
+            _warn_of_length(self.pipe.tokenizer, prompt, negative)
         own, null, pooled, null_pooled = self.pipe.encode_prompt(
             prompt, device=self.device, do_classifier_free_guidance=True, negative_prompt=negative or None
         )
@@ -332,8 +396,7 @@ class SDXLAdapter(SDAdapter):
     @override
     def network(self, z: Tensor, timestep: float, rows: Rows) -> Tensor:
         side = (z.shape[-2] * self.factor, z.shape[-1] * self.factor)
-        width = rows["added_cond_kwargs/text_embeds"].shape[-1]
-        times = self.pipe._get_add_time_ids(side, (0, 0), side, self.dtype, width).repeat(len(z), 1)
+        times = torch.tensor([[*side, 0, 0, *side]], dtype=self.dtype).repeat(len(z), 1)
         return super().network(z, timestep, dict(rows) | {"added_cond_kwargs/time_ids": times})
 
 
@@ -416,6 +479,11 @@ class FluxAdapter(_Autoencoder):
 
     family = "flux"
     joint = True
+
+    @property
+    @override
+    def channels(self) -> int:
+        return 4 * super().channels
 
     @classmethod
     @override

@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visctrl.provenance import Trace
+from visctrl.provenance import Origins, Trace
 
 
 @dataclass
@@ -28,7 +28,9 @@ class EditOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
         verdicts: why no further round was made; empty where all were.
         rows: pictures that went through the network, guidance branches and references counted.
         seconds: wall time.
-        provenance: for each picture, which place of the (first) reference each token came from, as a picture.
+        provenance: for each picture, which place of its reference each token came from, as a picture.
+        read_from: for each picture, which reference each token came from, as a picture; None where there was one.
+        shares: for each picture, the share of its tokens that came from each reference.
         unsafe: what the pipeline's safety checker said of each picture, where it has one; such pictures are black.
     """
 
@@ -41,6 +43,8 @@ class EditOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
     rows: int = 0
     seconds: float = 0.0
     provenance: list[NDArray[np.uint8]] | None = None
+    read_from: list[NDArray[np.uint8]] | None = None
+    shares: list[list[float]] | None = None
     unsafe: list[bool] | None = None
 
 
@@ -55,7 +59,7 @@ class State:
         self.rounds = [0] * len(latents)
         self.verdicts = [""] * len(latents)
         self.residuals = [[float("nan")] * len(latents) for _ in range(rounds)]
-        self.traces: list[tuple[Tensor, Tensor] | None] = [None] * len(latents)
+        self.origins: list[Origins | None] = [None] * len(latents)
         self.history: list[Tensor] = []
         self._stopped = torch.zeros(len(latents), dtype=torch.bool)
 
@@ -90,11 +94,11 @@ class State:
 
     def take_trace(self, active: Tensor, trace: Trace | None) -> None:
         """Keep where the parts of the pictures of this round came from."""
-        if trace is None or trace.source is None or trace.share is None:
+        if trace is None or trace.source is None:
             return
         for n, i in enumerate(active.tolist()):
-            if not self._stopped[i] or self.traces[i] is None:
-                self.traces[i] = (trace.source[n], trace.share[n])
+            if not self._stopped[i] or self.origins[i] is None:
+                self.origins[i] = trace.origins(n)
 
     def remember(self) -> None:
         """Add the pictures as they are to the history."""

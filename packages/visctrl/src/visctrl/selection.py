@@ -28,12 +28,14 @@ class Keys:
         bias: what is added to each key's logit, (B, 1, M), or None for nothing.
         own: how many of them, the first ones, are the target's own.
         positions: which image token each key was, (B, M); of references, in their own picture.
+        references: number of the reference that each key is of, (B, M); -1 for the target's own.
     """
 
     tokens: Tensor
     bias: Tensor | None
     own: int
     positions: Tensor
+    references: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class ReferenceTokens:
         grid: height and width of its latents.
         mask: where its subject is, (H, W) in [0, 1]; None is everywhere.
         log_weight: what is added to its keys' logits.
+        number: its number among all references.
     """
 
     tokens: Tensor
     grid: Grid
     mask: Tensor | None = None
     log_weight: float = 0.0
+    number: int = 0
 
 
 def token_grid(latents: Grid, tokens: int) -> Grid:
@@ -103,11 +107,13 @@ def choose_keys(
     parts: list[Tensor] = []
     biases: list[Tensor] = []
     places: list[Tensor] = []
+    numbers: list[Tensor] = []
 
-    def add(tokens: Tensor, weight: Tensor, position: Tensor) -> None:
+    def add(tokens: Tensor, weight: Tensor, position: Tensor, number: int = -1) -> None:
         parts.append(tokens)
         biases.append(weight.expand(rows, -1))
         places.append(position.expand(rows, -1))
+        numbers.append(torch.full_like(places[-1], number))
 
     everywhere = torch.arange(number, device=own.device)[None]
     if mode == "union" or (mode == "subject" and own_mask is None):
@@ -125,13 +131,14 @@ def choose_keys(
         if mode == "subject" and reference.mask is not None:
             index = index[foreground_tokens(reference.mask, reference.grid, count).to(own.device)]
             tokens = tokens[:, index]
-        add(tokens, own.new_full((1, len(index)), shift + reference.log_weight), index[None])
+        add(tokens, own.new_full((1, len(index)), shift + reference.log_weight), index[None], reference.number)
     if sum(part.shape[1] for part in parts) == kept:
         return None
     weights = torch.cat(biases, dim=1)
     same = mode != "union" and bool((weights == weights[:, :1]).all())
     plain = same or not bool(weights.any())
-    return Keys(torch.cat(parts, dim=1), None if plain else weights[:, None], kept, torch.cat(places, dim=1))
+    told = None if plain else weights[:, None]
+    return Keys(torch.cat(parts, dim=1), told, kept, torch.cat(places, dim=1), torch.cat(numbers, dim=1))
 
 
 def _padded(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

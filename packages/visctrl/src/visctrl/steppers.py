@@ -10,6 +10,7 @@ visits i = n, ..., 1; the step that leaves level i has the index k = n - i. Shap
 import copy
 import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from typing_extensions import override
 from tenfold import UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+IGNORED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding")
+"""Settings of schedulers that say how they space or clip, and that are not followed."""
+CONSISTENCY = frozenset({"LCMScheduler", "TCDScheduler"})
 
 
 class Stepper(ABC):
@@ -151,6 +155,17 @@ class FlowStepper(Stepper):
     def move(self, z: Tensor, output: Tensor, asked: Tensor, at: int, source: int, to: int) -> Tensor:
         z, output = (x if x.dtype == torch.float64 else x.float() for x in (z, output))
         return z + (self.levels[to] - self.levels[source]) * output
+
+
+def warn_of_what_is_not_followed(scheduler: Any) -> None:
+    """Warn of settings of a scheduler, or of a kind of it, that the steps here do not follow."""
+    ignored = [name for name in IGNORED if scheduler.config.get(name)]
+    if ignored or type(scheduler).__name__ in CONSISTENCY:
+        what = ", ".join(ignored) or "steps of its own for consistency models"
+        warnings.warn(
+            f"{type(scheduler).__name__} has {what}: timesteps here are evenly spaced and steps those of DDIM",
+            stacklevel=3,
+        )
 
 
 def stepper_of(scheduler: Any, steps: int, *, tokens: int | None = None) -> Stepper:

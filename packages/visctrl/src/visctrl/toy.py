@@ -7,11 +7,11 @@ latents (B, 16, 8, 8), 64 tokens of 64 entries.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
+from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ def toy_scheduler() -> DDIMScheduler:
     return DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
 
 
-def toy_adapter(model: ToyDenoiser, codec: PatchCodec) -> UnconditionalAdapter:
+def toy_adapter(model: nn.Module, codec: PatchCodec) -> UnconditionalAdapter:
     """The adapter of the denoiser and its codec."""
     return UnconditionalAdapter(model, toy_scheduler(), codec)
 
@@ -149,31 +149,68 @@ class Training:
         batch: pictures per step.
         rate: largest learning rate.
         average: decay of the average of weights that is kept.
+        warm_up: steps over which the rate rises.
+        middle: draw timesteps as 1000 sigmoid(n + middle) with n of a standard normal; None: as 1000 u^0.8 with uniform u.
     """
 
     steps: int = 2500
     batch: int = 16
     rate: float = 2e-3
     average: float = 0.99
+    warm_up: int = 30
+    middle: float | None = None
+
+    def timesteps(self, draw: torch.Generator) -> Tensor:
+        """Timesteps of one step's pictures. Shapes: -> (batch,)."""
+        if self.middle is None:
+            share = torch.rand(self.batch, generator=draw).pow(0.8)
+        else:
+            share = torch.sigmoid(torch.randn(self.batch, generator=draw) + self.middle)
+        return (1000 * share).long().clamp(max=999)
+
+
+Arch = Literal["toy", "unet"]
+
+
+def denoiser(arch: Arch = "toy") -> nn.Module:
+    """A denoiser of these latents with new weights.
+
+    Args:
+        arch: the small one above, or a ``UNet2DModel`` of diffusers, which learns to use its attention far more slowly.
+    """
+    if arch == "toy":
+        return ToyDenoiser()
+    return UNet2DModel(
+        sample_size=SIDE,
+        in_channels=16,
+        out_channels=16,
+        layers_per_block=1,
+        block_out_channels=(64,),
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+    )
 
 
 def train_toy(
-    images: Tensor, training: Training, seed: int, show: Callable[[range], Any] = iter
-) -> tuple[ToyDenoiser, PatchCodec]:
+    images: Tensor, training: Training, seed: int, show: Callable[[range], Any] = iter, arch: Arch = "toy"
+) -> tuple[nn.Module, PatchCodec]:
     """A codec and a denoiser of these pictures.
 
-        L = mean || v - v_theta(z_t, t) ||^2,  v = sqrt(abar_t) e - sqrt(1 - abar_t) z,  t = floor(1000 u^0.8)
+        L = mean || v - v_theta(z_t, t) ||^2,  v = sqrt(abar_t) e - sqrt(1 - abar_t) z
 
     Args:
         images: pictures (N, 3, 32, 32).
         training: length and rates.
         seed: seed of the weights and of what is drawn.
         show: passes the steps through and shows how far they are.
+        arch: the denoiser.
     """
     codec = PatchCodec()
     codec.fit(images[:512])
     with keyed(seed, 0):
-        model = ToyDenoiser()
+        model = denoiser(arch)
     z, abar = codec.encode(images), toy_scheduler().alphas_cumprod
     draw = generator(seed, 1)
     weights = list(model.parameters())
@@ -181,10 +218,14 @@ def train_toy(
     optimizer = torch.optim.AdamW(weights, lr=training.rate, betas=(0.9, 0.99), fused=True)
     for step in show(range(training.steps)):
         done = step / training.steps
-        rate = training.rate * min(1.0, (step + 1) / 30) * (0.005 + 0.995 * (1 + math.cos(math.pi * done)) / 2)
+        rate = (
+            training.rate
+            * min(1.0, (step + 1) / training.warm_up)
+            * (0.005 + 0.995 * (1 + math.cos(math.pi * done)) / 2)
+        )
         optimizer.param_groups[0]["lr"] = rate
         x = z[torch.randint(len(z), (training.batch,), generator=draw)]
-        t = (1000 * torch.rand(training.batch, generator=draw).pow(0.8)).long().clamp(max=999)
+        t = training.timesteps(draw)
         e = torch.randn(x.shape, generator=draw)
         a = abar[t].view(-1, 1, 1, 1)
         loss = F.mse_loss(model(a.sqrt() * x + (1 - a).sqrt() * e, t).sample, a.sqrt() * e - (1 - a).sqrt() * x)

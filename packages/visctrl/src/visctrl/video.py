@@ -100,8 +100,6 @@ def shared_pool(
     *,
     keyframes: int = 3,
     alpha: float = 0.5,
-    prompt: str = "",
-    negative_prompt: str = "",
     conditions: Conditions | None = None,
     latents: Tensor | None = None,
     rounds: int | None = None,
@@ -115,9 +113,7 @@ def shared_pool(
         keyframes: number of keyframes.
         alpha: share of the references' keys before attention weighs them; the rest is the keyframes'. With 1 the keyframes
             only say how many rounds all frames make.
-        prompt: what the result shows.
-        negative_prompt: what it does not.
-        conditions: in place of the prompts.
+        conditions: what the network is told, from ``VisCtrl.conditions``; default: no prompt.
         latents: the edited keyframes, where they are there already.
         rounds: the rounds that these came through.
 
@@ -132,7 +128,7 @@ def shared_pool(
         raise ValueError(f"alpha must be in (0, 1], got {alpha}")
     if not isinstance(frames, Frames) or isinstance(frames, Tensor):
         raise ValueError("frames must have a length and be gone through twice: give a list, or a reader such as a clip")
-    told = conditions or engine.conditions(prompt, negative_prompt)
+    told = conditions or engine.conditions()
     positions = key_positions(len(frames), keyframes)
     chosen = [_frame(x) for number, x in enumerate(frames) if number in positions]
     verdict, outs = "", []

@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar, Literal
@@ -125,10 +125,10 @@ def read_folder(root: Path, missing: Missing = "refuse", without: Path | None = 
     if not root.is_dir():
         raise UserError(f"--data folder:{root}: no such folder")
     views, broken, other = [], {}, 0
-    for path in sorted(root.rglob("*"), key=lambda p: natural(p.relative_to(root).as_posix())):
+    for path in sorted(_files(root), key=lambda p: natural(p.relative_to(root).as_posix())):
         name = path.relative_to(root).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
-        if hidden or not path.is_file() or (without is not None and path.resolve().is_relative_to(without.resolve())):
+        if hidden or (without is not None and path.resolve().is_relative_to(without.resolve())):
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             views.append(View(name, path))
@@ -139,6 +139,15 @@ def read_folder(root: Path, missing: Missing = "refuse", without: Path | None = 
     settle(str(root), broken, len(views), missing)
     remarks = [f"{other} further files in {root} are no pictures and are not written"] if other else []
     return FolderScene(root, views, broken, remarks)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The files in a folder, at any depth, also through links to folders; a folder is gone through once."""
+    seen = set()
+    for base, folders, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(base))
+        folders[:] = [x for x in folders if os.path.realpath(os.path.join(base, x)) not in seen]
+        yield from (Path(base) / x for x in files)
 
 
 def natural(name: str) -> list[Any]:
@@ -255,10 +264,28 @@ def _under(picture: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.
     return np.concatenate([found.astype(np.uint8), before[..., 3:]], axis=-1)
 
 
+def is_heic(path: Path) -> bool:
+    """Whether a file is a HEIC picture, by its ending or, under another one, by its first bytes."""
+    if path.suffix.lower() in HEIC:
+        return True
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in {
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"hevx",
+        b"mif1",
+        b"msf1",
+    }
+
+
 def _opened(path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix.lower() in HEIC:
+    if is_heic(path):
         raise UserError(f"{path}: HEIC pictures of phones are not read here: convert it to JPEG or PNG first")
     try:
         return Image.open(path)

@@ -8,7 +8,7 @@ import numpy as np
 from tenfold import UserError
 from visctrl.clips import Clip, FolderClip, VideoClip, open_clip, span_of
 from visctrl.commands import _work
-from visctrl.data import read_mask, read_picture
+from visctrl.data import read_mask, read_mask_file, read_picture
 from visctrl.engine import VisCtrl
 from visctrl.masks import Mask, Picture
 from visctrl.video import Frame
@@ -66,12 +66,12 @@ class MaskedFrames:
         Raises:
             UserError: an empty mask; the message names the frame.
         """
-        masks = None if self.masks is None else iter(self.masks)
+        masks = None if self.masks is None else self._masks()
         for number, picture in enumerate(self.clip):
             name = f"--target_mask {self.spec}, frame {self.clip.names[number]}"
             if masks is not None:
-                mask: Mask | None = next(masks).mean(axis=-1).astype(np.float32) / 255
-                if mask is not None and not (mask >= 0.5).any():
+                mask = next(masks)
+                if not (mask >= 0.5).any():
                     raise UserError(f"{name}: {NOTHING} is in it: leave such frames out with --frames")
                 yield picture, mask
             elif self.fixed is not None or self.spec is None:
@@ -79,6 +79,14 @@ class MaskedFrames:
             else:
                 path = self.clip.files[number] if isinstance(self.clip, FolderClip) else self.clip.path
                 yield picture, read_mask(self.spec, path, picture, f"{name}:")
+
+    def _masks(self) -> Iterator[Mask]:
+        """Masks of their own files, or of a video."""
+        if isinstance(self.masks, FolderClip):
+            yield from (read_mask_file(file, f"--target_mask {file}") for file in self.masks.files)
+            return
+        for picture in self.masks or []:
+            yield picture.mean(axis=-1).astype(np.float32) / 255
 
 
 class ModelFrames:

@@ -70,12 +70,17 @@ def edited(engine: VisCtrl, task: SceneTask, arm: str, seed: int) -> Tensor:
     return torch.cat([outs[view].images for view in range(VIEWS)]).float().clamp(-1, 1)
 
 
+def _arms(level: str) -> list[str]:
+    """The arms of a level: all, or the two of the claim."""
+    return list(ARMS) if level == "full" else list(ARMS)[:2]
+
+
 def measure(engine: VisCtrl, config: VisCtrlConfig, level: str, seed: int) -> dict[str, dict[str, float]]:
     """Mean residual of the refit and median transfer of each arm over the scenes of a seed."""
     engine.config = dataclasses.replace(config, rounds=ROUNDS)
     tasks = [make_task(seed, number) for number in range(SCENES[level])]
     found = {}
-    for name in ARMS if tasks else ():
+    for name in _arms(level) if tasks else ():
         residuals, transfers = [], []
         for number, task in enumerate(tasks):
             images = edited(engine, task, name, 1000 * seed + number)
@@ -107,7 +112,8 @@ def draw(study: Study, engine: VisCtrl, config: VisCtrlConfig, level: str) -> di
     engine.config = dataclasses.replace(config, rounds=ROUNDS)
     task = make_task(seed, 0)
     rows = {"references": task.references.images, "views": task.views}
-    for arm, name in zip(ARMS, ("independent", "gradual", "latents", "pool of 2", "one reference"), strict=True):
+    titles = ("independent", "gradual", "latents", "pool of 2", "one reference")
+    for arm, name in zip(_arms(level), titles, strict=False):
         rows[name] = edited(engine, task, arm, 1000 * seed)
     colors, _ = task.scene.refit(rows["gradual"])
     rows |= {"refit of gradual": task.scene.render(colors), "ideal": task.ideal}

@@ -1,5 +1,7 @@
 """From files to tensors and back: pictures at the model's size, masks with them, results at the photograph's size."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from tenfold import UserError
 from tenfold.figures import image_grid
 from tenfold.runs import Run
 from visctrl.config import EditSettings, VisCtrlConfig
-from visctrl.data import Pair, read_mask, read_picture, write_picture
+from visctrl.data import Pair, color_profile, in_profile, read_mask, read_picture, write_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import (
     Crop,
@@ -28,6 +30,12 @@ from visctrl.masks import (
     to_pictures,
 )
 from visctrl.outcome import EditOutput
+from visctrl.provenance import color_map
+
+PLACES = "colors: places in the reference, red to the right, green downwards"
+"""What a picture of provenance says in its metadata."""
+KEY = "colors of\nits places"
+"""Heading of the picture of all places in a reference, in the colors that stand for them."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +68,32 @@ def longest_side(engine: VisCtrl, size: int | None) -> int:
     return max(multiple, side // multiple * multiple)
 
 
-def prepare(engine: VisCtrl, path: Path, mask: str | None, size: int | None, crop: bool, option: str) -> Prepared:
+def prepare(
+    engine: VisCtrl,
+    path: Path,
+    mask: str | None,
+    size: int | None,
+    crop: bool,
+    option: str,
+    beside: Path | None = None,
+) -> Prepared:
     """Read a picture and its mask, and bring them to the model's size.
+
+    Args:
+        engine: the engine.
+        path: the picture.
+        mask: its mask, as the option.
+        size: longest side, as the option.
+        crop: cut its subject out.
+        option: option of the mask, for messages.
+        beside: a picture in whose color profile it is to be.
 
     Raises:
         UserError: see ``read_picture`` and ``read_mask``.
     """
     photo = read_picture(path)
+    if beside is not None:
+        photo = in_profile(photo, color_profile(path), color_profile(beside))
     found = None if mask is None else read_mask(mask, path, photo, option)
     if not crop:
         return fitted(engine, photo, found, size, f"{option} {mask}")
@@ -138,17 +165,13 @@ def write_edit(
     rows |= {f"round {number + 1}": picture for number, picture in enumerate(rounds)}
     sources: NDArray[np.uint8] | None = out.provenance[0] if out.provenance else None
     if sources is not None:
-        rows["came from"] = sources.repeat(max(1, 64 // len(sources)), axis=0).repeat(
-            max(1, 64 // sources.shape[1]), axis=1
-        )
+        rows |= {"came from": enlarged(sources), KEY: color_map((64, 64))}
     for name, picture in {"edited": result, **{f"history/round_{i + 1}": x for i, x in enumerate(rounds)}}.items():
         with run.replacing(f"{folder}{name}.png") as temporary:
-            write_picture(temporary, picture, note)
+            write_picture(temporary, picture, note, color_profile(pair.target))
     if sources is not None:
         with run.replacing(f"{folder}provenance.png") as temporary:
-            write_picture(
-                temporary, rows["came from"], "colors: places in the reference, red to the right, green downwards"
-            )
+            write_picture(temporary, rows["came from"], PLACES)
     image_grid(run.own(f"{folder}grid.png"), [list(rows.values())], column_titles=list(rows), cell=1.6)
     about: dict[str, Any] = {
         "target": str(pair.target),
@@ -165,6 +188,37 @@ def write_edit(
     }
     run.write_json(f"{folder}edit.json", about)
     return result
+
+
+def enlarged(picture: Picture) -> Picture:
+    """A picture of a few tokens with each of them as a square, about 64 pixels high and wide."""
+    h, w = (max(1, 64 // side) for side in picture.shape[:2])
+    found: Picture = picture.repeat(h, axis=0).repeat(w, axis=1)
+    return found
+
+
+@contextlib.contextmanager
+def named(what: str, help_memory: str = "") -> Iterator[None]:
+    """Within the block, pictures that cannot be edited and memory that runs out are one line about ``what``.
+
+    Args:
+        what: what the line begins with.
+        help_memory: further settings that need less memory.
+
+    Raises:
+        UserError: in place of a ``ValueError``, or of the error of a full memory.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        more = f"{help_memory}, " if help_memory else ""
+        raise UserError(
+            f"{what}: out of memory: give a smaller --size, --dtype fp16, --offload true, {more}or --control.bank stream"
+        ) from error
 
 
 def one_round(config: VisCtrlConfig) -> VisCtrlConfig:

@@ -21,7 +21,7 @@ from visctrl import metrics
 from visctrl.commands import _pairs, _work
 from visctrl.commands._encoder import NO_ENCODER, Features, encoder_of, subject
 from visctrl.config import CompareSettings, VisCtrlConfig
-from visctrl.data import Pair, load_model, read_picture, write_picture
+from visctrl.data import Pair, color_profile, load_model, read_picture, write_picture
 from visctrl.engine import VisCtrl
 from visctrl.masks import Picture, to_images
 from visctrl.outcome import EditOutput
@@ -85,27 +85,22 @@ def measure(settings: CompareSettings, work: str, number: int) -> dict[str, dict
     assert pair.reference is not None
     engine, encoder = _loaded(settings)
     target = _work.prepare(engine, pair.target, pair.target_mask, settings.size, False, "--target_mask")
-    source = _work.prepare(engine, pair.reference, pair.reference_mask, settings.size, False, "--reference_mask")
+    source = _work.prepare(
+        engine, pair.reference, pair.reference_mask, settings.size, False, "--reference_mask", beside=pair.target
+    )
     masked = all(p.target_mask is not None for p in pairs)
     found, pictures = {}, {}
-    try:
+    with _work.named(str(pair.target)):
         for arm, out in _edits(engine, settings, pair, target, source):
             locked = settings.configs[arm].lock
             picture = _work.finished_picture(out.images, target, settings.feather, locked)
             values = _values(picture, target, source, encoder, masked)
             found[arm] = values | {"round": float((out.rounds or [0])[0]), "rows": float(out.rows)}
             pictures[arm] = picture
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{pair.target}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{pair.target}: out of memory: give a smaller --size, --dtype fp16, --offload true or --control.bank stream"
-        ) from error
     for arm, picture in pictures.items():  # once all arms are done, so that a command that is refused leaves none
         with replacing(Path(work) / place(settings, pair, arm)) as temporary:
-            write_picture(temporary, picture, f"edited with visctrl from {pair.reference.name}")
+            note = f"edited with visctrl from {pair.reference.name}"
+            write_picture(temporary, picture, note, color_profile(pair.target))
     return found
 
 
@@ -125,7 +120,11 @@ def _edits(
         return
     for arm, config in arms.items():
         engine.config = config
-        yield arm, engine.edit(target.image, reference, mask=target.image_mask, conditions=told)
+        try:
+            out = engine.edit(target.image, reference, mask=target.image_mask, conditions=told)
+        except UserError as error:
+            raise UserError(f"arm {arm}: {error}") from error
+        yield arm, out
 
 
 def _values(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tenfold import checkpoints, executors
 from tenfold.claims import Study, arm_rows
@@ -22,17 +22,19 @@ from tenfold.report import write_report
 from tenfold.terminal import show_claims, table, track
 from visctrl import metrics
 from visctrl.blobs import Pairs, render, render_pairs
-from visctrl.commands import _film, _scene
+from visctrl.commands import _film, _photos, _scene
 from visctrl.config import DemoSettings, VisCtrlConfig
 from visctrl.engine import VisCtrl
 from visctrl.masks import to_pictures
 from visctrl.outcome import EditOutput
-from visctrl.toy import PatchCodec, ToyDenoiser, Training, toy_adapter, train_toy
+from visctrl.toy import Arch, PatchCodec, Training, denoiser, toy_adapter, train_toy
 
 DATA = "rendered discs and squares of one color on white, 32 x 32 pixels"
 SEEDS = {"quick": 1, "default": 1, "full": 5}
 LENGTHS = {"quick": (20, 1), "default": (2500, 24), "full": (2500, 48)}
 """Training steps and pairs."""
+SLOWER = {"toy": 1, "unet": 4}
+"""How many times as long a denoiser trains."""
 ROUNDS = 4
 CONFIG = VisCtrlConfig(steps=10, start=0.8, layers="0:", rounds=ROUNDS, refine=3, guard=False, max_bank="64MB")
 ARMS: dict[str, dict[str, object]] = {
@@ -59,13 +61,16 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     level = settings.level
     folder, seeds = invocation.folder, settings.seeds_of(SEEDS)
     sys.stdout.write(f"data: {DATA}\n")
+    if settings.materials == "photos":
+        _photos.check()
+        sys.stdout.write("photographs: real, of scikit-image and scikit-learn; a picture without a claim\n")
     study = Study(folder, data=DATA, seeds=seeds, level=level)
     for seed in seeds:
         folder.own(f"models/seed-{seed}.safetensors", result=False)  # so that a run killed after a training is resumed
     with executors.make(settings.executor) as pool:
         here = invocation.quiet or pool is not None
         show = partial(track, description="models", quiet=here or len(seeds) == 1)
-        study.over_seeds(partial(measure, str(folder.path), level, here or len(seeds) > 1), pool, show)
+        study.over_seeds(partial(measure, str(folder.path), level, settings.arch, here or len(seeds) > 1), pool, show)
     _decide(study)
     _scene.decide(study, level)
     if level == "full":
@@ -73,8 +78,10 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     study.note(
         "Reinhard's matching of mean and deviation solves this world outright: it is here to show iteration and drift."
     )
-    engine = draw(study, folder.path, level)
+    engine = draw(study, folder.path, level, settings.arch)
     more = _scene.draw(study, engine, CONFIG, level)
+    if settings.materials == "photos":
+        more |= _photos.draw(folder, level, seeds[0], CONFIG, settings.arch, quiet=invocation.quiet)
     summary = study.finish()
     captions = {
         "edits": "Targets, references, results after each round, the round that the drift guard returns, the ideal, and"
@@ -82,7 +89,9 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
         "rounds": "Material carried over and distance to the ideal, by round, with plain and with refined inversion.",
     }
     if level == "full":
-        _film.draw(study, VisCtrl(toy_adapter(*model_of(str(folder.path), level, seeds[0], quiet=True)), CONFIG))
+        _film.draw(
+            study, VisCtrl(toy_adapter(*model_of(str(folder.path), level, settings.arch, seeds[0], quiet=True)), CONFIG)
+        )
         captions["video"] = (
             "Frames of a video: as they were, from one pool, with a random reference each, and the ideal."
         )
@@ -92,19 +101,19 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     return show_claims(summary, strict=invocation.strict)
 
 
-def model_of(work: str, level: str, seed: int, quiet: bool) -> tuple[ToyDenoiser, PatchCodec]:
+def model_of(work: str, level: str, arch: Arch, seed: int, quiet: bool) -> tuple[nn.Module, PatchCodec]:
     """The model of a seed, trained where it is not there yet."""
     file = Path(work) / f"models/seed-{seed}.safetensors"
-    model, codec = ToyDenoiser(), PatchCodec()
+    model, codec = denoiser(arch), PatchCodec()
     if file.is_file():
         found = checkpoints.load(file, method=METHOD).tensors
         for name, part in (("model", model), ("codec", codec)):
             own = {k.removeprefix(f"{name}."): x for k, x in found.items() if k.startswith(f"{name}.")}
             part.load_state_dict(own)
         return model.eval(), codec
-    steps = LENGTHS[level][0]
+    steps = LENGTHS[level][0] * SLOWER[arch]
     show = partial(track, description=f"training of seed {seed}", quiet=quiet)
-    model, codec = train_toy(render(4096, seed).images, Training(steps=steps), seed, show)
+    model, codec = train_toy(render(4096, seed).images, Training(steps=steps), seed, show, arch)
     tensors = {f"{n}.{k}": x for n, part in (("model", model), ("codec", codec)) for k, x in part.state_dict().items()}
     checkpoints.save(file, tensors, method=METHOD, config={"seed": seed, "steps": steps})
     return model, codec
@@ -124,9 +133,9 @@ def edits(engine: VisCtrl, pairs: Pairs, config: VisCtrlConfig, references: str 
     return found
 
 
-def measure(work: str, level: str, quiet: bool, seed: int) -> dict[str, dict[str, float]]:
+def measure(work: str, level: str, arch: Arch, quiet: bool, seed: int) -> dict[str, dict[str, float]]:
     """Train one model, and measure all arms on its pairs."""
-    model, codec = model_of(work, level, seed, quiet)
+    model, codec = model_of(work, level, arch, seed, quiet)
     pairs = render_pairs(LENGTHS[level][1], seed)
     engine = VisCtrl(toy_adapter(model, codec), CONFIG)
     found = {"untouched": values(pairs.target.images, pairs), "reconstruction": {}, "Reinhard": {}}
@@ -225,10 +234,10 @@ def _decide(study: Study) -> None:
     study.ratio("few_steps", "transfer with 10 steps / with 40", ("10 steps", t), ("40 steps", t), required=">= 0.8")
 
 
-def draw(study: Study, work: Path, level: str) -> VisCtrl:
+def draw(study: Study, work: Path, level: str, arch: Arch) -> VisCtrl:
     """Draw the edits of the first seed, and the curves over rounds; returns the seed's engine."""
     seed = study.seeds[0]
-    model, codec = model_of(str(work), level, seed, quiet=True)
+    model, codec = model_of(str(work), level, arch, seed, quiet=True)
     pairs = render_pairs(min(8, LENGTHS[level][1]), seed)
     engine = VisCtrl(toy_adapter(model, codec), CONFIG)
     outs, kept = edits(engine, pairs, CONFIG), edits(engine, pairs, GUARDED)

@@ -3,9 +3,6 @@
 import json
 import sys
 
-import torch
-
-from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.distributed import rank, split, world_size
 from tenfold.figures import image_grid
@@ -13,7 +10,7 @@ from tenfold.report import write_report
 from tenfold.terminal import table, track
 from visctrl.commands import _banks, _pairs, _work
 from visctrl.config import EditSettings
-from visctrl.data import Pair, load_model, read_picture
+from visctrl.data import Pair, color_profile, load_model, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Picture
 from visctrl.ranks import joined, wait_for_all
@@ -30,7 +27,7 @@ def _run(settings: EditSettings, invocation: Invocation) -> None:
     _pairs.check(pairs)
     folder, config = invocation.folder, settings.chosen
     engine = VisCtrl(load_model(settings), config)
-    references: dict[tuple[str, str | None, str], tuple[Reference, Picture]] = {}
+    references: dict[tuple[str, str | None, str, bytes | None], tuple[Reference, Picture]] = {}
     places = {pair.name: "" if len(pairs) == 1 else f"{pair.name}/" for pair in pairs}
     if world_size() > 1:
         rounds = [f"history/round_{number + 1}.png" for number in range(config.rounds)]
@@ -66,21 +63,27 @@ def _one(
     pair: Pair,
     place: str,
     invocation: Invocation,
-    references: dict[tuple[str, str | None, str], tuple[Reference, Picture]],
+    references: dict[tuple[str, str | None, str, bytes | None], tuple[Reference, Picture]],
 ) -> None:
     target = _work.prepare(engine, pair.target, pair.target_mask, settings.size, settings.crop, "--target_mask")
-    key = (str(pair.reference or settings.run), pair.reference_mask, pair.reference_prompt)
+    key = (str(pair.reference or settings.run), pair.reference_mask, pair.reference_prompt, color_profile(pair.target))
     if key not in references:
         if pair.reference is None:
             assert settings.run is not None
             references[key] = _banks.read(engine, settings.run)
         else:
             found = _work.prepare(
-                engine, pair.reference, pair.reference_mask, settings.size, settings.crop, "--reference_mask"
+                engine,
+                pair.reference,
+                pair.reference_mask,
+                settings.size,
+                settings.crop,
+                "--reference_mask",
+                beside=pair.target,
             )
             references[key] = (_work.reference_of(engine, found, pair.reference_prompt), found.shown)
     reference, shown = references[key]
-    try:
+    with _work.named(str(pair.target)):
         out = engine.edit(
             target.image,
             reference,
@@ -90,13 +93,4 @@ def _one(
             history=True,
             provenance=True,
         )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{pair.target}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{pair.target}: out of memory at {target.shown.shape[1]} x {target.shown.shape[0]} pixels: give a smaller"
-            " --size, --dtype fp16, --offload true or --control.bank stream"
-        ) from error
     _work.write_edit(invocation.folder, place, pair, target, shown, out, settings, engine.config)

@@ -28,6 +28,7 @@ from visctrl.config import VideoSettings
 from visctrl.data import load_model, read_picture, write_picture
 from visctrl.engine import VisCtrl
 from visctrl.masks import Picture, to_images
+from visctrl.provenance import color_name
 from visctrl.video import SharedPool, edit_video, key_positions, shared_pool
 
 POOL, SHOWN = "keyframes.safetensors", 8
@@ -89,12 +90,8 @@ def _pool(
         latents = found.tensors["latents"].to(engine.adapter.device)
         pool = shared_pool(engine, small, references, latents=latents, rounds=int(found.config["rounds"]), **given)
         return SharedPool(pool.references, pool.config, pool.latents, str(found.config["verdict"]))
-    try:
+    with _work.named(f"--target {settings.target}", "fewer --keyframes"):
         pool = shared_pool(engine, small, references, **given)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"--target {settings.target}: {error}") from error
     _write_keyframes(engine, frames, pool, settings, folder)
     about = {"rounds": pool.config.rounds, "verdict": pool.verdict}
     checkpoints.save(folder.own(POOL), {"latents": pool.latents.cpu()}, method=METHOD, config=about)
@@ -116,12 +113,13 @@ def _write_keyframes(
             done = _work.finished_picture(images, made, settings.feather, settings.chosen.lock)
             with folder.replacing(f"history/{title}.png") as temporary:
                 write_picture(temporary, done, _note(settings))
-        for sources in out.provenance or []:
-            with folder.replacing(f"history/{name}-provenance.png") as temporary:
-                large = sources.repeat(max(1, 64 // len(sources)), axis=0).repeat(
-                    max(1, 64 // sources.shape[1]), axis=1
-                )
-                write_picture(temporary, large, "colors: places in the reference, red to the right, green downwards")
+        names = [f"{j + 1} {color_name(j)} ({Path(x).name})" for j, x in enumerate(settings.reference)]
+        shown = {"provenance": (out.provenance, _work.PLACES)}
+        shown["references"] = (out.read_from, f"colors: references, {', '.join(names)}")
+        for title, (pictures, note) in shown.items():
+            for picture in pictures or []:
+                with folder.replacing(f"history/{name}-{title}.png") as temporary:
+                    write_picture(temporary, _work.enlarged(picture), note)
 
 
 def _edit(
@@ -133,18 +131,12 @@ def _edit(
     done = {i for i, name in enumerate(names) if folder.resumed and (folder.path / f"frames/{name}.png").is_file()}
     results = edit_video(engine, small, [], conditions=told, batch=settings.batch, pool=pool, done=done.__contains__)
     locked = settings.chosen.lock
-    try:
+    with _work.named(f"--target {settings.target}", "a smaller --batch, fewer --keyframes"):
         for found in track(results, "frames", total=len(names) - len(done), quiet=invocation.quiet):
             target = small.latest[found.number]
             picture = _work.finished_picture(found.image, target, settings.feather, locked)
             with folder.replacing(f"frames/{names[found.number]}.png") as temporary:
                 write_picture(temporary, picture, _note(settings), Residual=f"{found.residual:.6g}")
-    except torch.OutOfMemoryError as error:
-        h, w = next(iter(small)).image.shape[-2:]
-        raise UserError(
-            f"--target {settings.target}: out of memory at {w} x {h} pixels: give a smaller --size or --batch,"
-            " --dtype fp16, --offload true, fewer --keyframes or --control.bank stream"
-        ) from error
 
 
 def _finish(frames: _frames.MaskedFrames, settings: VideoSettings, folder: Run, limit: float) -> dict[str, Any]:

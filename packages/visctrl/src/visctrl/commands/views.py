@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,10 +20,11 @@ from tenfold.runs import Run
 from tenfold.terminal import table, track
 from visctrl.commands import _work
 from visctrl.config import ViewsSettings
-from visctrl.data import load_model, read_mask, read_picture
+from visctrl.data import load_model, read_mask, read_mask_file, read_picture
 from visctrl.engine import Reference, VisCtrl
 from visctrl.masks import Mask, Picture, check_mask
 from visctrl.outcome import EditOutput
+from visctrl.provenance import color_map, color_name
 from visctrl.ranks import gathered, joined, said_once, wait_for_all
 from visctrl.scenes import read_scene
 from visctrl.views import edit_views, pool_of
@@ -51,7 +51,7 @@ def _run(settings: ViewsSettings, invocation: Invocation) -> None:
     references = [
         _work.reference_of(
             engine,
-            _work.prepare(engine, path, mask, settings.size, False, "--reference_mask"),
+            _work.prepare(engine, path, mask, settings.size, False, "--reference_mask", beside=scene.views[0].path),
             settings.reference_prompt,
         )
         for path, mask in files
@@ -150,7 +150,7 @@ def view_mask(spec: str | None, view: View, picture: Picture) -> Mask | None:
     if file is None or not file.is_file():
         where = "the scene has no mask of it" if file is None else f"{file} is not there"
         raise UserError(f"--target_mask {spec}: {view.name}: {where}")
-    found = upright_mask(read_picture(file).mean(axis=-1).astype(np.float32) / 255, view)
+    found = upright_mask(read_mask_file(file, f"--target_mask {file}"), view)
     if (found >= 0.5).any():
         try:
             check_mask(found, picture, f"--target_mask {file}")
@@ -231,17 +231,9 @@ class _Work:
             made=made,
         )
         share = -(-(len(self.seen) - len(made)) // world_size())
-        try:
+        with _work.named(f"--data {s.data}", "fewer references"):
             for place, out in track(edits, "views", share, quiet=quiet):
                 self._write(self.seen[place], out)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                "out of memory: give a smaller --size, --dtype fp16, --offload true, --control.bank stream or fewer references"
-            ) from error
         for number in split(sorted(self.empty), rank(), world_size()):
             if not self.done(number):
                 self._keep(number)
@@ -268,7 +260,10 @@ class _Work:
         rounds = [_work.finished_picture(x, target, self.settings.feather, locked) for x in out.history or []]
         row = {"view": target.photo, **{f"round {i + 1}": x for i, x in enumerate(rounds)}, "edited": result}
         if out.provenance:
-            row["came from"] = _large(out.provenance[0])
+            row |= {"came from": _work.enlarged(out.provenance[0]), _work.KEY: color_map((64, 64))}
+        shares = self._shares(out)
+        if out.read_from:
+            row[_legend(shares)] = _work.enlarged(out.read_from[0])
         image_grid(folder.own(f"views/{number:05}.png"), [list(row.values())], column_titles=list(row), cell=1.6)
         if self._in_pool(number):
             path = folder.own(f"views/{number:05}.safetensors")
@@ -280,10 +275,23 @@ class _Work:
             "verdict": (out.verdicts or [""])[0],
             "residuals": [None if x[0] != x[0] else x[0] for x in out.residuals or []],
             "rows": out.rows,
+            "read_from": {name: round(share, 4) for name, _, share in shares},
             "reference_for_others": self._in_pool(number),
             "unsafe": None if out.unsafe is None else out.unsafe[0],
         }
         folder.write_json(f"views/{number:05}.json", about)
+
+    def _shares(self, out: EditOutput) -> list[tuple[str, str, float]]:
+        """Name, color and share of each reference that parts of a view came from."""
+        views = [f"view {self.seen[place]}" for place in self.pool]
+        names = [*(f"reference {i + 1}" for i in range(len(self.settings.reference))), *views]
+        found = enumerate((out.shares or [[]])[0])
+        return [(names[j], color_name(j), share) for j, share in found if share > 0]
+
+
+def _legend(shares: Sequence[tuple[str, str, float]]) -> str:
+    """The heading of a picture of references."""
+    return "\n".join(["of", *(f"{name} ({color})" for name, color, _ in shares)])
 
 
 class _Lazy(Sequence[Any]):
@@ -305,12 +313,6 @@ class _Lazy(Sequence[Any]):
     def __getitem__(self, place: Any) -> Any:
         found = self.work.prepared(self.work.seen[place])
         return found.image_mask if self.masks else found.image
-
-
-def _large(picture: Picture) -> Picture:
-    h, w = (max(1, 64 // side) for side in picture.shape[:2])
-    found: Picture = picture.repeat(h, axis=0).repeat(w, axis=1)
-    return found
 
 
 def _finish(work: _Work) -> None:
