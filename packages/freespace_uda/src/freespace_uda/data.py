@@ -107,6 +107,12 @@ def _paired(
         UserError: most pictures have no depth of their name, or none has.
     """
     names = sorted({*pictures, *depths})
+    if pictures and not depths:
+        warnings.warn(
+            f"{shown}: no depth ({', '.join(sorted(DEPTHS))}) was found: pictures alone are used",
+            UserWarning,
+            stacklevel=2,
+        )
     alone = [n for n in names if n not in depths or n not in pictures]
     if pictures and depths and len(alone) > len(names) / 2:
         raise UserError(
@@ -402,5 +408,8 @@ assert set(EMBEDDED_DATA) == set(DOMAINS)
 
 
 def same_place(first: Scenes, second: Scenes) -> bool:
-    """Whether two names stand for one folder or file."""
-    return first.path is not None and second.path is not None and first.path.resolve() == second.path.resolve()
+    """Whether two names stand for one folder or file, or share a picture (a folder and its parent, a manifest of it)."""
+    if first.path is None or second.path is None:
+        return False
+    files = [{p.resolve() for r in s.records if (p := r.rgb or r.depth) is not None} for s in (first, second)]
+    return first.path.resolve() == second.path.resolve() or not files[0].isdisjoint(files[1])
