@@ -188,6 +188,8 @@ def test_a_manifest_states_units_cameras_and_parts_row_by_row(tmp_path):
         ("rgb,depth,depth_unit,split", "a.png,d.png,mm,holdout", "split 'holdout'"),
         ("rgb,depth,depth_unit", "a.png", "expected 3 columns"),
         ("rgb,depth,depth_unit", ",,", "neither rgb nor depth"),
+        ("rgb,palette", "a.png,cityscape", "palette 'cityscape', expected one of binary"),
+        ("rgb,depth,depth_unit,ray", "a.png,d.png,mm,x", "ray 'x', expected true or false"),
     ],
 )
 def test_a_faulty_manifest_is_refused_with_its_row(tmp_path, header, row, told):
