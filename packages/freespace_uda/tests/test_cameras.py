@@ -200,6 +200,7 @@ def test_a_camera_for_other_pictures_is_told():
         ("ros.yaml", ROS1.replace("P: [525.5", "P: [480.0"), "rectified pictures have P"),
         ("kalibr.yaml", KALIBR.replace("coeffs: [0.0", "coeffs: [-0.3"), "lens distortion is not undone"),
         ("orb.yaml", ORB + "Camera.k1: 0.26\n", "lens distortion is not undone"),
+        ("stereo.json", OPENCV_JSON.replace("camera_matrix", "M1").replace("{", '{"M2": 0,', 1), "the left one of two"),
         ("cameras.txt", "1 SIMPLE_RADIAL 640 480 525.5 320 240 -0.05\n", "lens distortion is not undone"),
     ],
 )

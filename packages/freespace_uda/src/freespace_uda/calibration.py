@@ -295,12 +295,14 @@ def _mapping(found: Any, path: Path) -> Calibration:
 
 
 def _doubts(group: Mapping[str, Any], k: NDArray[np.float64], shown: str) -> Iterator[str]:
-    """Lens distortion, and a projection of rectified pictures that is not K."""
+    """Lens distortion, a projection of rectified pictures that is not K, and a second camera."""
     names = ("k1", "k2", "p1", "p2", "k3")
     lens = next((v for v in (_floats(group.get(name)) for name in _LENSES) if v is not None), None)
     lens = lens if lens is not None else [v for v in (_float(group.get(name)) for name in names) if v is not None]
     if any(abs(v) > LENS for v in lens):
         yield f"{shown}: lens distortion is not undone: K is right for undistorted pictures alone"
+    if any(name in group for name in ("M2", "camera_matrix_right")):
+        yield f"{shown}: the left one of two cameras is taken"
     for name in ("projection_matrix", "P", "p"):
         values = _floats(group.get(name))
         if values is None or len(values) != 12 or not values[0]:
