@@ -29,7 +29,7 @@ def literal() -> Tensor:
     x, y = z * (u - K[0, 2]) / K[0, 0], z * (v - K[1, 2]) / K[1, 1]
 
     def filtered(values: Tensor, kernel: list[list[float]]) -> Tensor:
-        return F.conv2d(values[None, None], torch.tensor(kernel)[None, None], padding=1)[0, 0]
+        return F.conv2d(values[None, None], torch.tensor(kernel, dtype=torch.float32)[None, None], padding=1)[0, 0]
 
     inverse = 1 / z
     gx = K[0, 0] * filtered(inverse, [[0, 0, 0], [-1, 0, 1], [0, 0, 0]])

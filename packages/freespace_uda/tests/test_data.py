@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from freespace_uda import load_scenes
 from freespace_uda.config import SceneReading
-from freespace_uda.data import _kitti, rendered
+from freespace_uda.data import _kitti, rendered, same_place
 from freespace_uda.scenes import Unlabeled
 from PIL import Image
 
@@ -188,6 +188,8 @@ def test_a_manifest_states_units_cameras_and_parts_row_by_row(tmp_path):
         ("rgb,depth,depth_unit,split", "a.png,d.png,mm,holdout", "split 'holdout'"),
         ("rgb,depth,depth_unit", "a.png", "expected 3 columns"),
         ("rgb,depth,depth_unit", ",,", "neither rgb nor depth"),
+        ("rgb,palette", "a.png,cityscape", "palette 'cityscape', expected one of binary"),
+        ("rgb,depth,depth_unit,ray", "a.png,d.png,mm,x", "ray 'x', expected true or false"),
     ],
 )
 def test_a_faulty_manifest_is_refused_with_its_row(tmp_path, header, row, told):
@@ -215,6 +217,24 @@ def test_orphans_are_named_refused_when_most_and_warned_about_when_few(tmp_path)
         path.rename(path.with_name("x" + path.name))
     with pytest.raises(UserError, match="have a picture or a depth alone, the first: um_000000, um_000003, um_000006"):
         load_scenes(data)
+
+
+def test_a_folder_without_any_depth_is_said(tmp_path):
+    data = kitti(tmp_path)
+    for path in (tmp_path / "training/depth_u16").iterdir():
+        path.rename(path.with_suffix(".exr"))
+    with pytest.warns(UserWarning, match="no depth .* was found: pictures alone are used"):
+        load_scenes(data)
+
+
+def test_a_folder_its_parent_and_a_manifest_of_it_are_one_place(tmp_path):
+    data = kitti(tmp_path)
+    whole = load_scenes(data, SceneReading(split="all"))
+    assert same_place(whole, load_scenes(f"{data}/training", SceneReading(split="all")))
+    listed = manifest(tmp_path, "rgb", "training/image_2/um_000000.png")
+    assert same_place(whole, load_scenes(listed))
+    other = manifest(tmp_path, "rgb", "training/gt_image_2/um_road_000000.png")
+    assert not same_place(whole, load_scenes(other))
 
 
 def test_an_empty_folder_and_a_folder_of_another_layout_are_refused(tmp_path):

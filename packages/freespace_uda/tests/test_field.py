@@ -1,13 +1,12 @@
 """Depth, cameras and labels as people have them: read right, or refused in one line that says what is likely meant."""
 
-import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from freespace_uda import DepthCode, RoadWorld, read_calibration
-from freespace_uda.calibration import odd, of_numbers, pinhole, scaled
+from freespace_uda import DepthCode, RoadWorld
+from freespace_uda.calibration import pinhole
 from freespace_uda.depth import complaints, decode, look_at, ray_lengths, read_numbers, shift_of
 from freespace_uda.labels import by_color, by_id, check_ids, recognize_carla
 from freespace_uda.scenes import Record, Scenes, read_raw
@@ -156,97 +155,6 @@ def test_files_of_depth_of_every_form(tmp_path):
         decode(np.ones((2, 2, 3), np.uint8), DepthCode("mm"), K)
 
 
-KITTI = """P0: 1 0 0 0 0 1 0 0 0 0 1 0
-P2: 721.5377 0 609.5593 44.85728 0 721.5377 172.854 0.2163791 0 0 1 0.002745884
-R0_rect: 1 0 0 0 1 0 0 0 1
-Tr_cam_to_road: 1 0 0 0 0 1 0 -1.65 0 0 1 0
-"""
-ROS = """image_width: 640
-image_height: 480
-camera_name: head
-camera_matrix:
-  rows: 3
-  cols: 3
-  data: [525.5, 0, 319.5, 0, 526.5, 239.5, 0, 0, 1]
-distortion_model: plumb_bob
-"""
-OPENCV = """%YAML:1.0
----
-image_width: 640
-image_height: 480
-camera_matrix: !!opencv-matrix
-   rows: 3
-   cols: 3
-   dt: d
-   data: [ 525.5, 0., 319.5, 0., 526.5, 239.5, 0., 0., 1. ]
-"""
-COLMAP = """# Camera list with one line of data per camera:
-#   CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]
-1 PINHOLE 640 480 525.5 526.5 320.0 240.0
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("info.yaml", ROS),
-        ("cv.yml", OPENCV),
-        ("cameras.txt", COLMAP),
-        ("rs.json", json.dumps({"width": 640, "height": 480, "fx": 525.5, "fy": 526.5, "ppx": 319.5, "ppy": 239.5})),
-        ("k.txt", "525.5 0 319.5\n0 526.5 239.5\n0 0 1\n"),
-        ("four.txt", "525.5, 526.5, 319.5, 239.5"),
-        ("orfd.txt", "cam_K: 525.5 0 319.5 0 526.5 239.5 0 0 1\n"),
-        ("msg.yaml", "width: 640\nheight: 480\nk: [525.5, 0, 319.5, 0, 526.5, 239.5, 0, 0, 1]\n"),
-    ],
-)
-def test_one_camera_in_every_form(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert np.array_equal(read_calibration(tmp_path / name).intrinsics, pinhole(525.5, 526.5, 319.5, 239.5))
-
-
-def test_kittis_p2_is_taken_and_its_road_transform(tmp_path):
-    (tmp_path / "c.txt").write_text(KITTI)
-    found = read_calibration(tmp_path / "c.txt")
-    assert np.array_equal(found.intrinsics, pinhole(721.5377, 721.5377, 609.5593, 172.854))
-    assert found.road is not None
-
-
-def test_cameras_that_cannot_be_are_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="3 x 4 projection"):
-        of_numbers([1.0] * 12, "k")
-    with pytest.raises(UserError, match="not a camera matrix"):
-        of_numbers([0.0, 1, 2, 3], "k")
-    (tmp_path / "x.txt").write_text("hello world")
-    with pytest.raises(UserError, match="no calibration of a known form"):
-        read_calibration(tmp_path / "x.txt")
-    (tmp_path / "fisheye.txt").write_text("1 OPENCV_FISHEYE 640 480 1 1 1 1 0 0 0 0")
-    with pytest.raises(UserError, match="OPENCV_FISHEYE: expected one of"):
-        read_calibration(tmp_path / "fisheye.txt")
-    (tmp_path / "two.txt").write_text(COLMAP + "2 PINHOLE 640 480 1 1 1 1\n")
-    with pytest.raises(UserError, match="2 cameras"):
-        read_calibration(tmp_path / "two.txt")
-
-
-def test_a_camera_for_other_pictures_is_told():
-    kitti = pinhole(721.5, 721.5, 609.6, 172.9)
-    assert odd(kitti, (1242, 375)) == []
-    ((fatal, message),) = odd(kitti, (621, 188))
-    assert fatal
-    assert "about 1219 x 346" in message
-    ((fatal, message),) = odd(pinhole(721.5, 721.5, 172.9, 609.6), (1242, 375))
-    assert fatal
-    assert "exchanged" in message
-    ((fatal, message),) = odd(pinhole(721.5, 650, 609.6, 172.9), (1242, 375))
-    assert not fatal
-    assert "fx 721.5 and fy 650 differ by 11 %" in message
-    ((fatal, message),) = odd(kitti, (1242, 375), (1280, 720))
-    assert fatal
-    assert "1280 x 720" in message
-    half = scaled(kitti, (1242, 375), (621, 188))
-    assert odd(half, (621, 188)) == []
-    assert scaled(half, (621, 188), (1242, 375)) == pytest.approx(kitti)
-
-
 def wide_png(path, values):
     """A PNG of three channels of 16 bits, which Pillow cannot write."""
     rows, columns, _ = values.shape
@@ -289,10 +197,90 @@ def carla(road_id, other):
 
 
 def test_carlas_version_is_told_by_what_is_before_the_camera_or_asked_for():
-    assert recognize_carla(carla(7, 1), "l") == "carla-0.9.13"
-    assert recognize_carla(carla(1, 7), "l") == "carla-0.9.14"
+    assert recognize_carla([carla(7, 1)], "l") == "carla-0.9.13"
+    assert recognize_carla([carla(1, 7)], "l") == "carla-0.9.14"
     with pytest.raises(UserError, match="ids 9, 11: CARLA up to 0.9.13"):
-        recognize_carla(carla(11, 9), "l")
+        recognize_carla([carla(11, 9)], "l")
+
+
+def test_one_picture_with_a_car_before_the_camera_is_read_as_the_rest_of_its_recording(tmp_path):
+    records = []
+    for i, ids in enumerate([carla(1, 7)] * 3 + [carla(14, 7)]):
+        Image.fromarray(ids).save(tmp_path / f"{i}.png")
+        records.append(Record(str(i), label=tmp_path / f"{i}.png", palette="carla"))
+    scenes = Scenes("s", tuple(records))
+    assert scenes.told_palette() == "carla-0.9.14"
+    assert scenes.label(0).sum() == 72
+    assert scenes.label(3).sum() == 0
+    assert scenes.understood(labels=True)["labels"] == "carla-0.9.14"
+
+
+@pytest.mark.parametrize(("unit", "far"), [("mm", 200), ("disparity/256", 200)])
+def test_the_largest_number_of_16_bits_is_a_hole_of_realsense_oak_and_zed_cameras(unit, far):
+    numbers = np.array([[65535, 1280]], np.uint16)
+    code = DepthCode(unit, far=far, baseline=0.5)
+    for kind in (np.uint16, np.int32):  # Pillow gives 32 bits for some PNGs of 16
+        found = decode(numbers.astype(kind), code, K)
+        assert found[0, 0] == 0
+        assert found[0, 1] > 0
+
+
+@pytest.mark.parametrize(("number", "told"), [(65.536, "--reading.far 65.54"), (0.3, "write 0 there")])
+def test_a_number_that_stands_for_no_depth_is_warned_about(number, told):
+    depth, k = road()
+    depth = np.where((depth > 0) & (depth < 50), depth, 5.0).astype(np.float32)
+    depth[5:15, 10:60] = number
+    assert any(told in text and not fatal for fatal, text in complaints(look_at(depth, k), "d"))
+
+
+def test_disparity_as_kitti_and_cityscapes_write_it():
+    kitti = decode(np.array([[0, 256 * 20]], np.uint16), DepthCode("disparity/256", baseline=0.54), K)
+    assert kitti.tolist() == [[0, pytest.approx(100 * 0.54 / 20)]]
+    numbers = np.array([[0, 1, 256 * 20 + 1]], np.uint16)  # (p - 1) / 256, and 0 for nothing
+    code = DepthCode("disparity/256", baseline=0.209, offset=1 / 256)
+    assert decode(numbers, code, K).tolist() == [[0, 0, pytest.approx(100 * 0.209 / 20)]]
+
+
+def test_depth_with_a_leading_dimension_of_one_is_read(tmp_path):
+    np.save(tmp_path / "d.npy", np.ones((1, 2, 3), np.float32))
+    assert read_numbers(tmp_path / "d.npy").shape == (2, 3)
+
+
+def test_a_form_that_is_not_read_is_refused_with_those_that_are(tmp_path):
+    (tmp_path / "d.exr").write_bytes(b"v/1\x01")
+    with pytest.raises(UserError, match="expected PNG, TIFF, PFM, NPY or NPZ"):
+        read_numbers(tmp_path / "d.exr")
+
+
+def test_carlas_depth_with_red_and_blue_exchanged_is_told(tmp_path):
+    depth, k = road()
+    whole = np.round(np.where(depth > 0, depth, 1000) / 1000 * (256**3 - 1)).astype(np.int64)
+    coded = np.stack([whole % 256, whole // 256 % 256, whole // 65536], -1).astype(np.uint8)
+    for name, pixels in (("right", coded), ("wrong", coded[..., ::-1])):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        record = Record(name, depth=tmp_path / f"{name}.png", intrinsics=k, code=DepthCode("carla"))
+        if name == "right":
+            assert Scenes("s", (record,)).checked(0)[1] == []
+        else:
+            with pytest.raises(UserError, match="red and blue are exchanged"):
+                Scenes("s", (record,)).checked(0)
+
+
+def test_a_png_of_indices_is_read_by_its_colors_where_the_palette_is_one_of_colors(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P")
+    image.putpalette([128, 64, 128, 70, 70, 70])
+    image.save(tmp_path / "l.png")
+    scenes = Scenes("s", (Record("a", label=tmp_path / "l.png", palette="cityscapes-colors"),))
+    assert scenes.label(0).tolist() == [[1, 0]]
+    scenes = Scenes("s", (Record("a", label=tmp_path / "l.png", palette="cityscapes-train"),))
+    assert scenes.label(0).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("palette", ["binary", "cityscapes", "cityscapes-train", "mapillary"])
+def test_colors_where_ids_are_expected_are_refused(tmp_path, palette):
+    Image.fromarray(np.array([[[0, 255, 0], [0, 0, 0]]], np.uint8)).save(tmp_path / "l.png")
+    with pytest.raises(UserError, match="colors where palette"):
+        Scenes("s", (Record("a", label=tmp_path / "l.png", palette=palette),)).label(0)
 
 
 def test_cityscapes_and_mapillary_ids_and_ids_that_a_palette_does_not_have():

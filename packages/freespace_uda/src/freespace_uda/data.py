@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from freespace_uda.calibration import of_numbers, pinhole
-from freespace_uda.config import DATA_KINDS, EMBEDDED_DATA, SceneReading, Unit
+from freespace_uda.config import DATA_KINDS, EMBEDDED_DATA, Palette, SceneReading, Unit
 from freespace_uda.depth import DepthCode
 from freespace_uda.scenes import Record, RenderedScenes, Scenes
 from freespace_uda.world import DOMAINS, RoadWorld
@@ -107,6 +107,12 @@ def _paired(
         UserError: most pictures have no depth of their name, or none has.
     """
     names = sorted({*pictures, *depths})
+    if pictures and not depths:
+        warnings.warn(
+            f"{shown}: no depth ({', '.join(sorted(DEPTHS))}) was found: pictures alone are used",
+            UserWarning,
+            stacklevel=2,
+        )
     alone = [n for n in names if n not in depths or n not in pictures]
     if pictures and depths and len(alone) > len(names) / 2:
         raise UserError(
@@ -303,6 +309,9 @@ def _of_view(file: Path | None, fov: float) -> NDArray[np.float64]:
 
 
 UNITS = get_args(Unit)
+PALETTES = tuple(name for name in get_args(Palette) if name != "auto")
+TRUTH = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+"""What stands in the column ray."""
 COLUMNS = (
     "name", "rgb", "depth", "label", "split", "category", "calibration", "fx", "fy", "cx", "cy", "depth_unit", "depth_scale",
     "ray", "baseline", "palette",
@@ -336,6 +345,9 @@ def _manifest(path: Path, reading: SceneReading) -> list[Record]:
             raise UserError(f"{where}: no depth_unit: give the column (or depth_scale), or --reading.depth_unit")
         if unit is not None and unit not in UNITS:
             raise UserError(f"{where}: depth_unit '{unit}', expected one of {', '.join(UNITS)}")
+        ray = row.get("ray", "").strip().lower()
+        if ray not in TRUTH:
+            raise UserError(f"{where}: ray '{ray}', expected true or false")
         numbers = [row.get(c, "").strip() for c in ("fx", "fy", "cx", "cy")]
         k = _given(reading)
         if k is None and any(numbers):
@@ -346,7 +358,7 @@ def _manifest(path: Path, reading: SceneReading) -> list[Record]:
         code = _code(
             reading,
             unit or "m",
-            ray=row.get("ray", "").strip().lower() in {"1", "true", "yes"},
+            ray=TRUTH[ray],
             baseline=_number(row.get("baseline", ""), f"{where}, baseline"),
             scale=scale,
         )
@@ -355,6 +367,8 @@ def _manifest(path: Path, reading: SceneReading) -> list[Record]:
         if part and part not in _PARTS:
             raise UserError(f"{where}: split '{part}', expected train, val or test")
         own = row.get("palette", "").strip() or "binary"
+        if own not in PALETTES:
+            raise UserError(f"{where}: palette '{own}', expected one of {', '.join(PALETTES)}")
         records.append(
             Record(name, files["rgb"], files["depth"], files["label"], files["calibration"] if k is None else None, k, code,
                    _palette(reading, own), _PARTS.get(part, ""), row.get("category", "").strip())
@@ -402,5 +416,8 @@ assert set(EMBEDDED_DATA) == set(DOMAINS)
 
 
 def same_place(first: Scenes, second: Scenes) -> bool:
-    """Whether two names stand for one folder or file."""
-    return first.path is not None and second.path is not None and first.path.resolve() == second.path.resolve()
+    """Whether two names stand for one folder or file, or share a picture (a folder and its parent, a manifest of it)."""
+    if first.path is None or second.path is None:
+        return False
+    files = [{p.resolve() for r in s.records if (p := r.rgb or r.depth) is not None} for s in (first, second)]
+    return first.path.resolve() == second.path.resolve() or not files[0].isdisjoint(files[1])

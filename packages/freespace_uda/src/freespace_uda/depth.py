@@ -40,6 +40,12 @@ class DepthCode:
     offset: float = 0.0
     scale: float | None = None
 
+    @property
+    def words(self) -> str:
+        """The code as it is said to the user."""
+        unit = self.unit if self.scale is None else f"{self.scale:g} m per number"
+        return f"{unit} along {'the ray' if self.ray else 'z'}"
+
 
 def read_numbers(path: str | Path) -> NDArray[Any]:
     """The numbers of a file as they stand: 8 or 16-bit PNG, TIFF (also of floats), PFM, NPY, NPZ with one array.
@@ -67,9 +73,14 @@ def read_numbers(path: str | Path) -> NDArray[Any]:
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as depth ({' '.join(str(error).split())})") from error
+        forms = "PNG, TIFF, PFM, NPY or NPZ"
+        raise UserError(
+            f"{path}: cannot be read as depth, expected {forms} ({' '.join(str(error).split())})"
+        ) from error
     if found.ndim == 3 and found.shape[2] == 1:
         found = found[..., 0]
+    if found.ndim == 3 and found.shape[0] == 1:
+        found = found[0]
     return found
 
 
@@ -118,6 +129,8 @@ def decode(
         if numbers.dtype == np.uint8:
             raise UserError(f"{shown}: 8 bits are too few for depth (a preview for the eye?)")
         values = numbers.astype(np.float64)
+        if np.issubdtype(numbers.dtype, np.integer):  # the largest number of a file is no distance: nothing, or too far
+            values[(numbers == np.iinfo(numbers.dtype).max) | (numbers == np.iinfo(np.uint16).max)] = 0
         if code.unit in DISPARITIES and code.scale is None:
             if code.baseline is None:
                 raise UserError(f"{shown}: a disparity needs --reading.baseline (meters between the cameras)")
@@ -154,6 +167,7 @@ class DepthLook:
         height: meters of the camera above what lies before it, from the lowest fifth of the picture; NaN without depth there.
         rising: whether what is lower in the picture is farther away, as in a disparity taken for a depth.
         ray: whether a flat road fits better when the numbers are taken as distances along the ray.
+        marker: the smallest or largest depth where far more pixels have it than any distance can; NaN where there is none.
     """
 
     low: float
@@ -162,6 +176,11 @@ class DepthLook:
     height: float
     rising: bool
     ray: bool
+    marker: float = float("nan")
+
+
+MARKED = 0.05
+"""Share of the pixels with depth that one number, the smallest or the largest, has to have to be taken for a marker."""
 
 
 def look_at(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> DepthLook:
@@ -183,7 +202,20 @@ def look_at(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> DepthLook:
     found = depth[there]
     height = float(np.median(heights)) if len(heights) else float("nan")
     low_high = float(found.min()), float(found.max())
-    return DepthLook(*low_high, float(lower.mean()), height, rising, _along_rays(depth, intrinsics))
+    return DepthLook(*low_high, float(lower.mean()), height, rising, _along_rays(depth, intrinsics), _marker(depth))
+
+
+def _marker(depth: NDArray[np.float32]) -> float:
+    """The smallest or largest depth where it is common, in many rows, and apart from all others; NaN where there is none."""
+    values, counts = np.unique(depth[depth > 0], return_counts=True)
+    if len(values) < 3:
+        return float("nan")
+    for end, beside in ((0, 1), (-1, -2)):
+        own, other = float(values[end]), float(values[beside])
+        rows = int((depth == values[end]).any(1).sum())  # a flat road has a depth of its own in each row
+        if counts[end] >= MARKED * counts.sum() and abs(own - other) > 0.05 * max(own, other) and rows >= 4:
+            return own
+    return float("nan")
 
 
 def _along_rays(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> bool:
@@ -254,6 +286,10 @@ def complaints(look: DepthLook, shown: str) -> list[tuple[bool, str]]:
                 ),
             )
         )
+    if np.isfinite(look.marker):
+        fix = f"--reading.far {look.marker:.4g}" if look.marker == look.high else "write 0 there"
+        text = f"{shown}: one number, {look.marker:.4g} m, stands apart and fills a twentieth or more: a marker of"
+        found.append((False, f"{text} 'no depth'? {fix} makes holes of it"))
     if look.density < SPARSE:
         found.append(
             (

@@ -1,7 +1,7 @@
 """Which label ids or colors are drivable, by palette; ids that say which palette a picture is of."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,13 +24,11 @@ class Ids:
         road: ids that are drivable.
         ignored: ids that count nowhere.
         known: number of ids that the palette has.
-        channel: channel that holds them, where there are several.
     """
 
     road: tuple[int, ...]
     ignored: tuple[int, ...]
     known: int
-    channel: int = 0
 
 
 IDS: dict[str, Ids] = {
@@ -77,25 +75,45 @@ def by_id(ids: NDArray[Any], road: Iterable[int], ignored: Iterable[int]) -> NDA
     return found
 
 
+FIRST_CHANNEL = {"carla", "carla-0.9.13", "carla-0.9.14", "synthia", "synthia-rand"}
+"""Palettes whose ids stand in the first of three channels, with other things (instances) in the others."""
+
+
 def one_channel(image: NDArray[Any], palette: str, shown: str) -> NDArray[Any]:
-    """The channel of a picture that holds ids."""
+    """The channel of a picture that holds ids.
+
+    Raises:
+        UserError: its channels differ, and the palette has ids in all of them.
+    """
     if image.ndim == 2:
         return image
-    channel = IDS[palette].channel if palette in IDS else 0
-    return image[..., channel]
+    if palette not in FIRST_CHANNEL and image.shape[2] >= 3 and (image[..., :1] != image[..., 1:3]).any():
+        colors = np.unique(image[..., :3].reshape(-1, 3), axis=0)[:4].tolist()
+        raise UserError(
+            f"{shown}: colors where palette {palette} has ids, such as {', '.join(str(tuple(c)) for c in colors)}:"
+            " give the picture of ids, or --reading.palette of colors"
+        )
+    return image[..., 0]
 
 
-def recognize_carla(ids: NDArray[Any], shown: str) -> str:
-    """The version of CARLA whose ids a picture has: its lower middle is road in one of them.
+def recognize_carla(pictures: Sequence[NDArray[Any]], shown: str) -> str:
+    """The version of CARLA whose ids pictures of one recording have: their lower middle is road in one of them.
+
+    Args:
+        pictures: ids of some pictures; a car or a crossing may be before the camera in several.
+        shown: name of the first, for messages.
 
     Raises:
         UserError: it cannot be told; the message lists the ids that were found.
     """
-    rows, columns = ids.shape
-    there = ids[rows - rows // 3 :, columns // 3 : columns - columns // 3]
+    parts = []
+    for ids in pictures:
+        rows, columns = ids.shape
+        parts.append(ids[rows - rows // 3 :, columns // 3 : columns - columns // 3].ravel())
+    there = np.concatenate(parts)
     old, new = (float(np.isin(there, IDS[name].road).mean()) for name in ("carla-0.9.13", "carla-0.9.14"))
     if max(old, new) < 0.3 or abs(old - new) < 0.3:
-        found = ", ".join(map(str, np.unique(ids).tolist()))
+        found = ", ".join(map(str, np.unique(np.concatenate([p.ravel() for p in pictures])).tolist()))
         raise UserError(
             f"{shown}: ids {found}: CARLA up to 0.9.13 has road 7 and road line 6, from 0.9.14 on 1 and 24, and neither is"
             " before the camera; give --reading.palette carla-0.9.13 or carla-0.9.14, or --reading.road_ids"

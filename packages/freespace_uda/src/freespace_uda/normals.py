@@ -65,27 +65,34 @@ def _filled(inverse_BHW: Tensor, valid_BHW: Tensor) -> tuple[Tensor, Tensor]:
     return out, known
 
 
-def _neighbors(points: tuple[Tensor, ...], valid_BHW: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Center minus neighbor of each of several maps (B, H, W), and where both are valid, for the eight neighbors."""
-    padded = [F.pad(p, (1, 1, 1, 1)) for p in points]
-    there = F.pad(valid_BHW, (1, 1, 1, 1))
+def _ratios(
+    slopes: tuple[Tensor, Tensor],
+    depth_BHW: Tensor,
+    across: tuple[Tensor, Tensor],
+    focal: tuple[Tensor, Tensor],
+    valid_BHW: Tensor,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """q_h = (g_x dX + g_y dY) / dZ for each neighbor, and where it is a number.
+
+    With X = a Z, Y = b Z and a neighbor at (du, dv): q_h = g_x a + g_y b - (g_x du / f_x + g_y dv / f_y) Z_h / dZ, so that
+    Z is the only map whose neighbors are looked at.
+    """
+    gx, gy = slopes
+    along = gx * across[0] + gy * across[1]
+    per_u, per_v = gx / focal[0], gy / focal[1]
+    steps = {
+        (0, 1): per_u, (1, 0): per_v, (1, 1): per_u + per_v, (-1, 1): per_u - per_v,
+    }  # fmt: skip
+    padded, there = F.pad(depth_BHW, (1, 1, 1, 1)), F.pad(valid_BHW, (1, 1, 1, 1))
     height, width = valid_BHW.shape[-2:]
     for dv, du in NEIGHBORS:
         rows, columns = slice(1 + dv, 1 + dv + height), slice(1 + du, 1 + du + width)
-        yield (
-            [p - q[..., rows, columns] for p, q in zip(points, padded, strict=True)],
-            valid_BHW & there[..., rows, columns],
-        )
-
-
-def _ratios(
-    gx_BHW: Tensor, gy_BHW: Tensor, depth_BHW: Tensor, across: tuple[Tensor, Tensor], valid_BHW: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """q_h = (gx dX + gy dY) / dZ for each neighbor, and where it is a number."""
-    x_BHW, y_BHW = across[0] * depth_BHW, across[1] * depth_BHW
-    for (dx, dy, dz), both in _neighbors((x_BHW, y_BHW, depth_BHW), valid_BHW):
-        ok = both & (dz != 0)
-        yield (gx_BHW * dx + gy_BHW * dy) / torch.where(ok, dz, 1.0), ok
+        z_h = padded[..., rows, columns]
+        dz = depth_BHW - z_h
+        ok = valid_BHW & there[..., rows, columns] & (dz != 0)
+        part = z_h / torch.where(ok, dz, 1.0)
+        step = steps.get((dv, du))
+        yield (along - step * part if step is not None else along + steps[-dv, -du] * part), ok
 
 
 def depth_to_normals(
@@ -156,7 +163,7 @@ def depth_to_normals(
     nx, ny, nz = fx * du, fy * dv, along
     if method in {"sne", "3f2n"}:
         gx, gy, across = 2 * nx, 2 * ny, (u_BHW / fx, v_BHW / fy)
-        ratios = _ratios(gx, gy, safe, across, trusted)
+        ratios = _ratios((gx, gy), safe, across, (fx, fy), trusted)
         nx, ny, nz = _sne(gx, gy, nz, ratios) if method == "sne" else _three_filters(gx, gy, nz, ratios)
     vector = torch.stack([nx, ny, nz], 1)
     square = (vector.square()).sum(1)
@@ -170,11 +177,10 @@ def depth_to_normals(
 
 def _sne(gx: Tensor, gy: Tensor, plane: Tensor, ratios: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
     flat = gx.square() + gy.square()
+    sloped = flat > 0  # else q is 0, too
     total, weighted = torch.zeros_like(gx), torch.zeros_like(gx)
     for q, ok in ratios:
-        square = flat + q.square()
-        ok = ok & (square > 0)
-        r = torch.where(ok, torch.where(ok, square, 1.0).rsqrt(), 0.0)
+        r = torch.where(ok & sloped, flat + q.square(), torch.inf).rsqrt()
         total = total + r
         weighted = weighted + q * r
     some = total > 0

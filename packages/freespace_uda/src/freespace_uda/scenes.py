@@ -1,6 +1,7 @@
 """Scenes as they come from disk or from the renderer: pictures, depth in meters, intrinsics, labels, read when asked for."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +154,16 @@ class Scenes:
         if record.label is None:
             raise UserError(f"{record.name}: no label")
         shown = str(record.label)
-        image = read_raw(record.label)
+        palette = record.palette
+        of_colors = palette in {"kitti-road", "orfd", *palettes.ROAD_COLORS} and self.road_ids is None
+        image = read_raw(record.label, colors=of_colors)
         if self.road_ids is not None:
             ids = palettes.one_channel(image, record.palette, shown)
             if not np.isin(ids, self.road_ids).any() and ids.ndim == 2 and ids.max(initial=0) > 255:
                 raise UserError(f"{shown}: ids {', '.join(map(str, np.unique(ids)[:20].tolist()))}")
             ignored = palettes.IDS[record.palette].ignored if record.palette in palettes.IDS else ()
             return palettes.by_id(ids, self.road_ids, [i for i in ignored if i not in self.road_ids])
-        palette = record.palette
-        if palette in {"kitti-road", "orfd", *palettes.ROAD_COLORS}:
+        if of_colors:
             return by_color(image.astype(np.uint8), palette, shown)
         if (
             palette == "carla"
@@ -173,13 +175,40 @@ class Scenes:
                 " --reading.palette cityscapes-colors"
             )
         if palette == "carla":
-            palette = palettes.recognize_carla(palettes.one_channel(image, palette, shown), shown)
+            palette = self.told_palette()
         ids = palettes.one_channel(image, palette, shown)
         if palette == "binary" and set(np.unique(ids).tolist()) == {0, 255}:
             return (ids == 255).astype(np.uint8)  # black and white masks
         palettes.check_ids(ids, palette, shown)
         known = palettes.IDS[palette]
         return palettes.by_id(ids, known.road, known.ignored)
+
+    def told_palette(self) -> str:
+        """The palette of the labels, of CARLA's the one that a few pictures of the recording tell.
+
+        Raises:
+            UserError: they tell none; the message lists the ids that were found.
+        """
+        paths = [r.label for r in self.records if r.label is not None and r.palette == "carla"]
+        if not paths or self.road_ids is not None:
+            return self.records[0].palette
+        rows = np.linspace(0, len(paths) - 1, min(TOLD, len(paths))).round().astype(int)
+        return _told(tuple(paths[i] for i in rows))
+
+    def understood(self, *, labels: bool) -> dict[str, str]:
+        """How depth, and labels where they may be read, are understood, in words.
+
+        Raises:
+            UserError: labels are of CARLA, and no version can be told.
+        """
+        units = sorted({r.code.words for r in self.records if r.depth is not None})
+        found = {"depth": " and ".join(units)} if units else {}
+        if labels and any(r.label is not None for r in self.records):
+            own = sorted({r.palette for r in self.records if r.label is not None})
+            names = [self.told_palette() if name == "carla" else name for name in own]
+            ids = self.road_ids
+            found["labels"] = " and ".join(names) if ids is None else f"ids {', '.join(map(str, ids))} are road"
+        return found
 
     def road(self, index: int) -> NDArray[np.float64] | None:
         """Homography from the road plane to pixels, where the calibration has it."""
@@ -201,8 +230,8 @@ class Scenes:
             found = complaints(look_at(item.depth, item.intrinsics), shown)
             found += [(fatal, f"{record.name}: {text}") for fatal, text in odd(item.intrinsics, (columns, rows))]
             if fatal := [text for bad, text in found if bad]:
-                raise UserError(fatal[0])
-            said = [text for _, text in found]
+                raise UserError(self._exchanged(index, item) or fatal[0])
+            said = [text for _, text in found] + list(self.camera(index, (columns, rows)).doubts)
             if item.rgb is not None and (shift := shift_of(item.rgb, item.depth)) is not None:
                 said.append(
                     f"{shown}: edges of depth and picture meet after a shift by {shift} columns: are both registered"
@@ -210,9 +239,33 @@ class Scenes:
                 )
         return item, said
 
+    def _exchanged(self, index: int, item: Item) -> str | None:
+        """What is wrong with CARLA's depth whose red and blue are exchanged; None where they are not."""
+        record = self.records[index]
+        if record.depth is None or record.code.unit != "carla" or record.code.scale is not None:
+            return None
+        turned = decode(read_numbers(record.depth)[..., 2::-1], record.code, item.intrinsics, str(record.depth))
+        if any(fatal for fatal, _ in complaints(look_at(turned, item.intrinsics), "")):
+            return None
+        return f"{record.depth}: red and blue are exchanged (written by OpenCV from RGB?): depth is right the other way round"
 
-def read_raw(path: Path) -> NDArray[Any]:
-    """The numbers of a label as they stand: palette indices, not their colors; all 16 bits of three channels (SYNTHIA).
+
+TOLD = 16
+"""Labels that CARLA's version is told from."""
+
+
+@functools.lru_cache(maxsize=32)
+def _told(paths: tuple[Path, ...]) -> str:
+    pictures = [palettes.one_channel(read_raw(path), "carla", str(path)) for path in paths]
+    return palettes.recognize_carla(pictures, str(paths[0]))
+
+
+def read_raw(path: Path, *, colors: bool = False) -> NDArray[Any]:
+    """The numbers of a label as they stand; all 16 bits of three channels (SYNTHIA).
+
+    Args:
+        path: the file.
+        colors: take the colors of a picture with a palette (a PNG of indices), not its indices.
 
     Raises:
         UserError: it cannot be read.
@@ -224,7 +277,7 @@ def read_raw(path: Path) -> NDArray[Any]:
     try:
         with Image.open(path) as image:
             wide = image.format == "PNG" and image.mode == "RGB" and _raw_mode(image) == "RGB;16B"
-            high = np.asarray(image)
+            high = np.asarray(image.convert("RGB") if colors and image.mode == "P" else image)
         if not wide:
             return high
         with Image.open(path) as image:  # Pillow keeps the upper byte of each; asked for the other order, the lower one

@@ -15,6 +15,10 @@ Color = tuple[float, float, float]
 Range = tuple[float, float]
 CURB = 0.15
 FARTHEST = 90.0
+HALF: dict[str, Range] = {"open": (3.0, 4.6), "city": (3.5, 5.0)}
+"""Half widths of the road by layout."""
+WALK: dict[str, Range] = {"open": (1.5, 4.0), "city": (1.5, 4.0)}
+"""Widths of what is paved beside it: sidewalks, forecourts."""
 SKY, ROAD, PAINT, SIDEWALK, GRASS, WALL, CAR = range(7)
 
 
@@ -64,7 +68,7 @@ class Domain:
     holes: int = 0
     reach: float = FARTHEST
     layout: Literal["open", "city"] = "open"
-    flush: float = 0.6
+    flush: float = 0.0
 
 
 DOMAINS: dict[str, Domain] = {
@@ -78,8 +82,8 @@ DOMAINS: dict[str, Domain] = {
     "roads-real": Domain(
         height=(1.25, 1.45), focal=(0.635, 0.72), horizon=0.47, pitch=(0.03, 0.015), asphalt=(0.55, 0.52, 0.47),
         sidewalk=(0.42, 0.41, 0.42), grass=(0.43, 0.40, 0.30), wall=(0.50, 0.50, 0.52), sky=(0.90, 0.91, 0.93),
-        texture=(0.10, 0.15), color_noise=0.02, image_noise=0.03, paintless=0.4, real=True, depth_noise=(0.004, 0.0012),
-        dropout=0.04, holes=5, reach=55.0,
+        texture=(0.10, 0.15), color_noise=0.02, image_noise=0.03, paintless=0.4, real=True, depth_noise=(0.02, 0.006),
+        dropout=0.15, holes=5, reach=40.0,
     ),
 }  # fmt: skip
 """Three sources and the target."""
@@ -187,9 +191,12 @@ class RoadWorld:
     def _layout(self, index: int) -> _Layout:
         g = np.random.default_rng((self.seed, index, 1, int(self.domain.layout == "city")))
         city = self.domain.layout == "city"
-        half = g.uniform(3.5, 5.0) if city else g.uniform(3.0, 4.6)
+        half = g.uniform(*HALF[self.domain.layout])
         offset, bend = g.uniform(-1.2, 1.2), g.normal(0, 0.0035)
-        walks = tuple(float(g.uniform(1.5, 4.0)) if g.uniform() < (1.0 if city else 0.85) else 0.0 for _ in range(2))
+        walks = tuple(
+            float(g.uniform(*WALK[self.domain.layout])) if g.uniform() < (1.0 if city else 0.9) else 0.0
+            for _ in range(2)
+        )
         curbs = tuple(0.0 if g.uniform() < self.domain.flush else CURB for _ in range(2))
         walls = tuple(float(g.uniform(6.5, 8.5) if city else g.uniform(7.5, 12)) for _ in range(2))
         tall = tuple(float(g.uniform(6, 14) if city else g.uniform(3, 7)) for _ in range(2))

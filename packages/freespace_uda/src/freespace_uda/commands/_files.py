@@ -65,6 +65,9 @@ def look(scenes: Scenes, option: str, *, labels: bool) -> None:
                     f"{scenes.name(index)}: label of {label.shape[1]} x {label.shape[0]} pixels, picture of"
                     f" {item.size[1]} x {item.size[0]}"
                 )
+    if scenes.path is not None and (understood := scenes.understood(labels=labels)):
+        words = "; ".join(f"{what}: {how}" for what, how in understood.items())
+        sys.stdout.write(f"{option}: {len(scenes)} scenes; {words}\n")
 
 
 def labeled(scenes: Scenes, option: str) -> Scenes:

@@ -31,7 +31,7 @@ class Size:
     pixels: tuple[int, int] = (160, 64)
 
 
-SIZES = {"quick": Size(8, 4, 4, (96, 32)), "default": Size(60, 40, 300), "full": Size(60, 40, 300)}
+SIZES = {"quick": Size(8, 4, 4, (96, 32)), "default": Size(60, 40, 200), "full": Size(60, 40, 200)}
 
 
 def settings_of(level: str, source: str = "roads-flat", world_seed: int = 0) -> RunSettings:
@@ -42,7 +42,7 @@ def settings_of(level: str, source: str = "roads-flat", world_seed: int = 0) -> 
         data=source,
         target=TARGET,
         rgb_encoder="freespace:small",
-        width=48,
+        width=32,
         size=size.pixels,
         steps=size.steps,
         batch_size=6,

@@ -61,6 +61,10 @@ def run(settings: InspectSettings, invocation: Invocation) -> None:
         truth = rgb if label is None else _pictures.overlay(rgb, label == 1)
         seen = [_pictures.shown_depth(item.depth, item.size), _pictures.shown_normals(normals, item.size)]
         strip.append([rgb, *seen, truth])
+    try:
+        counts |= {f"{what} read as": how for what, how in scenes.understood(labels=True).items()}
+    except UserError as error:
+        said.append(str(error))
     if ids:
         counts["label ids found"] = ", ".join(map(str, sorted(ids)[:40]))
     folder = invocation.folder

@@ -23,7 +23,7 @@ def run(settings: PredictSettings, invocation: Invocation) -> None:
     """Write ``mask/``, ``overlay/``, ``probability/``, ``confidence/`` and ``normals/``, a PNG per scene each."""
     predictor, own, _ = predictor_of(settings.run, settings.device)
     scenes = _one(settings) if settings.data is None else read(settings.data, settings.reading, usual="all")
-    look(scenes, "--data", labels=False)
+    look(scenes, "--data" if settings.data is not None else "--rgb and --depth", labels=False)
     folder = invocation.folder
     said = set()
     count = 0
