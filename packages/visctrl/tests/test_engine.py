@@ -164,7 +164,7 @@ def test_a_picture_edited_with_itself_is_its_reconstruction(pipes):
     pipe = pipes("sd")
     config = dataclasses.replace(CONFIG, guidance=1.0, rounds=1, refine=1, partial=False, start=0.0)
     z = VisCtrl(pipe, config).edit(picture(0), picture(0)).latents
-    refined = dataclasses.replace(config, refine=20)
+    refined = dataclasses.replace(config, refine=40)  # how fast it converges depends on the random weights
     out = VisCtrl(pipe, refined).edit(picture(0), picture(0))
     want = VisCtrl(pipe, refined).encode(picture(0))
     assert (out.latents - want).abs().max() < 1e-3 * want.abs().max()

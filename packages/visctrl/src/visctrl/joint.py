@@ -7,7 +7,7 @@ own. SD3 joins [picture; text], Flux [text; picture]. Shapes: B rows, N image to
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
@@ -83,15 +83,18 @@ def attend_joint(
     k = torch.cat([text_k, k] if flux else [k, text_k], dim=1)
     v = torch.cat([text_v, v] if flux else [v, text_v], dim=1)
     backend = getattr(processor, "_attention_backend", None)
+    needed = (
+        "keys that weigh differently (a bias, masks, several references) need an attention backend that takes masks,"
+    )
+    needed += " such as native"
+    if bias is not None and not _takes_masks(backend):
+        raise UnsupportedModelError(needed)
     try:
         out = dispatch_attention_fn(q, k, v, attn_mask=bias, backend=backend).flatten(2, 3).to(q.dtype)
     except ValueError as error:
         if bias is None:
             raise
-        raise UnsupportedModelError(
-            "keys that weigh differently (a bias, masks, several references) need an attention backend that takes masks,"
-            f" such as native ({' '.join(str(error).split())})"
-        ) from error
+        raise UnsupportedModelError(f"{needed} ({' '.join(str(error).split())})") from error
     if text is None:
         return attn.to_out[1](attn.to_out[0](out)) if hasattr(attn, "to_out") else out
     image, words = (out[:, length:], out[:, :length]) if flux else (out[:, : h.shape[1]], out[:, h.shape[1] :])
@@ -99,3 +102,9 @@ def attend_joint(
     if flux or not attn.context_pre_only:
         words = attn.to_add_out(words.contiguous())
     return image, words
+
+
+def _takes_masks(backend: Any) -> bool:
+    """Whether a backend has an argument for masks: diffusers drops in silence what a backend has no argument for."""
+    name = AttentionBackendName(backend) if backend else _AttentionBackendRegistry.get_active_backend()[0]
+    return "attn_mask" in _AttentionBackendRegistry._supported_arg_names[name]
