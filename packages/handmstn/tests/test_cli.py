@@ -30,7 +30,23 @@ def folder(tmp_path_factory):
     """Rendered hands on disk, and a model that was trained on others."""
     root = tmp_path_factory.mktemp("walk")
     assert (
-        main(["simulate", "--people", "5", "--views", "4", "--size", "64", "--out", str(root / "hands"), "--seed", "9"])
+        main(
+            [
+                "simulate",
+                "--people",
+                "5",
+                "--views",
+                "4",
+                "--size",
+                "64",
+                "--out",
+                str(root / "hands"),
+                "--seed",
+                "9",
+                "--gallery_each",
+                "1",
+            ]
+        )
         == 0
     )
     words = ["train", "--data", "hands", "--reading.size", "64", "--reading.people", "6", "--reading.views", "4", *TINY]

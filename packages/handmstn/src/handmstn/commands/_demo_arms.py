@@ -9,7 +9,7 @@ import numpy as np
 from handmstn.calibration import Calibration, cllr
 from handmstn.commands._arms import look, measured, numbers, train_arm
 from handmstn.commands._world import WHOLE_SIZE, World, aligner, settings_of, world
-from handmstn.config import Arm, CompareSettings
+from handmstn.config import Arm, CompareSettings, DemoSettings
 from handmstn.evaluation import Scorer
 from handmstn.models import Embedded
 from handmstn.recognizer import HandMSTN
@@ -38,10 +38,10 @@ def half_width(points: Any) -> Any:
     return np.linalg.norm(points[:, 5] - points[:, 3], axis=-1) / 2
 
 
-def measure_aligner(folder: str, level: str, seed: int) -> Measured:
+def measure_aligner(folder: str, demo: DemoSettings, seed: int) -> Measured:
     """Error of the points on test people, beside that of the mean of the training points."""
-    people = world(Path(folder), level, seed)
-    found = aligner(Path(folder), level, seed, people.train)
+    people = world(Path(folder), demo, seed)
+    found = aligner(Path(folder), demo, seed, people.train)
     model = Points(found)
     points, visible = found_points(model, people.test)  # type: ignore[arg-type]
     truth = people.test.points
@@ -66,19 +66,19 @@ class Points:
     aligner: Any
 
 
-def of_network(level: str, network: str, arm: str) -> CompareSettings:
+def of_network(demo: DemoSettings, network: str, arm: str) -> CompareSettings:
     """Settings of an arm; those without an aligner see more pixels in their one crop."""
-    settings = settings_of(level, network)
+    settings = settings_of(demo, network)
     if arm in {"whole", "box"}:
         return dataclasses.replace(settings, recognizer=dataclasses.replace(settings.recognizer, palm_size=WHOLE_SIZE))
     return settings
 
 
-def measure_arm(folder: str, level: str, arm: Arm, network: str, seed: int) -> Measured:
+def measure_arm(folder: str, demo: DemoSettings, arm: Arm, network: str, seed: int) -> Measured:
     """Train an arm, and count on people that nobody trained on."""
-    people = world(Path(folder), level, seed)
-    settings = of_network(level, network, arm)
-    shared = aligner(Path(folder), level, seed, people.train) if arm in {"palm", "fingers-ce", "all"} else None
+    people = world(Path(folder), demo, seed)
+    settings = of_network(demo, network, arm)
+    shared = aligner(Path(folder), demo, seed, people.train) if arm in {"palm", "fingers-ce", "all"} else None
     model = train_arm(people.train, settings, arm, seed, shared)
     both = joined(people.test, people.strangers)
     mated = np.arange(len(both)) < len(people.test)

@@ -7,7 +7,7 @@ import sys
 from PIL import Image
 
 from handmstn.config import HandReading, SimulateSettings
-from handmstn.data import as_rows
+from handmstn.lists import as_rows
 from handmstn.records import hands_of
 from handmstn.rendering import SyntheticHands
 from tenfold.cli import Invocation
@@ -23,8 +23,8 @@ def run(settings: SimulateSettings, invocation: Invocation) -> None:
     for name, image in zip(names, made.rendered.images, strict=True):
         with folder.replacing(name) as path:
             Image.fromarray(image.transpose(1, 2, 0)).save(path, "PNG")
-    third = max(1, settings.views // 3)
-    splits = ["gallery" if i % settings.views < third else "probe" for i in range(len(made))]
+    each = settings.gallery_each
+    splits = [("gallery" if i % settings.views < each else "probe") if each else "" for i in range(len(made))]
     persons = [f"{label:04d}" for label in made.labels.tolist()]
     hands = hands_of(
         names, persons, "rendered", sides=["right"] * len(made), views=["palmar"] * len(made), splits=splits,
