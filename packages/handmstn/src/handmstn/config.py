@@ -516,6 +516,7 @@ class Sizes(Settings):
         develop: people that the calibration learns from, and pictures of each.
         batch: people in a batch of stage B, and pictures of each.
         align: steps of stage A.
+        align_batch: pictures in a batch of stage A.
     """
 
     pixels: Annotated[int, Ge(16)] | None = None
@@ -525,11 +526,32 @@ class Sizes(Settings):
     develop: tuple[Annotated[int, Ge(4)], Annotated[int, Ge(2)]] | None = None
     batch: tuple[Annotated[int, Ge(2)], Annotated[int, Ge(2)]] | None = None
     align: Count | None = None
+    align_batch: Count | None = None
 
 
-_QUICK = Sizes(pixels=96, train=(8, 4), test=(6, 4), strangers=(3, 2), develop=(6, 3), batch=(4, 2), align=6)
-_DEFAULT = Sizes(pixels=160, train=(50, 12), test=(40, 6), strangers=(20, 3), develop=(15, 4), batch=(8, 4), align=500)
-_FULL = Sizes(pixels=160, train=(60, 14), test=(60, 6), strangers=(40, 3), develop=(25, 4), batch=(8, 4), align=1000)
+_QUICK = Sizes(
+    pixels=96, train=(8, 4), test=(6, 4), strangers=(3, 2), develop=(6, 3), batch=(4, 2), align=6, align_batch=32
+)
+_DEFAULT = Sizes(
+    pixels=160,
+    train=(50, 12),
+    test=(40, 6),
+    strangers=(20, 3),
+    develop=(15, 4),
+    batch=(6, 4),
+    align=700,
+    align_batch=24,
+)
+_FULL = Sizes(
+    pixels=160,
+    train=(60, 14),
+    test=(60, 6),
+    strangers=(40, 3),
+    develop=(25, 4),
+    batch=(8, 4),
+    align=1000,
+    align_batch=32,
+)
 LEVELS: dict[str, tuple[Sizes, int]] = {"quick": (_QUICK, 6), "default": (_DEFAULT, 200), "full": (_FULL, 300)}
 """Sizes, and steps of stage B, of each level of the demonstration."""
 

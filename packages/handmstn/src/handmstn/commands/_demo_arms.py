@@ -28,7 +28,7 @@ def joined(first: Hands, second: Hands) -> Hands:
 
     assert first.images is not None
     assert second.images is not None
-    names = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed")
+    names = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed", "rows")
     own: dict[str, Any] = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
     return dataclasses.replace(first, **own, images=torch.cat([first.images, second.images]))
 
@@ -108,7 +108,7 @@ def measure_arm(folder: str, demo: DemoSettings, arm: Arm, network: str, seed: i
         arrays["rank, all visible"] = blind.identification.per_probe()[0]
         values["rank-1, all visible"] = 100 * float((arrays["rank, all visible"] <= 1).mean())
         values |= _calibrated(model, people, settings, seen.part(mated))
-        values["palm weight"] = float(model.weights[0])
+        values["palm weight"] = float(model.weights[0].detach())
         arrays["best"] = _neighbors(model, seen, rows)
     return Measured(values, arrays)
 
