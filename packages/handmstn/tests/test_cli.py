@@ -175,7 +175,7 @@ def test_pls_random_galleries_and_a_refused_cross_evaluation(folder, tmp_path, c
     assert found["closed"]["probes"] == 3 * 15
     words = with_model(folder, "evaluate", tmp_path / "x", "--protocol", "cross")
     words += ["--train_data", f"csv:{folder / 'hands/hands.csv'}"]
-    assert_user_error(main, words, capsys, "5 identities are in the training data as well: 0000")
+    assert_user_error(main, words, capsys, "5 identities are in the training data as well: 9-0000")
 
 
 def test_calibrated_scores_are_likelihood_ratios(folder, tmp_path, capsys):

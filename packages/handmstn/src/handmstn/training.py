@@ -243,6 +243,16 @@ def _unknown(hands: Hands, points: int, parts: int) -> tuple[Tensor, Tensor]:
     return own, seen
 
 
+def _as_pointed(points: Tensor, parts: Sequence[PartSpec]) -> Tensor:
+    """Visibility 1 of each part whose points are all known, else NaN: who marks a part has seen it.
+
+    Without it, data that has points and no visibility would show the aligner nothing but parts that are not seen.
+    """
+    known = torch.isfinite(points).all(-1)
+    whole = torch.stack([k.all(1) for k in torch.split(known, [part.count for part in parts], 1)], 1)
+    return torch.where(whole, 1.0, float("nan"))
+
+
 def train_aligner(
     hands: Hands, settings: RunSettings, seed: int, run: Run | None = None, *, quiet: bool = False
 ) -> MultiSpatialTransformer | None:
@@ -262,6 +272,8 @@ def train_aligner(
     points, visibility = _unknown(hands, count, len(aligner.parts))
     if not warps and hands.points.shape[1] != count:
         raise UserError(f"{hands.source}: points of other parts than --preset {settings.preset} has")
+    if not torch.isfinite(visibility).any():
+        visibility = _as_pointed(points, aligner.parts)
     labels, _ = _labels(hands)
     size = min(config.batch_size, len(hands))
     coarse = dataclasses.replace(hands, images=_coarse(aligner, hands))

@@ -18,14 +18,14 @@ def run(settings: SimulateSettings, invocation: Invocation) -> None:
     made = SyntheticHands(
         settings.people, settings.views, settings.size, settings.seed, 0, settings.domain, upright=settings.upright
     )
-    names = [f"pictures/{label:04d}/{i % settings.views:02d}.png" for i, label in enumerate(made.labels.tolist())]
+    persons = [f"{settings.seed}-{label:04d}" for label in made.labels.tolist()]  # other seeds are other people
+    names = [f"pictures/{person}/{i % settings.views:02d}.png" for i, person in enumerate(persons)]
     folder = invocation.folder
     for name, image in zip(names, made.rendered.images, strict=True):
         with folder.replacing(name) as path:
             Image.fromarray(image.transpose(1, 2, 0)).save(path, "PNG")
     each = settings.gallery_each
     splits = [("gallery" if i % settings.views < each else "probe") if each else "" for i in range(len(made))]
-    persons = [f"{label:04d}" for label in made.labels.tolist()]
     hands = hands_of(
         names, persons, "rendered", sides=["right"] * len(made), views=["palmar"] * len(made), splits=splits,
         points=made.rendered.points,
