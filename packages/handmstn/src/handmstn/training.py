@@ -300,15 +300,25 @@ def _coarse(aligner: MultiSpatialTransformer, hands: Hands) -> Tensor:
     return torch.cat(small).round().clamp(0, 255).to(torch.uint8)
 
 
-def found_points(model: HandMSTN, hands: Hands, batch_size: int = 64, device: str = "cpu") -> tuple[Tensor, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """An aligner alone, as ``found_points`` takes it."""
+
+    aligner: MultiSpatialTransformer
+
+
+def found_points(
+    model: HandMSTN | Points, hands: Hands, batch_size: int = 64, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Points and visibility of every picture, from the aligner or from the data; computed once while the aligner rests."""
     assert hands.images is not None
-    if model.aligner is None:
+    if isinstance(model, HandMSTN) and model.aligner is None:
         points = given(model, hands)
         assert points is not None
         _, seen = _unknown(hands, 0, len(model.parts))
         return points, torch.nan_to_num(seen, nan=1.0)
     found, visible = [], []
+    assert model.aligner is not None
     with evaluating(model.aligner):
         for rows in _batches(len(hands), batch_size):
             out = model.aligner(hands.images[rows].to(device).float() / 255)

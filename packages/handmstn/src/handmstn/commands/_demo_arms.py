@@ -14,7 +14,7 @@ from handmstn.evaluation import Scorer
 from handmstn.models import Embedded
 from handmstn.recognizer import HandMSTN
 from handmstn.records import Hands
-from handmstn.training import found_points
+from handmstn.training import Points, found_points
 from tenfold.claims import Measured
 
 FPIR = 0.01
@@ -43,7 +43,7 @@ def measure_aligner(folder: str, demo: DemoSettings, seed: int) -> Measured:
     people = world(Path(folder), demo, seed)
     found = aligner(Path(folder), demo, seed, people.train)
     model = Points(found)
-    points, visible = found_points(model, people.test)  # type: ignore[arg-type]
+    points, visible = found_points(model, people.test)
     truth = people.test.points
     unit = half_width(truth)
     mean = people.train.points.mean(0)[None]
@@ -57,13 +57,6 @@ def measure_aligner(folder: str, demo: DemoSettings, seed: int) -> Measured:
         "visibility error": float(gap.mean()),
     }
     return Measured(values, {"points": points.numpy(), "error": error, "naive": naive})
-
-
-@dataclasses.dataclass
-class Points:
-    """What ``found_points`` needs of a model."""
-
-    aligner: Any
 
 
 def of_network(demo: DemoSettings, network: str, arm: str) -> CompareSettings:

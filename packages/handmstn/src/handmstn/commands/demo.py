@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from handmstn.commands import _pictures
-from handmstn.commands._demo_arms import Points, half_width, joined, measure_aligner, measure_arm
+from handmstn.commands._demo_arms import half_width, joined, measure_aligner, measure_arm
 from handmstn.commands._world import DATA, aligner, world
 from handmstn.config import LEVELS, Arm, DemoSettings
 from handmstn.data import hand6_like
 from handmstn.evidence import crops_of
 from handmstn.metrics import bootstrap
-from handmstn.training import found_points
+from handmstn.training import Points, found_points
 from tenfold import executors
 from tenfold.claims import Study
 from tenfold.cli import Invocation
@@ -194,7 +194,7 @@ def _draw(study: Study, settings: DemoSettings, seed: int) -> dict[str, str]:
     line_chart(folder.figure("cmc"), [Panel("people that nobody trained on", "rank", "probes found (%)", curves)])
     found_aligner = aligner(folder.path, settings, seed, people.train)
     some = people.other.part(np.unique(np.linspace(0, len(people.other) - 1, 60).astype(int)))
-    spots, _ = found_points(Points(found_aligner), some)  # type: ignore[arg-type]
+    spots, _ = found_points(Points(found_aligner), some)
     elsewhere = _draw_aligned(folder, "other-domain", some, spots.numpy(), parts)
     _draw_probes(study, seed, both, folder)
     home, mean_pose = (float(study.values(("aligner", key))[0]) for key in ("error", "mean pose"))

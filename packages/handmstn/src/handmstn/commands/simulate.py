@@ -6,7 +6,7 @@ import sys
 
 from PIL import Image
 
-from handmstn.config import HandReading, SimulateSettings
+from handmstn.config import SimulateSettings
 from handmstn.lists import as_rows
 from handmstn.records import hands_of
 from handmstn.rendering import SyntheticHands
@@ -35,6 +35,6 @@ def run(settings: SimulateSettings, invocation: Invocation) -> None:
     csv.writer(text, lineterminator="\n").writerows([headers, *rows])
     folder.write_text("hands.csv", text.getvalue())
     sys.stdout.write(
-        f"{len(made)} rendered hands of {settings.people} people in {folder.path}; --data csv:{folder.path / 'hands.csv'}"
-        f" takes them (points of hand6, --reading.size {max(settings.size, HandReading().size)})\n"
+        f"{len(made)} rendered hands of {settings.people} people in {folder.path}; they are read by"
+        f" --data csv:{folder.path / 'hands.csv'} (with the points of hand6) or imagefolder:{folder.path / 'pictures'}\n"
     )
