@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,11 +296,12 @@ def with_landmark_files(
     for found in sorted(folder.rglob(f"*.{kind}")):
         there.setdefault(found.stem.lower(), []).append(found)
     stems = [file.stem.lower() for file in hands.files]
+    alike = Counter(stems)
     out = np.full((len(hands), sum(part.count for part in parts), 2), np.nan, np.float32)
     sides = hands.sides.copy()
     count = 0
     for row, file in enumerate(hands.files):
-        mark = _mark_of(file, there.get(stems[row], []), stems.count(stems[row]), folder)
+        mark = _mark_of(file, there.get(stems[row], []), alike[stems[row]], folder)
         if mark is None:
             continue
         landmarks = read_mat(mark) if kind == "mat" else read_json(mark, unit=unit)
