@@ -50,10 +50,11 @@ def main() -> int:
             hits[name] = counts.identification.per_probe()[0] <= 1
         columns = np.stack([100.0 * hits["pretrained"], 100.0 * hits["from scratch"]], 1)
         gain, (low, high) = bootstrap(columns, both.persons[places], statistic=lambda m: m[:, 0] - m[:, 1])
-        a, b = columns.mean(0)
+        a, b = (float(mean) for mean in columns.mean(0))
         rows.append([arm, f"{a:.1f}", f"{b:.1f}", f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}"])
         found[arm] = {"pretrained": a, "from scratch": b, "gain": gain, "ci95": [low, high], "seconds": seconds}
-        sys.stdout.write(f"{arm}: {found[arm]}\n")
+        told = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+        sys.stdout.write(f"{arm}: trained, seconds of a core: {told}\n")
         sys.stdout.flush()
     sys.stdout.write(table(["arm", "pretrained", "from scratch", "gain", "95 %"], rows) + "\n")
     if words.out:

@@ -155,7 +155,7 @@ def _number(value: float) -> str:
 
 
 def _ratio(llr: float) -> str:
-    power = llr / math.log(10)
+    power = round(llr / math.log(10), 1) + 0.0  # no -0.0
     return f"10^{power:.1f} ({in_words(llr)})"
 
 
@@ -202,6 +202,8 @@ def _drawn(
         if llr is not None:
             draw.text((16, y + 52), f"LR {_ratio(llr[number])}", "black", small)
         draw.text((16, y + 68), candidate.name[-46:], "#555555", small)
+        if candidate.guessed:
+            draw.text((16, y + 84), f"guessed: {candidate.guessed}", "#555555", small)
         found = pictures[number]
         texts = [_number(value) for value in candidate.parts]
         if found is not None:
