@@ -271,8 +271,8 @@ def _page(
             body.append(f"<p>The picture is not at hand; scores by part:</p><table><tr>{cells}</tr></table>")
     body.append(f"<h2>What this does not prove</h2><p>{html.escape(NOT_PROVEN)}</p>")
     style = (
-        "body{font:15px sans-serif;max-width:1100px;margin:24px auto;color:#222}h1{font-size:22px;color:#b24a00}"
-        "td{padding:4px 8px;vertical-align:bottom;text-align:center;font-size:12px}td img{max-height:112px}.file{color:#666}"
+        "body{font:15px sans-serif;max-width:1100px;margin:24px auto;padding:0 16px;color:#222}h1{font-size:22px;color:#b24a00}"
+        "td{padding:4px 8px;vertical-align:bottom;text-align:center;font-size:12px}td img{height:112px}.file{color:#666}"
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evidence: {html.escape(probe.name)}</title>'
