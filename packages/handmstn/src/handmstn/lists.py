@@ -152,7 +152,7 @@ def read_csv(path: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> H
     numbers = sorted(int(m[2]) for name in table.columns if (m := re.fullmatch(r"([xy])(\d+)", name)))
     count = max(numbers, default=0)
     for number in range(1, count + 1):
-        for own, other in ("xy", "yx"):
+        for own, other in (("x", "y"), ("y", "x")):
             if f"{own}{number}" not in table.columns:
                 hint = f"there is {other}{number} but no" if f"{other}{number}" in table.columns else "no"
                 raise UserError(f"{path}: {hint} {own}{number}, expected x1, y1 to x{count}, y{count}")
