@@ -30,7 +30,23 @@ def folder(tmp_path_factory):
     """Rendered hands on disk, and a model that was trained on others."""
     root = tmp_path_factory.mktemp("walk")
     assert (
-        main(["simulate", "--people", "5", "--views", "4", "--size", "64", "--out", str(root / "hands"), "--seed", "9"])
+        main(
+            [
+                "simulate",
+                "--people",
+                "5",
+                "--views",
+                "4",
+                "--size",
+                "64",
+                "--out",
+                str(root / "hands"),
+                "--seed",
+                "9",
+                "--gallery_each",
+                "1",
+            ]
+        )
         == 0
     )
     words = ["train", "--data", "hands", "--reading.size", "64", "--reading.people", "6", "--reading.views", "4", *TINY]
@@ -105,6 +121,51 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     assert_user_error(main, words, capsys, "enrolled with the model", "enroll the pictures again")
 
 
+def test_pictures_of_whom_nobody_knows_are_searched_for_and_refused_where_ids_are_needed(folder, tmp_path, capsys):
+    gallery = str(tmp_path / "g")
+    assert main(with_model(folder, "enroll", tmp_path / "e", "--gallery", gallery, "--purpose", "x")) == 0
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for number, file in enumerate(sorted((folder / "hands/pictures").rglob("*.png"))[1:3]):
+        shutil.copy(file, loose / f"unknown {number}.png")
+    for number, path in enumerate((loose, loose / "unknown 1.png")):
+        words = with_model(folder, "search", tmp_path / f"s{number}", "--gallery", gallery, "--sheets", "0")
+        words[4] = f"pictures:{path}"
+        assert main(words) == 0
+        answers = json.loads((tmp_path / f"s{number}/candidates.json").read_text())["answers"]
+        assert [a["picture"] for a in answers] == ["unknown 0.png", "unknown 1.png"][number:]
+        assert all(a["candidates"] and "side unknown" in a["guessed"] for a in answers)
+    for verb, more in (("enroll", ["--gallery", gallery, "--purpose", "x"]), ("evaluate", []), ("calibrate", [])):
+        words = with_model(folder, verb, tmp_path / verb, *more)
+        words[4] = f"pictures:{loose}"
+        assert_user_error(main, words, capsys, "it is not known whose hands these are; expected imagefolder:DIR")
+    assert_user_error(
+        main, ["train", "--data", f"pictures:{loose}", *TINY, "--out", str(tmp_path / "t")], capsys, "not known whose"
+    )
+
+
+def test_pictures_for_testing_are_not_trained_on_and_the_refusal_says_so(folder, tmp_path, capsys):
+    words = ["train", "--data", f"csv:{folder / 'hands/hands.csv'}", "--reading.size", "64", *TINY]
+    assert_user_error(
+        main,
+        [*words, "--out", str(tmp_path / "t")],
+        capsys,
+        "has 1 pictures, batches of --views 2",
+        "15 of 20 pictures are for testing by the data's own parts",
+    )
+    words = ["simulate", "--views", "3", "--gallery_each", "3", "--out", str(tmp_path / "s")]
+    assert_user_error(main, words, capsys, "--gallery_each: expected fewer than --views 3")
+
+
+def test_an_index_that_is_not_installed_is_refused_before_any_picture_is_read(folder, tmp_path, capsys, monkeypatch):
+    gallery = str(tmp_path / "g")
+    assert main(with_model(folder, "enroll", tmp_path / "e", "--gallery", gallery, "--purpose", "x")) == 0
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    words = with_model(folder, "search", tmp_path / "s", "--gallery", gallery, "--index", "faiss-hnsw")
+    words[4] = "csv:nowhere.csv"
+    assert_user_error(main, words, capsys, "--index faiss-hnsw", "handmstn[faiss]")
+
+
 def test_a_picture_without_a_hand_is_not_assessable_and_has_no_identity(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("handmstn.recognizer.SEEN", 2.0)
     words = with_model(folder, "enroll", tmp_path / "e", "--gallery", str(tmp_path / "g"), "--purpose", "x")
@@ -159,7 +220,7 @@ def test_pls_random_galleries_and_a_refused_cross_evaluation(folder, tmp_path, c
     assert found["closed"]["probes"] == 3 * 15
     words = with_model(folder, "evaluate", tmp_path / "x", "--protocol", "cross")
     words += ["--train_data", f"csv:{folder / 'hands/hands.csv'}"]
-    assert_user_error(main, words, capsys, "5 identities are in the training data as well: 0000")
+    assert_user_error(main, words, capsys, "5 identities are in the training data as well: 9-0000")
 
 
 def test_calibrated_scores_are_likelihood_ratios(folder, tmp_path, capsys):

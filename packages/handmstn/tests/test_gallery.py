@@ -212,6 +212,111 @@ def test_an_interrupted_enrollment_leaves_the_state_before_it_and_is_repeated_wh
     assert len(Gallery.open(tmp_path / "g")) == 4
 
 
+def in_a_process_that_dies(work, calls):
+    """Run in a forked process that ends, without any cleaning up, before the given call of the file system."""
+    child = os.fork()
+    if child == 0:
+        left = [calls]
+
+        def counted(function):
+            def call(*args, **how):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return function(*args, **how)
+
+            return call
+
+        for name in ("replace", "rename", "unlink", "remove", "fsync"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_an_enrollment_that_dies_at_any_moment_leaves_the_state_before_or_after_it_and_can_be_repeated(tmp_path):
+    died, states = 0, set()
+    for calls in range(30):
+        folder = tmp_path / str(calls)
+        made(folder, people(list("ab")))
+        code = in_a_process_that_dies(
+            lambda folder=folder: Gallery.open(folder / "g").enroll(people(list("cd"), 9), purpose="killed"), calls
+        )
+        after = sorted(Gallery.open(folder / "g").enrolled.persons.tolist())
+        assert after in (list("ab"), list("abcd"))
+        if code == 0:
+            break
+        died, states = died + 1, states | {len(after)}
+        gallery = Gallery.open(folder / "g")
+        gallery.enroll(people(list("cd"), 9), purpose="repeated")
+        assert sorted(Gallery.open(folder / "g").enrolled.persons.tolist()) == list("abcd")
+        logged = [p for line in gallery.log() if line["what"] == "enroll" for p in line["persons"]]
+        gallery.enroll(people(["e"], 11), purpose="next")
+        logged = [p for line in gallery.log() if line["what"] == "enroll" for p in line["persons"]]
+        assert sorted(logged) == list("abcde"), calls
+    assert died >= 4
+    assert states == {2, 4}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_removal_that_dies_at_any_moment_can_be_repeated_until_no_file_holds_the_person(tmp_path):
+    died = 0
+    for calls in range(40):
+        folder = tmp_path / str(calls)
+        gallery = made(folder, people(list("aab")))
+        gallery.enroll(people(list("ac"), 5), purpose="more")
+        secret = gallery.enrolled.parts[gallery.enrolled.persons == "a"]
+        code = in_a_process_that_dies(
+            lambda folder=folder: Gallery.open(folder / "g").remove("a", purpose="killed"), calls
+        )
+        again = Gallery.open(folder / "g")
+        assert set("bc") <= set(again.enrolled.persons.tolist())
+        if "a" in again.enrolled.persons:
+            again.remove("a", purpose="repeated")
+        else:
+            again.enroll(people(["d"], 6), purpose="any command that writes")
+        held = b"".join(p.read_bytes() for p in (folder / "g").iterdir() if p.name != LOG)
+        assert not any(row.tobytes() in held for row in secret), calls
+        assert "a" not in Gallery.open(folder / "g").enrolled.persons
+        if code == 0:
+            break
+        died += 1
+    assert died >= 6
+
+
+def test_files_of_a_gallery_that_are_broken_or_gone_are_named_in_one_line(tmp_path):
+    made(tmp_path, people(list("ab")))
+    file = tmp_path / "g/000001.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"000001\.safetensors"):
+        Gallery.open(tmp_path / "g")
+    file.unlink()
+    with pytest.raises(UserError, match=r"000001\.safetensors"):
+        Gallery.open(tmp_path / "g")
+    file.write_bytes(whole)
+    index = tmp_path / "g/index.json"
+    index.write_text(index.read_text()[:40])
+    with pytest.raises(UserError, match=r"index\.json"):
+        Gallery.open(tmp_path / "g")
+
+
+def test_a_gallery_of_another_version_with_the_same_model_is_read(tmp_path):
+    made(tmp_path, people(list("ab")))
+    assert len(Gallery.open(tmp_path / "g", {**HEAD, "version": "0.9.0"})) == 2
+
+
+def test_without_faiss_the_search_is_exact_and_an_index_of_it_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    gallery, probes = Gallery(HEAD, people(list("abc"))), people(["x"], 3)
+    assert len(gallery.search(probes.parts, probes.visibility)[0]) == 3
+    with pytest.raises(UserError, match=r"--index faiss-flat.*handmstn\[faiss\]"):
+        gallery.search(probes.parts, probes.visibility, index="faiss-flat")
+
+
 def test_an_enrollment_that_a_kill_kept_from_the_log_is_logged_by_the_next_command(tmp_path):
     gallery = made(tmp_path, people(list("ab")))
     (tmp_path / "g" / LOG).write_text("")

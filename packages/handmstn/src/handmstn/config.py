@@ -26,7 +26,7 @@ from tenfold.config import (
 )
 from tenfold.reading import Reading
 
-DATA_KINDS = ("imagefolder", "csv", "list", "ntu-pi", "hands11k", "hd", "palm-roi")
+DATA_KINDS = ("imagefolder", "pictures", "csv", "list", "ntu-pi", "hands11k", "hd", "palm-roi")
 """Layouts on disk."""
 EMBEDDED_DATA = ("hands",)
 """Data without a file: rendered hands."""
@@ -303,6 +303,8 @@ class SimulateSettings(Settings):
         seed: seed of everything.
         domain: a, or b: other skin, light, background and camera.
         upright: whether hands are upright and uncovered.
+        gallery_each: pictures of each person that the list marks as the gallery, the others as probes; 0 marks none, and all
+            are trained on.
     """
 
     people: Count = 10
@@ -311,6 +313,12 @@ class SimulateSettings(Settings):
     seed: Seed = 0
     domain: Literal["a", "b"] = "a"
     upright: bool = False
+    gallery_each: Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gallery_each >= self.views:
+            raise SettingError("gallery_each", f"expected fewer than --views {self.views}, got {self.gallery_each}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,14 +457,15 @@ class ConvertSettings(Settings):
         landmarks: their landmarks: csv:FILE (path, then x1, y1, ...), mat:DIR (the predecessor's 18 numbers) or json:DIR
             (21 points of mediapipe, OpenPose or CMU); default: those of the data.
         preset: parts whose control points are written.
-        unit: unit of the landmarks in a CSV: pixels or unit.
+        unit: unit of the landmarks: pixels of the upright picture, unit (-1 to 1 from edge to edge), or share (0 to 1 of width
+            and height, JSON only); default: pixels in a CSV, and in JSON what its form says.
         reading: settings of the pictures.
     """
 
     data: str
     landmarks: str | None = None
     preset: Preset = "hand6"
-    unit: Literal["pixels", "unit"] = "pixels"
+    unit: Literal["pixels", "unit", "share"] | None = None
     reading: HandReading = field(default_factory=HandReading)
 
 
@@ -496,15 +505,83 @@ class ExportSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sizes(Settings):
+    """How much of everything the demonstration has; what is not given is the level's.
+
+    Args:
+        pixels: side of a rendered picture.
+        train: people that are trained on, and pictures of each.
+        test: people that are enrolled and searched for, and pictures of each, of which two are enrolled.
+        strangers: people who are searched for and not enrolled, and pictures of each.
+        develop: people that the calibration learns from, and pictures of each.
+        batch: people in a batch of stage B, and pictures of each.
+        align: steps of stage A.
+        align_batch: pictures in a batch of stage A.
+    """
+
+    pixels: Annotated[int, Ge(16)] | None = None
+    train: tuple[Annotated[int, Ge(2)], Annotated[int, Ge(2)]] | None = None
+    test: tuple[Annotated[int, Ge(5)], Annotated[int, Ge(3)]] | None = None
+    strangers: tuple[Count, Count] | None = None
+    develop: tuple[Annotated[int, Ge(4)], Annotated[int, Ge(2)]] | None = None
+    batch: tuple[Annotated[int, Ge(2)], Annotated[int, Ge(2)]] | None = None
+    align: Count | None = None
+    align_batch: Count | None = None
+
+
+_QUICK = Sizes(
+    pixels=96, train=(8, 4), test=(6, 4), strangers=(3, 2), develop=(6, 3), batch=(4, 2), align=6, align_batch=32
+)
+_DEFAULT = Sizes(
+    pixels=160,
+    train=(50, 12),
+    test=(40, 6),
+    strangers=(20, 3),
+    develop=(15, 4),
+    batch=(6, 4),
+    align=700,
+    align_batch=24,
+)
+_FULL = Sizes(
+    pixels=160,
+    train=(60, 14),
+    test=(60, 6),
+    strangers=(40, 3),
+    develop=(25, 4),
+    batch=(8, 4),
+    align=1000,
+    align_batch=32,
+)
+LEVELS: dict[str, tuple[Sizes, int]] = {"quick": (_QUICK, 6), "default": (_DEFAULT, 200), "full": (_FULL, 300)}
+"""Sizes, and steps of stage B, of each level of the demonstration."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings(tenfold.config.DemoSettings):
     """Show on rendered hands what alignment, fingers and losses bring.
 
     Args:
         seeds: seeds of everything; default: 0 at the quick and the default level, 0 to 2 at the full one.
+        steps: updates of stage B of each arm; default: 6 for quick, 200 for default, 300 for full.
+        sizes: sizes of everything else; default: by level. The `config.yaml` of a run has them all.
         processes: processes that measure at once, one thread each.
     """
 
+    steps: Count | None = None
+    sizes: Sizes = field(default_factory=Sizes)
     processes: Count = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own, steps = LEVELS[self.level]
+        given = {f.name: getattr(self.sizes, f.name) for f in dataclasses.fields(Sizes)}
+        sizes = dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "steps", self.steps or steps)
+        assert sizes.batch is not None
+        assert sizes.train is not None
+        if sizes.batch[0] > sizes.train[0] or sizes.batch[1] > sizes.train[1]:
+            raise SettingError("sizes.batch", f"expected no more than --sizes.train {sizes.train}, got {sizes.batch}")
 
 
 def of_arm(settings: RunSettings, arm: Arm) -> RunSettings:

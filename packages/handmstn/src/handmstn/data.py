@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,14 @@ from numpy.typing import NDArray
 
 from handmstn.config import DATA_KINDS, EMBEDDED_DATA, HandReading
 from handmstn.landmarks import in_pixels, read_json, read_mat
-from handmstn.parts import PartSpec, from_landmarks, preset
+from handmstn.lists import SIDES, picture_size, read_csv, read_list, resolve, spread, text_of
+from handmstn.naming import stripped, unread, warn_of_ids, warn_of_shared_files
+from handmstn.parts import PartSpec, preset
 from handmstn.protocols import HALVES, halves
 from handmstn.records import Hands, hands_of, to_unit
 from handmstn.rendering import SyntheticHands
 from tenfold import UserError, readers
 
-SIDES = {"l": "left", "left": "left", "r": "right", "right": "right", "": "unknown", "unknown": "unknown"}
 RENDERED = "rendered hands"
 
 
@@ -74,13 +77,11 @@ def _sided(hands: Hands, reading: HandReading) -> Hands:
     if reading.mirrored:
         turned = {"left": "right", "right": "left", "unknown": "unknown"}
         sides = np.asarray([turned[s] for s in sides.tolist()], dtype=np.str_)
-    stripped = np.asarray([p.strip() for p in hands.persons.tolist()], dtype=np.str_)
-    if (odd := hands.persons != stripped).any():
-        name = hands.persons[odd][0]
-        warnings.warn(
-            f"ids with spaces around them are taken without: '{name}' and {int(odd.sum()) - 1} more", stacklevel=3
-        )
-    return dataclasses.replace(hands, sides=sides, guessed=guessed, persons=stripped)
+    persons = stripped(hands.persons)
+    warn_of_ids(persons, sides)
+    if hands.files:
+        warn_of_shared_files(hands.files, persons)
+    return dataclasses.replace(hands, sides=sides, guessed=guessed, persons=persons)
 
 
 def rendered(reading: HandReading, seed: int = 0, first: int = 0) -> Hands:
@@ -178,11 +179,35 @@ def boxes(hands: Hands, margin: float = 0.1) -> NDArray[np.float32]:
 def _pictures(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder")
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in readers.IMAGE_SUFFIXES and p.is_file())
-    shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    if not shown:
-        raise UserError(f"{root}: no picture in it")
-    return shown
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    found = [p for p in shown if p.suffix.lower() in readers.IMAGE_SUFFIXES]
+    others = unread(shown)
+    if not found:
+        raise UserError(f"{root}: no picture in it" + (f" that can be read: {others}" if others else ""))
+    if others:
+        warnings.warn(f"{root}: not read: {others}", stacklevel=5)
+    return found
+
+
+def _loose(path: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Hands:
+    """A picture, or all pictures below a folder, of hands of whom nobody knows whose they are; every id is empty."""
+    files = [path] if path.is_file() else _pictures(path)
+    names = [f.name if path.is_file() else f.relative_to(path).as_posix() for f in files]
+    return hands_of(names, [""] * len(files), f"the user's pictures ({path.name})", files=files)
+
+
+def with_ids(hands: Hands, source: str) -> Hands:
+    """The same hands, after a check that it is known whose they are.
+
+    Raises:
+        UserError: they were read by ``pictures:``, which asks for no ids.
+    """
+    if (hands.persons == "").any():
+        raise UserError(
+            f"--data {source}: it is not known whose hands these are; expected imagefolder:DIR (ID/picture) or csv:FILE"
+        )
+    return hands
 
 
 def _image_folder(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Hands:
@@ -206,215 +231,6 @@ def _image_folder(root: Path, reading: HandReading, parts: tuple[PartSpec, ...])
     persons, sides, splits = zip(*rows, strict=True)
     names = [f.relative_to(root).as_posix() for f in files]
     return hands_of(names, persons, f"the user's pictures ({root.name})", files=files, sides=sides, splits=splits)
-
-
-def _resolve(base: Path, name: str, where: str, follow_links: bool) -> Path:
-    """A path of a list, below the list's own folder or as it is."""
-    path = Path(name.replace("\\", "/")).expanduser()
-    full = path if path.is_absolute() else base / path
-    if not full.is_file():
-        near = _other_case(full)
-        raise UserError(f"{where}: no such picture: {name}{f'; did you mean {near}?' if near else ''}")
-    if not path.is_absolute() and not follow_links and not full.resolve().is_relative_to(base.resolve()):
-        raise UserError(f"{where}: {name} leads outside of {base}; --reading.follow_links true follows it")
-    return full
-
-
-def _other_case(path: Path) -> str:
-    """A file whose name differs in upper and lower case only."""
-    if not path.parent.is_dir():
-        return ""
-    return next((p.name for p in path.parent.iterdir() if p.name.lower() == path.name.lower()), "")
-
-
-def _lines(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-
-
-class _Rows:
-    """Collects rows; a bad one is refused with its number, or left out and counted."""
-
-    def __init__(self, skip_bad: bool) -> None:
-        self.skip_bad = skip_bad
-        self.skipped: list[str] = []
-
-    def each(self, items: Iterator[tuple[int, Callable[[], None]]]) -> None:
-        for _, take in items:
-            try:
-                take()
-            except UserError as error:
-                if not self.skip_bad:
-                    raise
-                self.skipped.append(str(error))
-
-
-def _csv(path: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Hands:
-    """Columns path, id, and maybe side, view, split, x1, y1, x2, y2, ... in any order; the first line names them."""
-    lines = _lines(path).splitlines()
-    if not lines:
-        raise UserError(f"{path} is empty")
-    delimiter = max(",;\t", key=lines[0].count)
-    table = csv.DictReader(lines, delimiter=delimiter)
-    columns = {str(name).strip().lower(): name for name in table.fieldnames or []}
-    missing = [name for name in ("path", "id") if name not in columns]
-    if missing:
-        raise UserError(
-            f"{path}: no column '{missing[0]}': expected path, id, and maybe side, view, split, x1, y1, ..."
-        )
-    count = sum(1 for name in columns if re.fullmatch(r"x\d+", name))
-    fields: dict[str, list[str]] = {name: [] for name in ("path", "id", "side", "view", "split")}
-    files: list[Path] = []
-    points: list[NDArray[np.float64]] = []
-
-    def taker(number: int, row: dict[str | None, str | None]) -> Callable[[], None]:
-        def take() -> None:
-            where = f"{path}, row {number}"
-            if None in row or any(value is None for value in row.values()):
-                raise UserError(f"{where}: expected {len(columns)} columns")
-            got = {name: str(row[original]) for name, original in columns.items()}
-            side = got.get("side", "").strip().lower()
-            if side not in SIDES:
-                raise UserError(f"{where}: side '{got['side']}': expected left, right or nothing")
-            if not got["id"].strip():
-                raise UserError(f"{where}: the id is empty")
-            file = _resolve(path.parent, got["path"].strip(), where, reading.follow_links)
-            spots = _spots(got, count, where)
-            files.append(file)
-            points.append(spots)
-            for name, value in (("path", got["path"].strip()), ("id", got["id"]), ("side", SIDES[side])):
-                fields[name].append(value)
-            fields["view"].append(got.get("view", "").strip().lower())
-            fields["split"].append(got.get("split", "").strip().lower())
-
-        return take
-
-    rows = _Rows(reading.skip_bad)
-    rows.each((number, taker(number, row)) for number, row in enumerate(table, 2))
-    if not files:
-        raise UserError(
-            f"{path}: no row can be used ({rows.skipped[0] if rows.skipped else 'it has a first line only'})"
-        )
-    spots = np.stack(points)
-    found = hands_of(
-        fields["path"],
-        fields["id"],
-        f"the user's pictures ({path.name})",
-        files=files,
-        sides=fields["side"],
-        views=fields["view"],
-        splits=fields["split"],
-        skipped=rows.skipped,
-    )
-    return _placed(found, spots, reading.points, parts, str(path))
-
-
-def _spots(row: dict[str, str], count: int, where: str) -> NDArray[np.float64]:
-    """The points of a row, (count, 2); empty cells are unknown."""
-    out = np.full((count, 2), np.nan)
-    for number in range(1, count + 1):
-        for axis, letter in enumerate("xy"):
-            text = row.get(f"{letter}{number}")
-            if text is None:
-                raise UserError(f"{where}: there is x{number} but no y{number}")
-            if text.strip():
-                try:
-                    out[number - 1, axis] = float(text)
-                except ValueError:
-                    raise UserError(f"{where}: {letter}{number} is '{text}', expected a number") from None
-    return out
-
-
-def _placed(hands: Hands, spots: NDArray[np.float64], unit: str, parts: tuple[PartSpec, ...], source: str) -> Hands:
-    """With the points of a list as the control points of the parts: given ones, 21 landmarks, or nine of the palm."""
-    if not spots.shape[1] or not parts:
-        return hands
-    wanted = sum(part.count for part in parts)
-    if spots.shape[1] not in {wanted, 21, 9}:
-        raise UserError(
-            f"{source}: {spots.shape[1]} points per picture, expected {wanted} (the parts of the preset), 21 (landmarks from"
-            " the wrist to the little finger) or 9 (the palm)"
-        )
-    out = np.full((len(hands), wanted, 2), np.nan, np.float32)
-    for row, file in enumerate(hands.files):
-        if not np.isfinite(spots[row]).any():
-            continue
-        if unit == "pixels":
-            width, height = picture_size(file)
-            beyond = (spots[row] < -0.5 * max(width, height)) | (spots[row] > 1.5 * max(width, height))
-            if beyond.any():
-                bad = int(np.argwhere(beyond)[0, 0])
-                raise UserError(
-                    f"{source}, row {row + 2}: point {bad + 1} at {spots[row, bad].round(1).tolist()} lies far outside of the"
-                    f" picture of {width} x {height} pixels; --reading.points unit is for values from -1 to 1"
-                )
-            placed = to_unit(spots[row], width, height)
-        else:
-            placed = spots[row]
-            if np.nanmax(np.abs(placed)) > 3:
-                bad = int(np.nanargmax(np.abs(placed).max(1)))
-                raise UserError(
-                    f"{source}, row {row + 2}: point {bad + 1} is {spots[row, bad].tolist()}, expected about -1 to 1"
-                )
-        out[row] = spread(placed, parts)
-    return dataclasses.replace(hands, points=out, visibility=np.full((len(hands), len(parts)), np.nan, np.float32))
-
-
-def spread(placed: NDArray[np.float64], parts: tuple[PartSpec, ...]) -> NDArray[np.float32]:
-    """Points of one picture as the control points of the parts; those of parts that they do not tell are NaN."""
-    wanted = sum(part.count for part in parts)
-    if len(placed) == wanted and len(placed) != 21:
-        return placed.astype(np.float32)
-    if len(placed) == 21:
-        return from_landmarks(placed, parts)
-    out = np.full((wanted, 2), np.nan, np.float32)
-    start = 0
-    for part in parts:
-        if part.name == "palm":
-            out[start : start + 9] = placed
-        start += part.count
-    return out
-
-
-def picture_size(file: Path) -> tuple[int, int]:
-    """Width and height of a picture as it stands upright, without decoding it."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            turned = image.getexif().get(0x0112, 1) in {5, 6, 7, 8}
-            return (image.height, image.width) if turned else image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{file}: cannot be decoded as an image ({' '.join(str(error).split())})") from error
-
-
-def _list(path: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Hands:
-    """``path label`` per line, as CCNet and others have it; a path may hold spaces, a label keeps its zeros."""
-    names: list[str] = []
-    persons: list[str] = []
-    files: list[Path] = []
-    rows = _Rows(reading.skip_bad)
-
-    def taker(number: int, line: str) -> Callable[[], None]:
-        def take() -> None:
-            name, _, label = line.strip().rpartition(" " if " " in line.strip() else "\t")
-            if not name or not label:
-                raise UserError(f"{path}, row {number}: expected 'path label', found '{line.strip()[:60]}'")
-            files.append(_resolve(path.parent, name.strip(), f"{path}, row {number}", reading.follow_links))
-            names.append(name.strip())
-            persons.append(label)
-
-        return take
-
-    lines = [(n, line) for n, line in enumerate(_lines(path).splitlines(), 1) if line.strip()]
-    rows.each((number, taker(number, line)) for number, line in lines)
-    if not files:
-        raise UserError(f"{path}: no row can be used" + (f" ({rows.skipped[0]})" if rows.skipped else ": it is empty"))
-    return hands_of(names, persons, f"the user's pictures ({path.name})", files=files, skipped=rows.skipped)
 
 
 def _named(root: Path, pattern: str, form: str, skip_bad: bool) -> tuple[list[Path], list[re.Match[str]], list[str]]:
@@ -457,23 +273,46 @@ def _ntu_pi(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Ha
     return found if marks is None or not parts else with_landmark_files(found, marks, "mat", parts)
 
 
-def with_landmark_files(hands: Hands, folder: Path, kind: str, parts: tuple[PartSpec, ...]) -> Hands:
+def with_landmark_files(
+    hands: Hands, folder: Path, kind: str, parts: tuple[PartSpec, ...], unit: str | None = None
+) -> Hands:
     """With the landmarks that lie in a folder under the pictures' names, ``.mat`` or ``.json``.
 
+    Pictures of one name in several folders have their landmarks in folders of the same names.
+
+    Args:
+        hands: the pictures.
+        folder: where the files lie, at any depth.
+        kind: mat or json.
+        parts: parts whose control points are wanted.
+        unit: unit of JSON files that do not have one by their form: pixels, unit or share; None is the form's own.
+
     Raises:
-        UserError: no picture has a file of landmarks, or one cannot be read.
+        UserError: no picture has a file of landmarks, one cannot be read, or it is not clear whose it is.
     """
-    there = {p.stem.lower(): p for p in folder.rglob(f"*.{kind}")}
+    if not folder.is_dir():
+        raise UserError(f"--landmarks {kind}:{folder}: expected a folder with one .{kind} file per picture")
+    there: dict[str, list[Path]] = {}
+    for found in sorted(folder.rglob(f"*.{kind}")):
+        there.setdefault(found.stem.lower(), []).append(found)
+    stems = [file.stem.lower() for file in hands.files]
+    alike = Counter(stems)
     out = np.full((len(hands), sum(part.count for part in parts), 2), np.nan, np.float32)
     sides = hands.sides.copy()
     count = 0
     for row, file in enumerate(hands.files):
-        mark = there.get(file.stem.lower())
+        mark = _mark_of(file, there.get(stems[row], []), alike[stems[row]], folder)
         if mark is None:
             continue
-        landmarks = read_mat(mark) if kind == "mat" else read_json(mark)
+        landmarks = read_mat(mark) if kind == "mat" else read_json(mark, unit=unit)
         width, height = picture_size(file)
-        out[row] = spread(to_unit(in_pixels(landmarks, width, height), width, height), parts)
+        placed = to_unit(in_pixels(landmarks, width, height), width, height)
+        if np.abs(placed).max() > 2:
+            raise UserError(
+                f"{mark}: its landmarks lie far outside of {file.name} of {width} x {height} pixels: made for another size of"
+                " it, or in another unit (--unit)?"
+            )
+        out[row] = spread(placed, parts)
         if sides[row] == "unknown":
             sides[row] = landmarks.side
         count += 1
@@ -483,11 +322,24 @@ def with_landmark_files(hands: Hands, folder: Path, kind: str, parts: tuple[Part
     return dataclasses.replace(hands, points=out, visibility=visibility, sides=sides)
 
 
+def _mark_of(file: Path, found: list[Path], pictures: int, folder: Path) -> Path | None:
+    """The file of landmarks of a picture among those of its name; None where there is none."""
+    if len(found) < 2 and pictures < 2:
+        return found[0] if found else None
+    near = [mark for mark in found if mark.parent.name.lower() == file.parent.name.lower()]
+    if len(near) > 1 or (found and not near):
+        raise UserError(
+            f"{folder}: {len(found)} files {found[0].name} for {pictures} pictures of that name: put them into folders that are"
+            f" called as those of the pictures ({file.parent.name}/{found[0].name})"
+        )
+    return near[0] if near else None
+
+
 def _hands_11k(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> Hands:
     """HandInfo.csv beside the folder Hands; pictures with accessories are left out, as the protocol has it."""
     info = root / "HandInfo.csv"
     folder = root / "Hands" if (root / "Hands").is_dir() else root
-    table = csv.DictReader(_lines(info).splitlines())
+    table = csv.DictReader(io.StringIO(text_of(info), newline=""))
     needed = {"id", "accessories", "aspectOfHand", "imageName"}
     if not needed <= set(table.fieldnames or []):
         raise UserError(f"{info}: no column '{sorted(needed - set(table.fieldnames or []))[0]}'")
@@ -503,7 +355,7 @@ def _hands_11k(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) ->
             skipped.append(f"{info}, row {number}: with accessories")
             continue
         try:
-            file = _resolve(folder, row["imageName"].strip(), f"{info}, row {number}", reading.follow_links)
+            file = resolve(folder, row["imageName"].strip(), f"{info}, row {number}", reading.follow_links)
         except UserError as error:
             if not reading.skip_bad:
                 raise
@@ -553,34 +405,12 @@ def _palm_roi(root: Path, reading: HandReading, parts: tuple[PartSpec, ...]) -> 
 
 _Reader = Callable[[Path, HandReading, tuple[PartSpec, ...]], Hands]
 _READERS: dict[str, _Reader] = {
+    "pictures": _loose,
     "imagefolder": _image_folder,
-    "csv": _csv,
-    "list": _list,
+    "csv": read_csv,
+    "list": read_list,
     "ntu-pi": _ntu_pi,
     "hands11k": _hands_11k,
     "hd": _hd,
     "palm-roi": _palm_roi,
 }
-
-
-def as_rows(hands: Hands, sizes: Sequence[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of a CSV that ``csv:`` takes back: points in pixels of the upright pictures.
-
-    Args:
-        hands: with points.
-        sizes: width and height of each picture.
-    """
-    count = hands.points.shape[1]
-    headers = ["path", "id", "side", "view", "split", *(f"{axis}{n}" for n in range(1, count + 1) for axis in "xy")]
-    rows = []
-    for i, (width, height) in enumerate(sizes):
-        longest = max(width, height)
-        pixels = hands.points[i].astype(np.float64) * (longest - 1) / 2 + np.asarray(
-            [(width - 1) / 2, (height - 1) / 2]
-        )
-        cells = ["" if not np.isfinite(v) else f"{v:.2f}" for v in pixels.ravel().tolist()]
-        side = "" if hands.sides[i] == "unknown" else str(hands.sides[i])
-        rows.append(
-            [str(hands.names[i]), str(hands.persons[i]), side, str(hands.views[i]), str(hands.splits[i]), *cells]
-        )
-    return headers, rows

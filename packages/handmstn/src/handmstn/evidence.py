@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def crops_of(
 
 
 def overlay(image: NDArray[np.uint8], points: NDArray[np.float32], parts: Sequence[PartSpec], size: int = 384) -> Any:
-    """The picture with its control points, one color per part, as a PIL image."""
+    """The picture with its control points and the outline of each part, one color per part, as a PIL image."""
     from PIL import Image, ImageDraw
 
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).resize((size, size))
@@ -71,10 +72,28 @@ def overlay(image: NDArray[np.uint8], points: NDArray[np.float32], parts: Sequen
             ((x + 1) / 2 * (size - 1), (y + 1) / 2 * (size - 1)) for x, y in points[start : start + part.count].tolist()
         ]
         start += part.count
-        for x, y in spots:
-            if math.isfinite(x) and math.isfinite(y):
+        known = [math.isfinite(x) and math.isfinite(y) for x, y in spots]
+        if all(known):
+            around = outline(part)
+            draw.line([spots[i] for i in (*around, around[0])], fill=color, width=2)
+        for (x, y), told in zip(spots, known, strict=True):
+            if told:
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color, outline="white")
     return picture
+
+
+def outline(part: PartSpec) -> list[int]:
+    """Numbers of the control points around the edge of a part's template, in their order; all of them where it has no area."""
+    template = np.asarray(part.points, np.float64)
+    away = template - template.mean(0)
+    if np.linalg.matrix_rank(away, 1e-6) < 2:
+        return list(range(len(template)))
+    from scipy.spatial import ConvexHull
+
+    sides = ConvexHull(template).equations  # normal and offset of each side
+    edge = np.flatnonzero((np.abs(template @ sides[:, :2].T + sides[:, 2]) < 1e-6).any(1))
+    order: list[int] = edge[np.argsort(np.arctan2(away[edge, 1], away[edge, 0]), kind="stable")].tolist()
+    return order
 
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -136,7 +155,7 @@ def _number(value: float) -> str:
 
 
 def _ratio(llr: float) -> str:
-    power = llr / math.log(10)
+    power = round(llr / math.log(10), 1) + 0.0  # no -0.0
     return f"10^{power:.1f} ({in_words(llr)})"
 
 
@@ -152,7 +171,8 @@ def _drawn(
 
     columns = min(len(parts), 8)
     width = 400 + (columns + 1) * (_CELL + 8) + 40
-    height = 470 + len(candidates) * (_CELL + 44)
+    lines = textwrap.wrap(NOT_PROVEN, (width - 32) // 6)
+    height = 470 + len(candidates) * (_CELL + 44) + 16 * len(lines) + 16
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
@@ -182,6 +202,8 @@ def _drawn(
         if llr is not None:
             draw.text((16, y + 52), f"LR {_ratio(llr[number])}", "black", small)
         draw.text((16, y + 68), candidate.name[-46:], "#555555", small)
+        if candidate.guessed:
+            draw.text((16, y + 84), f"guessed: {candidate.guessed}", "#555555", small)
         found = pictures[number]
         texts = [_number(value) for value in candidate.parts]
         if found is not None:
@@ -193,6 +215,9 @@ def _drawn(
                 draw.text((left, y + 20), parts[place].name[:14], "black", small)
                 draw.text((left, y + 36), text, _COLORS[0], small)
         y += _CELL + 44
+    for line in lines:
+        draw.text((16, y), line, "#555555", small)
+        y += 16
     return page
 
 
@@ -246,8 +271,8 @@ def _page(
             body.append(f"<p>The picture is not at hand; scores by part:</p><table><tr>{cells}</tr></table>")
     body.append(f"<h2>What this does not prove</h2><p>{html.escape(NOT_PROVEN)}</p>")
     style = (
-        "body{font:15px sans-serif;max-width:1100px;margin:24px auto;color:#222}h1{font-size:22px;color:#b24a00}"
-        "td{padding:4px 8px;vertical-align:bottom;text-align:center;font-size:12px}td img{max-height:112px}.file{color:#666}"
+        "body{font:15px sans-serif;max-width:1100px;margin:24px auto;padding:0 16px;color:#222}h1{font-size:22px;color:#b24a00}"
+        "td{padding:4px 8px;vertical-align:bottom;text-align:center;font-size:12px}td img{height:112px}.file{color:#666}"
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evidence: {html.escape(probe.name)}</title>'

@@ -51,7 +51,10 @@ def read_mat(path: str | Path) -> Landmarks:
     values = np.asarray(content[name])
     if values.size != 18 or values.dtype.kind not in "fiu":
         raise UserError(f"{path}: '{name}' has {values.size} values of {values.dtype}, expected 18 numbers")
-    return Landmarks(from_columns(_finite(values.astype(np.float64).ravel(), path)), "half")
+    numbers = _finite(values.astype(np.float64).ravel(order="F" if values.shape == (9, 2) else "C"), path)
+    if np.abs(numbers).max() > 3:
+        raise UserError(f"{path}: '{name}' holds {numbers[np.abs(numbers).argmax()]:g}, expected about -1 to 1")
+    return Landmarks(from_columns(numbers), "half")
 
 
 def from_columns(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -67,11 +70,12 @@ def _finite(values: NDArray[np.float64], path: Path) -> NDArray[np.float64]:
     return values
 
 
-def read_json(path: str | Path, hand: int | None = None) -> Landmarks:
-    """21 points as mediapipe, OpenPose or CMU's hand data set write them.
+def read_json(path: str | Path, hand: int | None = None, unit: str | None = None) -> Landmarks:
+    """21 points as mediapipe, OpenPose, MMPose or CMU's hand data set write them.
 
-    - mediapipe: a list of 21 ``{"x", "y"}`` in shares of the picture; or ``landmarks``, ``hand_landmarks`` or
-      ``multi_hand_landmarks`` holding one such list or several, with ``handedness`` beside it.
+    - mediapipe: a list of 21 ``{"x", "y"}`` in shares of the picture; or ``landmarks``, ``hand_landmarks``,
+      ``multi_hand_landmarks`` or ``multiHandLandmarks`` holding one such list or several, with ``handedness`` beside it.
+    - TensorFlow.js and MMPose: ``keypoints``, in pixels, of one hand or in a list of hands.
     - OpenPose: ``people`` with ``hand_right_keypoints_2d`` or ``hand_left_keypoints_2d``, in pixels.
     - CMU: ``hand_pts`` in pixels, with ``is_left``.
 
@@ -81,41 +85,73 @@ def read_json(path: str | Path, hand: int | None = None) -> Landmarks:
     Args:
         path: the file.
         hand: which of several hands, from 1.
+        unit: pixels, share or unit (-1 to 1), where it is not the form's own.
 
     Raises:
-        UserError: not such a file, several hands and none chosen, or another number of points.
+        UserError: not such a file, several hands and none chosen, another number of points, or values that are no shares.
     """
     path = Path(path)
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error})") from error
     found = _hands_in(content)
     if not found:
+        world = isinstance(content, dict) and any("world" in str(key).lower() for key in content)
+        more = ": world landmarks are in meters, the picture's are wanted" if world else ""
         raise UserError(
-            f"{path}: expected 21 landmarks of mediapipe (x, y), 'hand_pts' of CMU or 'people' of OpenPose, found none"
+            f"{path}: expected 21 landmarks of mediapipe (x, y), 'keypoints' of MMPose, 'hand_pts' of CMU or 'people' of"
+            f" OpenPose, found none{more}"
         )
     if len(found) > 1 and hand is None:
         raise UserError(f"{path} holds {len(found)} hands: cut the picture so that one is left")
     number = 0 if hand is None else hand - 1
     if number >= len(found):
         raise UserError(f"{path} holds {len(found)} hands, there is no number {hand}")
-    points, unit, side = found[number]
+    points, own, side = found[number]
     if points.shape != (21, 2):
         raise UserError(f"{path}: expected 21 landmarks, found {len(points)}")
-    return Landmarks(_finite(points, path), unit, side)
+    _finite(points, path)
+    own = own if unit is None else {"unit": "half"}.get(unit, unit)
+    if own == "share" and (points.min() < -1 or points.max() > 2):
+        bad = int(np.argwhere((points < -1) | (points > 2))[0, 0])
+        raise UserError(
+            f"{path}: landmark {bad + 1} is {points[bad].tolist()}, expected shares of the picture, 0 to 1;"
+            " --unit pixels is for pixels"
+        )
+    return Landmarks(points, own, side)
 
 
 _Found = list[tuple[NDArray[np.float64], str, str]]
+_SHARES = frozenset(
+    {"handlandmarks", "multihandlandmarks", "landmarks", "landmark", "normlandmarks", "normalizedlandmarks"}
+)
+_PIXELS = frozenset({"keypoints", "keypoints2d"})
+_DEEPER = ("instances", "predictions", "hands", "results")
+"""Keys, in lower case and without underscores, below which hands lie."""
 
 
-def _hands_in(content: Any) -> _Found:
-    if isinstance(content, dict) and "hand_pts" in content:
+def _hands_in(content: Any, unit: str = "share") -> _Found:
+    if isinstance(content, dict):
+        return _hands_below(content)
+    if not isinstance(content, list) or not content:
+        return []
+    first = content[0]
+    if isinstance(first, dict) and ("x" in first or "y" in first):
+        # the JSON form of a protocol buffer leaves out zeros
+        return [(_pairs([(p.get("x", 0.0), p.get("y", 0.0)) for p in content if isinstance(p, dict)]), unit, "unknown")]
+    if isinstance(first, dict | list) and not _is_pair(first):
+        return [hand for inner in content for hand in _hands_in(inner, unit)]
+    return [(_pairs(content), unit, "unknown")] if _is_pair(first) else []
+
+
+def _hands_below(content: dict[str, Any]) -> _Found:
+    if "hand_pts" in content:
         side = {True: "left", False: "right"}[bool(content["is_left"])] if "is_left" in content else "unknown"
         return [(_pairs(content["hand_pts"]), "pixels", side)]
-    if isinstance(content, dict) and "people" in content:
+    if "people" in content:
         found: _Found = []
         for person in content["people"]:
             for side in ("left", "right"):
@@ -123,23 +159,15 @@ def _hands_in(content: Any) -> _Found:
                 if flat.size and flat.size % 3 == 0 and flat.reshape(-1, 3)[:, 2].any():
                     found.append((flat.reshape(-1, 3)[:, :2], "pixels", side))
         return found
-    if isinstance(content, dict):
-        for key in ("hand_landmarks", "multi_hand_landmarks", "landmarks", "handLandmarks", "landmark"):
-            if key in content:
-                return _hands_in(content[key])
-        return []
-    if not isinstance(content, list) or not content:
-        return []
-    first = content[0]
-    if isinstance(first, dict) and "x" in first:
-        return [(_pairs([(p.get("x"), p.get("y")) for p in content]), "share", "unknown")]
-    if isinstance(first, dict | list) and not _is_pair(first):
-        return [hand for inner in content for hand in _hands_in(inner)]
-    return [(_pairs(content), "share", "unknown")] if _is_pair(first) else []
+    plain = {str(key).lower().replace("_", ""): value for key, value in content.items()}
+    for names, unit in ((_SHARES, "share"), (_PIXELS, "pixels")):
+        for key in sorted(names & plain.keys()):
+            return _hands_in(plain[key], unit)
+    return next((_hands_in(plain[key]) for key in _DEEPER if key in plain), [])
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) in {2, 3} and all(isinstance(v, int | float) for v in value)
+    return isinstance(value, list) and len(value) in {2, 3, 4} and all(isinstance(v, int | float) for v in value)
 
 
 def _pairs(rows: Any) -> NDArray[np.float64]:

@@ -34,7 +34,7 @@ def to_unit(pixels: NDArray[np.float64], width: int, height: int) -> NDArray[np.
     """Pixel places of a picture in the square around it: -1 to 1 along the longer side."""
     longest = max(width, height)
     middle = np.asarray([(width - 1) / 2, (height - 1) / 2])
-    out: NDArray[np.float64] = (np.asarray(pixels, np.float64) - middle) / ((longest - 1) / 2)
+    out: NDArray[np.float64] = (np.asarray(pixels, np.float64) - middle) / (max(longest - 1, 1) / 2)
     return out
 
 
@@ -56,6 +56,7 @@ class Hands:
         images: (N, 3, S, S) uint8; None while they are files.
         skipped: rows that were left out, in words.
         identity: whether the two hands of a person are two classes.
+        rows: line of each picture in its list, or its number from 1.
     """
 
     names: Strings
@@ -71,6 +72,11 @@ class Hands:
     images: Tensor | None = None
     skipped: tuple[str, ...] = ()
     identity: str = "hand"
+    rows: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.rows) != len(self.names):
+            object.__setattr__(self, "rows", np.arange(1, len(self.names) + 1))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,7 +93,7 @@ class Hands:
         """Some of the pictures."""
         index = np.asarray(chosen)
         index = np.flatnonzero(index) if index.dtype == np.bool_ else index.astype(np.int64)
-        fields = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed")
+        fields = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed", "rows")
         own = {name: getattr(self, name)[index] for name in fields}
         files = tuple(self.files[i] for i in index) if self.files else ()
         images = None if self.images is None else self.images[torch.from_numpy(index)]
@@ -129,9 +135,9 @@ class Hands:
             except UserError as error:
                 if not skip_bad:
                     raise UserError(
-                        f"row {row + 1}: {error}; --reading.skip_bad true leaves such pictures out"
+                        f"row {self.rows[row]}: {error}; --reading.skip_bad true leaves such pictures out"
                     ) from error
-                skipped.append(f"row {row + 1}: {error}")
+                skipped.append(f"row {self.rows[row]}: {error}")
                 continue
             kept.append(row)
         if not kept:
@@ -169,6 +175,7 @@ def hands_of(
     images: Tensor | None = None,
     skipped: Sequence[str] = (),
     identity: str = "hand",
+    rows: Sequence[int] = (),
 ) -> Hands:
     """``Hands`` with what is not known left open."""
     count = len(names)
@@ -190,4 +197,5 @@ def hands_of(
         images,
         tuple(skipped),
         identity,
+        np.asarray(rows, np.int64),
     )

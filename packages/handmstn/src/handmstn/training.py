@@ -243,6 +243,16 @@ def _unknown(hands: Hands, points: int, parts: int) -> tuple[Tensor, Tensor]:
     return own, seen
 
 
+def _as_pointed(points: Tensor, parts: Sequence[PartSpec]) -> Tensor:
+    """Visibility 1 of each part whose points are all known, else NaN: who marks a part has seen it.
+
+    Without it, data that has points and no visibility would show the aligner nothing but parts that are not seen.
+    """
+    known = torch.isfinite(points).all(-1)
+    whole = torch.stack([k.all(1) for k in torch.split(known, [part.count for part in parts], 1)], 1)
+    return torch.where(whole, 1.0, float("nan"))
+
+
 def train_aligner(
     hands: Hands, settings: RunSettings, seed: int, run: Run | None = None, *, quiet: bool = False
 ) -> MultiSpatialTransformer | None:
@@ -262,6 +272,8 @@ def train_aligner(
     points, visibility = _unknown(hands, count, len(aligner.parts))
     if not warps and hands.points.shape[1] != count:
         raise UserError(f"{hands.source}: points of other parts than --preset {settings.preset} has")
+    if not torch.isfinite(visibility).any():
+        visibility = _as_pointed(points, aligner.parts)
     labels, _ = _labels(hands)
     size = min(config.batch_size, len(hands))
     coarse = dataclasses.replace(hands, images=_coarse(aligner, hands))
@@ -288,15 +300,25 @@ def _coarse(aligner: MultiSpatialTransformer, hands: Hands) -> Tensor:
     return torch.cat(small).round().clamp(0, 255).to(torch.uint8)
 
 
-def found_points(model: HandMSTN, hands: Hands, batch_size: int = 64, device: str = "cpu") -> tuple[Tensor, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """An aligner alone, as ``found_points`` takes it."""
+
+    aligner: MultiSpatialTransformer
+
+
+def found_points(
+    model: HandMSTN | Points, hands: Hands, batch_size: int = 64, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Points and visibility of every picture, from the aligner or from the data; computed once while the aligner rests."""
     assert hands.images is not None
-    if model.aligner is None:
+    if isinstance(model, HandMSTN) and model.aligner is None:
         points = given(model, hands)
         assert points is not None
         _, seen = _unknown(hands, 0, len(model.parts))
         return points, torch.nan_to_num(seen, nan=1.0)
     found, visible = [], []
+    assert model.aligner is not None
     with evaluating(model.aligner):
         for rows in _batches(len(hands), batch_size):
             out = model.aligner(hands.images[rows].to(device).float() / 255)

@@ -9,12 +9,12 @@ import numpy as np
 from handmstn.calibration import Calibration, cllr
 from handmstn.commands._arms import look, measured, numbers, train_arm
 from handmstn.commands._world import WHOLE_SIZE, World, aligner, settings_of, world
-from handmstn.config import Arm, CompareSettings
+from handmstn.config import Arm, CompareSettings, DemoSettings
 from handmstn.evaluation import Scorer
 from handmstn.models import Embedded
 from handmstn.recognizer import HandMSTN
 from handmstn.records import Hands
-from handmstn.training import found_points
+from handmstn.training import Points, found_points
 from tenfold.claims import Measured
 
 FPIR = 0.01
@@ -28,7 +28,7 @@ def joined(first: Hands, second: Hands) -> Hands:
 
     assert first.images is not None
     assert second.images is not None
-    names = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed")
+    names = ("names", "persons", "sides", "views", "splits", "points", "visibility", "guessed", "rows")
     own: dict[str, Any] = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
     return dataclasses.replace(first, **own, images=torch.cat([first.images, second.images]))
 
@@ -38,12 +38,12 @@ def half_width(points: Any) -> Any:
     return np.linalg.norm(points[:, 5] - points[:, 3], axis=-1) / 2
 
 
-def measure_aligner(folder: str, level: str, seed: int) -> Measured:
+def measure_aligner(folder: str, demo: DemoSettings, seed: int) -> Measured:
     """Error of the points on test people, beside that of the mean of the training points."""
-    people = world(Path(folder), level, seed)
-    found = aligner(Path(folder), level, seed, people.train)
+    people = world(Path(folder), demo, seed)
+    found = aligner(Path(folder), demo, seed, people.train)
     model = Points(found)
-    points, visible = found_points(model, people.test)  # type: ignore[arg-type]
+    points, visible = found_points(model, people.test)
     truth = people.test.points
     unit = half_width(truth)
     mean = people.train.points.mean(0)[None]
@@ -59,26 +59,19 @@ def measure_aligner(folder: str, level: str, seed: int) -> Measured:
     return Measured(values, {"points": points.numpy(), "error": error, "naive": naive})
 
 
-@dataclasses.dataclass
-class Points:
-    """What ``found_points`` needs of a model."""
-
-    aligner: Any
-
-
-def of_network(level: str, network: str, arm: str) -> CompareSettings:
+def of_network(demo: DemoSettings, network: str, arm: str) -> CompareSettings:
     """Settings of an arm; those without an aligner see more pixels in their one crop."""
-    settings = settings_of(level, network)
+    settings = settings_of(demo, network)
     if arm in {"whole", "box"}:
         return dataclasses.replace(settings, recognizer=dataclasses.replace(settings.recognizer, palm_size=WHOLE_SIZE))
     return settings
 
 
-def measure_arm(folder: str, level: str, arm: Arm, network: str, seed: int) -> Measured:
+def measure_arm(folder: str, demo: DemoSettings, arm: Arm, network: str, seed: int) -> Measured:
     """Train an arm, and count on people that nobody trained on."""
-    people = world(Path(folder), level, seed)
-    settings = of_network(level, network, arm)
-    shared = aligner(Path(folder), level, seed, people.train) if arm in {"palm", "fingers-ce", "all"} else None
+    people = world(Path(folder), demo, seed)
+    settings = of_network(demo, network, arm)
+    shared = aligner(Path(folder), demo, seed, people.train) if arm in {"palm", "fingers-ce", "all"} else None
     model = train_arm(people.train, settings, arm, seed, shared)
     both = joined(people.test, people.strangers)
     mated = np.arange(len(both)) < len(people.test)
@@ -108,7 +101,7 @@ def measure_arm(folder: str, level: str, arm: Arm, network: str, seed: int) -> M
         arrays["rank, all visible"] = blind.identification.per_probe()[0]
         values["rank-1, all visible"] = 100 * float((arrays["rank, all visible"] <= 1).mean())
         values |= _calibrated(model, people, settings, seen.part(mated))
-        values["palm weight"] = float(model.weights[0])
+        values["palm weight"] = float(model.weights[0].detach())
         arrays["best"] = _neighbors(model, seen, rows)
     return Measured(values, arrays)
 

@@ -17,6 +17,9 @@ from tenfold.figures import Curve, Panel, image_grid, line_chart
 from tenfold.modules import evaluating
 from tenfold.runs import Run, read_metrics
 
+_NO_LOSSES = frozenset({"epoch", "lr", "loss", "outside", "palm weight"})
+_SAID = {"point0": "points of level 0", "point": "points of level 1"}
+
 
 def draw_course(folder: Run) -> bool:
     """The losses of every stage by step; False where nothing was trained."""
@@ -25,12 +28,12 @@ def draw_course(folder: Run) -> bool:
     for stage, title in titles.items():
         path = folder.path / f"metrics.{stage}.csv"
         rows = read_metrics(path) if path.exists() else []
-        names = [n for n in dict.fromkeys(n for _, r in rows for n in r) if n not in {"epoch", "lr", "loss", "outside"}]
+        names = [n for n in dict.fromkeys(n for _, r in rows for n in r) if n not in _NO_LOSSES]
         curves = {}
         for name in names:
             points = [(step, row[name]) for step, row in rows if name in row and row[name] > 0]
             if points:
-                curves[name] = Curve([p[0] for p in points], [p[1] for p in points])
+                curves[_SAID.get(name, name)] = Curve([p[0] for p in points], [p[1] for p in points])
         if curves:
             panels.append(Panel(title, "step", "loss", curves, yscale="log"))
     if panels:

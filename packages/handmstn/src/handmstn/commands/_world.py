@@ -11,6 +11,7 @@ from handmstn.aligner import MultiSpatialTransformer
 from handmstn.config import (
     AlignerSettings,
     CompareSettings,
+    DemoSettings,
     HandReading,
     LossSettings,
     Optimizer,
@@ -27,53 +28,24 @@ METHOD = "handmstn.aligner"
 DATA = "rendered: invented people's hands, turned by any angle, partly covered; no picture is of a person"
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How much of everything a level has.
-
-    Attributes:
-        train: people that are trained on, and pictures of each.
-        test: people that are enrolled and searched for, and pictures of each, of which two are enrolled.
-        strangers: people who are searched for and not enrolled, and pictures of each.
-        develop: people that the calibration learns from, and pictures of each.
-        pixels: side of a picture.
-        align: steps of stage A.
-        identity: steps of stage B.
-    """
-
-    train: tuple[int, int]
-    test: tuple[int, int]
-    strangers: tuple[int, int]
-    develop: tuple[int, int]
-    pixels: int
-    align: int
-    identity: int
-
-
-SIZES = {
-    "quick": Size((8, 4), (6, 4), (3, 2), (6, 3), 96, 6, 6),
-    "default": Size((50, 12), (40, 6), (20, 3), (15, 4), 160, 500, 200),
-    "full": Size((60, 14), (60, 6), (40, 3), (25, 4), 160, 1000, 300),
-}
-
-
-def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
+def settings_of(demo: DemoSettings, network: str = "hand:cnn4") -> CompareSettings:
     """The settings of every arm; only what it looks at and its losses differ."""
-    size = SIZES[level]
+    sizes = demo.sizes
+    people, views = pair(sizes.batch)
     return CompareSettings(
         data="hands",
-        people=4 if level == "quick" else 8,
-        views=2 if level == "quick" else 4,
-        steps=size.identity,
+        people=people,
+        views=views,
+        steps=demo.steps,
         device="cpu",
         log_every=100,
         checkpoint_every=10**6,
-        reading=HandReading(size=size.pixels),
+        reading=HandReading(size=whole(sizes.pixels)),
         aligner=AlignerSettings(
             backbone="hand:loc6",
             loc_size=64,
-            steps=size.align,
-            batch_size=32,
+            steps=whole(sizes.align),
+            batch_size=whole(sizes.align_batch),
             lr=2e-3,
             turns="quarter",
             distance="plain",
@@ -85,6 +57,18 @@ def settings_of(level: str, network: str = "hand:cnn4") -> CompareSettings:
         losses=LossSettings(),
         optimizer=Optimizer(lr=3e-3 if network.startswith("hand:") else 1e-3, weight_decay=1e-4, warm_up=0.05),
     )
+
+
+def whole(size: int | None) -> int:
+    """A size, which ``DemoSettings`` has filled in."""
+    assert size is not None
+    return size
+
+
+def pair(size: tuple[int, int] | None) -> tuple[int, int]:
+    """People, and pictures of each, which ``DemoSettings`` has filled in."""
+    assert size is not None
+    return size
 
 
 WHOLE_SIZE = 64
@@ -109,19 +93,19 @@ def _rendered(people: int, views: int, pixels: int, seed: int, first: int, domai
     return {"images": r.images, "points": r.points, "visibility": r.visibility, "labels": made.labels}
 
 
-def world(folder: Path, level: str, seed: int) -> World:
+def world(folder: Path, demo: DemoSettings, seed: int) -> World:
     """The people of a seed, rendered once and kept in the folder."""
-    size = SIZES[level]
+    sizes = demo.sizes
     path = folder / f"worlds/seed-{seed}.npz"
 
     def make() -> None:
         arrays: dict[str, Any] = {}
         first = 0
         for name in PARTS:
-            people, views = getattr(size, "test" if name == "other" else name)
-            start = size.train[0] if name == "other" else first
+            people, views = pair(getattr(sizes, "test" if name == "other" else name))
+            start = pair(sizes.train)[0] if name == "other" else first
             domain: Domain = "b" if name == "other" else "a"
-            made = _rendered(people, views, size.pixels, seed, start, domain)
+            made = _rendered(people, views, whole(sizes.pixels), seed, start, domain)
             first += people if name != "other" else 0
             arrays.update({f"{name}_{key}": value for key, value in made.items()})
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -148,9 +132,9 @@ def _hands(name: str, arrays: dict[str, Any]) -> Hands:
     )
 
 
-def aligner(folder: Path, level: str, seed: int, people: Hands) -> MultiSpatialTransformer:
+def aligner(folder: Path, demo: DemoSettings, seed: int, people: Hands) -> MultiSpatialTransformer:
     """The aligner of a seed, trained once and kept in the folder; every arm that aligns has this one."""
-    settings = settings_of(level)
+    settings = settings_of(demo)
     path = folder / f"worlds/aligner-{seed}.safetensors"
 
     def make() -> None:

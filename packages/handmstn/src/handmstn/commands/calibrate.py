@@ -9,6 +9,7 @@ from handmstn.calibration import Calibration, cllr, min_cllr
 from handmstn.commands._files import DEVELOPMENT, embedded, read, trained
 from handmstn.commands._ratios import FILE
 from handmstn.config import CalibrateSettings
+from handmstn.data import with_ids
 from handmstn.models import head_of
 from handmstn.recognizer import match
 from tenfold import UserError
@@ -19,7 +20,7 @@ from tenfold.terminal import table
 def run(settings: CalibrateSettings, invocation: Invocation) -> None:
     """Fit on half of the people, check on the other half, then fit on all; write ``calibration.json``."""
     model, card, _ = trained(settings.run)
-    found = embedded(settings, model, read(settings, card, model, first=DEVELOPMENT))
+    found = embedded(settings, model, with_ids(read(settings, card, model, first=DEVELOPMENT), settings.data))
     found = found.part(found.shown)
     e, weights = found.enrolled, model.weights.detach().cpu().numpy()
     persons = np.unique(e.persons)

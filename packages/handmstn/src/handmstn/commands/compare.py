@@ -9,7 +9,7 @@ import numpy as np
 
 from handmstn.commands._arms import look, measured, numbers, train_arm
 from handmstn.config import CompareSettings
-from handmstn.data import load
+from handmstn.data import load, with_ids
 from handmstn.models import parts_of
 from handmstn.protocols import first_each
 from handmstn.records import Hands
@@ -52,7 +52,8 @@ def measure(settings: CompareSettings, seed: int) -> dict[str, dict[str, float]]
 
 def run(settings: CompareSettings, invocation: Invocation) -> int:
     """Measure, decide, write results, figures and ``report.html``."""
-    hands = load(settings.data, settings.reading, parts_of(dataclasses.replace(settings, preset="hand6")))
+    read = load(settings.data, settings.reading, parts_of(dataclasses.replace(settings, preset="hand6")))
+    hands = with_ids(read, settings.data)
     for seed in settings.seeds:
         check(_parted(hands, seed)[0], dataclasses.replace(settings, preset="hand6"))
     wanting = {"box", "oracle"} & set(settings.arms)

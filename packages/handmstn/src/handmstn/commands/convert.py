@@ -3,13 +3,15 @@
 import csv
 import dataclasses
 import io
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from handmstn.config import DATA_KINDS, LANDMARK_KINDS, ConvertSettings
-from handmstn.data import as_rows, listed, picture_size, with_landmark_files
+from handmstn.data import listed, with_ids, with_landmark_files
+from handmstn.lists import as_rows, bare, picture_size, table_of
 from handmstn.parts import preset
 from handmstn.records import Hands
 from tenfold import UserError, readers
@@ -20,7 +22,7 @@ def run(settings: ConvertSettings, invocation: Invocation) -> None:
     """Write ``hands.csv``; its paths are absolute, so that it can be moved."""
     readers.parse_source(settings.data, kinds=DATA_KINDS)
     parts = preset(settings.preset)
-    hands = listed(settings.data, settings.reading, parts)
+    hands = with_ids(listed(settings.data, settings.reading, parts), settings.data)
     if settings.landmarks is not None:
         hands = _with_landmarks(hands, settings)
     if not hands.has_points:
@@ -46,8 +48,12 @@ def _with_landmarks(hands: Hands, settings: ConvertSettings) -> Hands:
     assert path is not None
     parts = preset(settings.preset)
     if kind != "csv":
-        return with_landmark_files(hands, path, kind, parts)
-    reading = dataclasses.replace(settings.reading, points=settings.unit, skip_bad=False)
+        if kind == "mat" and settings.unit is not None:
+            raise UserError("--unit: a .mat file of the predecessor has a unit of its own")
+        return with_landmark_files(hands, path, kind, parts, settings.unit)
+    if settings.unit == "share":
+        raise UserError("--unit share is for JSON files; a CSV has pixels or unit")
+    reading = dataclasses.replace(settings.reading, points=settings.unit or "pixels", skip_bad=False)
     own = _ids(hands)
     with _Joined(path, own) as whole:
         return listed(f"csv:{whole}", reading, parts)
@@ -72,19 +78,16 @@ class _Joined:
     def __enter__(self) -> Path:
         import tempfile
 
-        lines = self.path.read_text(encoding="utf-8-sig").splitlines()
-        table = csv.reader(lines)
-        headers = [cell.strip().lower() for cell in next(table, [])]
-        if "path" not in headers:
-            raise UserError(f"--landmarks {self.path}: no column 'path'")
-        at = headers.index("path")
-        spots = [i for i, name in enumerate(headers) if name[:1] in {"x", "y"} and name[1:].isdigit()]
-        rows = [["path", "id", "side", "split", *(headers[i] for i in spots)]]
-        for number, row in enumerate(table, 2):
-            known = self.known.get(Path(row[at].strip()).name) if len(row) > at else None
+        table = table_of(self.path, ("path",), "path, x1, y1, x2, y2, ...")
+        spots = [name for name in table.columns if re.fullmatch(r"[xy]\d+", name)]
+        rows = [["path", "id", "side", "split", *spots]]
+        for number, row in table.rows:
+            cells = table.cells(number, row)
+            known = self.known.get(Path(bare(cells["path"]).replace("\\", "/")).name)
             if known is None:
                 raise UserError(f"--landmarks {self.path}, row {number}: no picture of the data is called so")
-            rows.append([*known, *(row[i] for i in spots)])
+            values = [cells[name] for name in spots]
+            rows.append([*known, *(v.replace(",", ".") if table.decimal_comma else v for v in values)])
         self.file = tempfile.NamedTemporaryFile("w", suffix=".csv", delete=False, encoding="utf-8", newline="")
         with self.file as file:
             csv.writer(file, lineterminator="\n").writerows(rows)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from handmstn.commands import _pictures
-from handmstn.commands._demo_arms import Points, half_width, joined, measure_aligner, measure_arm
+from handmstn.commands._demo_arms import half_width, joined, measure_aligner, measure_arm
 from handmstn.commands._world import DATA, aligner, world
-from handmstn.config import Arm, DemoSettings
+from handmstn.config import LEVELS, Arm, DemoSettings
 from handmstn.data import hand6_like
+from handmstn.evidence import crops_of
 from handmstn.metrics import bootstrap
-from handmstn.training import found_points
+from handmstn.training import Points, found_points
 from tenfold import executors
 from tenfold.claims import Study
 from tenfold.cli import Invocation
@@ -46,15 +47,15 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
             folder.own(f"worlds/{name}", result=False)
     study = Study(folder, level=level, data=DATA, seeds=seeds)
     where = str(folder.path)
-    tasks: dict[str, Any] = {"aligner": functools.partial(measure_aligner, where, level)}
-    tasks |= {arm: functools.partial(measure_arm, where, level, arm, NETWORK) for arm in SHOWN[level]}
+    tasks: dict[str, Any] = {"aligner": functools.partial(measure_aligner, where, settings)}
+    tasks |= {arm: functools.partial(measure_arm, where, settings, arm, NETWORK) for arm in SHOWN[level]}
     show: Any = functools.partial(track, description="arms", quiet=invocation.quiet)
     alone = settings.processes == 1 or level == "quick"  # a further process takes longer to start than all that work
     with executors.make(None if alone else f"processes:{settings.processes}") as pool:
         study.over_arms(tasks, pool, show)
     _decide(study, level)
-    _note(study, level)
-    captions = _draw(study, level, seeds[0])
+    _note(study, settings)
+    captions = _draw(study, settings, seeds[0])
     summary = study.finish()
     write_report(folder, "handmstn: whose hand is this?", captions)
     return show_claims(summary, strict=invocation.strict)
@@ -158,7 +159,10 @@ def _decide(study: Study, level: str) -> None:
     )
 
 
-def _note(study: Study, level: str) -> None:
+def _note(study: Study, settings: DemoSettings) -> None:
+    level = settings.level
+    if (settings.sizes, settings.steps) != LEVELS[level]:
+        study.note(f"Sizes or steps are not those of the level {level}; config.yaml has them.")
     told = "; ".join(
         f"{arm} {study.values((arm, 'rank-1')).mean():.1f} (covered {study.values((arm, 'rank-1, covered')).mean():.1f})"
         for arm in SHOWN[level]
@@ -171,43 +175,60 @@ def _note(study: Study, level: str) -> None:
     )
 
 
-def _draw(study: Study, level: str, seed: int) -> dict[str, str]:
+def _draw(study: Study, settings: DemoSettings, seed: int) -> dict[str, str]:
     """Pictures of the first seed."""
     folder = study.run
-    people = world(folder.path, level, seed)
+    people = world(folder.path, settings, seed)
     both = joined(people.test, people.strangers)
-    assert both.images is not None
-    assert people.other.images is not None
-    assert people.test.images is not None
     parts = hand6_like(both)
     points = study.arrays("aligner", seed)["points"]
-    chosen = np.linspace(0, len(people.test) - 1, 5).astype(int)
-    rows = _pictures.overlays(people.test.images[chosen].numpy(), points[chosen], parts)
-    titles = ["picture", "found points", "six aligned crops"]
-    image_grid(folder.figure("aligned"), rows, column_titles=titles, cell=1.6)
+    _draw_aligned(folder, "aligned", people.test, points, parts)
     curves: dict[str, Curve] = {}
     persons = _columns(study, "whole", "persons")
-    for arm in SHOWN[level]:
+    for arm in SHOWN[settings.level]:
         rank = _columns(study, arm, "rank")
         ks = list(range(1, 11))
         found = [bootstrap(rank <= k, persons, draws=300) for k in ks]
         mean, bands = [100 * f[0] for f in found], [f[1] for f in found]
         curves[arm] = Curve(ks, mean, [100 * b[0] for b in bands], [100 * b[1] for b in bands])
     line_chart(folder.figure("cmc"), [Panel("people that nobody trained on", "rank", "probes found (%)", curves)])
-    found_aligner = aligner(folder.path, level, seed, people.train)
-    spots, _ = found_points(Points(found_aligner), people.other.part(chosen % len(people.other)))  # type: ignore[arg-type]
-    rows = _pictures.overlays(people.other.images[chosen % len(people.other)].numpy(), spots.numpy(), parts)
-    image_grid(folder.figure("other-domain"), rows, column_titles=titles, cell=1.6)
+    found_aligner = aligner(folder.path, settings, seed, people.train)
+    some = people.other.part(np.unique(np.linspace(0, len(people.other) - 1, 60).astype(int)))
+    spots, _ = found_points(Points(found_aligner), some)
+    elsewhere = _draw_aligned(folder, "other-domain", some, spots.numpy(), parts)
     _draw_probes(study, seed, both, folder)
-    width = float(np.median(half_width(people.test.points)))
+    home, mean_pose = (float(study.values(("aligner", key))[0]) for key in ("error", "mean pose"))
+    rows = "Each row is a picture: the one with the smallest error of its points, three between, and the one with the largest."
     return {
-        "aligned": "Test people: the points that were found, and the crops."
-        f" Half a palm is {width:.2f} of a picture's half width.",
+        "aligned": f"Test people. {rows} Errors are in halves of the palm's width; their median is {home:.2f}, that of the mean"
+        f" pose {mean_pose:.2f}. Beside the crops that were found: what the true points give.",
         "cmc": "Share of the probes found within a rank; bands are 95 % of a bootstrap over persons.",
-        "other-domain": "The same aligner on another rendered domain (skin, light, background, camera) that it never saw.",
+        "other-domain": f"The same aligner on {len(some)} pictures of another rendered domain (skin, light, background, camera)"
+        f" that it never saw. {rows} Their median error is {elsewhere:.2f}, against {home:.2f} in its own domain: where it is"
+        " large, the crops show background, and nobody can be recognized by them.",
         "probes": "Palm and fingers with all losses, first seed: each probe above the enrolled picture that it is most like."
         " Above: probes with the best ranks. Below: those with the worst.",
     }
+
+
+def _draw_aligned(folder: Any, name: str, hands: Any, points: np.ndarray, parts: Any) -> float:
+    """Five pictures from the smallest to the largest error of their points, with crops by found and by true points."""
+    error = np.linalg.norm(points - hands.points, axis=-1).mean(1) / half_width(hands.points)
+    chosen = np.argsort(error, kind="stable")[np.linspace(0, len(error) - 1, 5).astype(int)]
+    images = hands.images[chosen].numpy()
+    rows = _pictures.overlays(images, points[chosen], parts)
+    truth = [_pictures.pasted(crops_of(i, p, parts)) for i, p in zip(images, hands.points[chosen], strict=True)]
+    which = ("least", "1st quarter", "median", "3rd quarter", "largest")
+    titles = [f"{w}: {e:.2f}" for w, e in zip(which, error[chosen].tolist(), strict=True)]
+    columns = ["picture", "found points", "crops by them", "crops by true points"]
+    image_grid(
+        folder.figure(name),
+        [[*row, crops] for row, crops in zip(rows, truth, strict=True)],
+        row_titles=titles,
+        column_titles=columns,
+        cell=1.6,
+    )
+    return float(np.median(error))
 
 
 def _draw_probes(study: Study, seed: int, both: Any, folder: Any) -> None:

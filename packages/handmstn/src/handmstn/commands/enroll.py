@@ -9,6 +9,7 @@ import numpy as np
 
 from handmstn.commands._files import embedded, read, trained, wanted
 from handmstn.config import EnrollSettings
+from handmstn.data import with_ids
 from handmstn.gallery import Gallery
 from handmstn.models import head_of
 from tenfold import UserError
@@ -19,7 +20,8 @@ from tenfold.terminal import table
 def run(settings: EnrollSettings, invocation: Invocation) -> None:
     """Enroll, and write ``enrolled.json``."""
     model, card, _ = trained(settings.run)
-    hands = wanted(settings.reading, read(settings, card, model), settings.split, "gallery")
+    read_hands = with_ids(read(settings, card, model), settings.data)
+    hands = wanted(settings.reading, read_hands, settings.split, "gallery")
     names, counts = np.unique(hands.persons, return_counts=True)
     if counts.min() < settings.images_each:
         name = names[int(counts.argmin())]

@@ -11,7 +11,7 @@ from handmstn.commands import _pictures
 from handmstn.commands._files import embedded, read, trained
 from handmstn.commands._ratios import calibration_of
 from handmstn.config import EvaluateSettings, HandReading
-from handmstn.data import listed
+from handmstn.data import listed, with_ids
 from handmstn.evaluation import Found, Scorer, all_pairs, count, rank_table
 from handmstn.metrics import OpenSet, bootstrap
 from handmstn.models import Embedded, head_of
@@ -28,7 +28,7 @@ DRAWN = {"hands11k": 10, "hd": 10}
 def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     """Measure, write ``evaluation.json``, plots and ``report.html``."""
     model, card, finished = trained(settings.run)
-    hands = read(settings, card, model, seed=settings.seed)
+    hands = with_ids(read(settings, card, model, seed=settings.seed), settings.data)
     if settings.protocol == "cross":
         source = settings.train_data or finished.settings.data
         if source == "hands" and settings.data == "hands":

@@ -19,6 +19,7 @@ from handmstn.recognizer import HandMSTN
 from handmstn.records import letterboxed
 from tenfold import UserError, readers
 from tenfold.cli import Invocation
+from tenfold.errors import needs
 from tenfold.modules import evaluating
 from tenfold.terminal import table
 
@@ -30,14 +31,16 @@ def run(settings: SearchSettings, invocation: Invocation) -> None:
     gallery = Gallery.open(settings.gallery, head)
     if not len(gallery):
         raise UserError(f"--gallery {settings.gallery}: nobody is enrolled")
+    index = settings.index
+    if index == "auto":
+        index = "exact" if len(gallery) <= MILLION else "faiss-flat"
+    if index != "exact":
+        needs("faiss", "faiss", "handmstn", why=f"--index {index}")
     calibration = None if settings.calibration is None else calibration_of(settings.calibration, str(head["model"]))
     hands = wanted(settings.reading, read(settings, card, model), settings.split, "probe")
     threshold, tries = settings.threshold, 0
     if threshold is None:
         threshold, tries = gallery.threshold(settings.fpir)
-    index = settings.index
-    if index == "auto":
-        index = "exact" if len(gallery) <= MILLION else "faiss-flat"
     found = embedded(settings, model, hands)
     e = found.enrolled
     digests = None if settings.itself else e.digests

@@ -6,7 +6,7 @@ import time
 from handmstn.commands import _pictures
 from handmstn.commands._files import card_of, save, trained
 from handmstn.config import TrainSettings
-from handmstn.data import boxed, load, wanted_parts
+from handmstn.data import boxed, load, wanted_parts, with_ids
 from handmstn.models import build_aligner, build_model, parts_of
 from handmstn.training import check, train_aligner, train_identities
 from tenfold import UserError
@@ -25,12 +25,19 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
         raise UserError(f"--teacher_weights {settings.teacher_weights}: that model has no aligner")
     parts = parts_of(settings)
     hands = load(settings.data, settings.reading, wanted_parts(parts, settings.given_points), seed=settings.seed)
+    read = len(hands)
     if (hands.splits == "train").any():
         hands = hands.split("train")
     elif (hands.splits == "gallery").any() and not settings.data.startswith("hands"):
         hands = hands.part(hands.splits != "probe")
-    hands = boxed(hands, parts, settings.given_points)
-    check(hands, settings)
+    left = read - len(hands)
+    hands = boxed(with_ids(hands, settings.data), parts, settings.given_points)
+    try:
+        check(hands, settings)
+    except UserError as error:
+        if not left:
+            raise
+        raise UserError(f"{error}; {left} of {read} pictures are for testing by the data's own parts") from error
     build_model(settings, settings.seed, build_aligner(settings, settings.seed))  # names of networks, before any work
     seed_everything(settings.seed, device)
     if taken is not None and [p.name for p in taken.parts] != [p.name for p in parts]:
@@ -44,7 +51,12 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     save(folder, model.cpu(), card_of(settings, model, hands))
     captions = {}
     if _pictures.draw_course(folder):
-        captions["course"] = "The losses by step. Left: stage A, errors in half widths of the picture, squared."
+        captions["course"] = (
+            "The losses by step. Stage A: the points' mean distance"
+            + (" squared" if settings.aligner.distance == "squared" else "")
+            + ", in half widths of the picture; bending energy; cross-entropy of visibility and side. Stage B: each term before"
+            " its weight."
+        )
     _pictures.draw_points(folder, model, hands, "points")
     captions["points"] = "Training pictures, the points that were found in them, and the aligned crops."
     write_report(folder, f"handmstn train: {settings.preset}", captions)
