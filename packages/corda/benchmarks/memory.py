@@ -1,9 +1,9 @@
 """From a base model and calibration text to a wrapped model, against peft: memory, each way in its own process, and accuracy.
 
 The computation is that of ``end_to_end.py``. Memory is the peak resident size of a process that goes the whole way once, less
-that of one that imports the same and only makes model and windows, both counted from there on, with an allocator that returns what is free
-(``ALLOCATOR``, for both). The last rows show the error of the adapted subspace; the reference is an SVD in fp64 of W C_d, C
-summed in fp64. No row is a time, so the machine need not be idle.
+that of one that imports the same and only makes model and windows, both counted from there on, with an allocator that
+returns what is free (``ALLOCATOR``, for both). The last rows show the error of the adapted subspace; the reference is an SVD
+in fp64 of W C_d, C summed in fp64. No row is a time, so the machine need not be idle.
 """
 
 import copy
