@@ -415,6 +415,10 @@ def numbers(values: "pandas.Series[Any]", *, comma: bool, degrees: bool = False)
         text = text.str.replace(",", ".", regex=False)
     found = pandas.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64, copy=True)
     found[~np.isfinite(found)] = np.nan
+    read = np.flatnonzero(~np.isnan(found))
+    found[read] = (
+        text.iloc[read].to_numpy(dtype=object).astype(np.float64)
+    )  # pandas before 3.1 may be off by a last unit
     left = np.flatnonzero(np.isnan(found) & (text != "").to_numpy(dtype=bool))
     odd = np.zeros(len(found), dtype=bool)
     for i in left:
