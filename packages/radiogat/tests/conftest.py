@@ -1,8 +1,11 @@
+import sys
 from pathlib import Path
 
 import pytest
 from radiogat.config import CityConfig
 from radiogat.simulate import city
+
+sys.path.append(str(Path(__file__).parent))  # radiogat_logs
 
 RELEASED = Path(__file__).parents[3].parent / "shared/data/radiogat/radiogat_raytracing_6areas_5bands.npz"
 

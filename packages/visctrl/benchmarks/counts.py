@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from rows import small_unet
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,16 +33,7 @@ class Operators(TorchDispatchMode):
 def measure() -> list[Comparison]:
     """The counts on a small U-Net."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=8,
-        cross_attention_dim=32,
-    ).eval()
+    unet = small_unet(32)
     z, text = torch.randn(1, 4, 32, 32), torch.randn(1, 5, 32)
 
     def ask() -> Tensor:

@@ -106,12 +106,10 @@ def whole(scheduler: DDIMScheduler, steps: int) -> DDIMStepper:
     return DDIMStepper([alphas[0], *(alphas[t] for t in times)], [float(t) for t in times])
 
 
-@torch.inference_mode()
-def measure() -> list[Comparison]:
-    """Rows and time of one edit."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
+def small_unet(size: int) -> UNet2DConditionModel:
+    """A text-conditioned U-Net with random weights, for latents of ``size``."""
+    model: UNet2DConditionModel = UNet2DConditionModel(
+        sample_size=size,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(32, 64),
@@ -120,6 +118,14 @@ def measure() -> list[Comparison]:
         attention_head_dim=8,
         cross_attention_dim=32,
     ).eval()
+    return model
+
+
+@torch.inference_mode()
+def measure() -> list[Comparison]:
+    """Rows and time of one edit."""
+    torch.manual_seed(0)
+    unet = small_unet(16)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     )
