@@ -5,6 +5,8 @@ Distributions are found by their folders, so a new package needs no change here.
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,6 +23,7 @@ PACKAGES = {name: folder for name, folder in PROJECTS.items() if folder.parts[0]
 LINTERS = ("codespell>=2.4.1", "ruff>=0.15,<1")
 TYPE_CHECKERS = ("mypy>=1.20,<3", "types-PyYAML")
 SPREADER = "pytest-xdist>=3.8"
+PUBLISHERS = ("check-wheel-contents>=0.6.1", "twine>=6.1")
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process of a new environment compiles all that it imports
 nox.needs_version = ">=2025.5.1"
@@ -193,3 +196,107 @@ def build(session: nox.Session, name: str) -> None:
     if unwanted:
         session.error(f"{name} puts {', '.join(sorted(unwanted))} into the user's environment")
     session.log(f"{len(installed)} distributions in the environment; built {sorted(p.name for p in out.rglob('*-*'))}")
+
+
+def version_of(name: str) -> str:
+    """The version that a distribution's source states."""
+    import_name = PROJECTS[name].name if name in PACKAGES else name
+    source = (PROJECTS[name] / "src" / import_name / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def fault_of_release(name: str, tag: str | None) -> str | None:
+    """What keeps a distribution from being released: its version, its changelog or the tag; None for nothing."""
+    version = version_of(name)
+    if not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", version):
+        return f"{name}: __version__ is {version!r}, expected numbers like 1.2.3 or 1.2.3rc1"
+    changelog = (PROJECTS[name] / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\S+)\n\s*(\S*)", changelog, re.MULTILINE)
+    if not newest or newest[1] != version or not newest[2] or newest[2].startswith("#"):
+        return (
+            f"{name}: the newest section of {PROJECTS[name] / 'CHANGELOG.md'} is not one of {version} with text in it"
+        )
+    if tag is not None and tag != f"{name}-v{version}":
+        return f"{name}: the tag is {tag!r}, its version asks for {name}-v{version}"
+    return None
+
+
+def build_into(session: nox.Session, folder: Path, out: Path) -> Path:
+    """Wheel and sdist of a folder; the wheel's path."""
+    session.run("uv", "build", "--quiet", "--no-sources", "--out-dir", str(out), str(folder), external=True, env=UV)
+    return next(out.glob("*.whl"))
+
+
+def copy_with(source: Path, target: Path, file: str, old: str, new: str) -> Path:
+    """A copy of a distribution's folder with one text of one file replaced."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "tests"))
+    text = (target / file).read_text(encoding="utf-8")
+    if old not in text:
+        raise ValueError(f"{file} of {source} does not hold {old!r}")
+    (target / file).write_text(text.replace(old, new), encoding="utf-8")
+    return target
+
+
+def side_by_side(session: nox.Session, name: str, wheel: Path, tmp: Path) -> None:
+    """A package as it is and another one that was released with a later tenfold, in one environment.
+
+    The later tenfold is this one with the next number; the other package asks for it, as a later release would.
+    """
+    version = version_of("tenfold")
+    major, minor, patch = (int(part) for part in re.findall(r"\d+", version)[:3])
+    later = f"{major}.{minor}.{patch + 1}"
+    # not head-kd, which is nothing without a family of the mm stack
+    own, other = [name, *(package for package in PACKAGES if package not in (name, "head-kd"))][name == "tenfold" :][:2]
+    if name == "tenfold":
+        wheel = build_into(session, ROOT / PROJECTS[own], tmp / "own")
+    source, promised = "src/tenfold/__init__.py", f">={major}.{minor},<{major}.{minor + 1}"
+    renewed = copy_with(ROOT / PROJECTS["tenfold"], tmp / "tenfold", source, f'"{version}"', f'"{later}"')
+    asking = copy_with(
+        ROOT / PROJECTS[other], tmp / "asking", "pyproject.toml", promised, f">={later},<{major}.{minor + 1}"
+    )
+    for folder in (ROOT / PROJECTS["tenfold"], renewed):
+        build_into(session, folder, tmp / "links")
+    wheels = [str(wheel), str(build_into(session, asking, tmp / "other"))]
+    session.install(*wheels, f"--find-links={tmp / 'links'}", "--reinstall-package=tenfold", env=UV)
+    session.run("uv", "pip", "check", external=True)
+    names = ", ".join(sorted(PROJECTS[each].name for each in (own, other)))
+    session.run(
+        "python", "-c", f"import tenfold, {names}; assert tenfold.__version__ == {later!r}, tenfold.__version__"
+    )
+
+
+@nox.session
+@each_project
+def release(session: nox.Session, name: str) -> None:
+    """All that a release of one distribution needs, its files in `dist/<distribution>/`; `-- --tag TAG` checks a tag."""
+    given = list(session.posargs)
+    tag = given[given.index("--tag") + 1] if "--tag" in given[:-1] else None
+    fault = fault_of_release(name, tag)
+    if fault:
+        session.error(fault)
+    out, tmp = ROOT / "dist" / name, Path(session.create_tmp()).absolute()
+    for folder in (out, tmp):
+        shutil.rmtree(folder, ignore_errors=True)
+    wheel = build_into(session, ROOT / PROJECTS[name], out)
+    session.install(*PUBLISHERS, env=UV)
+    session.run("twine", "check", "--strict", *(str(file) for file in sorted(out.iterdir())))
+    session.run("check-wheel-contents", str(wheel))
+    tenfold = wheel if name == "tenfold" else build_into(session, ROOT / PROJECTS["tenfold"], tmp / "tenfold-wheel")
+    group = f"--group={PROJECTS[name] / 'pyproject.toml'}:test"
+    wheels = [f"tenfold @ {tenfold.as_uri()}"] if name != "tenfold" else []
+    wheels.append(f"{name}{test_extras(name)} @ {wheel.as_uri()}")
+    for resolution in ("lowest-direct", "highest"):
+        folder = tmp / resolution
+        session.run("uv", "venv", "--quiet", "--python", session.python or sys.executable, str(folder), external=True)
+        session.env["VIRTUAL_ENV"] = str(folder)
+        session.run(
+            "uv", "pip", "install", "--no-sources", f"--resolution={resolution}", *wheels, group, external=True, env=UV
+        )
+        session.run("uv", "pip", "install", SPREADER, external=True, env=UV)
+        session.env["OMP_NUM_THREADS"] = "1"
+        tests = [str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu", "-n", "auto", "--maxprocesses", "4"]
+        session.run(str(folder / "bin/python"), "-m", "pytest", *tests, "--dist", "loadfile", external=True)
+    session.env["VIRTUAL_ENV"] = session.virtualenv.location
+    side_by_side(session, name, wheel, tmp)
+    session.log(f"{name} {version_of(name)} can be released: {', '.join(sorted(file.name for file in out.iterdir()))}")
