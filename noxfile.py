@@ -23,6 +23,7 @@ PACKAGES = {name: folder for name, folder in PROJECTS.items() if folder.parts[0]
 LINTERS = ("codespell>=2.4.1", "ruff>=0.15,<1")
 TYPE_CHECKERS = ("mypy>=1.20,<3", "types-PyYAML")
 SPREADER = "pytest-xdist>=3.8"
+SITE = ("furo>=2025.7.19", "myst-parser>=4.0.1", "sphinx>=8.2.3", "sphinx-design>=0.6.1")
 PUBLISHERS = ("check-wheel-contents>=0.6.1", "twine>=6.1")
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process of a new environment compiles all that it imports
@@ -121,6 +122,17 @@ def contracts(session: nox.Session) -> None:
     install(session, *PROJECTS, group=True)
     session.install("hatchling", env=UV)
     pytest(session, "tests")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site in `docs/_build/html`; a warning is an error. `-- --links` asks every address outside, too."""
+    install(session, *PROJECTS, group=True)
+    session.install(*SITE, env=UV)
+    out = ROOT / "docs/_build"
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(out / "html"))
+    if "--links" in session.posargs:
+        session.run("python", "-m", "sphinx", "-q", "-b", "linkcheck", "docs", str(out / "links"))
 
 
 @nox.session

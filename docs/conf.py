@@ -1,0 +1,120 @@
+"""The site: `nox -s docs`. Pages of READMEs and of the API are written here for every distribution that is found."""
+
+import importlib
+import inspect
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+AUTO = Path(__file__).parent / "auto"
+
+project, author, copyright = "Tenfold", "The Tenfold developers", "The Tenfold developers"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "Tenfold"
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 4
+myst_links_external_new_tab = True
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+suppress_warnings = ["ref.python"]  # an attribute's name is that of other classes' attributes too
+maximum_signature_line_length = 100
+autodoc_default_options = {
+    "exclude-members": "set_fit_request, set_predict_request, set_score_request"
+}  # scikit-learn's
+autodoc_inherit_docstrings = False
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes are documented once, in the class
+
+
+def distributions() -> dict[str, tuple[str, Path]]:
+    """Import name and folder of each distribution by its name."""
+    found = {}
+    for file in [ROOT / "shared/pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]:
+        name = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["name"]
+        found[name] = (name if file.parent.name == "shared" else file.parent.name, file.parent)
+    return found
+
+
+def readme_page(name: str, folder: Path) -> str:
+    """The README as a page of the site: links and pictures lead from here."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    text = text.replace("](../../docs/images/", "](../images/").replace("](../../docs/", "](../")
+    text = re.sub(r"\]\(\.\./(\w+)/README\.md", lambda m: f"]({m[1]}.md", text)
+    return re.sub(r"\]\((?:\.\./)*packages/(\w+)/README\.md", lambda m: f"]({m[1]}.md", text)
+
+
+def api_page(name: str, import_name: str) -> str:
+    """The public names in the order of the alphabet, after the order in which to read the method."""
+    module = importlib.import_module(import_name)
+    lines = [
+        f"# API of `{name}`",
+        "",
+        "```{eval-rst}",
+        f".. automodule:: {import_name}",
+        "",
+        f".. currentmodule:: {import_name}",
+        "",
+    ]
+    names = module.__all__ if import_name != "tenfold" else []
+    for public in sorted((each for each in names if each != "__version__"), key=str.lower):
+        value = getattr(module, public)
+        kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
+        lines += [f".. auto{kind}:: {public}"]
+        if kind == "class":
+            lines += ["   :members:"]
+        lines += [""]
+    if import_name == "tenfold":
+        for file in sorted((ROOT / "shared/src/tenfold").glob("[!_]*.py")):
+            lines += [f".. automodule:: tenfold.{file.stem}", "   :members:", ""]
+    return "\n".join([*lines, "```", ""])
+
+
+def write_pages() -> None:
+    """A page of the README and one of the API for each distribution, below `docs/auto`."""
+    shutil.rmtree(AUTO, ignore_errors=True)
+    AUTO.mkdir()
+    for name, (import_name, folder) in distributions().items():
+        (AUTO / f"{import_name}.md").write_text(readme_page(name, folder), encoding="utf-8")
+        (AUTO / f"{import_name}-api.md").write_text(api_page(name, import_name), encoding="utf-8")
+
+
+def links_of_the_site(app, name, source):
+    """Links of the hand-written pages to READMEs lead to the READMEs' pages."""
+    if "/" not in name:
+        source[0] = re.sub(r"\]\(\.\./packages/(\w+)/README\.md", lambda m: f"](auto/{m[1]}.md", source[0])
+        source[0] = source[0].replace("](../shared/README.md", "](auto/tenfold.md")
+
+
+def formulas(app, what, name, obj, options, lines):
+    """Indented paragraphs and tables of a docstring are shown as they are written; a bar is no substitution elsewhere."""
+    out, literal = [], None  # the indent of the literal block that is open
+    for line in lines:
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        if literal is not None and text and indent < literal:
+            literal = None
+        if literal is None and text and not (out and out[-1].strip()):
+            previous = next((each for each in reversed(out) if each.strip()), "")
+            deeper = indent - (len(previous) - len(previous.lstrip()))
+            opened = previous.strip() == "::" or previous.rstrip().endswith("::")
+            if opened and deeper > 0:
+                literal = indent
+            elif text.startswith("|") or (deeper >= 4 and previous and not text.startswith((":", "*", "-", ".."))):
+                literal = indent
+                out += [" " * (indent - (0 if text.startswith("|") else 4)) + "::", ""]
+        if literal is None:
+            out.append(line.replace("|", "\\|"))
+        else:
+            out.append("    " + line if text.startswith("|") else line)
+    lines[:] = out
+
+
+def setup(app):
+    """What Sphinx calls first."""
+    write_pages()
+    app.connect("source-read", links_of_the_site)
+    app.connect("autodoc-process-docstring", formulas)
