@@ -1,5 +1,7 @@
 """The four backends against each other, against literal attention, and against torch-geometric."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,22 @@ def test_backends_agree_forward_and_backward(backend, dtype, tolerance, inputs, 
     grads = torch.autograd.grad((found * weight).sum(), parts)
     for one, other in zip(grads, torch.autograd.grad((expected * weight).sum(), parts), strict=True):
         assert (one - other).abs().max() <= tolerance * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "pyg"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_32_bits(backend, dtype):
+    edges = adjacency()
+    torch.manual_seed(0)
+    layer = GraphAttention(5, 16, backend=backend).to(dtype)
+    x = torch.randn(edges.nodes, 5).to(dtype).requires_grad_()
+    found = layer(x, edges)
+    assert found.dtype == dtype
+    with torch.no_grad():
+        expected = literal(copy.deepcopy(layer).float(), x.float(), edges)
+    assert (found.float() - expected).abs().max() <= 0.03 * float(expected.abs().max())
+    found.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["csr", "stencil"])

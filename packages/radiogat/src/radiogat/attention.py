@@ -87,7 +87,12 @@ class GraphAttention(nn.Module):
 def attend(
     s: Tensor, t: Tensor, values: Tensor, adjacency: Adjacency, slope: float, backend: Backend = "csr"
 ) -> Tensor:
-    """sum_j alpha_ij values_j with alpha = softmax_j LeakyReLU(s_i + t_j) over the edges: (N), (N), (N, C) -> (N, C)."""
+    """sum_j alpha_ij values_j with alpha = softmax_j LeakyReLU(s_i + t_j) over the edges: (N), (N), (N, C) -> (N, C).
+
+    In 32 bits at least: sparse products know no half precision on a CPU, and a softmax over many edges needs more.
+    """
+    if values.dtype in (torch.float16, torch.bfloat16):
+        return attend(s.float(), t.float(), values.float(), adjacency, slope, backend).to(values.dtype)
     if backend == "csr":
         gathered, _ = _CsrAttend.apply(s, t, values, adjacency, slope)
         return gathered

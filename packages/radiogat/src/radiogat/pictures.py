@@ -118,7 +118,7 @@ def error_bar_picture(
     with _figure(path, *_size(grid, len(freq_mhz))) as figure:
         panels = _panels(figure, grid, len(freq_mhz))
         for axes, freq, values in zip(panels, freq_mhz, half_width, strict=True):
-            image = _show(axes, grid, values, building, cmap="magma", vmin=0, vmax=top)
+            image = _show(axes, grid, values, building, cmap="YlOrBr", vmin=0, vmax=top)
             axes.set_title(f"{freq:g} MHz")
         figure.colorbar(image, ax=panels, label=f"± dB that hold {level:.0%}", shrink=0.9, extend="max")
 
