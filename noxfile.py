@@ -312,3 +312,16 @@ def release(session: nox.Session, name: str) -> None:
     session.env["VIRTUAL_ENV"] = session.virtualenv.location
     side_by_side(session, name, wheel, tmp)
     session.log(f"{name} {version_of(name)} can be released: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+@nox.session
+@each_package
+def sweep(session: nox.Session, name: str) -> None:
+    """Every verb with what goes wrong in daily work; writes the package's part of `docs/sweep.md`."""
+    install(session, name, group=True)
+    reports = str(ROOT / "sweep-report")
+    session.run("python", "tests/sweep.py", name, "--report", reports, success_codes=[0, 1])
+    session.run("python", "tests/sweep.py", "--table", "--report", reports)
+    found = json.loads((ROOT / "sweep-report" / f"{name}.json").read_text(encoding="utf-8"))
+    if any(value.startswith("FAULT") for row in found.values() for value in row.values()):
+        session.error(f"{name}: see docs/sweep.md")
