@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-_CACHE = 8 * 2**20
+_CACHE = 16 * 2**20
 """Bytes that the two bases of a block of classes may take."""
 
 
@@ -32,16 +32,23 @@ def krylov_coefficients(singular: Array, right_side: Array, components: int) -> 
     """
     classes, rank = right_side.shape
     steps = min(components, rank)
-    block = max(1, _CACHE // (16 * max(1, steps * rank)))
+    block = min(classes, max(1, _CACHE // (16 * max(1, steps * rank))))
+    bases = np.empty((2, block, steps, rank))  # of each block in turn: fresh pages cost as much as a pass over them
     found = np.empty_like(right_side)
     for start in range(0, classes, block):
-        found[start : start + block] = _block(singular, right_side[start : start + block], steps)
+        given = right_side[start : start + block]
+        found[start : start + block] = _block(singular, given, *bases[:, : len(given)])
+    return found
+
+
+def _lengths(vectors: Array) -> Array:
+    found: Array = np.sqrt(np.einsum("cr,cr->c", vectors, vectors))
     return found
 
 
 def _unit(vectors: Array, scale: Array) -> tuple[Array, Array]:
     """Vectors of unit length and their lengths; a vector that has vanished against ``scale`` becomes zero, of length 0."""
-    length = np.linalg.norm(vectors, axis=1)
+    length = _lengths(vectors)
     length = np.where(length > 1e-13 * scale, length, 0.0)
     return vectors / np.where(length > 0, length, 1.0)[:, None], length
 
@@ -51,9 +58,9 @@ def _orthogonal(vectors: Array, basis: Array) -> Array:
 
     Source: Parlett, "The Symmetric Eigenvalue Problem", section 6.9: twice is enough, and once is where little is lost.
     """
-    before = np.linalg.norm(vectors, axis=1)
+    before = _lengths(vectors)
     vectors = vectors - _along(vectors, basis)
-    again = np.linalg.norm(vectors, axis=1) < 0.5 * before
+    again = _lengths(vectors) < 0.5 * before
     if again.any():
         vectors[again] -= _along(vectors[again], basis[again])
     return vectors
@@ -64,13 +71,12 @@ def _along(vectors: Array, basis: Array) -> Array:
     return found
 
 
-def _block(s: Array, c: Array, steps: int) -> Array:
-    classes, rank = c.shape
-    right = np.zeros((classes, steps, rank))
-    left = np.zeros((classes, steps, rank))
+def _block(s: Array, c: Array, right: Array, left: Array) -> Array:
+    """The coefficients of a block of classes; ``right`` and ``left`` (C, k, R) are room for its bases."""
+    classes, steps = right.shape[:2]
     diagonal, above = np.zeros((classes, steps)), np.zeros((classes, steps))
     scale = np.full(classes, s[0])
-    right[:, 0], _ = _unit(s * c, s[0] * np.linalg.norm(c, axis=1))
+    right[:, 0], _ = _unit(s * c, s[0] * _lengths(c))
     left[:, 0], diagonal[:, 0] = _unit(s * right[:, 0], scale)
     for i in range(1, steps):
         vector = _orthogonal(s * left[:, i - 1] - diagonal[:, i - 1, None] * right[:, i - 1], right[:, :i])
