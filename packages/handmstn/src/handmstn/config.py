@@ -538,9 +538,9 @@ _DEFAULT = Sizes(
     test=(40, 6),
     strangers=(20, 3),
     develop=(15, 4),
-    batch=(6, 4),
-    align=700,
-    align_batch=24,
+    batch=(8, 4),
+    align=600,
+    align_batch=32,
 )
 _FULL = Sizes(
     pixels=160,
@@ -549,7 +549,7 @@ _FULL = Sizes(
     strangers=(40, 3),
     develop=(25, 4),
     batch=(8, 4),
-    align=1000,
+    align=1800,
     align_batch=32,
 )
 LEVELS: dict[str, tuple[Sizes, int]] = {"quick": (_QUICK, 6), "default": (_DEFAULT, 200), "full": (_FULL, 300)}

@@ -89,7 +89,7 @@ def draw_cmc(folder: Run, measured: Mapping[str, Identification], ranks: int = 2
 
 
 def draw_det(folder: Run, measured: Mapping[str, Verification], name: str = "det") -> None:
-    """False rejects against false accepts, both on normal scales of probability in logarithms."""
+    """False rejects against false accepts, both in logarithms."""
     curves = {}
     for label, one in measured.items():
         _, far, frr = one.rates()
