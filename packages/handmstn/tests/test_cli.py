@@ -114,11 +114,29 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     assert_user_error(
         main, with_model(folder, "enroll", tmp_path / "e8", "--gallery", gallery, "--purpose", " "), capsys, "--purpose"
     )
+    words = with_model(folder, "search", tmp_path / "s9", "--gallery", gallery, "--threshold", "nan")
+    assert_user_error(main, words, capsys, "--threshold: expected -1 to 1, got nan")
     other = ["train", "--data", "hands", "--reading.size", "64", "--reading.people", "4", "--reading.views", "2", *TINY]
     assert main([*other, "--seed", "5", "--people", "2", "--out", str(tmp_path / "other")]) == 0
     words = with_model(folder, "search", tmp_path / "s3", "--gallery", gallery)
     words[2] = str(tmp_path / "other")
     assert_user_error(main, words, capsys, "enrolled with the model", "enroll the pictures again")
+
+
+def test_a_picture_that_is_enrolled_for_somebody_else_already_is_warned_of(folder, tmp_path, capsys):
+    gallery = str(tmp_path / "g")
+    assert main(with_model(folder, "enroll", tmp_path / "e", "--gallery", gallery, "--purpose", "x")) == 0
+    assert "several people" not in capsys.readouterr().err
+    picture = sorted((folder / "hands/pictures/9-0001").iterdir())[0]
+    copied = tmp_path / "known/Berta"
+    copied.mkdir(parents=True)
+    shutil.copy(picture, copied / "under another name.png")
+    words = with_model(folder, "enroll", tmp_path / "f", "--gallery", gallery, "--purpose", "x")
+    words[4] = f"imagefolder:{tmp_path / 'known'}"
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "1 pictures are enrolled for several people now" in told
+    assert "for '9-0001' and 'Berta'" in told
 
 
 def test_pictures_of_whom_nobody_knows_are_searched_for_and_refused_where_ids_are_needed(folder, tmp_path, capsys):

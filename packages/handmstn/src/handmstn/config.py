@@ -354,7 +354,7 @@ class SearchSettings(WithModel):
         gallery: folder of the gallery.
         top: number of candidates.
         fpir: share of strangers that may be taken for somebody; sets the threshold from the gallery itself.
-        threshold: score from which a candidate is named; default: by fpir.
+        threshold: score from which a candidate is named, -1 to 1; default: by fpir.
         calibration: folder of a `handmstn calibrate`; candidates then have likelihood ratios.
         index: how the gallery is searched: exact, faiss-flat or faiss-hnsw (handmstn[faiss]); auto is exact up to a million.
         itself: whether a picture may find itself in the gallery (the same pixels).
@@ -365,7 +365,7 @@ class SearchSettings(WithModel):
     gallery: str
     top: Count = 5
     fpir: Share = 0.01
-    threshold: float | None = None
+    threshold: Annotated[float, Interval(ge=-1, le=1)] | None = None
     calibration: str | None = None
     index: Index = "auto"
     itself: bool = False
