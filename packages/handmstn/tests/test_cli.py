@@ -114,8 +114,9 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     assert_user_error(
         main, with_model(folder, "enroll", tmp_path / "e8", "--gallery", gallery, "--purpose", " "), capsys, "--purpose"
     )
-    words = with_model(folder, "search", tmp_path / "s9", "--gallery", gallery, "--threshold", "nan")
-    assert_user_error(main, words, capsys, "--threshold: expected -1 to 1, got nan")
+    for value, message in (("nan", "--threshold: expected a number"), ("2", "--threshold: expected")):
+        words = with_model(folder, "search", tmp_path / "s9", "--gallery", gallery, "--threshold", value)
+        assert_user_error(main, words, capsys, message)
     other = ["train", "--data", "hands", "--reading.size", "64", "--reading.people", "4", "--reading.views", "2", *TINY]
     assert main([*other, "--seed", "5", "--people", "2", "--out", str(tmp_path / "other")]) == 0
     words = with_model(folder, "search", tmp_path / "s3", "--gallery", gallery)
@@ -210,13 +211,14 @@ def as_torchreid_evaluates(distmat, q_pids, g_pids, q_camids, g_camids):
 
 
 @pytest.mark.parametrize("protocol", ["closed", "open", "verify", "cross"])
-def test_evaluate_by_each_protocol(folder, tmp_path, protocol):
+def test_evaluate_by_each_protocol(folder, tmp_path, capsys, protocol):
     more = ["--protocol", protocol, "--distances", "true"]
     words = with_model(folder, "evaluate", tmp_path / "v", *more)
     if protocol == "cross":
         words[4] = "hands"
         words += ["--reading.people", "4", "--reading.views", "3"]
     assert main(words) == 0
+    assert ("smallest FAR that can be told" in capsys.readouterr().out) == (protocol != "closed")
     found = json.loads((tmp_path / "v/evaluation.json").read_text())
     assert ("closed" in found) == (protocol != "verify")
     assert ("open" in found) == (protocol in {"open", "cross"})
