@@ -114,11 +114,30 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     assert_user_error(
         main, with_model(folder, "enroll", tmp_path / "e8", "--gallery", gallery, "--purpose", " "), capsys, "--purpose"
     )
+    for value, message in (("nan", "--threshold: expected a number"), ("2", "--threshold: expected")):
+        words = with_model(folder, "search", tmp_path / "s9", "--gallery", gallery, "--threshold", value)
+        assert_user_error(main, words, capsys, message)
     other = ["train", "--data", "hands", "--reading.size", "64", "--reading.people", "4", "--reading.views", "2", *TINY]
     assert main([*other, "--seed", "5", "--people", "2", "--out", str(tmp_path / "other")]) == 0
     words = with_model(folder, "search", tmp_path / "s3", "--gallery", gallery)
     words[2] = str(tmp_path / "other")
     assert_user_error(main, words, capsys, "enrolled with the model", "enroll the pictures again")
+
+
+def test_a_picture_that_is_enrolled_for_somebody_else_already_is_warned_of(folder, tmp_path, capsys):
+    gallery = str(tmp_path / "g")
+    assert main(with_model(folder, "enroll", tmp_path / "e", "--gallery", gallery, "--purpose", "x")) == 0
+    assert "several people" not in capsys.readouterr().err
+    picture = sorted((folder / "hands/pictures/9-0001").iterdir())[0]
+    copied = tmp_path / "known/Berta"
+    copied.mkdir(parents=True)
+    shutil.copy(picture, copied / "under another name.png")
+    words = with_model(folder, "enroll", tmp_path / "f", "--gallery", gallery, "--purpose", "x")
+    words[4] = f"imagefolder:{tmp_path / 'known'}"
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "1 pictures are enrolled for several people now" in told
+    assert "for '9-0001' and 'Berta'" in told
 
 
 def test_pictures_of_whom_nobody_knows_are_searched_for_and_refused_where_ids_are_needed(folder, tmp_path, capsys):
@@ -192,13 +211,14 @@ def as_torchreid_evaluates(distmat, q_pids, g_pids, q_camids, g_camids):
 
 
 @pytest.mark.parametrize("protocol", ["closed", "open", "verify", "cross"])
-def test_evaluate_by_each_protocol(folder, tmp_path, protocol):
+def test_evaluate_by_each_protocol(folder, tmp_path, capsys, protocol):
     more = ["--protocol", protocol, "--distances", "true"]
     words = with_model(folder, "evaluate", tmp_path / "v", *more)
     if protocol == "cross":
         words[4] = "hands"
         words += ["--reading.people", "4", "--reading.views", "3"]
     assert main(words) == 0
+    assert ("smallest FAR that can be told" in capsys.readouterr().out) == (protocol != "closed")
     found = json.loads((tmp_path / "v/evaluation.json").read_text())
     assert ("closed" in found) == (protocol != "verify")
     assert ("open" in found) == (protocol in {"open", "cross"})

@@ -137,6 +137,7 @@ def test_a_broken_row_is_named_or_left_out_and_counted(tmp_path):
         ("path,id\na.png,  \n", "row 2: the id is empty"),
         ("path,id,x1\na.png,1,3\n", "there is x1 but no y1"),
         ("path,id,x1,y1\na.png,1,three,4\n", "x1 is 'three', expected a number"),
+        ("path,id,x1,y1\na.png,1,3,inf\n", "y1 is 'inf', expected a number"),
         ("path,id,x1,y1\na.png,1,3,4\n", "1 points per picture, expected 39"),
         ("path,id\n../a.png,1\n", "no such picture|leads outside"),
         ("path,id\nA.PNG,1\n", r"did you mean a\.png"),

@@ -318,10 +318,11 @@ def test_without_faiss_the_search_is_exact_and_an_index_of_it_is_refused_in_one_
 
 
 def test_an_enrollment_that_a_kill_kept_from_the_log_is_logged_by_the_next_command(tmp_path):
-    gallery = made(tmp_path, people(list("ab")))
+    gallery = made(tmp_path, people(list("aab")))
     (tmp_path / "g" / LOG).write_text("")
     gallery.enroll(people(list("c"), 4), purpose="later")
-    assert [(line["what"], line["persons"]) for line in gallery.log()] == [("enroll", ["a", "b"]), ("enroll", ["c"])]
+    lines = [(line["what"], line["persons"], line["count"]) for line in gallery.log()]
+    assert lines == [("enroll", ["a", "b"], 3), ("enroll", ["c"], 1)]
 
 
 def test_a_search_beside_an_enrollment_sees_the_state_before_it(tmp_path):

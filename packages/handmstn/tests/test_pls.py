@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from handmstn import OneVsAllPLS
+from handmstn.pls import krylov_coefficients, lanczos_coefficients
 from sklearn.cross_decomposition import PLSRegression
 
 
@@ -20,6 +21,7 @@ def nearly_singular(seed=0):
 
 CASES = {
     "clustered": clustered(20, 10, 96, 0.2),
+    "well conditioned": clustered(60, 5, 64, 0.5),
     "nearly singular": nearly_singular(),
     "fewer pictures than dimensions": clustered(15, 5, 120, 0.3),
 }
@@ -35,6 +37,21 @@ def test_coefficients_equal_scikit_learns_at_50_components(name):
         scale = np.abs(theirs.coef_).max()
         assert np.abs(ours.coef_[column] - theirs.coef_[0]).max() < 1e-8 * max(scale, 1)
         assert np.allclose(ours.decision_function(x)[:, column], theirs.predict(x).ravel(), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "singular",
+    [np.geomspace(30, 0.03, 120), np.repeat([9.0, 4.0, 1.0], 40), np.linspace(2, 1, 120)],
+    ids=["as ill conditioned as is allowed", "a space that is exhausted after three steps", "close together"],
+)
+def test_lanczos_on_the_squares_gives_what_bidiagonalization_gives(singular):
+    right_side = np.random.default_rng(0).normal(size=(7, len(singular)))
+    right_side[3] = 0.0
+    for k in (1, 2, 50, 500):
+        one = krylov_coefficients(singular, right_side, k)
+        two = lanczos_coefficients(singular**2, singular * right_side, k)
+        assert np.abs(one - two).max() < 1e-9 * np.abs(one).max()
+    assert np.abs(one - right_side / singular).max() < 1e-9 * np.abs(one).max()  # more components than there are values
 
 
 def nipals(x, y, k):

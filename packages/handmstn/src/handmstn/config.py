@@ -354,7 +354,7 @@ class SearchSettings(WithModel):
         gallery: folder of the gallery.
         top: number of candidates.
         fpir: share of strangers that may be taken for somebody; sets the threshold from the gallery itself.
-        threshold: score from which a candidate is named; default: by fpir.
+        threshold: score from which a candidate is named, -1 to 1; default: by fpir.
         calibration: folder of a `handmstn calibrate`; candidates then have likelihood ratios.
         index: how the gallery is searched: exact, faiss-flat or faiss-hnsw (handmstn[faiss]); auto is exact up to a million.
         itself: whether a picture may find itself in the gallery (the same pixels).
@@ -365,7 +365,7 @@ class SearchSettings(WithModel):
     gallery: str
     top: Count = 5
     fpir: Share = 0.01
-    threshold: float | None = None
+    threshold: Annotated[float, Interval(ge=-1, le=1)] | None = None
     calibration: str | None = None
     index: Index = "auto"
     itself: bool = False
@@ -538,9 +538,9 @@ _DEFAULT = Sizes(
     test=(40, 6),
     strangers=(20, 3),
     develop=(15, 4),
-    batch=(6, 4),
-    align=700,
-    align_batch=24,
+    batch=(8, 4),
+    align=600,
+    align_batch=32,
 )
 _FULL = Sizes(
     pixels=160,
@@ -549,7 +549,7 @@ _FULL = Sizes(
     strangers=(40, 3),
     develop=(25, 4),
     batch=(8, 4),
-    align=1000,
+    align=1800,
     align_batch=32,
 )
 LEVELS: dict[str, tuple[Sizes, int]] = {"quick": (_QUICK, 6), "default": (_DEFAULT, 200), "full": (_FULL, 300)}

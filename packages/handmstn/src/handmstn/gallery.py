@@ -298,7 +298,7 @@ class Gallery:
                 persons = sorted(set(_read(entry).persons.tolist()))
                 more = {
                     "persons": persons,
-                    "count": len(persons),
+                    "count": entry.about.get("count", len(persons)),
                     "file": entry.path.name,
                     "enrolled": entry.about["when"],
                 }

@@ -217,6 +217,8 @@ def _spots(row: Mapping[str, str], count: int, where: str, decimal_comma: bool) 
                     out[number - 1, axis] = float(text.replace(",", ".") if decimal_comma else text)
                 except ValueError:
                     raise UserError(f"{where}: {letter}{number} is '{text}', expected a number") from None
+                if np.isinf(out[number - 1, axis]):
+                    raise UserError(f"{where}: {letter}{number} is '{text}', expected a number")
     return out
 
 

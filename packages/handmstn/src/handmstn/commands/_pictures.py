@@ -89,21 +89,17 @@ def draw_cmc(folder: Run, measured: Mapping[str, Identification], ranks: int = 2
 
 
 def draw_det(folder: Run, measured: Mapping[str, Verification], name: str = "det") -> None:
-    """False rejects against false accepts, both on normal scales of probability in logarithms."""
+    """False rejects against false accepts, both in logarithms; no pair at all is drawn as half a pair."""
     curves = {}
     for label, one in measured.items():
         _, far, frr = one.rates()
         count = one.counts.sum(1)
-        keep = (far >= 0.5 / count[0]) & (frr >= 0.5 / count[1])
-        if keep.sum() < 2:
-            continue
-        index = np.flatnonzero(keep)
-        changed = np.flatnonzero(np.diff(far[index]) + np.diff(frr[index]) != 0)
-        index = index[np.unique(np.append(changed, len(index) - 1))]
+        far = np.maximum(far, 0.5 / count[0])
+        frr = np.maximum(frr, 0.5 / count[1])
+        bends = np.flatnonzero((np.diff(far) != 0) | (np.diff(frr) != 0))
+        index = np.unique(np.concatenate([bends, bends + 1, [0, len(far) - 1]]))
         pick = index[np.unique(np.linspace(0, len(index) - 1, min(400, len(index))).astype(int))]
         curves[label] = Curve((100 * far[pick]).tolist(), (100 * frr[pick]).tolist())
-    if not curves:  # the two kinds of pairs do not overlap
-        curves = {label: Curve([0.01, 100], [0.01, 0.01]) for label in measured}
     panel = Panel("detection error trade-off", "false accepts (%)", "false rejects (%)", curves, "log", "log")
     line_chart(folder.figure(name), [panel])
 

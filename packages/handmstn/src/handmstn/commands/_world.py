@@ -147,3 +147,8 @@ def aligner(folder: Path, demo: DemoSettings, seed: int, people: Hands) -> Multi
     assert fresh is not None
     checkpoints.load_into(fresh, path, method=METHOD)
     return fresh.eval()
+
+
+def prepared(folder: str, demo: DemoSettings, seed: int) -> None:
+    """Make the people and the aligner of a seed, for arms that come later; a fault is raised again where they are needed."""
+    aligner(Path(folder), demo, seed, world(Path(folder), demo, seed).train)

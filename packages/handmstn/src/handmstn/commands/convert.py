@@ -59,20 +59,27 @@ def _with_landmarks(hands: Hands, settings: ConvertSettings) -> Hands:
         return listed(f"csv:{whole}", reading, parts)
 
 
-def _ids(hands: Hands) -> dict[str, tuple[str, str, str, str]]:
+def _ids(hands: Hands) -> dict[str, tuple[str, ...]]:
     """Known facts of a picture by its file name."""
-    found: dict[str, tuple[str, str, str, str]] = {}
-    for file, person, side, split in zip(hands.files, hands.persons, hands.sides, hands.splits, strict=True):
+    found: dict[str, tuple[str, ...]] = {}
+    for row, file in enumerate(hands.files):
         if file.name in found:
             raise UserError(f"two pictures are called {file.name}: put the ids into the CSV of landmarks")
-        found[file.name] = (str(file.resolve()), str(person), "" if side == "unknown" else str(side), str(split))
+        side = "" if hands.sides[row] == "unknown" else str(hands.sides[row])
+        found[file.name] = (
+            str(file.resolve()),
+            str(hands.persons[row]),
+            side,
+            str(hands.views[row]),
+            str(hands.splits[row]),
+        )
     return found
 
 
 class _Joined:
     """A CSV of path, x1, y1, ... with the ids of the data, in a temporary file."""
 
-    def __init__(self, path: Path, known: dict[str, tuple[str, str, str, str]]) -> None:
+    def __init__(self, path: Path, known: dict[str, tuple[str, ...]]) -> None:
         self.path, self.known = path, known
 
     def __enter__(self) -> Path:
@@ -80,7 +87,7 @@ class _Joined:
 
         table = table_of(self.path, ("path",), "path, x1, y1, x2, y2, ...")
         spots = [name for name in table.columns if re.fullmatch(r"[xy]\d+", name)]
-        rows = [["path", "id", "side", "split", *spots]]
+        rows = [["path", "id", "side", "view", "split", *spots]]
         for number, row in table.rows:
             cells = table.cells(number, row)
             known = self.known.get(Path(bare(cells["path"]).replace("\\", "/")).name)

@@ -14,7 +14,7 @@ import numpy as np
 
 from handmstn.commands import _pictures
 from handmstn.commands._demo_arms import half_width, joined, measure_aligner, measure_arm
-from handmstn.commands._world import DATA, aligner, world
+from handmstn.commands._world import DATA, aligner, prepared, world
 from handmstn.config import LEVELS, Arm, DemoSettings
 from handmstn.data import hand6_like
 from handmstn.evidence import crops_of
@@ -52,7 +52,17 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     show: Any = functools.partial(track, description="arms", quiet=invocation.quiet)
     alone = settings.processes == 1 or level == "quick"  # a further process takes longer to start than all that work
     with executors.make(None if alone else f"processes:{settings.processes}") as pool:
-        study.over_arms(tasks, pool, show)
+        # aligners first, or the arms of a seed wait for its own and a process is idle meanwhile
+        ready = (
+            [pool.submit(prepared, where, settings, seed) for seed in seeds]
+            if pool is not None and len(seeds) > 1
+            else []
+        )
+        try:
+            study.over_arms(tasks, pool, show)
+        finally:
+            for one in ready:
+                one.cancel()
     _decide(study, level)
     _note(study, settings)
     captions = _draw(study, settings, seeds[0])

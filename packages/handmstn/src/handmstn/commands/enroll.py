@@ -10,7 +10,7 @@ import numpy as np
 from handmstn.commands._files import embedded, read, trained, wanted
 from handmstn.config import EnrollSettings
 from handmstn.data import with_ids
-from handmstn.gallery import Gallery
+from handmstn.gallery import Enrolled, Gallery
 from handmstn.models import head_of
 from tenfold import UserError
 from tenfold.cli import Invocation
@@ -39,6 +39,7 @@ def run(settings: EnrollSettings, invocation: Invocation) -> None:
     if kept.hands.files:  # so that a sheet can show the picture as long as it is there
         held = dataclasses.replace(held, names=np.asarray([str(f.resolve()) for f in kept.hands.files], dtype=np.str_))
     added = gallery.enroll(held, purpose=settings.purpose, image_source=settings.data)
+    _warn_of_shared_pictures(held, gallery.enrolled)
     people = sorted(set(kept.hands.persons.tolist()))
     left_out = hands.names[~found.shown].tolist()
     answer = {
@@ -56,6 +57,20 @@ def run(settings: EnrollSettings, invocation: Invocation) -> None:
     )
     if left_out:
         sys.stdout.write(f"not assessable, not enrolled: {len(left_out)} pictures, the first: {left_out[0]}\n")
+
+
+def _warn_of_shared_pictures(added: Enrolled, everyone: Enrolled) -> None:
+    """Warn of pictures that are enrolled for two people, today or earlier, under whatever names of files."""
+    owners: dict[str, set[str]] = {}
+    for digest, person in zip(everyone.digests.tolist(), everyone.persons.tolist(), strict=True):
+        owners.setdefault(digest, set()).add(person)
+    shared = [row for row, digest in enumerate(added.digests.tolist()) if digest and len(owners[digest]) > 1]
+    if shared:
+        people = " and ".join(f"'{person}'" for person in sorted(owners[str(added.digests[shared[0]])]))
+        warnings.warn(
+            f"{len(shared)} pictures are enrolled for several people now, the first, {added.names[shared[0]]}, for {people}",
+            stacklevel=2,
+        )
 
 
 def _warn_of_mixed_sides(persons: object, sides: object, right: object) -> None:

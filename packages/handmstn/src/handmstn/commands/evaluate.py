@@ -75,10 +75,12 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
         }
         rows += [["EER", f"{100 * v.eer:.2f} %", ""]]
         rows += [[f"TAR at FAR {f:g}", f"{100 * t:.2f} %", ""] for f, t in v.tar.items()]
+        rows += [["smallest FAR that can be told", f"{100 / v.impostor:.2g} %", ""]]
         rows += [["d'", f"{v.d_prime:.2f}", ""], ["genuine, impostor pairs", f"{v.genuine}, {v.impostor}", ""]]
         _pictures.draw_det(folder, {"this model": pairs})
         captions["det"] = (
-            "False rejects against false accepts over all pairs of pictures; nearer to the lower left is better."
+            "False rejects against false accepts over all pairs of pictures; nearer to the lower left is better. No pair at all"
+            " is drawn as half a pair, the least that so many pairs can tell."
         )
     if settings.calibration is not None:
         rows += _calibrated(settings, found, weights, str(head_of(model, card)["model"]), result)
