@@ -182,11 +182,9 @@ def depth_to_normals(
     square = torch.addcmul(torch.addcmul(nx.square(), ny, ny), nz, nz)
     there = there & (square > 0)
     scale = torch.where(there, square, torch.inf).rsqrt()
-    if orient == "up":
-        turned = (ny > 0) | ((ny == 0) & (nz > 0))
-    else:
-        turned = nx * u_BHW / fx + ny * v_BHW / fy + nz > 0  # n.X > 0
-    scale = torch.where(turned, -scale, scale)
+    upward = orient == "up"  # camera: away from it, n.X > 0
+    wrong = (ny > 0) | ((ny == 0) & (nz > 0)) if upward else nx * u_BHW / fx + ny * v_BHW / fy + nz > 0
+    scale = torch.where(wrong, -scale, scale)
     validity = torch.where(known, 1.0, 0.5).to(scale.dtype) * there if fill else there.to(scale.dtype)
     return torch.stack([nx * scale, ny * scale, nz * scale], 1), validity.unsqueeze(1)
 
