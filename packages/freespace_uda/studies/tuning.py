@@ -2,11 +2,11 @@
 
     python tuning.py --out DIR
 
-Every arm that learns from the target has four weights and then two more settings at the best of them: two values of its second
+Every arm that learns from the target is tried with three weights; the best is that of the highest mean F1 over both seeds, on
+the test scenes of those worlds. ``--second`` then tries two more settings at that weight: two values of the arm's second
 constant (``ccg-sfa``: tau; ``fada``: temperature; ``self-training``: threshold) or, where it has none, the weights half a
-decade above and below. The best is that of the highest mean F1 over both seeds, on the test scenes of those worlds. A trial is
-a JSON file in DIR, and those that are there are not run again. ``--level quick`` is for a look at the mechanics; the numbers of
-docs/freespace-uda.md are of ``--level full``.
+decade above and below. A trial is a JSON file in DIR, and those that are there are not run again. ``--level quick`` is for a
+look at the mechanics; the numbers of docs/freespace-uda.md are of ``--level full``.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from freespace_uda.config import Arm, RunSettings
 
 from tenfold.files import replacing
 
+Scores = dict[tuple[float, float], float]
+"""Mean F1 by weight and second constant."""
 SEEDS = (100, 101)
 SOURCE = "roads-flat"
 
@@ -32,28 +35,26 @@ class Search:
     """What an arm's trials are.
 
     Args:
-        weights: the four weights.
+        weights: the three weights.
         second: name of the second constant; empty where there is none.
         usual: its value while the weights are tried.
         others: two more values of it.
     """
 
-    weights: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    weights: tuple[float, float, float] = (1e-2, 1e-1, 1e-3)
     second: str = ""
     usual: float = 0.0
     others: tuple[float, float] = (0.0, 0.0)
 
 
-TAU = Search(second="tau", usual=0.8, others=(0.6, 0.9))
 SEARCHES: dict[Arm, Search] = {
-    "ccg-sfa": TAU,
+    "ccg-sfa": Search(second="tau", usual=0.8, others=(0.6, 0.9)),
     "fada": Search(second="temperature", usual=1.8, others=(1.0, 3.0)),
-    "self-training": Search((0.1, 0.3, 1.0, 3.0), "threshold", 0.968, (0.9, 0.99)),
     "adaptsegnet": Search(),
     "advent": Search(),
+    "self-training": Search((1.0, 3.0, 0.3), "threshold", 0.968, (0.9, 0.99)),
     "minent": Search(),
     "ccg-sfa-all": Search(),
-    "ccg-sfa-class": TAU,
 }
 
 
@@ -92,13 +93,25 @@ def trial(folder: Path, level: str, arm: Arm, weight: float, second: float) -> f
     return mean
 
 
-def search(folder: Path, level: str, arm: Arm) -> tuple[float, float]:
-    """The best weight and second constant of six."""
-    s = SEARCHES[arm]
-    found = {(w, s.usual): trial(folder, level, arm, w, s.usual) for w in s.weights}
-    weight = max(found, key=lambda setting: found[setting])[0]
+def first(folder: Path, level: str, arms: Sequence[Arm]) -> dict[Arm, Scores]:
+    """The three weights of every arm; a weight of all arms, then the next one."""
+    found: dict[Arm, Scores] = {arm: {} for arm in arms}
+    for row in range(3):
+        for arm in arms:
+            setting = (SEARCHES[arm].weights[row], SEARCHES[arm].usual)
+            found[arm][setting] = trial(folder, level, arm, *setting)
+    return found
+
+
+def then(folder: Path, level: str, arm: Arm, found: Scores) -> Scores:
+    """Two more settings at the best weight."""
+    s, weight = SEARCHES[arm], best(found)[0]
     more = [(weight, v) for v in s.others] if s.second else [(weight * f, s.usual) for f in (0.3, 3.0)]
-    found |= {setting: trial(folder, level, arm, *setting) for setting in more}
+    return {setting: trial(folder, level, arm, *setting) for setting in more}
+
+
+def best(found: Scores) -> tuple[float, float]:
+    """Weight and second constant of the highest mean F1."""
     return max(found, key=lambda setting: found[setting])
 
 
@@ -108,14 +121,19 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--level", default="full", choices=["quick", "default", "full"])
     parser.add_argument("--arms", default=",".join(SEARCHES), help="default: %(default)s")
+    parser.add_argument("--second", action="store_true", help="also try two more settings at the best weight")
     words = parser.parse_args()
-    unknown = set(words.arms.split(",")) - set(SEARCHES)
-    if unknown:
+    if unknown := set(words.arms.split(",")) - set(SEARCHES):
         parser.error(f"--arms: expected some of {', '.join(SEARCHES)}, got {min(unknown)}")
     torch.set_num_threads(1)
     (words.out / "worlds").mkdir(parents=True, exist_ok=True)
-    chosen = {arm: search(words.out, words.level, arm) for arm in words.arms.split(",")}
-    for arm, (weight, second) in chosen.items():
+    arms: list[Arm] = words.arms.split(",")
+    found = first(words.out, words.level, arms)
+    if words.second:
+        for arm in arms:
+            found[arm] |= then(words.out, words.level, arm, found[arm])
+    for arm in arms:
+        weight, second = best(found[arm])
         name = SEARCHES[arm].second
         sys.stdout.write(f"chosen for {arm}: weight {weight:g}" + (f", {name} {second:g}" if name else "") + "\n")
     return 0

@@ -136,6 +136,11 @@ def test_edges_of_depth_meet_those_of_the_picture_and_a_shift_is_found(domain):
         assert any(f is not None and abs(f + 7) <= 1 for f in found)
 
 
+def test_noise_of_depth_is_not_taken_for_a_shift():
+    world = RoadWorld("roads-real", (160, 64), 100, 12)
+    assert [shift_of(world[i].rgb, world[i].depth) for i in range(12)] == [None] * 12
+
+
 def test_files_of_depth_of_every_form(tmp_path):
     values = np.array([[1.5, 2.5], [0.0, 4.0]], np.float32)
     np.save(tmp_path / "a.npy", values)

@@ -244,11 +244,16 @@ def _along_rays(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> bool:
     return bool(errors[0] > 2 * errors[1] and errors[0] > 2e-3)
 
 
+SURE = 4.5
+"""Standard errors by which a shift has to be better than none."""
+
+
 def shift_of(rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: int = 12) -> int | None:
     """Columns by which jumps of depth have to move to meet edges of the picture; None where they meet, or are too few to tell.
 
     Jumps between neighbors in a row are looked at, which a road does not have. The mean gradient of the picture under them is
-    compared over shifts; a shift counts from three pixels on, where it is half as good again as none.
+    compared over shifts; a shift counts from three pixels on, where it is half as good again as none, and by more than what
+    noise of depth brings about.
     """
     rows, columns = depth.shape
     if columns < 8 * reach:
@@ -261,9 +266,11 @@ def shift_of(rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: int = 12
     v, u = np.nonzero(jump)
     if len(v) < max(30, rows // 4):
         return None
-    scores = {d: float((edges[v, u + d] + edges[v, u + 1 + d]).mean()) for d in range(-reach, reach + 1)}
-    best = max(scores, key=lambda d: scores[d])
-    return best if abs(best) >= 3 and scores[best] > 1.5 * max(scores[0], 1e-9) else None
+    seen = {d: edges[v, u + d] + edges[v, u + 1 + d] for d in range(-reach, reach + 1)}
+    best = max(seen, key=lambda d: float(seen[d].mean()))
+    gain = seen[best] - seen[0]
+    clear = gain.mean() > SURE * gain.std() / np.sqrt(len(gain))
+    return best if abs(best) >= 3 and clear and seen[best].mean() > 1.5 * max(seen[0].mean(), 1e-9) else None
 
 
 def complaints(look: DepthLook, shown: str) -> list[tuple[bool, str]]:

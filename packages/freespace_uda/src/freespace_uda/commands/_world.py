@@ -57,6 +57,17 @@ def settings_of(level: str, source: str = "roads-flat", world_seed: int = 0) -> 
     )
 
 
+ALL_WEIGHT = 1e-2
+"""Weight of the adversarial loss where everything is aligned, found like those of `settings_of` by studies/tuning.py."""
+
+
+def tuned(settings: RunSettings, arm: Arm) -> RunSettings:
+    """Settings with the weight of an arm whose mask asks for another one."""
+    if arm != "ccg-sfa-all":
+        return settings
+    return dataclasses.replace(settings, align=dataclasses.replace(settings.align, weight=ALL_WEIGHT))
+
+
 def world_file(folder: Path, domain: str, part: str, seed: int) -> Path:
     """Where the scenes of a domain and part lie."""
     return folder / f"worlds/{domain}-{part}-{seed}.npz"
@@ -87,5 +98,5 @@ def measure_arm(folder: str, level: str, source: str, arm: Arm, seed: int) -> Me
         scenes_of(where, level, domain, part, seed)
         for domain, part in ((source, "train"), (TARGET, "train"), (TARGET, "test"))
     ]
-    settings = settings_of(level, source, seed)
+    settings = tuned(settings_of(level, source, seed), arm)
     return measure(settings, arm, seed, *parts, course=arm == "ccg-sfa")
