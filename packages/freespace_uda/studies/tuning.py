@@ -2,7 +2,7 @@
 
     python tuning.py --out DIR
 
-Every arm that learns from the target is tried with two weights; the best is that of the highest mean F1 over both seeds, on
+Every arm that learns from the target is tried with three weights; the best is that of the highest mean F1 over both seeds, on
 the test scenes of those worlds. ``--second`` then tries two more settings at that weight: two values of the arm's second
 constant (``ccg-sfa``: tau; ``fada``: temperature; ``self-training``: threshold) or, where it has none, the weights half a
 decade above and below. A trial is a JSON file in DIR, and those that are there are not run again. ``--level quick`` is for a
@@ -35,13 +35,13 @@ class Search:
     """What an arm's trials are.
 
     Args:
-        weights: the two weights.
+        weights: the three weights.
         second: name of the second constant; empty where there is none.
         usual: its value while the weights are tried.
         others: two more values of it.
     """
 
-    weights: tuple[float, float] = (1e-2, 1e-1)
+    weights: tuple[float, float, float] = (1e-2, 1e-1, 1.0)
     second: str = ""
     usual: float = 0.0
     others: tuple[float, float] = (0.0, 0.0)
@@ -52,8 +52,8 @@ SEARCHES: dict[Arm, Search] = {
     "fada": Search(second="temperature", usual=1.8, others=(1.0, 3.0)),
     "adaptsegnet": Search(),
     "advent": Search(),
-    "self-training": Search((1.0, 3.0), "threshold", 0.968, (0.9, 0.99)),
-    "minent": Search(),
+    "self-training": Search((1.0, 3.0, 10.0), "threshold", 0.968, (0.9, 0.99)),
+    "minent": Search((1e-3, 1e-2, 1e-1)),
     "ccg-sfa-all": Search(),
 }
 
@@ -96,7 +96,7 @@ def trial(folder: Path, level: str, arm: Arm, weight: float, second: float) -> f
 def first(folder: Path, level: str, arms: Sequence[Arm]) -> dict[Arm, Scores]:
     """The weights of every arm; a weight of all arms, then the next one."""
     found: dict[Arm, Scores] = {arm: {} for arm in arms}
-    for row in range(2):
+    for row in range(3):
         for arm in arms:
             setting = (SEARCHES[arm].weights[row], SEARCHES[arm].usual)
             found[arm][setting] = trial(folder, level, arm, *setting)
