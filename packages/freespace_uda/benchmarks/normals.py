@@ -120,7 +120,7 @@ def measure() -> list[Comparison]:
             "plane, the published module (literal form)", plane, literal, shape=shape, equal=equal, required=">= 10"
         ),
         compare("plane, d2nt basic", plane, of_d2nt, shape=shape, equal=equal, required=">= 1", pairs=21),
-        compare("MaxF counts, devkit's form", counts, devkit, shape=shape, equal=identical, required=">= 5"),
+        compare("MaxF counts, devkit's form", counts, devkit, shape=shape, equal=identical, required=">= 5", pairs=21),
     ]
 
 

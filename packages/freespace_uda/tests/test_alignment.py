@@ -256,6 +256,38 @@ def test_pseudo_labels_count_by_the_share_that_the_teacher_is_sure_of():
     assert float(unsure) == 0
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_losses_of_32_bits_in_32_bits(kind):
+    source, target, module = batch(0), batch(1), align()
+    there = {"rgb": mask(), "normal": mask(seed=2)}
+    wanted = module(source, target, mask(seed=5), there)
+    half = {k: v.to(kind).requires_grad_() for k, v in target.items()}
+    module.to(kind)
+    masks = {k: v.to(kind) for k, v in there.items()}
+    found = module({k: v.to(kind) for k, v in source.items()}, half, mask(seed=5).to(kind), masks)
+    assert found.adversarial.dtype == found.discriminator.dtype == torch.float32
+    assert float(found.adversarial) == pytest.approx(float(wanted.adversarial), rel=2e-2)
+    assert float(found.discriminator) == pytest.approx(float(wanted.discriminator), rel=2e-2)
+    assert float(found.share["rgb"]) == pytest.approx(float(wanted.share["rgb"]))
+    (found.adversarial + found.discriminator).backward()
+    assert all(v.grad.dtype == kind and v.grad.any() for v in half.values())
+
+
+@pytest.mark.parametrize("mode", ["cross", "intersection"])
+def test_masks_of_any_type_give_the_same_losses(mode):
+    module, pair = align(mode), (mask(seed=5), {"rgb": mask(), "normal": mask(seed=2)})
+    wanted = module(batch(0), batch(1), *pair)
+    for kind in (torch.bool, torch.uint8, torch.int64, torch.bfloat16):
+        found = module(batch(0), batch(1), pair[0].to(kind), {k: v.to(kind) for k, v in pair[1].items()})
+        assert torch.equal(found.adversarial, wanted.adversarial)
+        assert torch.equal(found.discriminator, wanted.discriminator)
+        assert torch.equal(found.accuracy["rgb"], wanted.accuracy["rgb"])
+        assert torch.equal(found.share["normal"], wanted.share["normal"])
+    labels = torch.randint(0, 2, (2, 24, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for ours, plain in zip(mask_quality(mask().bool(), labels), mask_quality(mask(), labels), strict=True):
+        assert torch.equal(ours, plain)
+
+
 def test_wrong_settings_are_refused_in_words():
     with pytest.raises(ValueError, match="tau"):
         SelectiveAlignment({"rgb": 4, "normal": 4}, tau=1.0)

@@ -142,6 +142,9 @@ P_rect_02: 525.5 0 319.5 44.8 0 526.5 239.5 0.2 0 0 1 0.003
         ("open3d.json", OPEN3D),
         ("four.txt", "525.5 0 319.5 0\n0 526.5 239.5 0\n0 0 1 0\n0 0 0 1\n"),
         ("raw.txt", KITTI_RAW),
+        ("rows.json", "[[525.5, 0, 319.5], [0, 526.5, 239.5], [0, 0, 1]]"),
+        ("camera.ini", "[camera]\nfx = 525.5\nfy = 5.265e2\ncx = 319.5\ncy = 239.5\n"),
+        ("named.txt", "fx: 525.5\nfy: 526.5\ncx: 319.5\ncy: 239.5\n"),
         ("full.txt", COLMAP.replace("PINHOLE", "FULL_OPENCV").replace("240.0", "240.0 0 0 0 0 0 0 0 0")),
     ],
 )
@@ -226,6 +229,30 @@ def test_a_file_that_leaves_a_choice_is_refused(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=told):
         read_calibration(tmp_path / name)
+
+
+def test_an_array_file_is_a_camera(tmp_path):
+    np.save(tmp_path / "k.npy", pinhole(525.5, 526.5, 319.5, 239.5))
+    assert read_calibration(tmp_path / "k.npy").intrinsics[0, 2] == 319.5
+
+
+def test_a_ros_camera_that_gives_a_part_of_its_sensor_or_binned_pixels_has_another_k(tmp_path):
+    part = "roi:\n  x_offset: 100\n  y_offset: 50\n  width: 320\n  height: 240\n"
+    (tmp_path / "roi.yaml").write_text(ROS2.replace("---\n", "") + part)
+    found = read_calibration(tmp_path / "roi.yaml")
+    assert np.array_equal(found.intrinsics, pinhole(525.5, 526.5, 219.5, 189.5))
+    assert found.size == (320, 240)
+    whole = "roi:\n  x_offset: 0\n  y_offset: 0\n  width: 0\n  height: 0\n"
+    (tmp_path / "bins.yaml").write_text(ROS2.replace("---\n", "") + "binning_x: 2\nbinning_y: 2\n" + whole)
+    found = read_calibration(tmp_path / "bins.yaml")
+    assert np.allclose(found.intrinsics, pinhole(262.75, 263.25, 159.5, 119.5))
+    assert found.size == (320, 240)
+
+
+def test_colmaps_binary_file_is_refused_with_the_way_to_text(tmp_path):
+    (tmp_path / "cameras.bin").write_bytes(b"\x01\x00\xff\x81")
+    with pytest.raises(UserError, match="model_converter"):
+        read_calibration(tmp_path / "cameras.bin")
 
 
 def test_a_focal_length_in_millimeters_is_told_by_its_field_of_view():

@@ -120,6 +120,20 @@ def test_every_layout_gives_pictures_meters_cameras_and_labels(tmp_path, make):
     assert np.array_equal(scenes.label(0), np.broadcast_to(v > 2, (H, W)))
 
 
+def test_virtual_kittis_archives_may_lie_side_by_side(tmp_path):
+    vkitti2(tmp_path)
+    for part in ("rgb", "depth", "classSegmentation"):
+        new = tmp_path / f"vkitti_2.0.3_{part}/Scene01/clone/frames"
+        new.mkdir(parents=True)
+        (tmp_path / f"Scene01/clone/frames/{part}").rename(new / part)
+    (tmp_path / "vkitti_2.0.3_textgt/Scene01/clone").mkdir(parents=True)
+    (tmp_path / "Scene01/clone/intrinsic.txt").rename(tmp_path / "vkitti_2.0.3_textgt/Scene01/clone/intrinsic.txt")
+    scenes = load_scenes(f"vkitti2:{tmp_path}")
+    assert scenes.item(0).depth.max() == pytest.approx(48)
+    assert scenes.item(0).intrinsics[0, 0] == 30
+    assert scenes.label(0).any()
+
+
 def test_kittis_parts_are_fixed_by_the_sorted_names_and_289_give_173_58_58(tmp_path):
     data = kitti(tmp_path, 10)
     assert [len(load_scenes(data, SceneReading(split=s))) for s in ("train", "val", "test", "all")] == [6, 2, 2, 10]

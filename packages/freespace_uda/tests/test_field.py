@@ -136,6 +136,11 @@ def test_edges_of_depth_meet_those_of_the_picture_and_a_shift_is_found(domain):
         assert any(f is not None and abs(f + 7) <= 1 for f in found)
 
 
+def test_noise_of_depth_is_not_taken_for_a_shift():
+    world = RoadWorld("roads-real", (160, 64), 100, 12)
+    assert [shift_of(world[i].rgb, world[i].depth) for i in range(12)] == [None] * 12
+
+
 def test_files_of_depth_of_every_form(tmp_path):
     values = np.array([[1.5, 2.5], [0.0, 4.0]], np.float32)
     np.save(tmp_path / "a.npy", values)
@@ -239,6 +244,52 @@ def test_disparity_as_kitti_and_cityscapes_write_it():
     numbers = np.array([[0, 1, 256 * 20 + 1]], np.uint16)  # (p - 1) / 256, and 0 for nothing
     code = DepthCode("disparity/256", baseline=0.209, offset=1 / 256)
     assert decode(numbers, code, K).tolist() == [[0, 0, pytest.approx(100 * 0.209 / 20)]]
+
+
+def test_synthias_depth_of_three_equal_channels_of_16_bits_keeps_its_numbers(tmp_path):
+    depth = np.array([[500, 1234], [65535, 0]], np.uint16)
+    wide_png(tmp_path / "d.png", np.repeat(depth[..., None], 3, 2))
+    found = decode(read_numbers(tmp_path / "d.png"), DepthCode("cm"), K)
+    assert found == pytest.approx(np.array([[5, 12.34], [0, 0]]))
+
+
+def test_a_disparity_of_8_bits_is_read_and_depth_of_8_bits_is_not():
+    pixels = np.array([[0, 20]], np.uint8)
+    assert decode(pixels, DepthCode("disparity", baseline=0.5), K).tolist() == [[0, 2.5]]
+    with pytest.raises(UserError, match="8 bits are too few for depth"):
+        decode(pixels, DepthCode("m"), K)
+
+
+@pytest.mark.parametrize("array", [np.array([["far"]]), np.array([[1j]]), np.ones((0, 3)), np.ones((2, 2), np.bool_)])
+def test_a_file_that_holds_no_numbers_is_refused(tmp_path, array):
+    np.save(tmp_path / "d.npy", array)
+    with pytest.raises(UserError, match="d.npy: expected numbers, found"):
+        read_numbers(tmp_path / "d.npy")
+
+
+def test_depth_in_meters_where_carlas_code_is_expected_names_the_option():
+    with pytest.raises(UserError, match="--reading.depth_unit, such as m or mm"):
+        decode(np.ones((2, 2), np.float32), DepthCode("carla"), K)
+
+
+def test_a_picture_that_its_orientation_tag_turns_is_warned_about(tmp_path):
+    depth, k = road()
+    tag = Image.Exif()
+    tag[0x0112] = 3
+    image = Image.fromarray(np.zeros((*depth.shape, 3), np.uint8))
+    image.save(tmp_path / "turned.jpg", exif=tag)
+    image.save(tmp_path / "upright.jpg")
+    np.save(tmp_path / "d.npy", depth)
+    for name, count in (("turned", 1), ("upright", 0)):
+        record = Record(name, tmp_path / f"{name}.jpg", tmp_path / "d.npy", intrinsics=k)
+        said = Scenes("s", (record,)).checked(0)[1]
+        assert sum("orientation tag" in text for text in said) == count
+
+
+def test_a_lossy_label_is_told_and_a_long_list_of_ids_is_cut(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16)).astype(np.uint8)).save(tmp_path / "l.jpg")
+    with pytest.raises(UserError, match=r"and \d+ more were found \(JPEG does not keep ids\)"):
+        Scenes("s", (Record("a", label=tmp_path / "l.jpg"),)).label(0)
 
 
 def test_depth_with_a_leading_dimension_of_one_is_read(tmp_path):

@@ -52,6 +52,23 @@ def test_a_network_with_new_guidance_equals_the_one_without():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["tokens", "channel"])
+def test_half_precision_is_near_64_bits_and_a_sample_without_depth_keeps_its_rgb(mode, kind):
+    rgb, normal, valid = maps()
+    valid[1] = 0
+    guide = awake(mode)
+    wanted = guide(rgb, normal, valid)
+    for of_mask in (kind, torch.bool):
+        found = guide.to(kind)(rgb.to(kind), normal.to(kind), valid.to(of_mask))
+        assert found.rgb.dtype == found.normal.dtype == kind
+        assert torch.allclose(found.rgb.double(), wanted.rgb, atol=0.06)
+        assert torch.allclose(found.normal.double(), wanted.normal, atol=0.06)
+        assert torch.equal(found.rgb[1], rgb[1].to(kind))
+        if mode == "tokens":
+            assert not found.normal_attention[1].any()
+
+
 def literal(guide, rgb, normal, valid):
     """The formulas at full width, sample by sample and pixel by pixel."""
 

@@ -93,12 +93,13 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, least: int) -> Tensor:
-    """Mean of (B, 1, h, w) over a mask, exactly 0 where it has fewer than ``least`` pixels; counts are those of all ranks.
+    """Mean of (B, 1, h, w) over a mask of any type, exactly 0 where it has fewer than ``least`` pixels, in 32 bits or more.
 
-    On several ranks each gives its own sum over the common count times the number of ranks, whose average over the ranks
-    (what DDP
-    makes of gradients) is the mean over all.
+    Counts are those of all ranks: each gives its own sum over the common count times the number of ranks, whose average over
+    the ranks (what DDP makes of gradients) is the mean over all.
     """
+    values = full_precision(values)
+    mask = mask.to(values.dtype)
     count = distributed.all_reduce_sums({"count": mask.sum()})["count"]
     inside = torch.where(mask > 0, values, 0.0) * mask
     return torch.where(count >= least, distributed.world_size() * inside.sum() / count.clamp_min(1), 0.0)
@@ -203,21 +204,23 @@ class SelectiveAlignment(nn.Module):
         source_mask: Tensor,
         target_masks: Mapping[str, Tensor],
     ) -> AlignmentLosses:
-        """Both losses, from one forward pass of each discriminator per domain.
+        """Both losses, from one forward pass of each discriminator per domain; in 32 bits or more.
 
         Args:
             source: guided maps of the source by stream, (B, C, h, w).
             target: those of the target.
-            source_mask: M^s.
-            target_masks: M^t by stream.
+            source_mask: M^s, of any type (boolean, too).
+            target_masks: M^t by stream, likewise.
         """
         adversarial, own = [], []
         accuracy, share = {}, {}
         for name, discriminator in self.discriminators.items():
-            at_target, for_itself = shared_forward(discriminator, full_precision(target[name]))
-            at_source = discriminator(full_precision(source[name].detach()))
-            mask = source_mask if self.mask_mode != "intersection" else source_mask * target_masks[name]
-            there = target_masks[name]
+            kind = next(discriminator.parameters()).dtype
+            at_target, for_itself = map(full_precision, shared_forward(discriminator, target[name].to(kind)))
+            at_source = full_precision(discriminator(source[name].detach().to(kind)))
+            there = target_masks[name].to(at_source.dtype)
+            mask = source_mask.to(at_source.dtype)
+            mask = mask if self.mask_mode != "intersection" else mask * there
             adversarial.append(masked_mean(F.softplus(-at_target), there, self.min_pixels))
             own.append(
                 0.5 * masked_mean(F.softplus(-at_source), mask, self.min_pixels)
@@ -236,7 +239,7 @@ def mask_quality(mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two scalars; NaN where a mask, or the road, is empty.
     """
-    large = F.interpolate(mask, labels.shape[-2:], mode="nearest").squeeze(1) * (labels != 255)
+    large = F.interpolate(mask.float(), labels.shape[-2:], mode="nearest").squeeze(1) * (labels != 255)
     road = (labels == 1).float()
     hit = (large * road).sum()
     return hit / large.sum(), hit / road.sum()

@@ -87,9 +87,13 @@ def read_calibration(path: str | Path) -> Calibration:
     """
     path = Path(path)
     try:
+        if path.suffix.lower() == ".npy":
+            values = np.asarray(np.load(path, allow_pickle=False), np.float64).ravel().tolist()
+            return Calibration(of_numbers(values, str(path)), said=f"{len(values)} numbers")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a calibration ({error})") from error
+    except (OSError, ValueError, EOFError) as error:
+        hint = "; COLMAP's binary files become text by its model_converter" if path.suffix.lower() == ".bin" else ""
+        raise UserError(f"{path}: cannot be read as a calibration ({error}){hint}") from error
     if re.search(r"^P2:", text, re.MULTILINE):
         return _kitti(text, path)
     if re.search(r"^P_rect_02:", text, re.MULTILINE):
@@ -104,6 +108,9 @@ def read_calibration(path: str | Path) -> Calibration:
         return _xml(text, path)
     if re.search(r"^\s*\d+\s+[A-Z_]{5,}\s+\d+\s+\d+\s", text, re.MULTILINE):
         return _colmap(text, path)
+    named = dict(re.findall(r"^\s*([A-Za-z_][\w.]*)\s*[:=]\s*([-+.\deE]+)\s*$", text, re.MULTILINE))
+    if len(named) >= 4:  # a name and a number per line, as in INI files
+        return _mapping(named, path)
     values = _numbers(" ".join(line for line in text.splitlines() if not line.lstrip().startswith("#")), path)
     return Calibration(of_numbers(values, str(path)), said=f"{len(values)} numbers")
 
@@ -190,7 +197,10 @@ def _yaml(text: str, path: Path) -> Calibration:
 
 def _json(text: str, path: Path) -> Calibration:
     try:
-        return _mapping(json.loads(text), path)
+        found = json.loads(text)
+        if isinstance(found, list) and (values := _floats(found)) is not None:
+            return Calibration(of_numbers(values, str(path)), said=f"{len(values)} numbers")
+        return _mapping(found, path)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
 
@@ -273,6 +283,20 @@ def _size_of(group: Mapping[str, Any]) -> tuple[int, int] | None:
     return (int(both[0]), int(both[1])) if both is not None and len(both) == 2 else None
 
 
+def _cropped(
+    k: NDArray[np.float64], size: tuple[int, int] | None, group: Mapping[str, Any], roi: Mapping[str, Any]
+) -> tuple[NDArray[np.float64], tuple[int, int] | None]:
+    """K and size of the pictures of a ROS camera that gives a part of its sensor, or one pixel for several."""
+    left, top, width, height = (int(_float(roi.get(n)) or 0) for n in ("x_offset", "y_offset", "width", "height"))
+    if width and height:
+        k, size = k - np.array([[0.0, 0.0, left], [0.0, 0.0, top], [0.0, 0.0, 0.0]]), (width, height)
+    bins = [max(1, int(_float(group.get(n)) or 1)) for n in ("binning_x", "binning_y")]
+    if size is not None and max(bins) > 1:
+        smaller = (size[0] // bins[0], size[1] // bins[1])
+        k, size = scaled(k, (smaller[0] * bins[0], smaller[1] * bins[1]), smaller), smaller
+    return k, size
+
+
 def _mapping(found: Any, path: Path) -> Calibration:
     if not isinstance(found, Mapping):
         raise UserError(f"{path}: expected names and values")
@@ -284,7 +308,9 @@ def _mapping(found: Any, path: Path) -> Calibration:
         if camera is not None:
             size = _size_of(group) or _size_of(groups[0][1])
             doubts = tuple(_doubts(group, camera[0], shown))
-            cameras.append((name, Calibration(camera[0], size, said=camera[1], doubts=doubts)))
+            roi = next((g for n, g in groups if n == (f"{name}.roi" if name else "roi")), {})
+            k, size = _cropped(camera[0], size, group, roi)
+            cameras.append((name, Calibration(k, size, said=camera[1], doubts=doubts)))
     if not cameras:
         there = ", ".join(map(str, list(found)[:8]))
         raise UserError(f"{path}: no camera matrix under {', '.join(_NAMES)}, and no fx, fy, cx, cy; it has {there}")

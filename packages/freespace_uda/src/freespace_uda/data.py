@@ -201,23 +201,23 @@ def _orfd(root: Path, reading: SceneReading) -> list[Record]:
 
 
 def _vkitti2(root: Path, reading: SceneReading) -> list[Record]:
-    """``SceneNN/VARIANT/frames/{rgb,depth,classSegmentation}/Camera_0`` and ``SceneNN/VARIANT/intrinsic.txt``."""
+    """``SceneNN/VARIANT/frames/{rgb,depth,classSegmentation}/Camera_0`` and ``SceneNN/VARIANT/intrinsic.txt``.
+
+    The archives may also lie side by side, as ``vkitti_2.0.3_rgb/SceneNN``, ``vkitti_2.0.3_depth/SceneNN`` and so on.
+    """
     records = []
     for frames in sorted(root.rglob("frames/rgb/Camera_0")):
         variant = frames.parents[2]
-        base = variant / "frames"
         where = variant.relative_to(root).as_posix() if variant != root else variant.name
+        places = [variant.resolve()]
+        places += [top.resolve() / where.partition("/")[2] for top in sorted(root.glob("vkitti*"))]
+        folders = [frames, *(_first_folder(variant, [f"{p}/frames/{kind}/Camera_0" for p in places])
+                             for kind in ("depth", "classSegmentation"))]  # fmt: skip
         pictures, depths, truth = (
-            {n.rpartition("_")[2]: p for n, p in _listed(folder, kinds).items()}
-            for folder, kinds in (
-                (frames, PICTURES),
-                (base / "depth/Camera_0", {".png"}),
-                (base / "classSegmentation/Camera_0", {".png"}),
-            )
+            {n.rpartition("_")[2]: p for n, p in _listed(folder, kinds).items()} if folder is not None else {}
+            for folder, kinds in zip(folders, (PICTURES, {".png"}, {".png"}), strict=True)
         )
-        cameras = _frame_intrinsics(
-            next((f for f in (variant / "intrinsic.txt", root / where / "intrinsic.txt") if f.exists()), None)
-        )
+        cameras = _frame_intrinsics(next((f for p in places if (f := p / "intrinsic.txt").exists()), None))
         for number, (rgb, depth, label) in _paired(pictures, depths, truth, variant).items():
             k = _given(reading)
             if k is None:

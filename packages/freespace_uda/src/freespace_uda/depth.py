@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from freespace_uda.pixels import stored_pixels
 from tenfold import UserError
 
 Unit = Literal["m", "cm", "mm", "m/256", "carla", "disparity", "disparity/16", "disparity/256"]
@@ -14,6 +15,7 @@ SCALES: dict[str, float] = {"m": 1.0, "cm": 0.01, "mm": 0.001, "m/256": 1 / 256}
 DISPARITIES: dict[str, float] = {"disparity": 1.0, "disparity/16": 1 / 16, "disparity/256": 1 / 256}
 HEIGHTS = (0.15, 4.0)
 """Meters above the road in which a camera is believed to be."""
+FORMS = "PNG, TIFF, PFM, NPY or NPZ"
 SPARSE = 0.3
 """Share of the lower half with depth below which differences between neighbors do not exist often enough."""
 
@@ -66,17 +68,15 @@ def read_numbers(path: str | Path) -> NDArray[Any]:
         elif suffix == ".pfm":
             found = _pfm(path)
         else:
-            from PIL import Image
-
-            with Image.open(path) as image:
-                found = np.asarray(image)
+            found = stored_pixels(path, f"depth, expected {FORMS}")
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        forms = "PNG, TIFF, PFM, NPY or NPZ"
         raise UserError(
-            f"{path}: cannot be read as depth, expected {forms} ({' '.join(str(error).split())})"
+            f"{path}: cannot be read as depth, expected {FORMS} ({' '.join(str(error).split())})"
         ) from error
+    if found.dtype.kind not in "iuf" or not found.size:
+        raise UserError(f"{path}: expected numbers, found {_form(found)}")
     if found.ndim == 3 and found.shape[2] == 1:
         found = found[..., 0]
     if found.ndim == 3 and found.shape[0] == 1:
@@ -114,7 +114,10 @@ def decode(
     """
     if code.unit == "carla" and code.scale is None:
         if numbers.ndim != 3 or numbers.shape[2] < 3 or numbers.dtype != np.uint8:
-            raise UserError(f"{shown}: expected CARLA's depth in red, green and blue of 8 bits, found {_form(numbers)}")
+            raise UserError(
+                f"{shown}: expected CARLA's depth in red, green and blue of 8 bits, found {_form(numbers)}: what else it is"
+                " in is said by --reading.depth_unit, such as m or mm"
+            )
         if (numbers[..., 0] == numbers[..., 1]).all() and (numbers[..., 1] == numbers[..., 2]).all():
             raise UserError(
                 f"{shown}: all three channels are equal: a gray preview of CARLA's depth (ColorConverter.Depth or"
@@ -123,14 +126,16 @@ def decode(
         r, g, b = (numbers[..., i].astype(np.float64) for i in range(3))
         meters = 1000 * (r + 256 * g + 65536 * b) / (256**3 - 1)
     else:
+        if numbers.ndim == 3 and numbers.dtype != np.uint8 and (numbers[..., :1] == numbers[..., 1:3]).all():
+            numbers = numbers[..., 0]  # SYNTHIA writes each number three times
         if numbers.ndim != 2:
             hint = "; CARLA's 24 bits are --reading.depth_unit carla" if numbers.ndim == 3 else ""
             raise UserError(f"{shown}: expected one channel, found {_form(numbers)}{hint}")
-        if numbers.dtype == np.uint8:
+        if numbers.dtype == np.uint8 and (code.unit not in DISPARITIES or code.scale is not None):
             raise UserError(f"{shown}: 8 bits are too few for depth (a preview for the eye?)")
         values = numbers.astype(np.float64)
         if np.issubdtype(numbers.dtype, np.integer):  # the largest number of a file is no distance: nothing, or too far
-            values[(numbers == np.iinfo(numbers.dtype).max) | (numbers == np.iinfo(np.uint16).max)] = 0
+            values[(numbers == np.iinfo(numbers.dtype).max) | (numbers.astype(np.int64) == np.iinfo(np.uint16).max)] = 0
         if code.unit in DISPARITIES and code.scale is None:
             if code.baseline is None:
                 raise UserError(f"{shown}: a disparity needs --reading.baseline (meters between the cameras)")
@@ -239,11 +244,16 @@ def _along_rays(depth: NDArray[np.float32], intrinsics: NDArray[Any]) -> bool:
     return bool(errors[0] > 2 * errors[1] and errors[0] > 2e-3)
 
 
+SURE = 4.5
+"""Standard errors by which a shift has to be better than none."""
+
+
 def shift_of(rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: int = 12) -> int | None:
     """Columns by which jumps of depth have to move to meet edges of the picture; None where they meet, or are too few to tell.
 
     Jumps between neighbors in a row are looked at, which a road does not have. The mean gradient of the picture under them is
-    compared over shifts; a shift counts from three pixels on, where it is half as good again as none.
+    compared over shifts; a shift counts from three pixels on, where it is half as good again as none, and by more than what
+    noise of depth brings about.
     """
     rows, columns = depth.shape
     if columns < 8 * reach:
@@ -256,9 +266,11 @@ def shift_of(rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: int = 12
     v, u = np.nonzero(jump)
     if len(v) < max(30, rows // 4):
         return None
-    scores = {d: float((edges[v, u + d] + edges[v, u + 1 + d]).mean()) for d in range(-reach, reach + 1)}
-    best = max(scores, key=lambda d: scores[d])
-    return best if abs(best) >= 3 and scores[best] > 1.5 * max(scores[0], 1e-9) else None
+    seen = {d: edges[v, u + d] + edges[v, u + 1 + d] for d in range(-reach, reach + 1)}
+    best = max(seen, key=lambda d: float(seen[d].mean()))
+    gain = seen[best] - seen[0]
+    clear = gain.mean() > SURE * gain.std() / np.sqrt(len(gain))
+    return best if abs(best) >= 3 and clear and seen[best].mean() > 1.5 * max(seen[0].mean(), 1e-9) else None
 
 
 def complaints(look: DepthLook, shown: str) -> list[tuple[bool, str]]:

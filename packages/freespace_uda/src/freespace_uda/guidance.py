@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freespace_uda.alignment import full_precision
+
 GuidanceMode = Literal["tokens", "channel", "none"]
 
 
@@ -35,13 +37,14 @@ def pooled_validity(valid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _attention(logits_BJP: Tensor, valid_B1P: Tensor | None) -> Tensor:
-    """Softmax over the pixels that are valid; all 0 where none is."""
+    """Softmax over the pixels that are valid, in 32 bits where the type has fewer; all 0 where none is."""
     if valid_B1P is None:
         return logits_BJP.softmax(2)
-    there = valid_B1P > 0
-    shifted = logits_BJP - logits_BJP.detach().masked_fill(~there, -torch.inf).amax(2, keepdim=True).clamp_min(-1e30)
+    there, exact = valid_B1P > 0, full_precision(logits_BJP)
+    least = torch.finfo(exact.dtype).min
+    shifted = exact - exact.detach().masked_fill(~there, -torch.inf).amax(2, keepdim=True).clamp_min(least)
     weights = torch.where(there, shifted, 0.0).exp() * there
-    return weights / weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return (weights / weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)).to(logits_BJP.dtype)
 
 
 class _TokenStream(nn.Module):

@@ -37,7 +37,7 @@ class Readable(Protocol):
 def normals_of(depth: NDArray[np.float32], intrinsics: NDArray[Any], settings: NormalSettings) -> tuple[Tensor, Tensor]:
     """Normals (1, 3, H, W) and validity (1, 1, H, W) of one depth map."""
     return depth_to_normals(
-        torch.from_numpy(np.ascontiguousarray(depth))[None, None],
+        torch.from_numpy(np.require(depth, requirements=["C", "W"]))[None, None],
         torch.from_numpy(np.asarray(intrinsics, np.float32)),
         settings.method,
         orient="camera",
@@ -63,7 +63,7 @@ def resized_rgb(rgb: NDArray[np.uint8] | None, size: tuple[int, int]) -> Tensor:
     """Pixels in [0, 1], (3, h, w); gray where there is no picture."""
     if rgb is None:
         return torch.full((3, *size), 0.5)
-    pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.require(rgb, requirements=["C", "W"])).permute(2, 0, 1).float() / 255
     if pixels.shape[1:] == size:
         return pixels
     smaller = size[0] < pixels.shape[1] or size[1] < pixels.shape[2]
@@ -73,7 +73,7 @@ def resized_rgb(rgb: NDArray[np.uint8] | None, size: tuple[int, int]) -> Tensor:
 
 def resized_label(label: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
     """Labels at another size by the nearest pixel, (h, w) uint8."""
-    found = torch.from_numpy(np.ascontiguousarray(label))
+    found = torch.from_numpy(np.require(label, requirements=["C", "W"]))
     if found.shape == size:
         return found
     return F.interpolate(found[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8)

@@ -47,6 +47,12 @@ ROAD_COLORS = {
 }  # road, CARLA's road line
 
 
+def listed(ids: Sequence[int], most: int = 20) -> str:
+    """Ids in words, the first of many."""
+    shown = ", ".join(map(str, ids[:most]))
+    return shown if len(ids) <= most else f"{shown} and {len(ids) - most} more"
+
+
 def by_color(image: NDArray[np.uint8], palette: str, shown: str) -> NDArray[np.uint8]:
     """0, 1 and 255 (ignored) of a picture whose colors are labels.
 
@@ -113,7 +119,7 @@ def recognize_carla(pictures: Sequence[NDArray[Any]], shown: str) -> str:
     there = np.concatenate(parts)
     old, new = (float(np.isin(there, IDS[name].road).mean()) for name in ("carla-0.9.13", "carla-0.9.14"))
     if max(old, new) < 0.3 or abs(old - new) < 0.3:
-        found = ", ".join(map(str, np.unique(np.concatenate([p.ravel() for p in pictures])).tolist()))
+        found = listed(np.unique(np.concatenate([p.ravel() for p in pictures])).tolist())
         raise UserError(
             f"{shown}: ids {found}: CARLA up to 0.9.13 has road 7 and road line 6, from 0.9.14 on 1 and 24, and neither is"
             " before the camera; give --reading.palette carla-0.9.13 or carla-0.9.14, or --reading.road_ids"
@@ -131,7 +137,8 @@ def check_ids(ids: NDArray[Any], palette: str, shown: str) -> None:
     values = np.unique(ids).astype(np.int64)
     unknown = [v for v in values.tolist() if v >= known.known and v not in known.ignored]
     if unknown:
+        lossy = " (JPEG does not keep ids)" if shown.lower().endswith((".jpg", ".jpeg")) else ""
         raise UserError(
-            f"{shown}: ids {', '.join(map(str, values.tolist()))} were found, palette {palette} has 0 to {known.known - 1}:"
+            f"{shown}: ids {listed(values.tolist())} were found{lossy}, palette {palette} has 0 to {known.known - 1}:"
             " give --reading.palette or --reading.road_ids"
         )

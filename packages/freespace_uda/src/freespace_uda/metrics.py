@@ -23,9 +23,8 @@ def scores_of(probability: NDArray[Any]) -> NDArray[np.uint8]:
 
 def histogram(scores: NDArray[np.uint8], labels: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Pixels by label (0, 1) and level, (2, 256); pixels that are ignored count nowhere. One pass, integers alone."""
-    group = np.minimum(labels, 2).astype(np.uint16)
-    group <<= 8
-    group += scores
+    group = np.multiply(np.minimum(labels, 2), LEVELS, dtype=np.uint16)
+    np.add(group, scores, out=group, dtype=np.uint16)
     counts = np.bincount(group.ravel(), minlength=3 * LEVELS)
     return counts[: 2 * LEVELS].reshape(2, LEVELS)
 

@@ -21,6 +21,8 @@ Orientation = Literal["up", "camera"]
 RADII = (1, 2, 4, 8)
 """Radii in pixels over which holes are filled, one after another."""
 NEIGHBORS = tuple((dv, du) for dv in (-1, 0, 1) for du in (-1, 0, 1) if (dv, du) != (0, 0))
+HALF = ((0, 1), (1, 0), (1, 1), (1, -1))
+"""One of each two opposite neighbors."""
 
 
 def valid_depth(depth: Tensor, max_depth: float = float("inf")) -> Tensor:
@@ -28,27 +30,34 @@ def valid_depth(depth: Tensor, max_depth: float = float("inf")) -> Tensor:
     return (depth > 0) & (depth < max_depth)
 
 
-def _slopes(values_BHW: Tensor, valid_BHW: Tensor, axis: int, edges: bool) -> tuple[Tensor, Tensor]:
-    """Differences per pixel along an axis, and how many sides they rest on (0, 1 or 2).
+def _slopes(values_BHW: Tensor, valid_BHW: Tensor, edges: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Differences per pixel along the columns and along the rows, and where both exist.
 
     The mean of the forward and the backward difference where both exist (the central difference), else the one that
     does. With ``edges`` the two are weighted by each other's square, (l r^2 + r l^2) / (l^2 + r^2), which takes the smaller
     at a jump
     and stays exact where they agree.
     """
-    size = values_BHW.shape[axis]
-    late, early = values_BHW.narrow(axis, 1, size - 1), values_BHW.narrow(axis, 0, size - 1)
-    both = (valid_BHW.narrow(axis, 1, size - 1) & valid_BHW.narrow(axis, 0, size - 1)).to(values_BHW.dtype)
-    step = (late - early) * both
-    before, after = ((0, 0, 1, 0), (0, 0, 0, 1)) if axis == -2 else ((1, 0), (0, 1))
-    left, right = F.pad(step, before), F.pad(step, after)
-    sides = F.pad(both, before) + F.pad(both, after)
-    mean = (left + right) / sides.clamp_min(1)
-    if not edges:
-        return mean, sides
-    squares = left.square() + right.square()
-    weighted = left * right * (left + right) / squares.clamp_min(torch.finfo(values_BHW.dtype).tiny)
-    return torch.where((sides == 2) & (squares > 0), weighted, mean), sides
+    height, width = values_BHW.shape[-2:]
+    padded, known = F.pad(values_BHW, (1, 1, 1, 1)), F.pad(valid_BHW, (1, 1, 1, 1))
+    found, sides = [], []
+    for late, early in (
+        ((..., slice(1, -1), slice(1, None)), (..., slice(1, -1), slice(0, -1))),
+        ((..., slice(1, None), slice(1, -1)), (..., slice(0, -1), slice(1, -1))),
+    ):
+        both = known[late] & known[early]
+        step = torch.where(both, padded[late] - padded[early], 0.0)
+        left, right = step[..., :height, :width], step[..., -height:, -width:]
+        before, after = both[..., :height, :width], both[..., -height:, -width:]
+        two = before & after
+        mean = (left + right) * torch.where(two, 0.5, 1.0)
+        if edges:
+            squares = left.square() + right.square()
+            weighted = left * right * (left + right) / squares.clamp_min(torch.finfo(values_BHW.dtype).tiny)
+            mean = torch.where(two & (squares > 0), weighted, mean)
+        found.append(mean)
+        sides.append(before | after)
+    return found[0], found[1], sides[0] & sides[1]
 
 
 def _filled(inverse_BHW: Tensor, valid_BHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,25 +83,26 @@ def _ratios(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """q_h = (g_x dX + g_y dY) / dZ for each neighbor, and where it is a number.
 
-    With X = a Z, Y = b Z and a neighbor at (du, dv): q_h = g_x a + g_y b - (g_x du / f_x + g_y dv / f_y) Z_h / dZ, so that
-    Z is the only map whose neighbors are looked at.
+    With X = a Z, Y = b Z and a neighbor at (du, dv): q_h = g_x a + g_y b - s Z_h / dZ with s = g_x du / f_x + g_y dv / f_y, so
+    that Z is the only map whose neighbors are looked at. Two neighboring pixels share one quotient: seen from the other one,
+    s changes its sign and Z_h / dZ becomes -(1 + Z_h / dZ), so q_h = g_x a + g_y b - s (1 + Z_h / dZ).
     """
     gx, gy = slopes
     along = gx * across[0] + gy * across[1]
     per_u, per_v = gx / focal[0], gy / focal[1]
-    steps = {
-        (0, 1): per_u, (1, 0): per_v, (1, 1): per_u + per_v, (-1, 1): per_u - per_v,
-    }  # fmt: skip
     padded, there = F.pad(depth_BHW, (1, 1, 1, 1)), F.pad(valid_BHW, (1, 1, 1, 1))
     height, width = valid_BHW.shape[-2:]
-    for dv, du in NEIGHBORS:
-        rows, columns = slice(1 + dv, 1 + dv + height), slice(1 + du, 1 + du + width)
-        z_h = padded[..., rows, columns]
-        dz = depth_BHW - z_h
-        ok = valid_BHW & there[..., rows, columns] & (dz != 0)
-        part = z_h / torch.where(ok, dz, 1.0)
-        step = steps.get((dv, du))
-        yield (along - step * part if step is not None else along + steps[-dv, -du] * part), ok
+    for (dv, du), step in zip(HALF, (per_u, per_v, per_u + per_v, per_v - per_u), strict=True):
+        # of every pair with a pixel of the map in it: the first pixel of the pair, and the second, at (dv, du) from it
+        first = (..., slice(1 - dv, height + 1), slice(1 - max(du, 0), width + 1 - min(du, 0)))
+        second = (..., slice(1, height + 1 + dv), slice(1 + min(du, 0), width + 1 + max(du, 0)))
+        dz = padded[first] - padded[second]
+        ok = there[first] & there[second] & (dz != 0)
+        part = padded[second] / torch.where(ok, dz, 1.0)
+        of_first = (..., slice(dv, dv + height), slice(max(du, 0), max(du, 0) + width))
+        of_second = (..., slice(0, height), slice(max(-du, 0), max(-du, 0) + width))
+        yield torch.addcmul(along, step, part[of_first], value=-1), ok[of_first]
+        yield torch.addcmul(along - step, step, part[of_second], value=-1), ok[of_second]
 
 
 def depth_to_normals(
@@ -146,43 +156,47 @@ def depth_to_normals(
     k = intrinsics.to(z_BHW).expand(z_BHW.shape[0], 3, 3)
     fx, fy, cx, cy = (k[:, i, j].view(-1, 1, 1) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
     known = valid_depth(z_BHW, max_depth)
-    safe = torch.where(known, z_BHW, 1.0)
-    inverse = torch.where(known, 1 / safe, 0.0)
+    inverse = torch.where(known, z_BHW, torch.inf).reciprocal()
     trusted = known
     if fill:
         inverse, trusted = _filled(inverse, known)
-        safe = torch.where(trusted, 1 / torch.where(trusted, inverse, 1.0), 1.0)
     height, width = z_BHW.shape[-2:]
     u_BHW = torch.arange(width, dtype=z_BHW.dtype, device=z_BHW.device) - cx
     v_BHW = torch.arange(height, dtype=z_BHW.dtype, device=z_BHW.device).unsqueeze(1) - cy
-    values = safe * trusted if method == "d2nt" else inverse
-    du, sides_u = _slopes(values, trusted, -1, edges)
-    dv, sides_v = _slopes(values, trusted, -2, edges)
-    there = (sides_u > 0) & (sides_v > 0)
-    along = values - u_BHW * du - v_BHW * dv if method != "d2nt" else -(values + u_BHW * du + v_BHW * dv)
-    nx, ny, nz = fx * du, fy * dv, along
-    if method in {"sne", "3f2n"}:
-        gx, gy, across = 2 * nx, 2 * ny, (u_BHW / fx, v_BHW / fy)
-        ratios = _ratios((gx, gy), safe, across, (fx, fy), trusted)
-        nx, ny, nz = _sne(gx, gy, nz, ratios) if method == "sne" else _three_filters(gx, gy, nz, ratios)
-    vector = torch.stack([nx, ny, nz], 1)
-    square = (vector.square()).sum(1)
+    if method == "plane":
+        du, dv, there = _slopes(inverse, trusted, edges)
+        along = torch.addcmul(torch.addcmul(inverse, u_BHW, du, value=-1), v_BHW, dv, value=-1)
+        nx, ny, nz = fx * du, fy * dv, along
+    else:
+        safe = torch.where(trusted, torch.where(trusted, inverse, 1.0).reciprocal() if fill else z_BHW, 1.0)
+        values = safe * trusted if method == "d2nt" else inverse
+        du, dv, there = _slopes(values, trusted, edges)
+        nx, ny = fx * du, fy * dv
+        if method == "d2nt":
+            nz = -(values + u_BHW * du + v_BHW * dv)
+        else:
+            plane = values - u_BHW * du - v_BHW * dv
+            gx, gy, across = 2 * nx, 2 * ny, (u_BHW / fx, v_BHW / fy)
+            ratios = _ratios((gx, gy), safe, across, (fx, fy), trusted)
+            nx, ny, nz = _sne(gx, gy, plane, ratios) if method == "sne" else _three_filters(gx, gy, plane, ratios)
+    square = torch.addcmul(torch.addcmul(nx.square(), ny, ny), nz, nz)
     there = there & (square > 0)
-    scale = torch.where(there, torch.where(there, square, 1.0).rsqrt(), 0.0)
-    away = nx * u_BHW / fx + ny * v_BHW / fy + nz > 0  # n.X > 0
-    scale = torch.where((ny > 0) | ((ny == 0) & (nz > 0)) if orient == "up" else away, -scale, scale)
-    validity = torch.where(there, torch.where(known, 1.0, 0.5).to(scale.dtype), 0.0)
-    return vector * scale.unsqueeze(1), validity.unsqueeze(1)
+    scale = torch.where(there, square, torch.inf).rsqrt()
+    upward = orient == "up"  # camera: away from it, n.X > 0
+    wrong = (ny > 0) | ((ny == 0) & (nz > 0)) if upward else nx * u_BHW / fx + ny * v_BHW / fy + nz > 0
+    scale = torch.where(wrong, -scale, scale)
+    validity = torch.where(known, 1.0, 0.5).to(scale.dtype) * there if fill else there.to(scale.dtype)
+    return torch.stack([nx * scale, ny * scale, nz * scale], 1), validity.unsqueeze(1)
 
 
 def _sne(gx: Tensor, gy: Tensor, plane: Tensor, ratios: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-    flat = gx.square() + gy.square()
-    sloped = flat > 0  # else q is 0, too
+    flat = torch.addcmul(gx.square(), gy, gy)
+    flat = torch.where(flat > 0, flat, torch.inf)  # else q is 0, too
     total, weighted = torch.zeros_like(gx), torch.zeros_like(gx)
     for q, ok in ratios:
-        r = torch.where(ok & sloped, flat + q.square(), torch.inf).rsqrt()
+        r = torch.where(ok, torch.addcmul(flat, q, q), torch.inf).rsqrt()
         total = total + r
-        weighted = weighted + q * r
+        weighted = torch.addcmul(weighted, q, r)
     some = total > 0
     return (
         torch.where(some, -gx * total, gx / 2),

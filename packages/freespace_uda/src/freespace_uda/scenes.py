@@ -13,6 +13,7 @@ from freespace_uda.birdseye import level_homography
 from freespace_uda.calibration import Calibration, odd, read_calibration
 from freespace_uda.depth import DepthCode, complaints, decode, look_at, read_numbers, shift_of
 from freespace_uda.labels import by_color
+from freespace_uda.pixels import stored_pixels, turned
 from tenfold import UserError
 from tenfold.readers import read_image
 
@@ -160,7 +161,7 @@ class Scenes:
         if self.road_ids is not None:
             ids = palettes.one_channel(image, record.palette, shown)
             if not np.isin(ids, self.road_ids).any() and ids.ndim == 2 and ids.max(initial=0) > 255:
-                raise UserError(f"{shown}: ids {', '.join(map(str, np.unique(ids)[:20].tolist()))}")
+                raise UserError(f"{shown}: ids {palettes.listed(np.unique(ids).tolist())}")
             ignored = palettes.IDS[record.palette].ignored if record.palette in palettes.IDS else ()
             return palettes.by_id(ids, self.road_ids, [i for i in ignored if i not in self.road_ids])
         if of_colors:
@@ -237,6 +238,10 @@ class Scenes:
                     f"{shown}: edges of depth and picture meet after a shift by {shift} columns: are both registered"
                     " to one camera?"
                 )
+        if record.rgb is not None and (record.depth is not None or record.label is not None) and turned(record.rgb):
+            said.append(
+                f"{record.rgb}: turned by the camera's orientation tag, while depth and labels are read as they stand"
+            )
         return item, said
 
     def _exchanged(self, index: int, item: Item) -> str | None:
@@ -261,7 +266,7 @@ def _told(paths: tuple[Path, ...]) -> str:
 
 
 def read_raw(path: Path, *, colors: bool = False) -> NDArray[Any]:
-    """The numbers of a label as they stand; all 16 bits of three channels (SYNTHIA).
+    """The numbers of a label as they stand.
 
     Args:
         path: the file.
@@ -270,29 +275,7 @@ def read_raw(path: Path, *, colors: bool = False) -> NDArray[Any]:
     Raises:
         UserError: it cannot be read.
     """
-    from PIL import Image
-
-    if path.suffix.lower() in {".npy", ".npz"}:
-        return read_numbers(path)
-    try:
-        with Image.open(path) as image:
-            wide = image.format == "PNG" and image.mode == "RGB" and _raw_mode(image) == "RGB;16B"
-            high = np.asarray(image.convert("RGB") if colors and image.mode == "P" else image)
-        if not wide:
-            return high
-        with Image.open(path) as image:  # Pillow keeps the upper byte of each; asked for the other order, the lower one
-            codec, extents, offset, args = image.tile[0]
-            rest = args[1:] if isinstance(args, tuple) else ()
-            image.tile = [type(image.tile[0])(codec, extents, offset, ("RGB;16L", *rest) if rest else "RGB;16L")]
-            low = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be decoded as an image ({' '.join(str(error).split())})") from error
-    return high.astype(np.uint16) * 256 + low
-
-
-def _raw_mode(image: Any) -> str:
-    args = image.tile[0][3] if image.tile else ""
-    return str(args[0] if isinstance(args, tuple) else args)
+    return read_numbers(path) if path.suffix.lower() in {".npy", ".npz"} else stored_pixels(path, colors=colors)
 
 
 @dataclasses.dataclass(frozen=True)
