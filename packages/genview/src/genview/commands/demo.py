@@ -45,15 +45,15 @@ from tenfold.terminal import show_claims, table, track
 DATA = "real digits of scikit-learn on rendered backgrounds, 16 x 16 pixels"
 LENGTHS = {
     "quick": Lengths(1, 8, 8, 8, 1, 1, 40, 6, 20),
-    "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 600),
-    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 600),
+    "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 900),
+    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 900),
 }
 ARMS = {
     "quick": ("plain", "adaptive-qd"),
     "default": ("plain", "adaptive-qd"),
     "full": ("plain", "naive", "constant", "random", "adaptive", "adaptive-qd", "swapped", "swapped-qd"),
 }
-BACKBONE = "conv:16"
+BACKBONE = "conv:32"
 """What the students are: small, so that five seeds of eight arms fit into a quarter of an hour."""
 SWAPPED = 0.3
 """Share of the views that the swapped arms exchange between pictures."""
@@ -78,7 +78,7 @@ def student_settings(work: str, seed: int, lengths: Lengths, *, weighted: bool) 
         epochs=10_000,
         steps=lengths.student,
         view=ViewSettings(
-            least_area=0.5, flip=0.0, blur=0.0, jitter=[0.8, 0.8, 0.8, 0.5], jitter_share=1.0, generated=0.5
+            least_area=0.5, flip=0.0, jitter=[0.8, 0.8, 0.8, 0.5], jitter_share=1.0, gray=0.5, blur=0.0, generated=0.5
         ),
         heads=Heads(hidden=128, out=64),
         optimizer=Optimizer(name="adamw", lr=3e-3, weight_decay=1e-4),
@@ -170,8 +170,10 @@ def build_world(
         test = scenes.Scenes(test.images[:100], test.labels[:100], test.ratio[:100], test.attributes[:100])
     _save(folder, "world/target.npz", train, test)
     if "naive" in arms:
-        more = np.concatenate([train.images, external.images[: len(train.images)]])
-        labels = np.concatenate([train.labels, external.labels[: len(train.images)]])
+        each = len(external.images) // len(train.images)  # spread over all external glyphs
+        chosen = slice(0, each * len(train.images), each)
+        more = np.concatenate([train.images, external.images[chosen]])
+        labels = np.concatenate([train.labels, external.labels[chosen]])
         both = scenes.Scenes(more, labels, train.ratio, train.attributes)
         _save(folder, "world/more.npz", both, test)
     if not (work / "generator/model_index.json").exists():
