@@ -45,15 +45,15 @@ from tenfold.terminal import show_claims, table, track
 DATA = "real digits of scikit-learn on rendered backgrounds, 16 x 16 pixels"
 LENGTHS = {
     "quick": Lengths(1, 8, 8, 8, 1, 1, 40, 6, 20),
-    "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 900),
-    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 900),
+    "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 1200),
+    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 1200),
 }
 ARMS = {
     "quick": ("plain", "adaptive-qd"),
     "default": ("plain", "adaptive-qd"),
     "full": ("plain", "naive", "constant", "random", "adaptive", "adaptive-qd", "swapped", "swapped-qd"),
 }
-BACKBONE = "conv:32"
+BACKBONE = "conv:16"
 """What the students are: small, so that five seeds of eight arms fit into a quarter of an hour."""
 SWAPPED = 0.3
 """Share of the views that the swapped arms exchange between pictures."""
