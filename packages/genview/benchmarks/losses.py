@@ -91,7 +91,7 @@ def neighbors() -> list[Comparison]:
     queries = F.normalize(torch.randn(512, 512), dim=1)
 
     def ours():
-        return knn_votes(queries, bank, labels, 1000, k=200, temperature=0.07).argmax(dim=1)
+        return knn_votes(queries, bank, labels, 1000, k=200, temperature=0.07, chunk=160).argmax(dim=1)
 
     def theirs():
         # in parts of 256, as its benchmarks read their data: all at once takes twice the memory

@@ -81,7 +81,9 @@ def measure() -> list[Comparison]:
     ours = linear_sweep(features[0], train[1], features[1], test[1], rates=RATES, epochs=EPOCHS)
     probed = Counted(backbone).eval()
     body = Standardized(probed, features[0])
-    rate = ours.rate / math.sqrt(features[0].shape[1])  # the sweep takes its rates over the mean square of a feature's length
+    rate = ours.rate / math.sqrt(
+        features[0].shape[1]
+    )  # the sweep takes its rates over the mean square of a feature's length
     probe = ProbeSettings(epochs=EPOCHS, batch_size=256, lr=rate, least_area=1.0, flip=0.0)
     model = train_classifier(body, *train, 10, probe, IMAGENET, size=16)
     theirs = top1(model, *test, IMAGENET)

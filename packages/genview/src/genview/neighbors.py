@@ -23,9 +23,9 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = values.shape[1] // size
     own = torch.arange(values.shape[1], device=values.device)
     tops = values[:, : groups * size].unflatten(1, (size, groups)).amax(dim=1).topk(k, dim=1, sorted=False).indices
-    among = (tops[:, None] + own[: groups * size : groups, None]).flatten(1)  # entries of a group stand ``groups`` apart
     rest = own[groups * size :].expand(len(values), -1)
-    where = torch.cat([among, rest], dim=1)
+    among = own[: groups * size : groups, None]  # entries of a group stand ``groups`` apart
+    where = torch.cat([(tops[:, None] + among).flatten(1), rest], dim=1)
     found = values.gather(1, where).topk(k, dim=1)
     return found.values, where.gather(1, found.indices)
 
@@ -38,7 +38,7 @@ def knn_votes(
     *,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int = 176,
+    chunk: int = 128,
 ) -> Tensor:
     """Weighted votes of the nearest neighbors for each class.
 
@@ -90,7 +90,7 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
     top: Sequence[int] = (1, 5),
-    chunk: int = 176,
+    chunk: int = 128,
 ) -> dict[int, float]:
     """Share of queries in percent whose class is among the ``top`` most voted ones, by ``top``.
 
