@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from genview.neighbors import knn_accuracy, knn_votes
+from genview.neighbors import knn_accuracy, knn_votes, largest
 from genview.probes import few_labels, linear_sweep, rates_of, standardized, train_heads
 from sklearn.linear_model import LogisticRegression
 
@@ -74,3 +74,12 @@ def test_a_share_of_the_labels_is_stratified_and_the_same_again():
     assert np.bincount(y[chosen].numpy()).tolist() == [2] * 10
     assert chosen == few_labels(y, 0.1)
     assert len(few_labels(y, 0.01)) == 10
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(3, 40, 5), (4, 5003, 20), (2, 1000, 1), (2, 321, 20), (1, 64, 64)])
+def test_the_largest_of_long_rows_are_those_of_topk(rows, columns, k):
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+    found, where = largest(values, k)
+    assert torch.equal(found, values.topk(k, dim=1).values)
+    assert torch.equal(values.gather(1, where), found)
+    assert all(len(set(row)) == k for row in where.tolist())

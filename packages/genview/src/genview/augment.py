@@ -126,7 +126,8 @@ def augment(images: Tensor, u: Tensor, settings: ViewSettings, *, size: int, sec
     """
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     u = u.to(x.device)
-    boxes = crop_boxes(u[:, :4], (settings.least_area, 1.0))
+    aspect = (1.0, 1.0) if settings.least_area == 1 else (3 / 4, 4 / 3)
+    boxes = crop_boxes(u[:, :4], (settings.least_area, 1.0), aspect)
     flips = u[:, 4] < settings.flip
     x = crop(x, boxes, flips, size)
     x = jitter(x, u[:, 5:9], settings.jitter, u[:, 9] < settings.jitter_share)

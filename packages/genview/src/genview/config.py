@@ -44,7 +44,7 @@ class ViewSettings(Settings):
     """How the two views of a picture are made.
 
     Args:
-        least_area: least share of the picture that a crop covers (0.2; 0.08 for vision transformers).
+        least_area: least share of the picture that a crop covers (0.2; 0.08 for vision transformers; 1 leaves pictures whole).
         flip: probability of a mirrored crop.
         jitter: strength of brightness, contrast, saturation and hue.
         jitter_share: share of views whose colors are changed.
@@ -481,6 +481,9 @@ class ProbeSettings(Settings):
         rates: number of learning rates of linear-sweep, evenly spaced in the logarithm from 0.001 to 30.
         share: shares of the labels that semi fine-tunes on.
         backbone_lr: learning rate of the backbone in semi, as a share of lr.
+        least_area: least share of the picture that a crop covers in linear and semi, 1 for whole pictures; default: 0.08 from
+            128 pixels on, 0.5 below.
+        flip: probability of a mirrored crop in linear and semi; 0 for digits and letters.
     """
 
     epochs: Count = 90
@@ -489,6 +492,8 @@ class ProbeSettings(Settings):
     rates: Count = 20
     share: Annotated[list[Share], Length(1), Distinct()] = field(default_factory=lambda: [0.01, 0.1])
     backbone_lr: NonNegative = 0.1
+    least_area: Annotated[float, Interval(gt=0, le=1)] | None = None
+    flip: Probability = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

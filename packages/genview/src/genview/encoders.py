@@ -200,7 +200,7 @@ def clip_encoder(folder: Path, name: str, option: str = "--encoder") -> HFCLIPTo
     if about.get("_class_name") == "ConvEncoder":
         from genview.patches import ConvEncoder
 
-        return clip_of(ConvEncoder.from_pretrained(folder, use_safetensors=True), name)
+        return clip_of(ConvEncoder.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False), name)
 
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types for it

@@ -31,6 +31,9 @@ TEMPERATURE = {"simclr": 0.2, "mocov2": 0.2, "mocov3": 1.0, "swav": 0.1}
 class ConvNet(nn.Module):
     """Three convolutions for pictures of 8 to 32 pixels, and the mean over the picture.
 
+    The first two halve the resolution, so that the last one sees 17 pixels: with the first at full resolution it sees 9, less
+    than a digit, and costs twice as much.
+
     Args:
         width: channels of the first convolution; the others have two and three times as many.
         classes: outputs of a classifier; 0 gives the features.
@@ -40,9 +43,9 @@ class ConvNet(nn.Module):
         super().__init__()
         widths = (3, width, 2 * width, 3 * width)
         layers: list[nn.Module] = []
-        for number, (a, b) in enumerate(itertools.pairwise(widths)):
-            layers += [nn.Conv2d(a, b, 3, 1 if number == 0 else 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body = nn.Sequential(*layers)
+        for (a, b), side, stride in zip(itertools.pairwise(widths), (5, 3, 3), (2, 2, 1), strict=True):
+            layers += [nn.Conv2d(a, b, side, stride, side // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.num_features = widths[-1]
         self.fc = nn.Linear(widths[-1], classes) if classes else nn.Identity()
 

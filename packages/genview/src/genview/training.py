@@ -356,7 +356,7 @@ def train_classifier(
 ) -> nn.Module:
     """A linear layer on a backbone by augmented epochs: frozen (the usual probe), or fine-tuned with it. Returns both.
 
-    Crops and flips are as in ``augment`` without changes of color; SGD with momentum 0.9, no weight decay, cosine by steps.
+    Crops and mirrors are as in ``augment`` without changes of color; SGD with momentum 0.9, no weight decay, cosine by steps.
     Frozen, the backbone stays in evaluation mode.
 
     Args:
@@ -384,7 +384,8 @@ def train_classifier(
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
     steps = settings.epochs * max(1, len(images) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (math.cos(math.pi * min(1, s / steps)) + 1) / 2)
-    crops = ViewSettings(least_area=0.08 if size >= 128 else 0.5, jitter_share=0, gray=0, blur=0, flip=0.5)
+    least = settings.least_area or (0.08 if size >= 128 else 0.5)
+    crops = ViewSettings(least_area=least, jitter_share=0, gray=0, blur=0, flip=settings.flip)
     backbone.train(finetune)
     for epoch in range(settings.epochs):
         order = torch.randperm(len(images), generator=generator(seed, epoch))

@@ -54,11 +54,12 @@ class Worker:
 
         self.conditions = runner.embeddings_or_pictures(self.plan, generator, read)
         self.store = ViewStore.open(chosen.views, head=head, part=f"ray-{uuid.uuid4().hex[:12]}")
+        self.done = self.store.done()  # once: a unit is no other actor's, and an actor that is started again reads anew
 
     def unit(self, number: int) -> tuple[int, int]:
         """Make what is missing of one unit; returns how many were made and how many failed."""
         made = failed = 0
-        for batch in runner.batches([self.units[number]], self.store.done(), self.size):
+        for batch in runner.batches([self.units[number]], self.done, self.size):
             one, other = runner.make_batch(batch, self.store, self.generator, self.conditions)
             made, failed = made + one, failed + other
         return made, failed

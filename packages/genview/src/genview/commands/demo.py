@@ -45,8 +45,8 @@ from tenfold.terminal import show_claims, table, track
 DATA = "real digits of scikit-learn on rendered backgrounds, 16 x 16 pixels"
 LENGTHS = {
     "quick": Lengths(1, 8, 8, 8, 1, 1, 40, 6, 20),
-    "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 300),
-    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 300),
+    "default": Lengths(12, 350, 2500, 300, 3, 6, 449, 1200),
+    "full": Lengths(12, 350, 2500, 300, 3, 6, 449, 1200),
 }
 ARMS = {
     "quick": ("plain", "adaptive-qd"),
@@ -59,7 +59,11 @@ SWAPPED = 0.3
 """Share of the views that the swapped arms exchange between pictures."""
 GAMMA = 2.0
 PROBE = ProbeSettings(epochs=40, rates=12, batch_size=256)
-SEMI = ProbeSettings(epochs=60, batch_size=64, lr=0.4, backbone_lr=0.2)
+SEMI = ProbeSettings(epochs=60, batch_size=64, lr=0.4, backbone_lr=0.2, flip=0.0)
+SHARE = 0.4
+"""Share of tokens that count as background. A token sees 9 pixels, so that those beside a glyph are told from the ground as
+well as those on it: 60 percent of all are such tokens, while ink covers 22 percent of the pixels. With a share of 0.8, which
+goes by the ink, the ratio follows the true one at 0.13 instead of 0.52 (seed 100)."""
 
 
 def student_settings(work: str, seed: int, lengths: Lengths, *, weighted: bool) -> TrainSettings:
@@ -73,7 +77,9 @@ def student_settings(work: str, seed: int, lengths: Lengths, *, weighted: bool) 
         batch_size=lengths.batch,
         epochs=10_000,
         steps=lengths.student,
-        view=ViewSettings(least_area=0.3, flip=0.0, blur=0.0, generated=0.5),
+        view=ViewSettings(
+            least_area=0.5, flip=0.0, jitter=[0.8, 0.8, 0.8, 0.5], jitter_share=1.0, gray=0.5, blur=0.0, generated=0.5
+        ),
         heads=Heads(hidden=128, out=64),
         optimizer=Optimizer(name="adamw", lr=3e-3, weight_decay=1e-4),
         qd=QualitySettings(mode="static" if weighted else "none", gamma=GAMMA),
@@ -164,8 +170,10 @@ def build_world(
         test = scenes.Scenes(test.images[:100], test.labels[:100], test.ratio[:100], test.attributes[:100])
     _save(folder, "world/target.npz", train, test)
     if "naive" in arms:
-        more = np.concatenate([train.images, external.images[: len(train.images)]])
-        labels = np.concatenate([train.labels, external.labels[: len(train.images)]])
+        each = len(external.images) // len(train.images)  # spread over all external glyphs
+        chosen = slice(0, each * len(train.images), each)
+        more = np.concatenate([train.images, external.images[chosen]])
+        labels = np.concatenate([train.labels, external.labels[chosen]])
         both = scenes.Scenes(more, labels, train.ratio, train.attributes)
         _save(folder, "world/more.npz", both, test)
     if not (work / "generator/model_index.json").exists():
@@ -179,7 +187,7 @@ def build_world(
         folder.write_json("gates.json", gates)
     data = f"npz:{work / 'target.npz'}"
     encoder = f"generator:{work / 'generator'}"
-    fit = ["fit-foreground", "--data", data, "--encoder", encoder, "--quantile", "0.8"]
+    fit = ["fit-foreground", "--data", data, "--encoder", encoder, "--quantile", str(SHARE)]
     _world.command([*fit, "--out", str(work / "foreground"), "--resume"])
     make = partial(_shards, pool)
     _world.make_views(work, "adaptive", ["--policy", "adaptive", *BINS], make)
@@ -195,8 +203,8 @@ def build_world(
     return train
 
 
-BINS = ("--edges", "0.1,0.2,0.3,0.4", "--levels", "0,100,200,300,400")
-"""Bins of the foreground ratio: glyphs cover 10 to 35 percent of a scene, not 0 to 100."""
+BINS = ("--edges", "0.5,0.6,0.7,0.8", "--levels", "0,100,200,300,400")
+"""Bins of the foreground ratio, which is 0.4 to 0.8 for nine of ten scenes, not 0 to 1."""
 
 
 def _save(folder: Run, name: str, train: scenes.Scenes, test: scenes.Scenes) -> None:
