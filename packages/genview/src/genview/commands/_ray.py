@@ -84,9 +84,7 @@ def run(plan: Plan, settings: GenerateSettings, head: Mapping[str, Any], *, quie
         address = settings.ray_address or os.environ.get("RAY_ADDRESS")
         here: dict[str, Any] = {} if address else {"num_cpus": settings.ray_workers}
         try:
-            ray.init(
-                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here
-            )
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"no head node of Ray answers at {address}" if address else "Ray does not start here"
             raise UserError(f"--ray_address: {where} ({error})") from error
