@@ -255,3 +255,11 @@ def test_colors_blur_and_solarization_do_what_they_say():
     plain = ViewSettings(least_area=1.0, jitter_share=0, gray=0, blur=0, second_solarize=1.0)
     one, two = (augment.augment(x, u, plain, size=16, second=second).images for second in (False, True))
     assert torch.allclose(two, torch.where(one >= 128 / 255, 1 - one, one))
+
+
+def test_with_a_least_area_of_one_pictures_are_whole_whatever_is_drawn():
+    x, u = torch.rand(9, 3, 16, 16), torch.rand(9, 20)
+    whole = ViewSettings(least_area=1.0, flip=0, jitter_share=0, gray=0, blur=0)
+    found = augment.augment(x, u, whole, size=16)
+    assert torch.allclose(found.images, x, atol=1e-5)
+    assert torch.allclose(found.boxes, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(9, 4), atol=1e-6)

@@ -1,5 +1,7 @@
 """What people bring: backbones of many kinds, a Ray cluster that loses a worker."""
 
+import json
+import shutil
 import threading
 import time
 
@@ -8,9 +10,11 @@ import torch
 from genview.cli import main
 from genview.config import Heads
 from genview.networks import SelfSupervised, build_backbone, width_of
+from genview.plans import line_of
 from genview.store import ViewStore
 
 from tenfold.readers import read_image
+from tenfold.testing import assert_user_error
 
 BACKBONES = (
     "resnet18",
@@ -55,19 +59,39 @@ def test_backbones_of_many_kinds_take_a_weighted_step(name):
     assert bool(torch.isfinite(loss))
 
 
-@pytest.mark.slow
-def test_a_ray_cluster_that_loses_a_worker_makes_the_same_views(world, generator, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")  # on a busy machine its agents start slowly
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray, whose agents start slowly on a busy machine."""
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")
     monkeypatch.setenv("RAY_worker_register_timeout_seconds", "300")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
-    ray = pytest.importorskip("ray")
-    killed = []
+    found = pytest.importorskip("ray")
+    yield found
+    found.shutdown()
+
+
+def on_ray(plan, tmp_path, name, workers):
+    words = ["generate", "--plan", plan, "--views", tmp_path / name, "--generator", "tiny", "--steps", 2]
+    words += ["--batch_size", 1, "--engine", "ray", "--ray_workers", workers, "--device", "cpu"]
+    return [str(word) for word in [*words, "--quiet", "--out", tmp_path / f"log-{name}"]]
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_worker_makes_the_same_views(world, generator, tmp_path, capsys, monkeypatch, ray):
+    monkeypatch.chdir(generator.parent)
+    plan, killed = tmp_path / "plan", []
+    shutil.copytree(world / "plan", plan)
+    rows = [json.loads(line) for line in (plan / "plan.jsonl").read_text().splitlines()]
+    rows[3] |= {"error": "broken", "unit": -1}
+    (plan / "plan.jsonl").write_text("".join(line_of(row) for row in rows))
 
     def kill_one():
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while time.monotonic() < deadline and not killed:
-            rows = list((tmp_path / "v/rows").glob("*.jsonl"))
-            if rows and ray.is_initialized():
+            if (
+                any(file.stat().st_size > 400 for file in (tmp_path / "v/rows").glob("*.jsonl"))
+                and ray.is_initialized()
+            ):
                 names = [name for name in ray.util.list_named_actors() if name.startswith("genview-")]
                 if names:
                     ray.kill(ray.get_actor(names[0]), no_restart=False)
@@ -76,29 +100,24 @@ def test_a_ray_cluster_that_loses_a_worker_makes_the_same_views(world, generator
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    words = [
-        "--plan",
-        world / "plan",
-        "--views",
-        tmp_path / "v",
-        "--generator",
-        generator,
-        "--steps",
-        2,
-        "--batch_size",
-        1,
-    ]
-    words += ["--engine", "ray", "--ray_workers", 3, "--device", "cpu", "--quiet", "--out", tmp_path / "log"]
     try:
-        assert main(["generate", *map(str, words)]) == 0
+        assert main(on_ray(plan, tmp_path, "v", 3)) == 0
     finally:
         thread.join()
-        ray.shutdown()
     assert killed
     store, known = ViewStore.open(tmp_path / "v"), ViewStore.open(world / "views").rows()
-    assert store.done() == set(known)
-    for name, row in store.rows().items():
+    broken = (rows[3]["key"], rows[3]["variation"])
+    assert store.rows()[broken].error == "broken"
+    assert store.done() == set(known) - {broken}
+    for name in store.done():
         a, b = (
-            read_image(root / r.path).astype(int) for root, r in ((tmp_path / "v", row), (world / "views", known[name]))
+            read_image(root / r.path).astype(int)
+            for root, r in ((tmp_path / "v", store.rows()[name]), (world / "views", known[name]))
         )
         assert abs(a - b).max() <= 1
+
+    (plan / "embeddings.npy").unlink()
+    config = plan / "config.yaml"
+    config.write_text(config.read_text().replace("colors.npz", "gone.npz"))
+    capsys.readouterr()
+    assert_user_error(main, on_ray(plan, tmp_path, "w", 1), capsys, "gone.npz")

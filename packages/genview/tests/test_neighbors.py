@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from genview.neighbors import knn_accuracy, knn_votes, largest
 from genview.probes import few_labels, linear_sweep, rates_of, standardized, train_heads
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 
@@ -76,10 +78,25 @@ def test_a_share_of_the_labels_is_stratified_and_the_same_again():
     assert len(few_labels(y, 0.01)) == 10
 
 
-@pytest.mark.parametrize(("rows", "columns", "k"), [(3, 40, 5), (4, 5003, 20), (2, 1000, 1), (2, 321, 20), (1, 64, 64)])
-def test_the_largest_of_long_rows_are_those_of_topk(rows, columns, k):
-    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+@given(
+    st.integers(1, 4), st.integers(1, 700), st.integers(1, 40), st.sampled_from([2, 9, 10**6]), st.integers(0, 10**6)
+)
+@settings(max_examples=300, deadline=None)
+def test_the_largest_of_rows_with_ties_are_those_of_topk_each_at_a_place_of_its_own(rows, columns, k, kinds, seed):
+    k = min(k, columns)
+    values = torch.randint(kinds, (rows, columns), generator=torch.Generator().manual_seed(seed)).float() - kinds // 2
     found, where = largest(values, k)
     assert torch.equal(found, values.topk(k, dim=1).values)
     assert torch.equal(values.gather(1, where), found)
     assert all(len(set(row)) == k for row in where.tolist())
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(4, 5003, 20), (2, 50_000, 200), (2, 1000, 1), (1, 64, 64)])
+def test_the_largest_of_long_rows_without_ties_stand_where_topk_finds_them(rows, columns, k):
+    draw = torch.Generator().manual_seed(columns)
+    values = torch.stack([torch.randperm(columns, generator=draw) for _ in range(rows)]).float()
+    values[:, :3] = -torch.inf
+    found, where = largest(values, k)
+    expected = values.topk(k, dim=1)
+    assert torch.equal(found, expected.values)
+    assert torch.equal(where, expected.indices) or k == columns

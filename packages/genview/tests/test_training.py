@@ -14,7 +14,7 @@ from genview.config import METHODS, Heads, Optimizer, QualitySettings, ViewSetti
 from genview.data import PairedViewDataset, load, read_manifest
 from genview.encoders import build_encoder
 from genview.foreground import ForegroundModel
-from genview.networks import SelfSupervised, build_backbone, width_of
+from genview.networks import ConvNet, SelfSupervised, build_backbone, width_of
 from genview.quality import QualityScorer
 from genview.training import GenViewModule, foreground_file, kept_maps
 from torch.utils.data import DataLoader
@@ -42,6 +42,15 @@ def fit_with_lightning(module, dataset, **options):
 @pytest.fixture(scope="module")
 def dataset(data, world):
     return PairedViewDataset(load(f"npz:{data}").train, read_manifest(world / "merged"), 16, resident=True)
+
+
+def test_the_last_convolution_of_our_backbone_sees_17_pixels():
+    net = ConvNet(8).eval()
+    x = torch.rand(1, 3, 64, 64, requires_grad=True)
+    net.body(x)[0, :, 8, 8].sum().backward()
+    assert x.grad is not None
+    seen = x.grad.abs().sum(dim=(0, 1))
+    assert [int((seen.sum(dim=d) > 0).sum()) for d in (0, 1)] == [17, 17]
 
 
 @pytest.mark.parametrize("method", METHODS)

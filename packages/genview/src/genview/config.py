@@ -158,7 +158,7 @@ class GenerateSettings(Settings):
         adapter: file of the adapter, for kind ip-adapter.
         shard: this worker's share as I/N, or auto: from torchrun's or Slurm's variables.
         engine: static (this process does its shard) or ray (a cluster does all).
-        ray_address: address of the cluster's head node; default: a cluster of this machine.
+        ray_address: address of the cluster's head node; default: RAY_ADDRESS, else a cluster of this machine.
         ray_workers: actors that hold the pipeline.
         steps: denoising steps.
         size: side of the generated pictures; default: the pipeline's own.

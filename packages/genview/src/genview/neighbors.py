@@ -22,7 +22,8 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return found.values, found.indices
     groups = values.shape[1] // size
     own = torch.arange(values.shape[1], device=values.device)
-    tops = values[:, : groups * size].unflatten(1, (size, groups)).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    split = values[:, : groups * size].view(len(values), size, groups)
+    tops = split.amax(dim=1).topk(k, dim=1, sorted=False).indices
     rest = own[groups * size :].expand(len(values), -1)
     among = own[: groups * size : groups, None]  # entries of a group stand ``groups`` apart
     where = torch.cat([(tops[:, None] + among).flatten(1), rest], dim=1)

@@ -133,13 +133,16 @@ def run_shard(
     for batch in show(batches(mine, store.done(), batch_size)):
         one, other = make_batch(batch, store, generator, conditions)
         made, failed = made + one, failed + other
-    if shard[0] == 0:
-        known = store.rows()
-        for row in plan.rows:
-            if row.error and row.name not in known:
-                store.fail(row, row.error)
-                failed += 1
-    return made, failed
+    return made, failed + (record_errors(plan, store) if shard[0] == 0 else 0)
+
+
+def record_errors(plan: Plan, store: ViewStore) -> int:
+    """Write rows for the pictures that the plan could not read; returns how many are new."""
+    known = store.rows()
+    broken = [row for row in plan.rows if row.error and row.name not in known]
+    for row in broken:
+        store.fail(row, row.error)
+    return len(broken)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Ray's own retries and scaling; nothing is scheduled here. Each actor is a worker
 which all nodes have to see under the same path. A unit that is tried again makes only what is not there.
 """
 
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -28,7 +29,9 @@ RETRIES = 3
 class Worker:
     """What an actor holds: plan, generator, pictures, its own part of the folder."""
 
-    def __init__(self, settings: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], head: Mapping[str, Any], home: str) -> None:
+        if os.path.isdir(home):
+            os.chdir(home)  # relative names mean what they mean to the person
         chosen = GenerateSettings(**settings)
         self.size = chosen.batch_size
         self.plan = Plan.read(chosen.plan)
@@ -53,7 +56,7 @@ class Worker:
             return _files.as_tensor(pictures.read(i))
 
         self.conditions = runner.embeddings_or_pictures(self.plan, generator, read)
-        self.store = ViewStore.open(chosen.views, head=head, part=f"ray-{uuid.uuid4().hex[:12]}")
+        self.store = ViewStore.open(chosen.views, head=head, part=_part())
         self.done = self.store.done()  # once: a unit is no other actor's, and an actor that is started again reads anew
 
     def unit(self, number: int) -> tuple[int, int]:
@@ -70,34 +73,63 @@ def run(plan: Plan, settings: GenerateSettings, head: Mapping[str, Any], *, quie
 
     Raises:
         MissingExtraError: Ray is not installed.
-        UserError: no head node at that address.
+        UserError: no head node at that address, views of something else, a fault of a worker that the user can mend, or a
+            worker that dies too often.
     """
     needs("ray", "ray", "genview", why="--engine ray")
     import ray
     from ray.util import ActorPool
 
     if not ray.is_initialized():
-        here: dict[str, Any] = {} if settings.ray_address else {"num_cpus": settings.ray_workers}
+        address = settings.ray_address or os.environ.get("RAY_ADDRESS")
+        here: dict[str, Any] = {} if address else {"num_cpus": settings.ray_workers}
         try:
-            ray.init(address=settings.ray_address, include_dashboard=False, log_to_driver=False, **here)
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"--ray_address {settings.ray_address}: no head node of Ray answers there ({error})"
-            ) from error
+            where = f"no head node of Ray answers at {address}" if address else "Ray does not start here"
+            raise UserError(f"--ray_address: {where} ({error})") from error
+    with ViewStore.open(
+        settings.views, head=head, part=_part()
+    ) as store:  # another head is refused before anything starts
+        failed = runner.record_errors(plan, store)
     actor = ray.remote(num_cpus=1, max_restarts=RETRIES, max_task_retries=RETRIES)(Worker)
     gpus = 1 if choose_device(settings.device) == "cuda" else 0
     values = {name: getattr(settings, name) for name in vars(settings)}
     values |= {"plan": os.path.abspath(settings.plan), "views": os.path.abspath(settings.views)}
     group = uuid.uuid4().hex[:8]
     workers = [
-        actor.options(num_gpus=gpus, name=f"genview-{group}-{i}").remote(values, dict(head))
+        actor.options(num_gpus=gpus, name=f"genview-{group}-{i}").remote(values, dict(head), os.getcwd())
         for i in range(settings.ray_workers)
     ]
     numbers = [unit[0].unit for unit in plan.units()]
     results = ActorPool(workers).map_unordered(lambda worker, number: worker.unit.remote(number), numbers)
-    made = failed = 0
-    for one, other in track(results, "units", total=len(numbers), quiet=quiet):
-        made, failed = made + one, failed + other
-    for worker in workers:
-        ray.kill(worker)
+    made = 0
+    try:
+        for one, other in track(results, "units", total=len(numbers), quiet=quiet):
+            made, failed = made + one, failed + other
+    except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+        if (told := user_fault(error)) is None:
+            raise
+        raise UserError(told) from error
+    finally:
+        for worker in workers:
+            ray.kill(worker)
     return made, failed
+
+
+def _part() -> str:
+    return f"ray-{uuid.uuid4().hex[:12]}"
+
+
+def user_fault(error: Any) -> str | None:
+    """What the user can mend of a worker's error: a UserError's own words, or that it died too often; else nothing."""
+    if isinstance(cause := getattr(error, "cause", None), UserError):
+        return str(cause)
+    lines = str(error).splitlines()
+    own = [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]
+    if own:
+        return own[-1]
+    if getattr(error, "actor_init_failed", True):
+        return None
+    why = " ".join(line.strip() for line in lines)[:300]
+    return f"a worker died more than {RETRIES} times; the same command makes what is missing ({why})"
