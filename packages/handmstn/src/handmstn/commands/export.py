@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from handmstn.commands._files import trained
 from handmstn.config import ExportSettings
 from handmstn.recognizer import HandMSTN
+from handmstn.rendering import SyntheticHands
 from tenfold import UserError, export
 from tenfold.cli import Invocation
 
@@ -32,7 +33,8 @@ def run(settings: ExportSettings, invocation: Invocation) -> None:
     if model.aligner is None and settings.format != "safetensors" and card["settings"]["given_points"]:
         raise UserError(f"--run {settings.run}: this model takes given points; --format safetensors has its weights")
     size = card["size"]
-    example = torch.rand(2, 3, size, size)
+    # hands, not noise: in white noise a trained aligner finds other points after the last bit of a pixel changed
+    example = torch.from_numpy(SyntheticHands(2, 1, size).rendered.images).float() / 255
     names = [f"crop_{part.name}" for part in model.parts]
     outputs = (*names, "embedding", "visibility", "parts")
     module: nn.Module = _Whole(model) if model.aligner is None else _Exported(model)
