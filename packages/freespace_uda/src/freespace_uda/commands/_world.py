@@ -52,12 +52,12 @@ def settings_of(level: str, source: str = "roads-flat", world_seed: int = 0) -> 
         reading=reading,
         target_reading=reading,
         align=Alignment(weight=1e-2, tau=0.8, min_pixels=16, hidden=32),
-        general=General(width=16, minent=1e-2, advent=1e-1, adaptsegnet=1e-1, fada=1e-1, self_training=3.0),
+        general=General(width=16, minent=1e-2, advent=1e-1, adaptsegnet=1e-1, fada=1.0, self_training=3.0),
         optimizer=Optimizer(kind="adam", lr=2e-3, head=1.0, weight_decay=1e-4, discriminator=1e-3, ema=0.98),
     )
 
 
-ALL_WEIGHT = 1e-1
+ALL_WEIGHT = 1.0
 """Weight of the adversarial loss where everything is aligned, found like those of `settings_of` by studies/tuning.py."""
 
 
