@@ -124,6 +124,7 @@ def depth_to_normals(
     - ``3f2n``: n ~ (g_x, g_y, -median q).
     - ``d2nt``: n ~ (f_x Z_u, f_y Z_v, -(Z + U Z_u + V Z_v)), which is exact in the limit of fine pixels alone.
 
+    ``sne`` and ``3f2n`` divide by differences of depth: where these are rounding alone, they lose digits; ``plane`` does not.
     A difference whose neighbor is missing is taken to the other side; a pixel without any is invalid. Below the
     precision of 32 bits everything is computed in 32 bits.
 
