@@ -21,7 +21,8 @@ myst_links_external_new_tab = True
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-suppress_warnings = ["ref.python"]  # an attribute's name is that of other classes' attributes too
+# an attribute has the name of other classes' attributes; the page of the sweep is there when it has run
+suppress_warnings = ["ref.python", "toc.empty_glob"]
 maximum_signature_line_length = 100
 autodoc_default_options = {
     "exclude-members": "set_fit_request, set_predict_request, set_score_request"
