@@ -21,8 +21,7 @@ myst_links_external_new_tab = True
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-# an attribute has the name of other classes' attributes; the page of the sweep is there when it has run
-suppress_warnings = ["ref.python", "toc.empty_glob"]
+suppress_warnings = ["ref.python"]  # an attribute has the name of other classes' attributes
 maximum_signature_line_length = 100
 autodoc_default_options = {
     "exclude-members": "set_fit_request, set_predict_request, set_score_request"
