@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -107,21 +108,23 @@ class Lock:
 
     def acquire(self) -> bool:
         """Take the lock; False where another process, or another ``Lock`` of this one, has it."""
-        while self._free is None:
-            if _identity(self.path) in _HELD:  # the system knows processes only; and to close the file would free it
-                return False
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            if not _lock(descriptor):
-                os.close(descriptor)
-                return False
-            status = os.fstat(descriptor)
-            identity = (status.st_dev, status.st_ino)
-            if _identity(self.path) == identity:
-                _HELD.add(identity)
-                self._free = weakref.finalize(self, _give_back, descriptor, identity)
-            else:  # its last owner has removed it meanwhile
-                os.close(descriptor)
-        return True
+        with _TAKING:
+            while self._free is None:
+                # the system knows processes only; and to close the file would free it
+                if _identity(self.path) in _HELD:
+                    return False
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                if not _lock(descriptor):
+                    os.close(descriptor)
+                    return False
+                status = os.fstat(descriptor)
+                identity = (status.st_dev, status.st_ino)
+                if _identity(self.path) == identity:
+                    _HELD.add(identity)
+                    self._free = weakref.finalize(self, _give_back, descriptor, identity)
+                else:  # its last owner has removed it meanwhile
+                    os.close(descriptor)
+            return True
 
     def release(self) -> None:
         """Give the lock back and remove its file; nothing where it was not taken."""
@@ -134,6 +137,8 @@ class Lock:
 
 _HELD: set[tuple[int, int]] = set()
 """Device and number of the files that this process has locked."""
+_TAKING = threading.RLock()
+"""One thread at a time looks whether a file is held and takes it: between the two, another one would get it as well."""
 
 
 def made_once(path: Path, make: Callable[[], None]) -> None:
