@@ -36,6 +36,20 @@ each_project = nox.parametrize("name", [nox.param(name, id=name) for name in PRO
 each_package = nox.parametrize("name", [nox.param(name, id=name) for name in PACKAGES])
 
 
+def settings_of(name: str) -> dict:
+    """What a distribution says under `[tool.tenfold]`."""
+    text = (PROJECTS[name] / "pyproject.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text).get("tool", {}).get("tenfold", {})
+
+
+# A distribution whose dependencies collide with others' says `alone = true` and gets environments of its own.
+ALONE = [name for name in PACKAGES if settings_of(name).get("alone")]
+TOGETHER = [name for name in PROJECTS if name not in ALONE]
+each_environment = nox.parametrize(
+    "names", [nox.param(TOGETHER, id="together"), *(nox.param([name], id=name) for name in ALONE)]
+)
+
+
 def uv_environment() -> dict[str, str]:
     """pip's own settings of indexes, for uv, which does not read them; what is already set for uv stays."""
     listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
@@ -70,8 +84,7 @@ def test_extras(name: str) -> str:
 
 def demo_extras(name: str) -> str:
     """The extras that a distribution's demo needs: ``demo``, and with alternatives the one that is tested."""
-    settings = tomllib.loads((PROJECTS[name] / "pyproject.toml").read_text(encoding="utf-8")).get("tool", {})
-    return f"[{','.join(['demo', *settings.get('tenfold', {}).get('demo-with', [])])}]"
+    return f"[{','.join(['demo', *settings_of(name).get('demo-with', [])])}]"
 
 
 def install(session: nox.Session, *names: str, extras: str = "", group: bool = False, lowest: bool = False) -> None:
@@ -109,25 +122,28 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
-def types(session: nox.Session) -> None:
+@each_environment
+def types(session: nox.Session, names: list[str]) -> None:
     """mypy, strict, on every distribution's source."""
-    install(session, *PROJECTS, group=True)
+    install(session, *names, group=True)
     session.install(*TYPE_CHECKERS, env=UV)
-    session.run("mypy", *(str(folder / "src") for folder in PROJECTS.values()))
+    session.run("mypy", *(str(PROJECTS[name] / "src") for name in names))
 
 
 @nox.session
-def contracts(session: nox.Session) -> None:
+@each_environment
+def contracts(session: nox.Session, names: list[str]) -> None:
     """What must hold for all distributions."""
-    install(session, *PROJECTS, group=True)
+    install(session, *names, group=True)
     session.install("hatchling", env=UV)
+    session.env["TENFOLD_DISTRIBUTIONS"] = ",".join(names)
     pytest(session, "tests")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The site in `docs/_build/html`; a warning is an error. `-- --links` asks every address outside, too."""
-    install(session, *PROJECTS, group=True)
+    install(session, *TOGETHER, group=True)
     session.install(*SITE, env=UV)
     out = ROOT / "docs/_build"
     session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(out / "html"))
@@ -196,15 +212,15 @@ def build(session: nox.Session, name: str) -> None:
         )
     wheels = [str(next((out / project).glob("*.whl"))) for project in {"tenfold", name}]
     session.install(*wheels, *(f"--reinstall-package={project}" for project in PROJECTS), env=UV)
-    settings = tomllib.loads((PROJECTS[name] / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((PROJECTS[name] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     import_name = PROJECTS[name].name if name in PACKAGES else name
     session.run("python", "-c", f"import {import_name} as p; print(p.__name__, p.__version__, sorted(p.__all__))")
-    for command in settings["project"].get("scripts", {}):
+    for command in project.get("scripts", {}):
         session.run(command, "--version")
         session.run(command, "--help")
     listing = json.loads(session.run("uv", "pip", "list", "--format=json", "--quiet", silent=True, external=True))
     installed = {entry["name"] for entry in listing}
-    unwanted = installed & set(settings.get("tool", {}).get("tenfold", {}).get("keeps-out", []))
+    unwanted = installed & set(settings_of(name).get("keeps-out", []))
     if unwanted:
         session.error(f"{name} puts {', '.join(sorted(unwanted))} into the user's environment")
     session.log(f"{len(installed)} distributions in the environment; built {sorted(p.name for p in out.rglob('*-*'))}")
@@ -237,6 +253,7 @@ def fault_of_release(name: str, tag: str | None) -> str | None:
 def build_into(session: nox.Session, folder: Path, out: Path) -> Path:
     """Wheel and sdist of a folder; the wheel's path."""
     session.run("uv", "build", "--quiet", "--no-sources", "--out-dir", str(out), str(folder), external=True, env=UV)
+    (out / ".gitignore").unlink(missing_ok=True)  # uv's, nothing to release
     return next(out.glob("*.whl"))
 
 

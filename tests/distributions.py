@@ -1,9 +1,14 @@
-"""Every distribution found under shared/ and packages/; a new package is covered by being there."""
+"""Every distribution found under shared/ and packages/; a new package is covered by being there.
+
+Where their dependencies collide, the environment variable ``TENFOLD_DISTRIBUTIONS`` names those that are tested (with
+commas); the sessions of nox set it, and together they cover all.
+"""
 
 import ast
 import dataclasses
 import importlib
 import importlib.metadata
+import os
 import re
 import sys
 import tomllib
@@ -137,10 +142,12 @@ def imports_of(path: Path) -> list[Import]:
     return found
 
 
-DISTRIBUTIONS = [
+ALL = [
     Distribution(path.parent)
     for path in [ROOT / "shared/pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]
 ]
+_NAMED = [name for name in os.environ.get("TENFOLD_DISTRIBUTIONS", "").split(",") if name]
+DISTRIBUTIONS = [each for each in ALL if not _NAMED or each.name in _NAMED]
 PACKAGES = [distribution for distribution in DISTRIBUTIONS if distribution.is_package]
 
 

@@ -10,7 +10,7 @@ import textwrap
 from types import ModuleType
 
 import pytest
-from distributions import DISTRIBUTIONS, imports_of, standard_library
+from distributions import ALL, imports_of, standard_library
 
 HEAVY = {
     "torch",
@@ -142,14 +142,14 @@ def test_settings_need_no_torch(package):
 
 
 def test_no_package_imports_another_and_tenfold_imports_none(distribution):
-    others = {other.import_name for other in DISTRIBUTIONS if other.is_package and other != distribution}
+    others = {other.import_name for other in ALL if other.is_package and other != distribution}
     for path in distribution.source.rglob("*.py"):
         found = {found.module.partition(".")[0] for found in imports_of(path)}
         assert not found & others, path.name
 
 
 def test_declared_dependencies_are_those_that_are_imported(distribution):
-    provides = {**importlib.metadata.packages_distributions(), **{d.import_name: [d.name] for d in DISTRIBUTIONS}}
+    provides = {**importlib.metadata.packages_distributions(), **{d.import_name: [d.name] for d in ALL}}
     declared = distribution.requirements()
     files = [*distribution.source.rglob("*.py"), *(distribution.folder / "benchmarks").glob("*.py")]
     used = set()
