@@ -318,15 +318,14 @@ def release(session: nox.Session, name: str) -> None:
     for resolution in ("lowest-direct", "highest"):
         folder = tmp / resolution
         session.run("uv", "venv", "--quiet", "--python", session.python or sys.executable, str(folder), external=True)
-        session.env["VIRTUAL_ENV"] = str(folder)
-        session.run(
-            "uv", "pip", "install", "--no-sources", f"--resolution={resolution}", *wheels, group, external=True, env=UV
-        )
-        session.run("uv", "pip", "install", SPREADER, external=True, env=UV)
+        put = ["uv", "pip", "install", f"--python={folder / 'bin/python'}"]
+        fresh = [f"--reinstall-package={project}" for project in {"tenfold", name}]
+        resolved = ["--no-sources", f"--resolution={resolution}", *wheels, group, *fresh]
+        session.run(*put, *resolved, external=True, env=UV)
+        session.run(*put, SPREADER, external=True, env=UV)
         session.env["OMP_NUM_THREADS"] = "1"
         tests = [str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu", "-n", "auto", "--maxprocesses", "4"]
         session.run(str(folder / "bin/python"), "-m", "pytest", *tests, "--dist", "loadfile", external=True)
-    session.env["VIRTUAL_ENV"] = session.virtualenv.location
     side_by_side(session, name, wheel, tmp)
     session.log(f"{name} {version_of(name)} can be released: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
