@@ -1,12 +1,13 @@
 """The files around the code: README, changelog, license, wheels."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
-from distributions import DISTRIBUTIONS, ROOT
+from distributions import ALL, DISTRIBUTIONS, ROOT
 
 SECTIONS = ["Install", "Use in Python", "Command line", "Results", "Full scale", "Limits", "Cite"]
 
@@ -96,3 +97,13 @@ def test_no_file_names_an_index_or_a_path_of_one_machine():
             and path != ROOT / "tests/test_files.py"
         ):
             assert not address.search(path.read_text(encoding="utf-8")), name
+
+
+def test_the_tables_of_the_root_readme_are_those_of_the_kept_runs():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "docs/results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    assert set(results.headlines()) == {d.import_name for d in ALL if d.is_package}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == results.filled(readme), "run `python docs/results.py`"
+    assert all((ROOT / "docs/images" / each["picture"]).exists() for each in results.headlines().values())
