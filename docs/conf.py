@@ -1,11 +1,15 @@
 """The site: `nox -s docs`. Pages of READMEs and of the API are written here for every distribution that is found."""
 
+import dataclasses
 import importlib
 import inspect
 import re
 import shutil
 import tomllib
 from pathlib import Path
+
+from tenfold.cli import _helps
+from tenfold.config import Settings
 
 ROOT = Path(__file__).parents[1]
 AUTO = Path(__file__).parent / "auto"
@@ -74,13 +78,84 @@ def api_page(name: str, import_name: str) -> str:
     return "\n".join([*lines, "```", ""])
 
 
+def settings_page(name: str, import_name: str) -> str:
+    """Every setting with its default and its meaning, which says where a value comes from."""
+    config = importlib.import_module(f"{import_name}.config")
+    lines = [
+        f"# Settings of `{name}`",
+        "",
+        f"Every field of `{import_name}.config`, by class: its default, and what it means. Where a default is the paper's or",
+        f"the authors' code's, its text or [the table of both](../{name}.md) says so; the others are ours.",
+        "",
+    ]
+    for kind in vars(config).values():
+        if not (inspect.isclass(kind) and issubclass(kind, Settings) and kind.__module__ == config.__name__):
+            continue
+        own = {field.name: field for field in dataclasses.fields(kind)}
+        helps = dict(_helps(kind))
+        rows = []
+        for field in own.values():
+            if field.default is not dataclasses.MISSING:
+                default = repr(field.default)
+            elif field.default_factory is not dataclasses.MISSING:
+                made = field.default_factory()
+                default = type(made).__name__ if dataclasses.is_dataclass(made) else repr(made)
+            else:
+                default = "needed"
+            text = " ".join(helps.get(field.name, "").split()).replace("|", "\\|").replace("<", "&lt;")
+            rows.append(f"| `{field.name}` | `{default}` | {text} |")
+        if rows:
+            about = (kind.__doc__ or "").strip().splitlines()[0]
+            lines += [f"## {kind.__name__}", "", about, "", "| field | default | meaning |", "|---|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def papers_page() -> str:
+    """What to cite, and where each value of a method is compared with the paper's and the authors' code's."""
+    lines = [
+        "# Papers",
+        "",
+        "What to cite, and where our values stand beside the paper's and the authors' code's. Formulas, numbers and names come",
+        "from the papers; sentences and code do not.",
+        "",
+    ]
+    for name, (import_name, folder) in distributions().items():
+        if folder.parent.name != "packages":
+            continue
+        _, _, cite = (folder / "README.md").read_text(encoding="utf-8").partition("\n## Cite\n")
+        cite = cite.partition("\n## ")[0].strip()
+        links = f"[paper, authors' code, ours](../{name}.md) · [every setting]({import_name}-settings.md)"
+        lines += [f"## {name}", "", links, "", cite, ""]
+    return "\n".join(lines)
+
+
+def recipes_page() -> str:
+    """The recipes of all packages, as they are: the comment says what it is for and what to give."""
+    lines = [
+        "# Recipes",
+        "",
+        "Settings of whole runs, taken by `--config recipe:NAME`. Options on the command line win.",
+        "",
+    ]
+    for name, (import_name, folder) in distributions().items():
+        files = sorted((folder / "src" / import_name / "recipes").glob("*.yaml"))
+        lines += [f"## {name}", ""] if files else []
+        for file in files:
+            lines += [f"### {file.stem}", "", "```yaml", file.read_text(encoding="utf-8").rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
 def write_pages() -> None:
-    """A page of the README and one of the API for each distribution, below `docs/auto`."""
+    """Pages of the README, the API and the settings of each distribution, of papers and of recipes, below `docs/auto`."""
     shutil.rmtree(AUTO, ignore_errors=True)
     AUTO.mkdir()
+    pages = {"papers": papers_page(), "recipes": recipes_page()}
     for name, (import_name, folder) in distributions().items():
-        (AUTO / f"{import_name}.md").write_text(readme_page(name, folder), encoding="utf-8")
-        (AUTO / f"{import_name}-api.md").write_text(api_page(name, import_name), encoding="utf-8")
+        pages |= {import_name: readme_page(name, folder), f"{import_name}-api": api_page(name, import_name)}
+        if folder.parent.name == "packages":
+            pages[f"{import_name}-settings"] = settings_page(name, import_name)
+    for page, text in pages.items():
+        (AUTO / f"{page}.md").write_text(text, encoding="utf-8")
 
 
 def links_of_the_site(app, name, source):
