@@ -49,7 +49,24 @@ def readme_page(name: str, folder: Path) -> str:
     text = (folder / "README.md").read_text(encoding="utf-8")
     text = text.replace("](../../docs/images/", "](../images/").replace("](../../docs/", "](../")
     text = re.sub(r"\]\(\.\./(\w+)/README\.md", lambda m: f"]({m[1]}.md", text)
-    return re.sub(r"\]\((?:\.\./)*packages/(\w+)/README\.md", lambda m: f"]({m[1]}.md", text)
+    text = re.sub(r"\]\((?:\.\./)*packages/(\w+)/README\.md", lambda m: f"]({m[1]}.md", text)
+    own = [
+        f"{title} <../{file.relative_to(Path(__file__).parent).with_suffix('').as_posix()}>"
+        for title, file in pages_of(name).items()
+    ]
+    import_name = name if name == "tenfold" else folder.name
+    own += [f"settings <{import_name}-settings>"] if name != "tenfold" else []
+    tree = ["```{toctree}", ":hidden:", "", *own, f"API <{import_name}-api>", "```", ""]
+    return "\n".join([text, *tree])
+
+
+def pages_of(name: str) -> dict[str, Path]:
+    """The hand-written pages of a distribution, by their titles in the tree."""
+    folder = Path(__file__).parent
+    titles = {"tutorial": f"tutorials/{name}.md", "method and measurements": f"{name}.md"}
+    found = {title: folder / file for title, file in titles.items() if (folder / file).exists()}
+    others = {file.stem.removeprefix(f"{name}-").replace("-", " "): file for file in folder.glob(f"{name}-*.md")}
+    return found | others
 
 
 def api_page(name: str, import_name: str) -> str:
@@ -141,7 +158,9 @@ def recipes_page() -> str:
         files = sorted((folder / "src" / import_name / "recipes").glob("*.yaml"))
         lines += [f"## {name}", ""] if files else []
         for file in files:
-            lines += [f"### {file.stem}", "", "```yaml", file.read_text(encoding="utf-8").rstrip(), "```", ""]
+            about, settings = re.fullmatch(r"((?:#[^\n]*\n)*)(.*)", file.read_text(encoding="utf-8"), re.DOTALL).groups()
+            lines += [f"### {file.stem}", "", *(line.removeprefix("#").strip() for line in about.splitlines()), ""]
+            lines += ["```yaml", settings.strip(), "```", ""]
     return "\n".join(lines)
 
 
