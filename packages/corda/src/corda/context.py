@@ -42,6 +42,12 @@ class ContextStats:
         scale: weight of a sample, as in ``CordaInit.scale``; part of the moments where it is ``peft``.
         fingerprint: fingerprint of the model that was calibrated.
         traces: group -> tr C, undivided, for the groups that hold W C.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> stats = collect_context(model, [torch.randn(3, 100, 4)], targets=["0", "2"])
+        >>> sorted(stats.groups), stats.covariance("0").shape
+        (['0', '2'], torch.Size([4, 4]))
     """
 
     moments: dict[str, Tensor]

@@ -57,6 +57,10 @@ class DampedCovariance:
     Raises:
         UserError: C has no positive diagonal (no token has reached the layer, or all inputs are zero).
         NonFiniteError: C holds NaN or infinity (on its diagonal; off it, at first use).
+
+    Example:
+        >>> DampedCovariance(torch.diag(torch.tensor([1.0, 3.0])), damping=0.01).damping
+        0.02
     """
 
     def __init__(self, covariance: Tensor, damping: float) -> None:

@@ -114,6 +114,14 @@ def factorize(
     Source: Yang et al., "CorDA", NeurIPS 2024, Eq. 4 and 5 and section 3.2; p = 1/2 minimizes the error of the layer's
     outputs (SVD-LLM, COALA), p = 0 is PiSSA (IPM) and MiLoRA (KPM). The identity B A = U U^T W and the solvers on the
     inverse side are ours.
+
+    Example:
+        >>> weight, inputs = torch.randn(6, 8), torch.randn(8, 100)
+        >>> factors = factorize(weight, inputs @ inputs.T / 100, rank=2)
+        >>> factors.A.shape, factors.B.shape
+        (torch.Size([2, 8]), torch.Size([6, 2]))
+        >>> torch.allclose(factors.B @ factors.A, factors.left @ factors.left.T @ weight, atol=1e-4)
+        True
     """
     init = init or CordaInit()
     if weight.ndim != 2:

@@ -81,6 +81,17 @@ class HEADDetector(BaseDetector):  # type: ignore[misc]
         UserError: a signal or setting that this pair does not have.
 
     Source: Wang et al., ECCV 2022, and the authors' released code.
+
+    Example:
+        >>> import head_kd.ops_fallback
+        >>> from head_kd import pair, small
+        >>> from mmdet.registry import MODELS
+        >>> from mmdet.utils import register_all_modules
+        >>> from mmengine.config import Config
+        >>> register_all_modules()
+        >>> cfg = pair(Config({"model": small.retinanet()}), Config({"model": small.faster_rcnn()}), method="assist")
+        >>> sorted({name.split(".")[0] for name, _ in MODELS.build(cfg.model).named_children()})
+        ['backbone', 'bbox_head', 'data_preprocessor', 'head_kd', 'neck']
     """
 
     student: Any

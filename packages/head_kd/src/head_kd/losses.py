@@ -32,6 +32,12 @@ def mimic_loss(prediction: Tensor, target: Tensor, *, normalize: bool = False) -
 
     Shapes: both (M, D) or (N, D, H, W) -> scalar. Without rows the loss is 0 and its gradient is 0, not absent.
     Source: the plain form is that of the authors' code; the normalized one is ours.
+
+    Example:
+        >>> target = torch.tensor([[0.0], [2.0]])
+        >>> mean = torch.ones(2, 1)  # it explains nothing
+        >>> mimic_loss(mean, target), mimic_loss(mean, target, normalize=True)
+        (tensor(1.), tensor(1.))
     """
     target = target.detach()
     if prediction.numel() == 0:
@@ -49,6 +55,11 @@ def pkd_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
     Shapes: (N, D, H, W) both -> scalar. Statistics are over N, H and W.
     Source: PKD, NeurIPS 2022 (arXiv 2207.02039), Eq. 4 to 6.
+
+    Example:
+        >>> maps = torch.randn(2, 4, 8, 8)
+        >>> bool(pkd_loss(3 * maps + 1, maps) < 1e-5), bool((pkd_loss(-maps, maps) - 2).abs() < 1e-5)
+        (True, True)
     """
     target = target.detach().float()
     if target.shape[2:] != prediction.shape[2:]:
@@ -65,6 +76,10 @@ def ramp(step: int, *, warmup: int, start: int = 0, stop: int | None = None) -> 
     """Schedule w(i) = clamp((i - start) / warmup, 0, 1), and 0 from ``stop`` on.
 
     Source: the authors' code has warmup 2000 and w(0) = 0; TF-HEAD stops at the first drop of the learning rate.
+
+    Example:
+        >>> [ramp(step, warmup=4) for step in (0, 1, 4, 9)]
+        [0.0, 0.25, 1.0, 1.0]
     """
     if stop is not None and step >= stop:
         return 0.0
@@ -83,6 +98,11 @@ class PerAnchorLinear(nn.Module):
 
     Shapes: ``features`` (M, C), ``anchor`` (M,) int64 in [0, A) -> (M, D).
     Source: the authors' development code for RetinaNet students, where A = 9.
+
+    Example:
+        >>> adapter = PerAnchorLinear(num_anchors=9, in_features=4, out_features=2)
+        >>> adapter(torch.randn(5, 4), torch.tensor([0, 8, 3, 3, 1])).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, num_anchors: int, in_features: int, out_features: int) -> None:
@@ -116,6 +136,11 @@ def gap_r2(features: Tensor, targets: Tensor, *, ridge: float = 1e-2, held_out: 
 
     Shapes: (M, C) and (M, D); fp64 inside. Fewer than four rows give nan.
     Source: ours.
+
+    Example:
+        >>> x = torch.randn(200, 3)
+        >>> gap_r2(x, x @ torch.randn(3, 5), ridge=0.0) > 0.999
+        True
     """
     rows = len(features)
     cut = rows - int(rows * held_out)

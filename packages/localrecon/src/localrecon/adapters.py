@@ -25,6 +25,11 @@ class ListAdapter(nn.Module):
 
     Args:
         steps: each takes what the one before returned. The last one with parameters is the classifier.
+
+    Example:
+        >>> model = ListAdapter([nn.Linear(8, 4), torch.relu, nn.Linear(4, 3)])
+        >>> model(torch.randn(2, 8)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, steps: Sequence[Callable[[Any], Tensor]]) -> None:

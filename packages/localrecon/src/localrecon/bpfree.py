@@ -177,6 +177,10 @@ class BPFreeLinear(_Layer):
         feedback: what carries the head's error back. transpose, fa (feedback alignment: fixed random) or sign.
         head: trainable, fixed (random) or etf (simplex equiangular tight frame, fixed).
         loss: ce or squared (half the squared error of the one-hot label).
+
+    Example:
+        >>> BPFreeLinear(16, 8, classes=10)(torch.randn(2, 16)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -218,6 +222,11 @@ class BPFreeConv2d(_Layer):
         feedback: what carries the head's error back. transpose, fa (feedback alignment: fixed random) or sign.
         head: trainable, fixed (random) or etf (simplex equiangular tight frame, fixed).
         loss: ce or squared (half the squared error of the one-hot label).
+
+    Example:
+        >>> layer = BPFreeConv2d(3, 8, kernel=3, stride=2, classes=10)
+        >>> layer(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -256,6 +265,11 @@ class BPFreeNet(nn.Module):
         layers: ``BPFreeConv2d`` and then ``BPFreeLinear``; maps are averaged over positions before the first linear one.
 
     Shapes: (B, ...) -> logits (B, C).
+
+    Example:
+        >>> net = BPFreeNet([BPFreeConv2d(3, 8, kernel=3, stride=1, classes=10), BPFreeLinear(8, 6, classes=10)])
+        >>> net(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, layers: Sequence[BPFreeLinear | BPFreeConv2d]) -> None:

@@ -105,6 +105,15 @@ class EarlyExit(nn.Module):
 
     Shapes: inputs (B, ...) -> logits (B, C) and the number of the exit (from 0 on) that each sample took (B,). Samples that
     have left are not computed further.
+
+    Example:
+        >>> from localrecon import LocalNet, plan_split
+        >>> x = torch.randn(4, 8)
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> net = LocalNet(model, plan_split(model, x, k=2))
+        >>> logits, exits = EarlyExit(net, threshold=1e-3)(x)  # so low that all leave at the first head
+        >>> logits.shape, exits.tolist()
+        (torch.Size([4, 3]), [0, 0, 0, 0])
     """
 
     def __init__(self, net: LocalNet, threshold: float) -> None:

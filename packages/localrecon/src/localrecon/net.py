@@ -41,6 +41,14 @@ class LocalNet(nn.Module):
     Raises:
         PlanMismatchError: the plan is for another model.
         UserError: a head does not fit, there are not K - 1 of them, or plan and loss do not go together.
+
+    Example:
+        >>> from localrecon import plan_split
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> x = torch.randn(4, 8)
+        >>> net = LocalNet(model, plan_split(model, x, k=2))
+        >>> torch.equal(net(x), model(x)), len(net.segments), len(net.heads)
+        (True, 2, 1)
     """
 
     def __init__(

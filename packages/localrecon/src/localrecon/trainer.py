@@ -148,6 +148,16 @@ class LocalTrainer:
 
     Raises:
         UserError: the factory's optimizers do not hold exactly one module's parameters each.
+
+    Example:
+        >>> from localrecon import LocalNet, plan_split
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> x = torch.randn(4, 8)
+        >>> trainer = LocalTrainer(LocalNet(model, plan_split(model, x, k=2)))
+        >>> report = trainer.step(x, torch.tensor([0, 1, 2, 0]))
+        >>> len(report.modules)
+        2
     """
 
     def __init__(

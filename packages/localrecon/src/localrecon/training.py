@@ -41,6 +41,15 @@ class LocalReconModule(pl.LightningModule):
         options: seed, accumulation, clipping, number format and the like; default ``StepOptions()``. The length of the
             training is what the trainer expects, where it is not given; where that is not known either, ramps are refused.
         batch_transform: applied to (inputs, labels) of a training batch, such as mixup.
+
+    Example:
+        >>> from localrecon import LocalNet, plan_split
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> x = torch.randn(4, 8)
+        >>> module = LocalReconModule(LocalNet(model, plan_split(model, x, k=2)))
+        >>> module(x).shape
+        torch.Size([4, 3])
     """
 
     def __init__(

@@ -40,6 +40,10 @@ class ResNet12(nn.Module):
         in_chans: channels of the images.
 
     Source: Mamba-FSCIL's and NC-FSCIL's code: no DropBlock, Kaiming-normal weights by fan-out.
+
+    Example:
+        >>> ResNet12(widths=(4, 8, 8, 8))(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 8, 2, 2])
     """
 
     def __init__(self, widths: Sequence[int] = (64, 160, 320, 640), in_chans: int = 3) -> None:
@@ -129,6 +133,11 @@ class MapBackbone(nn.Module):
 
     Raises:
         UserError: no map is found in the model.
+
+    Example:
+        >>> backbone = MapBackbone(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.randn(2, 3, 8, 8))
+        >>> backbone.channels, backbone.size
+        (8, (4, 4))
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:

@@ -15,6 +15,10 @@ class NearestClassMean:
         prototypes: (K, c), of any length.
 
     Source: Mensink et al., Distance-based image classification, TPAMI 2013; with cosines as in CEC, CVPR 2021.
+
+    Example:
+        >>> NearestClassMean(torch.eye(3))(torch.tensor([[0.0, 2.0, 0.0]])).argmax(1)
+        tensor([1])
     """
 
     prototypes: Tensor

@@ -148,6 +148,10 @@ class MambaBlock(nn.Module):
         ValueError: from ``forward``, for tokens of another shape.
 
     Source: Mamba, arXiv 2312.00752, section 3.4; the paths of Mamba-FSCIL, arXiv 2407.06136, share all weights.
+
+    Example:
+        >>> MambaBlock(8, states=4)(torch.randn(2, 7, 8)).shape
+        torch.Size([2, 7, 8])
     """
 
     def __init__(
@@ -231,6 +235,10 @@ class SS2D(nn.Module):
         out_proj: whether a last projection maps D back to d. The method has none; VMamba's blocks have.
 
     Source: VMamba, arXiv 2401.10166, section 4.3; used by Mamba-FSCIL, arXiv 2407.06136, on CUB-200.
+
+    Example:
+        >>> SS2D(8, states=4)(torch.randn(2, 4, 3, 8)).shape
+        torch.Size([2, 4, 3, 8])
     """
 
     def __init__(

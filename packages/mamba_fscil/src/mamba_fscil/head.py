@@ -44,6 +44,12 @@ class ETFHead(nn.Module):
         UserError: more classes than dimensions.
 
     Source: NC-FSCIL, arXiv 2302.03004, section 4.1.
+
+    Example:
+        >>> head = ETFHead(dim=8, capacity=5)
+        >>> cosines = head.W.T @ head.W  # 1 with itself, -1 / (K - 1) with all others
+        >>> bool((cosines - (1.25 * torch.eye(5) - 0.25)).abs().max() < 1e-5)
+        True
     """
 
     W: Tensor
@@ -86,6 +92,10 @@ def dot_regression_loss(
 
     Source: NC-FSCIL, arXiv 2302.03004, Eq. 5. The authors' code writes the balanced form by class-wise lengths of targets,
     which is the same.
+
+    Example:
+        >>> dot_regression_loss(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 2]))
+        tensor(0.)
     """
     cosine = (F.normalize(embeddings, dim=1) * W.t()[labels]).sum(dim=1)
     each = (cosine - 1).square()

@@ -67,6 +67,12 @@ class ClassSensitiveLoss(nn.Module):
         ValueError: from ``forward``, for rows that the groups do not divide.
 
     Source: Mamba-FSCIL, arXiv 2407.06136, and its code, which computes the terms per GPU and unsquared.
+
+    Example:
+        >>> gate, params = torch.ones(4, 9, 8), (torch.eye(4), torch.eye(4), torch.eye(4))
+        >>> terms = ClassSensitiveLoss(suppression_base=1.0, separation=0.1)(gate, params, torch.tensor([0, 1, 2, 3]), 2)
+        >>> round(float(terms.total), 4)  # gates of size 1 on base rows; base and novel means are orthogonal
+        1.0
     """
 
     def __init__(

@@ -239,6 +239,10 @@ class SSMProjector(Projector):
         residual: whether the identity is a matrix.
 
     Source: the single-branch ablation of Mamba-FSCIL, arXiv 2407.06136.
+
+    Example:
+        >>> SSMProjector(8, (3, 3))(torch.randn(2, 8, 3, 3)).mu.shape[0]
+        2
     """
 
 
@@ -252,6 +256,14 @@ class DualSSMProjector(Projector):
         residual: whether the identity is a matrix.
 
     Source: Mamba-FSCIL, arXiv 2407.06136, framework figure.
+
+    Example:
+        >>> projector = DualSSMProjector(8, (3, 3))
+        >>> maps = torch.randn(2, 8, 3, 3)
+        >>> before = projector(maps).mu
+        >>> projector.add_incremental_branch()  # its gate is closed
+        >>> torch.equal(projector(maps).mu, before)
+        True
     """
 
 
@@ -265,6 +277,10 @@ class MLPProjector(Projector):
         residual: whether the identity is a matrix.
 
     Source: NC-FSCIL, arXiv 2302.03004.
+
+    Example:
+        >>> MLPProjector(8, (3, 3))(torch.randn(2, 8, 3, 3)).mu.shape[0]
+        2
     """
 
     def __init__(

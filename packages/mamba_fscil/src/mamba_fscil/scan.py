@@ -88,6 +88,11 @@ def selective_scan(
         MissingExtraError: ``mamba_ssm`` is asked for and not installed.
 
     Source: Mamba, arXiv 2312.00752, Algorithm 2; B by Euler's rule and A exactly, as in its code. Blocks and chunks are ours.
+
+    Example:
+        >>> u, B = torch.randn(2, 3, 7), torch.randn(2, 4, 7)
+        >>> selective_scan(u, torch.rand_like(u), -torch.rand(3, 4), B, B).shape
+        torch.Size([2, 3, 7])
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting()

@@ -51,6 +51,10 @@ def category_contrast(
 
     Raises:
         ValueError: a temperature or the chunk is not positive, or a row has no positive.
+
+    Example:
+        >>> category_contrast(torch.zeros(4, 3), torch.tensor([0, 0, 1, 1]), tau=1.0, tau0=1.0)  # log 3: all are as near
+        tensor([1.0986, 1.0986, 1.0986, 1.0986])
     """
     if not tau > 0 or not tau0 > 0:
         raise ValueError(f"tau and tau0 must be above 0, got {tau} and {tau0}")

@@ -35,6 +35,15 @@ class Distiller(nn.Module):
     Raises:
         ValueError: student and teacher have different classes; the message names both.
         ClassifierNotFound: a last linear layer is not found.
+
+    Example:
+        >>> from torch.nn import Flatten, Linear, Sequential
+        >>> student, teacher = (Sequential(Flatten(), Linear(12, d), Linear(d, 3)) for d in (4, 9))
+        >>> images, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 0, 1, 1, 2, 2])
+        >>> distiller = Distiller(student, teacher, "kd", example=images)
+        >>> loss = distiller(images, labels, epoch=1, epochs=240)
+        >>> sorted(loss.terms)
+        ['ce', 'kd']
     """
 
     def __init__(

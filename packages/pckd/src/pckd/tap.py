@@ -47,6 +47,12 @@ class ClassifierTap(nn.Module):
     Raises:
         ClassifierNotFound: no layer gives the logits, or the named one does not; the message lists the candidates.
         UserError: the model has no module ``hint``, or neither ``path`` nor ``example`` is given.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> out = ClassifierTap(model, example=torch.randn(2, 3, 2, 2))(torch.randn(4, 3, 2, 2))
+        >>> out.logits.shape, out.feature.shape, out.weight.shape
+        (torch.Size([4, 3]), torch.Size([4, 5]), torch.Size([3, 5]))
     """
 
     def __init__(

@@ -29,6 +29,14 @@ class PCKDTask(TrainingTask):
         device: device of the task; default: the CPU.
         dtype: dtype of the task.
         verbose: as in timm's tasks.
+
+    Example:
+        >>> images, labels = torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 2, 0])
+        >>> student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+        >>> task = PCKDTask(Distiller(student, None, "ce", example=images), epochs=10, verbose=False)
+        >>> task.set_epoch(0)
+        >>> task(images, labels)["output"].shape
+        torch.Size([4, 3])
     """
 
     def __init__(

@@ -51,6 +51,15 @@ class PCKDLightning(pl.LightningModule):
         cache: outputs of the teacher that take its place.
         mixing: settings of mixup and cutmix.
         head_epochs: epochs at the beginning in which classifier and heads of the loss are trained alone.
+
+    Example:
+        >>> images = torch.randn(2, 3, 4, 4)
+        >>> student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+        >>> distiller = Distiller(student, None, "ce", example=images)
+        >>> statistics = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+        >>> module = PCKDLightning(distiller, Optimizer(), epochs=10, views=Views(number=1), statistics=statistics)
+        >>> module.distiller is distiller
+        True
     """
 
     def __init__(

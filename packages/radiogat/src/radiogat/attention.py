@@ -39,6 +39,13 @@ class GraphAttention(nn.Module):
     Shapes: ``x`` (N, in_channels), an ``Adjacency`` of N nodes -> (N, out_channels).
     Source: the authors' code; it equals ``GATConv(heads=1, negative_slope=0.01, add_self_loops=False)`` with att_dst = a_1
     and att_src = a_2.
+
+    Example:
+        >>> from radiogat import build_graph, radio_depth
+        >>> building = [[0] * 5] * 4
+        >>> edges = build_graph(building, radio_depth(building, [(0, 0)])).adjacency(1750.0)
+        >>> GraphAttention(6, 8)(torch.randn(20, 6), edges).shape
+        torch.Size([20, 8])
     """
 
     def __init__(self, in_channels: int, out_channels: int, slope: float = 0.01, backend: Backend = "csr") -> None:

@@ -40,6 +40,10 @@ def radio_depth(building: ArrayLike, transmitters: ArrayLike, method: DepthMetho
 
     Source: X. Li et al., IEEE Trans. Wireless Communications 23(11), 2024, section IV, as the authors' code has it (``scan``);
     the line traversal is ours.
+
+    Example:
+        >>> radio_depth([[0, 1, 0]], [(0, 0)])  # the last cell is seen through one built-up cell
+        array([[[1. , 0. , 0.5]]])
     """
     mask = np.asarray(building)
     if mask.ndim != 2:

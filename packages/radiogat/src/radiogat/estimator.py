@@ -84,6 +84,14 @@ class RadioMapEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     Raises:
         UserError: on ``fit``: too few measurements, planes that disagree, a model without its scene.
+
+    Example:
+        >>> from radiogat import CityConfig, city
+        >>> truth = city(CityConfig(size=40, freq_mhz=(1750.0,)))
+        >>> samples = truth.samples(truth.draw(rate=0.2, seed=0))
+        >>> power = RadioMapEstimator("idw").fit(samples).predict(samples.xy[:3], 1750.0)
+        >>> power.shape
+        (3,)
     """
 
     def __init__(

@@ -19,6 +19,15 @@ class RadioGATModule(pl.LightningModule):
 
     Args:
         task: what to train.
+
+    Example:
+        >>> from radiogat import CityConfig, RadioGATxConfig, city
+        >>> from radiogat.tasks import NeighborTask
+        >>> truth = city(CityConfig(size=40, freq_mhz=(1750.0,)))
+        >>> samples = truth.samples(truth.draw(rate=0.2, seed=0))
+        >>> module = RadioGATModule(NeighborTask(samples, truth.scene, RadioGATxConfig(steps=5)))
+        >>> module.training_step(torch.tensor([0]), 0).shape
+        torch.Size([])
     """
 
     def __init__(self, task: Task) -> None:

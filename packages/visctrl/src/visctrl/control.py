@@ -80,6 +80,11 @@ class SelfAttentionController:
 
     Source: Li et al., Tuning-Free Visual Customization via View Iterative Self-Attention Control, arXiv 2406.06258; union
     and bias are a choice of this package.
+
+    Example:
+        >>> controller = SelfAttentionController("10:15", mode="union", bias=2.0)
+        >>> controller.mode  # until ``recording`` or ``injecting``
+        'off'
     """
 
     def __init__(

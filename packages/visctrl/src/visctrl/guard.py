@@ -22,6 +22,10 @@ class DriftGuard:
         max_clipped: growth of the share of clipped values (|x| > 1 before they are clipped), against the target's own.
         max_layout: growth of the distance to the target's layout, whatever the colors (``metrics.structure``), against the
             first round's result: what a first edit changes is meant, what further rounds add is drift.
+
+    Example:
+        >>> DriftGuard(max_residual=0.1, max_clipped=0.05).max_layout
+        inf
     """
 
     max_residual: float

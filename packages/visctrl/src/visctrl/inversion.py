@@ -122,6 +122,12 @@ def invert(predict: Predict, z: Tensor, stepper: Stepper, *, refine: int = 3, un
 
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion, ICCV 2023; damping and
     falling back are a choice of this package.
+
+    Example:
+        >>> stepper = DDIMStepper([0.9, 0.6, 0.3], [300.0, 600.0])
+        >>> trajectory = invert(lambda z, level, last: torch.zeros_like(z), torch.ones(1, 4, 8, 8), stepper)
+        >>> len(trajectory.latents), trajectory.latents[0].shape
+        (3, torch.Size([1, 4, 8, 8]))
     """
     if refine < 1:
         raise ValueError(f"refine must be 1 or more, got {refine}")

@@ -79,6 +79,12 @@ def crop_subject(picture: Picture, mask: Mask, size: int, *, margin: float = 0.0
     Raises:
         ShapeMismatchError: a mask of another size than the picture.
         ValueError: an empty mask, or a margin that leaves no room.
+
+    Example:
+        >>> picture, mask = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30))
+        >>> mask[5:10, 8:20] = 1
+        >>> crop_subject(picture, mask, 32).picture.shape
+        (32, 32, 3)
     """
     check_mask(mask, picture)
     if not 0 <= margin < 0.5:

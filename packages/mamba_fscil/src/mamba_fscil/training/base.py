@@ -44,6 +44,15 @@ class BaseSessionModule(pl.LightningModule):
         beside: a projector that is trained on the same maps, detached, so that it has no part in the backbone.
 
     Source: NC-FSCIL, arXiv 2302.03004, section 4; mixing as in Mamba-FSCIL's code.
+
+    Example:
+        >>> from mamba_fscil import DualSSMProjector, ETFHead
+        >>> from mamba_fscil.config import BaseConfig
+        >>> maps = torch.randn(12, 8, 3, 3)
+        >>> projector, head = DualSSMProjector(8, (3, 3)), ETFHead(8, 4)
+        >>> module = BaseSessionModule(None, projector, head, BaseConfig(), steps=3, statistics=((), ()), resident=maps)
+        >>> module.head is head
+        True
     """
 
     def __init__(

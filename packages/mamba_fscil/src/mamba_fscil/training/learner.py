@@ -56,6 +56,15 @@ class IncrementalLearner:
         mechanism: how the branch told base rows from novel ones in the last session.
 
     Source: Mamba-FSCIL, arXiv 2407.06136; NC-FSCIL, arXiv 2302.03004; TEEN, arXiv 2312.05229.
+
+    Example:
+        >>> images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+        >>> learner = IncrementalLearner("ncm")
+        >>> names, labels = ["cat", "dog", "fox"], torch.arange(12) % 3
+        >>> _ = learner.fit_base(images, labels, names, backbone="fscil:conv", epochs=1, capacity=9)
+        >>> _ = learner.learn_session(images[:5], ["lynx"] * 5)
+        >>> learner.classes
+        ['cat', 'dog', 'fox', 'lynx']
     """
 
     def __init__(self, method: Method = "mamba-fscil", session: SessionConfig | None = None, seed: int = 0) -> None:
