@@ -134,6 +134,14 @@ class SelectiveAlignment(nn.Module):
     Source: the abstract of "Cross-Modality Domain Adaptation for Freespace Detection", ACM MM 2022, which aligns the
     "consistent foreground area"; ``cross`` is ours: the consensus of ``class`` leaves out just the pixels that one modality
     gets wrong.
+
+    Example:
+        >>> align = SelectiveAlignment({"rgb": 8, "normal": 8}, min_pixels=1, hidden=8)
+        >>> maps = {"rgb": torch.randn(2, 8, 4, 5), "normal": torch.randn(2, 8, 4, 5)}
+        >>> mask = torch.ones(2, 1, 4, 5)
+        >>> losses = align(maps, maps, mask, {"rgb": mask, "normal": mask})
+        >>> losses.adversarial.shape, losses.discriminator.shape
+        (torch.Size([]), torch.Size([]))
     """
 
     def __init__(

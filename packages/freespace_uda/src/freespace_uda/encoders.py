@@ -109,6 +109,10 @@ class Encoder(nn.Module):
 
     Raises:
         UserError: an unknown name, or an encoder that has no maps at a stride of 4 or 8, or cannot take this size.
+
+    Example:
+        >>> [tuple(each.shape[-2:]) for each in Encoder("freespace:tiny")(torch.rand(1, 3, 64, 128))]
+        [(16, 32), (8, 16), (4, 8)]
     """
 
     mean: Tensor

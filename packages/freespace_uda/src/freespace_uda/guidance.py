@@ -134,6 +134,12 @@ class CrossGuidance(nn.Module):
     Shapes: rgb (B, C_r, H, W), normal (B, C_n, H, W), valid (B, 1, H, W) of 0 and 1 at the same size -> ``Guided``.
     Source: "Cross-Modality Domain Adaptation for Freespace Detection", ACM MM 2022 names collaborative cross guidance; its
     equations were not available to us, and this form is our choice.
+
+    Example:
+        >>> guide = CrossGuidance((8, 8))  # the identity when new
+        >>> rgb, normal = torch.randn(2, 8, 4, 5), torch.randn(2, 8, 4, 5)
+        >>> torch.equal(guide(rgb, normal, torch.ones(2, 1, 4, 5)).rgb, rgb)
+        True
     """
 
     def __init__(self, channels: tuple[int, int], tokens: int = 2, mode: GuidanceMode = "tokens") -> None:

@@ -64,6 +64,12 @@ class FreespaceNet(nn.Module):
 
     Source: the abstract of "Cross-Modality Domain Adaptation for Freespace Detection", ACM MM 2022; backbone and decoder are
     our choice.
+
+    Example:
+        >>> net = FreespaceNet("freespace:tiny", width=8).eval()
+        >>> road = net.probability(torch.rand(1, 3, 64, 128), None, None)  # depth is missing
+        >>> road.shape
+        torch.Size([1, 1, 64, 128])
     """
 
     def __init__(

@@ -226,6 +226,12 @@ class SurfaceNormals(nn.Module):
         max_depth: what is this far or farther is a hole.
 
     Shapes: depth (B, 1, H, W), intrinsics (3, 3) or (B, 3, 3) -> normals (B, 3, H, W), validity (B, 1, H, W).
+
+    Example:
+        >>> K = torch.tensor([[20.0, 0.0, 8.0], [0.0, 20.0, 6.0], [0.0, 0.0, 1.0]])
+        >>> normals, valid = SurfaceNormals(orient="camera")(torch.full((1, 1, 12, 16), 5.0), K)  # a wall in front
+        >>> [round(abs(float(x)), 3) for x in normals[0, :, 6, 8]]
+        [0.0, 0.0, 1.0]
     """
 
     def __init__(

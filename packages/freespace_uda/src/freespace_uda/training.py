@@ -45,6 +45,13 @@ class AdaptTask(pl.LightningModule):
         prior: share of road in the source's labels.
         watched: batches of unlabeled target pictures, (rgb, normals, valid), that the choice looks at.
         watch: called with the averaged network at each candidate.
+
+    Example:
+        >>> from freespace_uda.config import RunSettings
+        >>> net = FreespaceNet("freespace:tiny", width=8)
+        >>> task = AdaptTask(net, RunSettings(data="roads-flat"), "source-only", steps=10, prior=0.3, watched=[])
+        >>> task.net is net
+        True
     """
 
     updates: Tensor

@@ -146,6 +146,12 @@ class ForegroundModel:
         images: images of the fit.
 
     Source: GenView, ECCV 2024, section 3 and the authors' code; quantile 0.6 as in their README (40 % foreground).
+
+    Example:
+        >>> batches = [torch.randn(16, 49, 8) for _ in range(4)]
+        >>> model = ForegroundModel.fit(lambda: batches, encoder="mine", sign="+1")
+        >>> model.ratio(batches[0]).shape
+        torch.Size([16])
     """
 
     direction: Tensor

@@ -38,6 +38,10 @@ class AdaptivePolicy:
         ValueError: edges that do not increase or lie outside of (0, 1), a wrong number of levels, a level outside of 0..999.
 
     Source: GenView, ECCV 2024; bins of the authors' current code. Their table's sixth level, 500, no ratio can reach.
+
+    Example:
+        >>> [AdaptivePolicy()(p) for p in (0.1, 0.5, 0.9)]
+        [0, 200, 400]
     """
 
     edges: Sequence[float] = (0.2, 0.4, 0.6, 0.8)

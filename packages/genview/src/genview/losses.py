@@ -82,6 +82,11 @@ class QDNTXentLoss(nn.Module):
         ValueError: a temperature of 0 or less; views or weights that do not fit.
 
     Source: SimCLR, arXiv 2002.05709, Eq. 1; weights: GenView, ECCV 2024.
+
+    Example:
+        >>> out0, out1 = torch.randn(4, 8), torch.randn(4, 8)
+        >>> torch.equal(QDNTXentLoss()(out0, out1), QDNTXentLoss()(out0, out1, torch.ones(4)))
+        True
     """
 
     def __init__(self, temperature: float = 0.2, *, gather: bool = True, chunk: int = CHUNK) -> None:
@@ -129,6 +134,12 @@ class QDMoCoLoss(nn.Module):
         ValueError: a temperature of 0 or less, an empty queue; queries, keys or weights that do not fit.
 
     Source: MoCo v2, arXiv 2003.04297; weights: GenView, ECCV 2024.
+
+    Example:
+        >>> loss = QDMoCoLoss(dim=8, size=16)
+        >>> queries, keys = torch.nn.functional.normalize(torch.randn(2, 4, 8), dim=-1)
+        >>> loss(queries, keys, torch.tensor([1.5, 0.5, 1.0, 1.0])).shape
+        torch.Size([])
     """
 
     queue: Tensor
@@ -190,6 +201,11 @@ class QDMoCoV3Loss(nn.Module):
         ValueError: a temperature of 0 or less; queries, keys or weights that do not fit.
 
     Source: MoCo v3, arXiv 2104.02057, Algorithm 1; weights: GenView, ECCV 2024.
+
+    Example:
+        >>> q1, k2 = torch.randn(4, 8), torch.randn(4, 8)
+        >>> torch.equal(QDMoCoV3Loss()(q1, k2), QDMoCoV3Loss()(q1, k2, torch.ones(4)))
+        True
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -227,6 +243,11 @@ class QDNegativeCosine(nn.Module):
         ValueError: predictions, targets or weights that do not fit.
 
     Source: SimSiam, arXiv 2011.10566, Eq. 1; BYOL, arXiv 2006.07733, Eq. 2; weights: GenView, ECCV 2024.
+
+    Example:
+        >>> p = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> QDNegativeCosine()(p, p, torch.tensor([1.5, 0.5]))
+        tensor(-1.)
     """
 
     def __init__(self, *, byol: bool = False) -> None:
@@ -291,6 +312,11 @@ class QDSwAVLoss(nn.Module):
         ValueError: a temperature of 0 or less; fewer than two crops; weights that do not fit.
 
     Source: SwAV, arXiv 2006.09882, Eq. 1 and 2.
+
+    Example:
+        >>> scores = [torch.randn(4, 6), torch.randn(4, 6)]
+        >>> QDSwAVLoss()(scores, weight=torch.ones(4)).shape
+        torch.Size([])
     """
 
     def __init__(self, temperature: float = 0.1, epsilon: float = 0.05, iterations: int = 3) -> None:
@@ -349,6 +375,10 @@ class QDMultiPositiveLoss(nn.Module):
         ValueError: a temperature of 0 or less; shapes that do not fit; an item with one view.
 
     Source: StableRep, arXiv 2306.00984, Eq. 3; weights: GenView++, arXiv 2509.23770.
+
+    Example:
+        >>> QDMultiPositiveLoss()(torch.randn(6, 8), torch.tensor([0, 0, 0, 1, 1, 1])).shape
+        torch.Size([])
     """
 
     def __init__(self, temperature: float = 0.1, *, gather: bool = True) -> None:
@@ -418,6 +448,11 @@ def image_text_qd_loss(
         ValueError: images, texts or weights that do not fit.
 
     Source: CLIP, arXiv 2103.00020, figure 3; weights: GenView++, arXiv 2509.23770.
+
+    Example:
+        >>> images, texts = torch.nn.functional.normalize(torch.randn(2, 4, 8), dim=-1)
+        >>> image_text_qd_loss(images, texts, 10.0, torch.ones(4)).shape
+        torch.Size([])
     """
     _check_pairs(images, texts)
     weight = check_weight(weight, len(images), device=images.device)

@@ -96,6 +96,11 @@ def knn_accuracy(
     """Share of queries in percent whose class is among the ``top`` most voted ones, by ``top``.
 
     Shapes: (Q, D), (Q,), (M, D), (M,).
+
+    Example:
+        >>> points, labels = torch.eye(3), torch.tensor([0, 1, 2])
+        >>> knn_accuracy(points, labels, points, labels, k=1, top=(1,))
+        {1: 100.0}
     """
     classes = int(max(bank_labels.max(), query_labels.max())) + 1
     votes = knn_votes(queries, bank, bank_labels, classes, k=k, temperature=temperature, chunk=chunk)

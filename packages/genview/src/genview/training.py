@@ -58,6 +58,15 @@ class GenViewModule(pl.LightningModule):
         maps: kept maps of the pictures and of their views, for cached (N, K, G, G) each.
         statistics: mean and deviation of the pixels that the backbone gets.
         seed: seed of the views.
+
+    Example:
+        >>> from genview.config import Heads
+        >>> from genview.networks import SelfSupervised, build_backbone, width_of
+        >>> backbone = build_backbone("conv:8")
+        >>> network = SelfSupervised(backbone, "simclr", Heads(hidden=16, out=8), features=width_of(backbone, 32))
+        >>> module = GenViewModule(network, size=32)
+        >>> sorted(module.network.state_dict())[0].split(".")[0]
+        'backbone'
     """
 
     def __init__(

@@ -33,6 +33,10 @@ def pair_weights(quality: Tensor, gamma: float = 1.0, scope: Scope = "global", m
         ValueError: qualities that are not a vector, NaN, or a mask of another shape.
 
     Source: GenView, ECCV 2024, quality-driven contrastive loss.
+
+    Example:
+        >>> pair_weights(torch.zeros(3)), pair_weights(torch.tensor([0.0, 1.0])).mean()
+        (tensor([1., 1., 1.]), tensor(1.))
     """
     if quality.ndim != 1 or (mask is not None and mask.shape != quality.shape):
         shapes = f"{tuple(quality.shape)}" + ("" if mask is None else f" and mask {tuple(mask.shape)}")

@@ -123,6 +123,13 @@ class MultiSpatialTransformer(nn.Module):
         head: dense, or places; places does without the per-pixel normalization.
 
     Source: the two levels, the pose at the start and the visibility are choices of ours; the head is the predecessor's.
+
+    Example:
+        >>> parts = preset("eeprnet", 8)
+        >>> aligner = MultiSpatialTransformer(parts, "hand:loc", levels=1, loc_size=64).eval()
+        >>> found = aligner(torch.rand(2, 3, 96, 96))
+        >>> found.points.shape, found.visibility.shape
+        (torch.Size([2, 9, 2]), torch.Size([2, 1]))
     """
 
     pose: Tensor

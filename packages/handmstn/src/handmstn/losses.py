@@ -24,6 +24,10 @@ class SoftmaxHead(nn.Module):
         smoothing: share of the target that is spread over all classes.
 
     Shapes: embeddings (B, D), labels (B,) -> scalar.
+
+    Example:
+        >>> SoftmaxHead(num_classes=3, dim=8)(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).shape
+        torch.Size([])
     """
 
     def __init__(self, num_classes: int, dim: int, smoothing: float = 0.1) -> None:
@@ -63,6 +67,10 @@ class ArcMarginHead(nn.Module):
         margin: m in radians; 0 is the scaled cosine softmax.
 
     Shapes: embeddings (B, D), labels (B,) -> scalar.
+
+    Example:
+        >>> ArcMarginHead(num_classes=3, dim=8)(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).shape
+        torch.Size([])
     """
 
     def __init__(self, num_classes: int, dim: int, scale: float = 30.0, margin: float = 0.5) -> None:
@@ -91,6 +99,11 @@ class BatchHardTriplet(nn.Module):
         ValueError: a batch with one class only.
 
     Source: Hermans et al., arXiv 1703.07737, Eq. 5.
+
+    Example:
+        >>> embeddings = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
+        >>> BatchHardTriplet(margin=0.3)(embeddings, torch.tensor([0, 0, 1, 1]))  # far enough apart
+        tensor(0.)
     """
 
     def __init__(self, margin: float = 0.3) -> None:
@@ -134,6 +147,10 @@ class CenterLoss(nn.Module):
 
     Shapes: embeddings (B, D), labels (B,) -> scalar.
     Source: Wen et al., ECCV 2016, Eq. 2 to 4.
+
+    Example:
+        >>> CenterLoss(num_classes=2, dim=2)(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))  # the centers begin at 0: 25 / 2
+        tensor(12.5000)
     """
 
     centers: Tensor
@@ -195,6 +212,12 @@ class IdentityLoss(nn.Module):
         center_rate: a of the centers.
 
     Source: "multiple loss functions" is the paper's abstract; which ones, and their weights, are choices of ours.
+
+    Example:
+        >>> losses = IdentityLoss({"identity": 1.0, "triplet": 1.0, "part": 0.0, "center": 0.0}, 2, part_dim=4, num_parts=3)
+        >>> found = losses(torch.randn(4, 12), torch.randn(4, 3, 4), torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))
+        >>> sorted(found)
+        ['identity', 'triplet']
     """
 
     def __init__(

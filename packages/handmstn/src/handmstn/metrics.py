@@ -219,6 +219,12 @@ class Verification:
         low: lowest score that is told apart; lower ones fall into the first bin.
         high: highest one.
         bins: number of bins; rates are exact for thresholds at their edges, so the EER is exact to the scores of one bin.
+
+    Example:
+        >>> pairs = Verification()
+        >>> pairs.update(np.array([0.9, 0.8, 0.1, 0.2]), np.array([True, True, False, False]))
+        >>> float(pairs.compute().eer)
+        0.0
     """
 
     def __init__(self, low: float = -1.0, high: float = 1.0, bins: int = BINS) -> None:

@@ -157,6 +157,12 @@ class OneVsAllPLS:
         intercept_: (C,).
 
     Source: "Palmprint Recognition in Uncontrolled and Uncooperative Environment", TIFS 2020, matching by released code.
+
+    Example:
+        >>> rows = np.random.default_rng(0).standard_normal((12, 5))
+        >>> pls = OneVsAllPLS(k=2).fit(rows, [0, 1, 2] * 4)
+        >>> pls.coef_.shape
+        (3, 5)
     """
 
     def __init__(self, k: int = 50) -> None:

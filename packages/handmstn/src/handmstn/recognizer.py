@@ -57,6 +57,14 @@ class HandMSTN(nn.Module):
         places: 0 takes the mean of a network's map; N keeps what lies where in a map of N or more places a side.
 
     Source: fusion, matching and the networks are choices of ours; the paper's abstract says "pretrained CNNs".
+
+    Example:
+        >>> parts = preset("hand6", palm_size=32, finger_size=(32, 16))
+        >>> aligner = MultiSpatialTransformer(parts, "hand:loc", levels=1, loc_size=64)
+        >>> model = HandMSTN(parts, palm="hand:cnn4", finger="hand:cnn4", dim=8, aligner=aligner).eval()
+        >>> found = model(torch.rand(2, 3, 96, 96))
+        >>> found.fused.shape, found.visibility.shape
+        (torch.Size([2, 48]), torch.Size([2, 6]))
     """
 
     def __init__(
@@ -191,6 +199,12 @@ def match(a: tuple[Array, Array], b: tuple[Array, Array], weights: Array, *, vis
         b: likewise.
         weights: weight of each part, (P,).
         visible: False takes every part as seen.
+
+    Example:
+        >>> one = np.eye(2, dtype=np.float32)[:, None], np.ones((2, 1), np.float32)
+        >>> match(one, one, np.ones(1, np.float32))
+        array([[1., 0.],
+               [0., 1.]], dtype=float32)
     """
     pairs = [(parts, seen if visible else np.ones_like(seen)) for parts, seen in (a, b)]
     return score_block(gated(*pairs[0], weights), gated(*pairs[1], weights))

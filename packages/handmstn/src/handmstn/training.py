@@ -80,7 +80,15 @@ def _moved(points: Tensor, deviation: float) -> Tensor:
 
 
 class AlignTask(pl.LightningModule):
-    """Stage A: points (or self-made warps), bending energy, visibility, and what a wrong side and no hand look like."""
+    """Stage A: points (or self-made warps), bending energy, visibility, and what a wrong side and no hand look like.
+
+    Example:
+        >>> from handmstn import preset
+        >>> from handmstn.config import RunSettings
+        >>> aligner = MultiSpatialTransformer(preset("eeprnet", 8), "hand:loc", levels=1, loc_size=64)
+        >>> AlignTask(aligner, RunSettings(data="hands"), warps=False).aligner is aligner
+        True
+    """
 
     def __init__(self, aligner: MultiSpatialTransformer, settings: RunSettings, warps: bool) -> None:
         super().__init__()
@@ -178,7 +186,16 @@ class _Course:
 
 
 class IdentityTask(pl.LightningModule):
-    """Stage B, with points that are given or were found once; or, joint, with the aligner in the graph."""
+    """Stage B, with points that are given or were found once; or, joint, with the aligner in the graph.
+
+    Example:
+        >>> from handmstn import HandMSTN, IdentityLoss, preset
+        >>> from handmstn.config import Optimizer
+        >>> model = HandMSTN(preset("eeprnet", 32), palm="hand:cnn4", dim=8)
+        >>> losses = IdentityLoss({"identity": 1.0}, 2, part_dim=8, num_parts=1)
+        >>> IdentityTask(model, losses, Optimizer(), steps=10, joint=False).model is model
+        True
+    """
 
     def __init__(self, model: HandMSTN, losses: IdentityLoss, optimizer: Optimizer, steps: int, joint: bool) -> None:
         super().__init__()

@@ -82,6 +82,11 @@ class ControlPointGrid(nn.Module):
         parts: the parts, whose points follow each other in their order.
 
     Shapes: points (B, sum K, 2) -> grids (B, S, 2), part after part, rows of pixels within a part.
+
+    Example:
+        >>> grid = ControlPointGrid(preset("eeprnet", 8))
+        >>> grid(torch.rand(2, 9, 2)).shape  # 8 x 8 places of each palm
+        torch.Size([2, 64, 2])
     """
 
     def __init__(self, parts: Sequence[PartSpec]) -> None:
