@@ -66,6 +66,17 @@ def test_every_method_trains_without_a_label_of_the_target(worlds, method):
     assert 0 <= trained.signals.entropy <= 1
 
 
+@pytest.mark.parametrize("method", ["minent", "advent", "adaptsegnet", "fada", "self-training", "ccg-sfa"])
+def test_a_method_trains_in_mixed_precision_close_to_32_bits(worlds, method):
+    source, target = worlds
+    plain, mixed = (
+        train(source, Unlabeled(target), settings(steps=2, precision=p), method, 0, quiet=True).net.state_dict()
+        for p in ("32", "bf16")
+    )
+    for name, value in plain.items():
+        assert torch.allclose(mixed[name], value, atol=5e-3), name
+
+
 @pytest.mark.parametrize(("method", "plain"), [("minent", "source-only"), ("fada", "source-only"), ("ccg-sfa", "ccg")])
 def test_a_weight_of_0_gives_training_on_the_source_alone_bit_for_bit(worlds, method, plain):
     source, target = worlds

@@ -186,8 +186,7 @@ class AdaptTask(pl.LightningModule):
         if self.method in {"advent", "adaptsegnet"}:
             maps = objectives.information(out.fused)
             if self.method == "adaptsegnet":
-                p = out.fused.sigmoid()
-                maps = torch.cat([p, 1 - p], 1)
+                maps = objectives.probabilities(out.fused)
             pair = objectives.output_alignment(self.discriminators["map"], maps[:count], maps[count:])
         elif self.method == "fada":
             features = torch.cat(list(out.features.values()), 1)
