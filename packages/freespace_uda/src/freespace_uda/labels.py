@@ -134,7 +134,7 @@ MISTAKEN = {"cityscapes": "cityscapes-train", "cityscapes-train": "cityscapes", 
 def before_camera(ids: NDArray[Any]) -> NDArray[Any]:
     """Ids of the middle of the lowest third, where a road is mostly."""
     rows, columns = ids.shape
-    return ids[rows - rows // 3 :, columns // 3 : columns - columns // 3].ravel()
+    return ids[rows - max(1, rows // 3) :, columns // 3 : columns - columns // 3].ravel()
 
 
 def mistaken(ids: NDArray[Any], palette: str) -> str | None:
