@@ -14,6 +14,7 @@ from freespace_uda.objectives import (
     entropy,
     information,
     output_alignment,
+    probabilities,
     pseudo_label_loss,
     supervised,
 )
@@ -271,6 +272,42 @@ def test_half_precision_gives_the_losses_of_32_bits_in_32_bits(kind):
     assert float(found.share["rgb"]) == pytest.approx(float(wanted.share["rgb"]))
     (found.adversarial + found.discriminator).backward()
     assert all(v.grad.dtype == kind and v.grad.any() for v in half.values())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_general_methods_in_half_precision_give_the_losses_of_32_bits_in_32_bits(kind):
+    generator = torch.Generator().manual_seed(3)
+    maps = [torch.rand(2, 2, 64, 64, generator=generator).to(kind) for _ in range(2)]
+    features = [torch.randn(2, 6, 8, 8, generator=generator).to(kind) for _ in range(2)]
+    logits = [8 * torch.randn(2, 1, 8, 8, generator=generator).to(kind) for _ in range(2)]
+    calls = (
+        (output_alignment, MapDiscriminator(2), maps, ()),
+        (class_alignment, ClassDiscriminator(6, 8), features, logits),
+    )
+    for loss, discriminator, (source, target), more in calls:
+        wanted = loss(discriminator, source.float(), target.float(), *(z.float() for z in more))
+        found = loss(discriminator, source, target, *more)  # maps of 16 bits, weights of 32, as under autocast
+        assert found.adversarial.item() == pytest.approx(wanted.adversarial.item(), rel=1e-6)
+        half = target.clone().requires_grad_()
+        found = loss(discriminator.to(kind), source, half, *more)
+        assert found.adversarial.dtype == found.discriminator.dtype == torch.float32
+        assert found.adversarial.item() == pytest.approx(wanted.adversarial.item(), rel=2e-2)
+        assert found.discriminator.item() == pytest.approx(wanted.discriminator.item(), rel=2e-2)
+        (found.adversarial + found.discriminator).backward()
+        assert half.grad.dtype == kind
+        assert half.grad.any()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in discriminator.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_entropy_of_sure_logits_is_finite_and_32_bits_wide_in_half_precision(kind):
+    z = torch.tensor([-60.0, -9.0, 0.0, 9.0, 60.0]).to(kind).view(1, 1, 1, 5).requires_grad_()
+    found = entropy(z)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, entropy(z.detach().float()))
+    found.sum().backward()
+    assert z.grad.isfinite().all()
+    assert probabilities(z).dtype == information(z).dtype == torch.float32
 
 
 @pytest.mark.parametrize("mode", ["cross", "intersection"])

@@ -255,6 +255,13 @@ def test_colmaps_binary_file_is_refused_with_the_way_to_text(tmp_path):
         read_calibration(tmp_path / "cameras.bin")
 
 
+def test_kittis_calibration_is_refused_for_cropped_pictures_with_what_a_crop_does_to_it():
+    ((fatal, text),) = odd(pinhole(721.5, 721.5, 609.6, 172.9), (1216, 352), (1242, 375))
+    assert fatal
+    assert "take what was cut off at the left and at the top from cx and cy" in text
+    assert odd(pinhole(721.5, 721.5, 596.6, 149.9), (1216, 352)) == []
+
+
 def test_a_focal_length_in_millimeters_is_told_by_its_field_of_view():
     ((fatal, message),) = odd(pinhole(4.2, 4.2, 620, 188), (1242, 375))
     assert fatal

@@ -45,6 +45,11 @@ def test_training_writes_its_files(trained):
     assert {"loss", "segmentation", "adversarial", "mask rgb", "target agreement", "chosen step"} <= columns
 
 
+def test_a_training_whose_mask_is_empty_says_so(tmp_path, capsys):
+    assert main([*TRAIN, "--align.tau", "0.9999", "--out", str(tmp_path / "run")]) == 0
+    assert "warning: the alignment mask of the rgb stream has 0 % of the target's pixels" in capsys.readouterr().out
+
+
 def test_evaluate_prints_and_writes_rates_by_distance_and_from_above(trained, tmp_path, capsys):
     words = [
         "evaluate",

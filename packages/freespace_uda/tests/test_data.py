@@ -181,12 +181,14 @@ def test_a_manifest_states_units_cameras_and_parts_row_by_row(tmp_path):
         "two,a.png,d.png,,test,mm,,,,,k.yaml",
         "three,,d.png,,train,mm,30,30,19.5,8,",
     )
-    scenes = load_scenes(data)
+    with pytest.warns(UserWarning, match="m.csv: 1 scenes have one modality alone, the first: three"):
+        scenes = load_scenes(data)
     assert [scenes.name(i) for i in range(2)] == ["one", "three"]
     assert scenes.item(0).depth.max() == 48
     assert scenes.item(1).rgb is None
     assert scenes.label(0).sum() == road.sum()
-    assert load_scenes(data, SceneReading(split="test")).item(0).intrinsics[0, 0] == 30
+    with pytest.warns(UserWarning, match="one modality alone"):
+        assert load_scenes(data, SceneReading(split="test")).item(0).intrinsics[0, 0] == 30
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from freespace_uda import DepthCode, RoadWorld
 from freespace_uda.calibration import pinhole
-from freespace_uda.depth import complaints, decode, look_at, ray_lengths, read_numbers, shift_of
-from freespace_uda.labels import by_color, by_id, check_ids, recognize_carla
+from freespace_uda.depth import SCALES, complaints, decode, look_at, ray_lengths, read_numbers, shift_of
+from freespace_uda.labels import IDS, by_color, by_id, check_ids, recognize_carla
 from freespace_uda.scenes import Record, Scenes, read_raw
 from PIL import Image
 
@@ -101,6 +101,17 @@ def test_a_wrong_unit_is_told_by_the_height_of_the_camera(factor, told):
     assert "the camera would be" in message
 
 
+@pytest.mark.parametrize(("unit", "right"), [("mm", "m/256"), ("m/256", "cm")])
+def test_a_unit_that_could_be_a_robots_is_warned_about_where_another_one_fits_a_car(unit, right):
+    depth, k = road()
+    taken = (depth / SCALES[right] * SCALES[unit]).astype(np.float32)
+    ((fatal, message),) = complaints(look_at(taken, k), "d", DepthCode(unit))
+    assert not fatal
+    assert "on a car" in message
+    assert f"--reading.depth_unit {right}" in message
+    assert complaints(look_at(depth, k), "d", DepthCode(unit)) == []
+
+
 def test_a_disparity_taken_for_depth_is_told():
     depth, k = road()
     disparity = np.where(depth > 0, 50 / np.maximum(depth, 1e-3), 0).astype(np.float32)
@@ -157,7 +168,7 @@ def test_files_of_depth_of_every_form(tmp_path):
     with pytest.raises(UserError, match="8 bits are too few"):
         decode(np.ones((2, 2), np.uint8), DepthCode("mm"), K)
     with pytest.raises(UserError, match="--reading.depth_unit carla"):
-        decode(np.ones((2, 2, 3), np.uint8), DepthCode("mm"), K)
+        decode(np.arange(12, dtype=np.uint8).reshape(2, 2, 3), DepthCode("mm"), K)
 
 
 def wide_png(path, values):
@@ -256,8 +267,11 @@ def test_synthias_depth_of_three_equal_channels_of_16_bits_keeps_its_numbers(tmp
 def test_a_disparity_of_8_bits_is_read_and_depth_of_8_bits_is_not():
     pixels = np.array([[0, 20]], np.uint8)
     assert decode(pixels, DepthCode("disparity", baseline=0.5), K).tolist() == [[0, 2.5]]
-    with pytest.raises(UserError, match="8 bits are too few for depth"):
-        decode(pixels, DepthCode("m"), K)
+    in_color = np.stack([pixels] * 3, -1)
+    assert decode(in_color, DepthCode("disparity", baseline=0.5), K).tolist() == [[0, 2.5]]
+    for found in (pixels, in_color):
+        with pytest.raises(UserError, match="8 bits are too few for depth"):
+            decode(found, DepthCode("m"), K)
 
 
 @pytest.mark.parametrize("array", [np.array([["far"]]), np.array([[1j]]), np.ones((0, 3)), np.ones((2, 2), np.bool_)])
@@ -339,6 +353,26 @@ def test_cityscapes_and_mapillary_ids_and_ids_that_a_palette_does_not_have():
     with pytest.raises(UserError, match="ids 0, 40 were found, palette cityscapes has 0 to 33"):
         check_ids(np.array([[0, 40]]), "cityscapes", "l")
     check_ids(np.array([[0, 13, 65]]), "mapillary", "l")
+    check_ids(np.array([[0, 21, 123]]), "mapillary-2.0", "l")
+    assert IDS["mapillary-2.0"].known == 124
+
+
+@pytest.mark.parametrize(
+    ("road", "rest", "right", "wrong"),
+    [
+        (0, 10, "cityscapes-train", "cityscapes"),
+        (7, 11, "cityscapes", "cityscapes-train"),
+        (13, 17, "mapillary", "mapillary-2.0"),
+        (21, 30, "mapillary-2.0", "mapillary"),
+    ],
+)
+def test_the_second_palette_of_the_same_pictures_is_told_by_the_road_before_the_camera(road, rest, right, wrong):
+    ids = np.full((30, 60), rest)
+    check_ids(ids, wrong, "l")  # no road anywhere: nothing is told
+    ids[15:] = road
+    check_ids(ids, right, "l")
+    with pytest.raises(UserError, match=f"--reading.palette {right}"):
+        check_ids(ids, wrong, "l")
 
 
 def test_a_mask_in_black_and_white_is_road_and_not_road(tmp_path):

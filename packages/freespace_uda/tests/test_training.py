@@ -16,7 +16,7 @@ from freespace_uda.data import load_scenes
 from freespace_uda.items import SceneItems, colored, faulty_depth, to_network
 from freespace_uda.models import adapt_statistics, build_net
 from freespace_uda.scenes import Unlabeled
-from freespace_uda.selection import better, mean_signals, signals
+from freespace_uda.selection import ailing, better, mean_signals, signals
 from freespace_uda.training import AdaptTask, road_share, train
 from safetensors.torch import load_file
 
@@ -64,6 +64,17 @@ def test_every_method_trains_without_a_label_of_the_target(worlds, method):
     assert any(not torch.equal(a, b) for a, b in zip(trained.net.parameters(), fresh.parameters(), strict=True))
     assert 1 <= trained.step <= 4
     assert 0 <= trained.signals.entropy <= 1
+
+
+@pytest.mark.parametrize("method", ["minent", "advent", "adaptsegnet", "fada", "self-training", "ccg-sfa"])
+def test_a_method_trains_in_mixed_precision_close_to_32_bits(worlds, method):
+    source, target = worlds
+    plain, mixed = (
+        train(source, Unlabeled(target), settings(steps=2, precision=p), method, 0, quiet=True).net.state_dict()
+        for p in ("32", "bf16")
+    )
+    for name, value in plain.items():
+        assert torch.allclose(mixed[name], value, atol=5e-3), name
 
 
 @pytest.mark.parametrize(("method", "plain"), [("minent", "source-only"), ("fada", "source-only"), ("ccg-sfa", "ccg")])
@@ -156,6 +167,28 @@ def test_a_model_that_says_background_everywhere_is_not_chosen():
     assert better(Signals(0.1, 0.3, 0.3), honest, 0.25, "entropy")
 
 
+HEALTHY = {"adversarial": 1.5, "mask rgb": 0.26, "mask normal": 0.34, "accuracy rgb": 0.5, "accuracy normal": 0.55,
+           "precision on source rgb": 0.96, "precision on source normal": 0.97, "gradient ratio": 0.18}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ({"mask rgb": 0.0}, "mask of the rgb stream has 0 % of the target's pixels"),
+        ({"precision on source normal": 0.4}, "normal stream would select on the source, 40 % is road"),
+        ({"accuracy rgb": 0.99}, "discriminator of RGB tells 99 %"),
+        ({"discriminator accuracy": 1.0}, "the discriminator tells 100 %"),
+        ({"gradient ratio": 7.0}, "7.0 times the supervised one"),
+    ],
+)
+def test_the_health_line_speaks_of_a_planted_fault_at_the_end_and_of_nothing_else(fault, told):
+    well = [(step, HEALTHY) for step in range(20)]
+    assert ailing([]) == ailing([(0, {"loss": 1.0})]) == ailing(well) == []
+    (said,) = ailing([*well[:16], *((step, HEALTHY | fault) for step in range(16, 20))])
+    assert told in said
+    assert ailing([*((step, HEALTHY | fault) for step in range(4)), *well]) == [], "what has passed is no fault"
+
+
 def test_signals_of_batches_are_those_of_all_their_pictures():
     torch.manual_seed(0)
     maps = [torch.randn(5, 1, 4, 4) for _ in range(3)]
@@ -193,6 +226,13 @@ def test_a_source_without_road_and_too_few_scenes_are_refused(worlds):
 
     with pytest.raises(UserError, match="no label has a pixel of road"):
         road_share(NoRoad())
+
+    class OnlyRoad(NoRoad):
+        def label(self, index):
+            return torch.tensor([[1, 255]]).byte().numpy()
+
+    with pytest.raises(UserError, match="every labeled pixel is road"):
+        road_share(OnlyRoad())
     with pytest.raises(UserError, match="lower --batch_size"):
         train(*worlds, settings(batch_size=9), "source-only", 0, quiet=True)
 

@@ -390,7 +390,8 @@ def odd(
                 True,
                 (
                     f"the calibration is for pictures of {stated[0]} x {stated[1]}, these have {width} x {height}: "
-                    f"scale it, or give the pictures that it is for"
+                    f"scale K where they were resized; where they were cropped, take what was cut off at the left and at "
+                    f"the top from cx and cy"
                 ),
             )
         ]

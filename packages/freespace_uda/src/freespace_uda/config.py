@@ -32,7 +32,7 @@ EMBEDDED_DATA = ("roads-flat", "roads-noisy", "roads-city", "roads-real")
 Unit = Literal["m", "cm", "mm", "m/256", "carla", "disparity", "disparity/16", "disparity/256"]
 Palette = Literal[
     "auto", "binary", "kitti-road", "orfd", "vkitti2", "synthia", "synthia-rand", "cityscapes", "cityscapes-train",
-    "cityscapes-colors", "mapillary", "carla-0.9.13", "carla-0.9.14",
+    "cityscapes-colors", "mapillary", "mapillary-2.0", "carla-0.9.13", "carla-0.9.14",
 ]  # fmt: skip
 NormalMethod = Literal["plane", "sne", "3f2n", "d2nt"]
 Method = Literal[
@@ -115,7 +115,7 @@ class Alignment(Settings):
             agreement, intersection, or all.
         tau: confidence from which a pixel counts as road.
         min_pixels: pixels that a mask needs at least.
-        weight: weight of the adversarial loss.
+        weight: weight of the adversarial loss; that of FADA, AdvEnt and AdaptSegNet's main output, the paper's is not known.
         hidden: width of the discriminators' bottleneck; 0 takes the full 3 x 3 convolutions of FADA.
         start: share of the steps after which alignment begins.
         ramp: share of the steps over which it grows.
@@ -135,11 +135,11 @@ class General(Settings):
     """Weights and constants of the general adaptation methods.
 
     Args:
-        minent: weight of the entropy.
-        advent: weight of AdvEnt's adversarial loss.
-        adaptsegnet: weight of AdaptSegNet's adversarial loss.
-        fada: weight of FADA's adversarial loss.
-        self_training: weight of the pseudo-labels of `self-training` and `ccg-sfa-ema`.
+        minent: weight of the entropy, as published for MinEnt.
+        advent: weight of AdvEnt's adversarial loss, as published.
+        adaptsegnet: weight of AdaptSegNet's adversarial loss, as published for its main output.
+        fada: weight of FADA's adversarial loss, as published.
+        self_training: weight of the pseudo-labels of `self-training` and `ccg-sfa-ema`, as in DACS.
         threshold: probability from which a teacher counts as sure.
         temperature: temperature of FADA's soft labels.
         clip: largest soft label of FADA.

@@ -118,12 +118,8 @@ def _paired(
         raise UserError(
             f"{shown}: {len(alone)} of {len(names)} names have a picture or a depth alone, the first: {', '.join(alone[:3])}"
         )
-    if pictures and depths and alone:
-        warnings.warn(
-            f"{shown}: {len(alone)} scenes have one modality alone, the first: {', '.join(alone[:3])}",
-            UserWarning,
-            stacklevel=2,
-        )
+    if pictures and depths:
+        _tell_alone(alone, shown)
     lost = [n for n in labels if n not in pictures and n not in depths]
     if lost:
         warnings.warn(
@@ -132,6 +128,13 @@ def _paired(
             stacklevel=2,
         )
     return {n: (pictures.get(n), depths.get(n), labels.get(n)) for n in names}
+
+
+def _tell_alone(names: Sequence[str], shown: Path) -> None:
+    """Warn of scenes that lack a modality which others have."""
+    if names:
+        text = f"{shown}: {len(names)} scenes have one modality alone, the first: {', '.join(names[:3])}"
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _code(reading: SceneReading, unit: Any, **more: Any) -> DepthCode:
@@ -376,6 +379,8 @@ def _manifest(path: Path, reading: SceneReading) -> list[Record]:
     names = [record.name for record in records]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"{path}: the name '{twice[0]}' stands in several rows")
+    alone = [record.name for record in records if record.rgb is None or record.depth is None]
+    _tell_alone(alone if len(alone) < len(records) else [], path)
     return records
 
 

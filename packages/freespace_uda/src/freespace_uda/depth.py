@@ -126,8 +126,8 @@ def decode(
         r, g, b = (numbers[..., i].astype(np.float64) for i in range(3))
         meters = 1000 * (r + 256 * g + 65536 * b) / (256**3 - 1)
     else:
-        if numbers.ndim == 3 and numbers.dtype != np.uint8 and (numbers[..., :1] == numbers[..., 1:3]).all():
-            numbers = numbers[..., 0]  # SYNTHIA writes each number three times
+        if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., 1:3]).all():
+            numbers = numbers[..., 0]  # SYNTHIA writes each number three times, OpenCV a gray picture in color
         if numbers.ndim != 2:
             hint = "; CARLA's 24 bits are --reading.depth_unit carla" if numbers.ndim == 3 else ""
             raise UserError(f"{shown}: expected one channel, found {_form(numbers)}{hint}")
@@ -273,7 +273,24 @@ def shift_of(rgb: NDArray[np.uint8], depth: NDArray[np.float32], reach: int = 12
     return best if abs(best) >= 3 and clear and seen[best].mean() > 1.5 * max(seen[0].mean(), 1e-9) else None
 
 
-def complaints(look: DepthLook, shown: str) -> list[tuple[bool, str]]:
+CARS = (1.0, 2.5)
+"""Meters above the road in which a car has its camera."""
+
+
+def other_unit(height: float, unit: str) -> tuple[str, float] | None:
+    """A unit of the same kind of file that would bring a camera, low or high for a car, to where cars have theirs.
+
+    Units a factor of 2.56 or 3.9 apart (256 numbers per meter against centimeters or millimeters) both give heights that can
+    be, of a robot or of a truck; larger factors do not.
+    """
+    if CARS[0] <= height <= CARS[1]:
+        return None
+    near = {"mm": ("m/256",), "cm": ("m/256",), "m/256": ("cm", "mm")}.get(unit, ())
+    heights = ((other, height * SCALES[other] / SCALES[unit]) for other in near)
+    return next(((other, found) for other, found in heights if CARS[0] <= found <= CARS[1]), None)
+
+
+def complaints(look: DepthLook, shown: str, code: DepthCode | None = None) -> list[tuple[bool, str]]:
     """What is wrong with a depth map and how it is likely mended; True first where it cannot be used at all."""
     if look.high == 0:
         return [(True, f"{shown}: no pixel has valid depth")]
@@ -297,6 +314,11 @@ def complaints(look: DepthLook, shown: str) -> list[tuple[bool, str]]:
                     f"to {look.high:.3g} m), expected {HEIGHTS[0]} to {HEIGHTS[1]} m: {_likely(look.height)}"
                 ),
             )
+        )
+    elif code is not None and code.scale is None and (other := other_unit(look.height, code.unit)) is not None:
+        text = f"{shown}: by {code.unit} the camera is {look.height:.2g} m above the road"
+        found.append(
+            (False, f"{text}, by {other[0]} {other[1]:.2g} m: on a car, the unit is --reading.depth_unit {other[0]}")
         )
     if np.isfinite(look.marker):
         fix = f"--reading.far {look.marker:.4g}" if look.marker == look.high else "write 0 there"

@@ -11,7 +11,7 @@ from tenfold import UserError
 
 Palette = Literal[
     "auto", "binary", "kitti-road", "orfd", "vkitti2", "synthia", "synthia-rand", "cityscapes", "cityscapes-train",
-    "cityscapes-colors", "mapillary", "carla-0.9.13", "carla-0.9.14",
+    "cityscapes-colors", "mapillary", "mapillary-2.0", "carla-0.9.13", "carla-0.9.14",
 ]  # fmt: skip
 IGNORED = 255
 
@@ -37,7 +37,8 @@ IDS: dict[str, Ids] = {
     "synthia-rand": Ids((3, 22), (0,), 23),  # RAND-CITYSCAPES
     "cityscapes": Ids((7,), (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30), 34),  # labelIds
     "cityscapes-train": Ids((0,), (255,), 19),  # labelTrainIds
-    "mapillary": Ids((7, 8, 10, 13, 14, 23, 24), (65,), 66),  # Vistas 1.2
+    "mapillary": Ids((7, 8, 10, 13, 14, 23, 24), (65,), 66),  # Vistas 1.2: lanes, crossings, parking, road, markings
+    "mapillary-2.0": Ids((13, 14, 16, 17, 18, 21, 22, 23, *range(35, 55)), (123,), 124),  # the same, driveway, shoulder
     "carla-0.9.13": Ids((6, 7), (), 23),  # road line, road
     "carla-0.9.14": Ids((1, 24), (), 29),
 }  # fmt: skip
@@ -112,11 +113,7 @@ def recognize_carla(pictures: Sequence[NDArray[Any]], shown: str) -> str:
     Raises:
         UserError: it cannot be told; the message lists the ids that were found.
     """
-    parts = []
-    for ids in pictures:
-        rows, columns = ids.shape
-        parts.append(ids[rows - rows // 3 :, columns // 3 : columns - columns // 3].ravel())
-    there = np.concatenate(parts)
+    there = np.concatenate([before_camera(ids) for ids in pictures])
     old, new = (float(np.isin(there, IDS[name].road).mean()) for name in ("carla-0.9.13", "carla-0.9.14"))
     if max(old, new) < 0.3 or abs(old - new) < 0.3:
         found = listed(np.unique(np.concatenate([p.ravel() for p in pictures])).tolist())
@@ -127,15 +124,45 @@ def recognize_carla(pictures: Sequence[NDArray[Any]], shown: str) -> str:
     return "carla-0.9.13" if old > new else "carla-0.9.14"
 
 
+ROAD = {"cityscapes": 7, "cityscapes-train": 0, "mapillary": 13, "mapillary-2.0": 21}
+"""The id of the road itself, in palettes that have a second one of the same pictures."""
+MISTAKEN = {"cityscapes": "cityscapes-train", "cityscapes-train": "cityscapes", "mapillary": "mapillary-2.0",
+            "mapillary-2.0": "mapillary"}  # fmt: skip
+"""The second palette of the same pictures."""
+
+
+def before_camera(ids: NDArray[Any]) -> NDArray[Any]:
+    """Ids of the middle of the lowest third, where a road is mostly."""
+    rows, columns = ids.shape
+    return ids[rows - max(1, rows // 3) :, columns // 3 : columns - columns // 3].ravel()
+
+
+def mistaken(ids: NDArray[Any], palette: str) -> str | None:
+    """The second palette of the same pictures, where it alone has the road before the camera, and can have all ids."""
+    other = MISTAKEN.get(palette)
+    if other is None or any(v >= IDS[other].known and v not in IDS[other].ignored for v in np.unique(ids).tolist()):
+        return None
+    there = before_camera(ids)
+    own, its = (float((there == ROAD[name]).mean()) for name in (palette, other))
+    return other if own < 0.1 and its > 0.5 else None
+
+
 def check_ids(ids: NDArray[Any], palette: str, shown: str) -> None:
     """Check that a palette can have the ids of a picture.
 
     Raises:
-        UserError: it has fewer ids than that; the message lists those that were found.
+        UserError: it has fewer ids than that, or the second palette of the same pictures has the road before the camera and
+            this one has not; the message lists the ids that were found.
     """
     known = IDS[palette]
     values = np.unique(ids).astype(np.int64)
     unknown = [v for v in values.tolist() if v >= known.known and v not in known.ignored]
+    other = mistaken(ids, palette)
+    if other is not None:
+        raise UserError(
+            f"{shown}: ids {listed(values.tolist())}: by palette {palette} no road is before the camera, by {other} there is:"
+            f" give --reading.palette {other}, or --reading.road_ids"
+        )
     if unknown:
         lossy = " (JPEG does not keep ids)" if shown.lower().endswith((".jpg", ".jpeg")) else ""
         raise UserError(

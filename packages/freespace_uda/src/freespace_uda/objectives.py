@@ -25,10 +25,15 @@ def supervised(logits: Tensor, labels: Tensor) -> Tensor:
     return masked_mean(loss, known, 1)
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Probabilities of road and of the rest, (B, 2, H, W), in 32 bits or more: 16 bits have none between 0.9995 and 1."""
+    p = full_precision(logits).sigmoid()
+    return torch.cat([p, 1 - p], 1)
+
+
 def information(logits: Tensor) -> Tensor:
-    """Weighted self-information of both classes, (B, 2, H, W): -p log2 p, p for road and for the rest."""
-    p = logits.sigmoid()
-    both = torch.cat([p, 1 - p], 1)
+    """Weighted self-information of both classes, (B, 2, H, W): -p log2 p, p for road and for the rest; as `probabilities`."""
+    both = probabilities(logits)
     return -both * (both + 1e-30).log2()
 
 
@@ -63,6 +68,8 @@ class PairLosses(NamedTuple):
 def output_alignment(discriminator: nn.Module, source: Tensor, target: Tensor) -> PairLosses:
     """Binary cross-entropy GAN over maps of predictions: source 1, target 0; gradients are split as in ``shared_forward``.
 
+    Maps are brought to the discriminator's type; the losses are in 32 bits or more.
+
     Args:
         discriminator: over (B, 2, H, W).
         source: maps of the source; their gradient is not used.
@@ -70,8 +77,9 @@ def output_alignment(discriminator: nn.Module, source: Tensor, target: Tensor) -
 
     Source: AdaptSegNet, CVPR 2018 (probabilities); AdvEnt, CVPR 2019 (weighted self-information).
     """
-    at_target, for_itself = shared_forward(discriminator, target)
-    at_source = discriminator(source.detach())
+    kind = next(discriminator.parameters()).dtype
+    at_target, for_itself = map(full_precision, shared_forward(discriminator, target.to(kind)))
+    at_source = full_precision(discriminator(source.detach().to(kind)))
     own = 0.5 * F.softplus(-at_source).mean() + 0.5 * F.softplus(for_itself).mean()
     right = 0.5 * (at_source > 0).float().mean() + 0.5 * (for_itself <= 0).float().mean()
     return PairLosses(F.softplus(-at_target).mean(), own, right.detach())
@@ -108,7 +116,8 @@ def class_alignment(
     """Class-wise alignment of features: the domain is told per class, weighted by soft predictions.
 
     With soft labels a = clip(softmax(z / T)) over road and rest, the discriminator learns [a^s, 0] and [0, a^t]; the
-    features of the target are moved so that it says [a^t, 0].
+    features of the target are moved so that it says [a^t, 0]. Maps are brought to the discriminator's type; soft labels
+    and losses are in 32 bits or more.
 
     Args:
         discriminator: over (B, C, h, w), four logits.
@@ -123,14 +132,14 @@ def class_alignment(
     """
 
     def soft(logits: Tensor) -> Tensor:
-        p = (logits.detach() / temperature).sigmoid()
-        return torch.cat([p, 1 - p], 1).clamp(max=clip)
+        return probabilities(full_precision(logits.detach()) / temperature).clamp(max=clip)
 
     def against(logits: Tensor, wanted: Tensor) -> Tensor:
         return -(wanted * logits.log_softmax(1)).sum(1).mean()
 
-    at_target, for_itself = shared_forward(discriminator, target)
-    at_source = discriminator(source.detach())
+    kind = next(discriminator.parameters()).dtype
+    at_target, for_itself = map(full_precision, shared_forward(discriminator, target.to(kind)))
+    at_source = full_precision(discriminator(source.detach().to(kind)))
     of_source, of_target = soft(source_logits), soft(target_logits)
     zero_s, zero_t = torch.zeros_like(of_source), torch.zeros_like(of_target)
     own = 0.5 * against(at_source, torch.cat([of_source, zero_s], 1))

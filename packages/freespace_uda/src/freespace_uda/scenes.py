@@ -228,7 +228,7 @@ class Scenes:
         if item.depth is not None:
             rows, columns = item.depth.shape
             shown = str(record.depth or record.name)
-            found = complaints(look_at(item.depth, item.intrinsics), shown)
+            found = complaints(look_at(item.depth, item.intrinsics), shown, record.code)
             found += [(fatal, f"{record.name}: {text}") for fatal, text in odd(item.intrinsics, (columns, rows))]
             if fatal := [text for bad, text in found if bad]:
                 raise UserError(self._exchanged(index, item) or fatal[0])

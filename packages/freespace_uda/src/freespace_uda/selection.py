@@ -1,5 +1,6 @@
-"""Which checkpoint to trust, told without a label of the target: its two modalities agree, and it is sure."""
+"""Which checkpoint, and which training, to trust, told without a label of the target."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -68,3 +69,42 @@ def better(found: Signals, best: Signals | None, prior: float, by: SelectBy) -> 
     if found.plausible(prior) != best.plausible(prior):
         return found.plausible(prior)
     return found.score(by) >= best.score(by)
+
+
+EMPTY, UNSURE, APART, STRONG = 0.005, 0.7, 0.97, 2.0
+"""Bounds of `ailing`: share of a mask, its precision on the source, accuracy of a discriminator, ratio of gradients."""
+
+
+def ailing(rows: Sequence[tuple[int, Mapping[str, float]]]) -> list[str]:
+    """What is wrong with an adversarial training by its health line, in words; nothing where it is well.
+
+    The last fifth of the rows that were logged while the target took part is looked at, by its means.
+
+    Args:
+        rows: step and values, as `metrics.csv` has them.
+    """
+    late = [values for _, values in rows if "adversarial" in values]
+    late = late[-max(1, len(late) // 5) :]
+
+    def mean(name: str) -> float:
+        found = [values[name] for values in late if name in values]
+        return sum(found) / len(found) if found else float("nan")
+
+    said = []
+    for stream in ("rgb", "normal"):
+        if (share := mean(f"mask {stream}")) < EMPTY:
+            text = f"the alignment mask of the {stream} stream has {100 * share:.2g} % of the target's pixels"
+            said.append(f"{text}: nothing is aligned; lower --align.tau, or train longer before --align.start")
+        elif (precision := mean(f"precision on source {stream}")) < UNSURE:
+            text = (
+                f"of what the alignment mask of the {stream} stream would select on the source, {100 * precision:.0f} %"
+            )
+            said.append(f"{text} is road: other things are aligned with it; raise --align.tau or --align.start")
+    for name, of in (("accuracy rgb", " of RGB"), ("accuracy normal", " of normals"), ("discriminator accuracy", "")):
+        if (accuracy := mean(name)) > APART:
+            text = f"the discriminator{of} tells {100 * accuracy:.0f} % of both domains apart: the features are not aligned"
+            said.append(f"{text}; raise the adversarial weight, or lower --optimizer.discriminator")
+    if (ratio := mean("gradient ratio")) > STRONG:
+        text = f"the adversarial gradient is {ratio:.1f} times the supervised one"
+        said.append(f"{text}: the labels hardly count; lower --align.weight")
+    return said

@@ -193,8 +193,7 @@ class AdaptTask(pl.LightningModule):
         if self.method in {"advent", "adaptsegnet"}:
             maps = objectives.information(out.fused)
             if self.method == "adaptsegnet":
-                p = out.fused.sigmoid()
-                maps = torch.cat([p, 1 - p], 1)
+                maps = objectives.probabilities(out.fused)
             pair = objectives.output_alignment(self.discriminators["map"], maps[:count], maps[count:])
         elif self.method == "fada":
             features = torch.cat(list(out.features.values()), 1)
@@ -342,7 +341,7 @@ def road_share(scenes: Readable, most: int = 64) -> float:
     """Share of the labeled pixels that is road, over some scenes.
 
     Raises:
-        UserError: no road in any of them.
+        UserError: no road in any of them, or nothing else.
     """
     road = known = 0
     for index in range(0, len(scenes), max(1, len(scenes) // most)):
@@ -351,6 +350,11 @@ def road_share(scenes: Readable, most: int = 64) -> float:
         known += int((label != 255).sum())
     if not road:
         raise UserError(f"{scenes.source}: no label has a pixel of road: the palette or the road ids are others")
+    if road == known:
+        raise UserError(
+            f"{scenes.source}: every labeled pixel is road, so there is nothing to tell it from: what is not road needs a"
+            " label of its own (0, not 255, which counts nowhere)"
+        )
     return road / known
 
 

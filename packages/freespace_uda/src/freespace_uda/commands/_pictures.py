@@ -1,6 +1,7 @@
 """The pictures of several commands."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,7 +9,9 @@ from numpy.typing import NDArray
 
 from freespace_uda.metrics import FreespaceMeter
 from freespace_uda.scenes import Item
-from tenfold.figures import Curve, Panel, image_grid, line_chart
+from tenfold.errors import needs
+from tenfold.figures import STYLE, Curve, Panel, line_chart
+from tenfold.files import replacing
 from tenfold.runs import Run, read_metrics
 
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -63,25 +66,47 @@ def outline(rgb: Pixels, mask: NDArray[np.bool_], label: NDArray[np.uint8] | Non
     return out.round().astype(np.uint8)
 
 
-def stacked(pictures: Sequence[Pixels], gap: int = 4) -> Pixels:
-    """Pictures of equal width below each other, with white between them; wider ones are cut to the narrowest."""
-    width = min(p.shape[1] for p in pictures)
-    white = np.full((gap, width, 3), 255, np.uint8)
-    parts = [part for p in pictures for part in (p[:, :width], white)][:-1]
-    return np.concatenate(parts)
-
-
 ACROSS = 5
 """Columns of scenes side by side, beyond which they go on below."""
+DPI = 130
 
 
-def draw_strip(run: Run, name: str, rows: Sequence[Sequence[Pixels]], titles: Sequence[str], cell: float = 2.6) -> None:
-    """Draw scenes in rows, each column as one picture, since road pictures are wide and cells are square; titles below."""
-    columns = [stacked(column) for column in zip(*rows, strict=True)]
-    starts = range(0, len(columns), ACROSS)
-    images = [columns[i : i + ACROSS] for i in starts]
-    words = [list(titles[i : i + ACROSS]) for i in starts]
-    image_grid(run.figure(name), images, titles=words, cell=cell)
+def draw_strip(run: Run, name: str, rows: Sequence[Sequence[Pixels]], titles: Sequence[str]) -> None:
+    """Draw one scene per row, its pictures side by side without space around them, titles above the columns."""
+    strip_file(run.figure(name), rows, titles)
+
+
+def strip_file(path: str | Path, rows: Sequence[Sequence[Pixels]], titles: Sequence[str]) -> None:
+    """Draw the strips of `draw_strip` into a PNG: 1600 pixels for the columns, but at most 480 for one."""
+    needs("matplotlib", "demo")
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    gap, above, between = 6, 34, 10  # pixels: between pictures, of a title, between blocks of columns
+    across = min(ACROSS, len(titles))
+    width = min(480, 1600 // across)
+    heights = [max(round(width * p.shape[0] / p.shape[1]) for p in row) for row in rows]
+    blocks = [range(i, min(i + across, len(titles))) for i in range(0, len(titles), across)]
+    block = above + sum(heights) + gap * len(rows)
+    wide, high = across * (width + gap) + gap, len(blocks) * (block + between) - between
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(wide / DPI, high / DPI))
+        for number, columns in enumerate(blocks):
+            top = number * (block + between)
+            for place, column in enumerate(columns):
+                left = gap + place * (width + gap)
+                middle = ((left + width / 2) / wide, 1 - (top + above / 2) / high)
+                figure.text(*middle, titles[column], ha="center", va="center")
+                y = top + above
+                for row, height in zip(rows, heights, strict=True):
+                    picture = row[column]
+                    own = round(width * picture.shape[0] / picture.shape[1])
+                    axes = figure.add_axes((left / wide, 1 - (y + own) / high, width / wide, own / high))
+                    axes.imshow(picture, aspect="auto")
+                    axes.set_axis_off()
+                    y += height + gap
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def draw_distance(run: Run, meters: Mapping[str, FreespaceMeter], name: str = "distance") -> None:

@@ -11,9 +11,11 @@ from freespace_uda.models import build_net
 from freespace_uda.normal_cache import NormalCache
 from freespace_uda.predictor import Predictor
 from freespace_uda.scenes import Unlabeled
+from freespace_uda.selection import ailing
 from freespace_uda.training import road_share, train
 from tenfold.cli import Invocation
 from tenfold.report import write_report
+from tenfold.runs import read_metrics
 
 
 def run(settings: TrainSettings, invocation: Invocation) -> None:
@@ -72,3 +74,6 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
             f"warning: no checkpoint calls between half and twice the source's share of road ({trained.prior:.3f}):"
             " look at the pictures before you trust this model\n"
         )
+    path = folder.path / "metrics.csv"
+    for text in ailing(read_metrics(path) if path.exists() else []):
+        sys.stdout.write(f"warning: {text}\n")
