@@ -13,7 +13,7 @@ from scipy import stats
 from tenfold import NonFiniteError, UserError, executors
 from tenfold.claims import Bound, Study, arm_rows, claim_rows, interval, mean_ci95
 from tenfold.runs import Run
-from tenfold.terminal import show_claims, table
+from tenfold.terminal import claims_table, show_claims, table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from claims_run import broken_at_1, scaled
@@ -272,3 +272,8 @@ def test_a_table_of_arms_has_means_with_intervals_and_a_dash_where_nothing_was_m
     assert headers == ["arm", "x", "y"]
     assert body == [["b", "3", "2"], ["the first", "0.5", "-"]]
     assert table(headers, body).splitlines()[-1].startswith("the first")
+
+
+def test_a_summary_without_claims_has_no_empty_table():
+    summary = {"package": "corda", "command": "compare", "level": None, "seeds": [0, 1], "seconds": 2.0, "claims": []}
+    assert claims_table(summary) == "corda compare, seeds 0, 1: 2 s, no claims\n"

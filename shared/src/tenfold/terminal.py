@@ -74,7 +74,7 @@ def claims_table(summary: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, summary["seeds"]))
     level = f", level {summary['level']}" if summary["level"] else ""
     head = f"{summary['package']} {summary['command']}{level}, seeds {seeds}: {summary['seconds']:.0f} s"
-    return f"{head}\n\n{table(headers[start:], broken)}\n"
+    return f"{head}\n\n{table(headers[start:], broken)}\n" if rows else f"{head}, no claims\n"
 
 
 def show_claims(summary: dict[str, Any], *, strict: bool = False) -> int:
