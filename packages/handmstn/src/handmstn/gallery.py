@@ -456,11 +456,8 @@ class Gallery:
         """The candidates of each probe's shortlist, which grows until it holds ``top`` hands: one may have many pictures."""
         searched = self._index(index, visible=visible)
         answers: list[list[Candidate]] = [[] for _ in parts]
-        wanted, count, waiting = (
-            min(top, len(np.unique(self.enrolled.classes))),
-            max(shortlist, 4 * top),
-            range(len(parts)),
-        )
+        wanted, count = min(top, len(np.unique(self.enrolled.classes))), max(shortlist, 4 * top)
+        waiting = list(range(len(parts)))
         while waiting:
             picked = np.asarray(waiting)
             listed = self._listed(searched, parts[picked], visibility[picked], count, visible=visible)
