@@ -109,7 +109,7 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     assert_user_error(
         main,
         with_model(folder, "enroll", tmp_path / "e9", "--gallery", gallery, "--purpose", "x", "--images_each", "3"),
-        capsys, "--images_each asks for 3", "has 1 pictures",
+        capsys, "--images_each asks for 3", "has 1 picture",
     )  # fmt: skip
     assert_user_error(
         main, with_model(folder, "enroll", tmp_path / "e8", "--gallery", gallery, "--purpose", " "), capsys, "--purpose"
@@ -169,7 +169,7 @@ def test_pictures_for_testing_are_not_trained_on_and_the_refusal_says_so(folder,
         main,
         [*words, "--out", str(tmp_path / "t")],
         capsys,
-        "has 1 pictures, batches of --views 2",
+        "has 1 picture, batches of --views 2",
         "15 of 20 pictures are for testing by the data's own parts",
     )
     words = ["simulate", "--views", "3", "--gallery_each", "3", "--out", str(tmp_path / "s")]

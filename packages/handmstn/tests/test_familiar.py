@@ -157,7 +157,7 @@ def test_a_model_keeps_it_and_one_of_an_earlier_version_has_none(model, tmp_path
     assert np.array_equal(embed(old, hands).enrolled.parts, embed(made, hands).enrolled.parts)
     capsys.readouterr()
     assert main(["predict", "--run", str(tmp_path / "new"), "--data", "hands", "--out", str(tmp_path / "p")]) == 0
-    assert "does not know which pictures show no hand" in capsys.readouterr().err
+    assert "does not know which pictures show no hand" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -239,5 +239,5 @@ def test_nothing_but_pictures_without_a_hand_is_refused_and_keep_takes_what_is_n
     assert not (tmp_path / "g").exists()
     capsys.readouterr()
     assert main([*words[:-1], "--unlike", "keep"]) == 0
-    assert "taken for hands by --unlike keep: 1 picture, the first" in capsys.readouterr().err
+    assert "taken for hands by --unlike keep: 1 picture, the first" in capsys.readouterr().out
     (tmp_path / "only/0001/noise.png").rename(root / "pictures/noise.png")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from handmstn import Calibration, Identification, OpenSet, Verification, bootstrap
 from handmstn.calibration import cllr, fit_logistic, in_words, isotonic, min_cllr
+from handmstn.evaluation import rank_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
@@ -267,3 +268,12 @@ def test_separated_scores_stay_finite_and_bins_have_their_own_maps():
     assert in_words(np.log(1000)) == "moderately strong support for the same hand"
     assert in_words(0.1) == "supports neither"
     assert in_words(-8) == "strong support for different hands"
+
+
+def test_a_rank_at_which_everybody_is_found_has_no_row():
+    classes = [f"p{i}" for i in range(10)]
+    one = Identification()
+    one.update(np.random.default_rng(0).random((10, 10)), classes, classes)
+    found = rank_table(one)
+    assert [name for name in found if name.startswith("rank-")] == ["rank-1", "rank-5"]
+    assert found["ranked among"] == 10

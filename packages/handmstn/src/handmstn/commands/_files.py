@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-import warnings
+import sys
 from typing import Any
 
 import numpy as np
@@ -63,10 +63,9 @@ def embedded(settings: WithModel, model: HandMSTN, hands: Hands) -> Embedded:
     """Vectors of the pictures of a command, and which are not assessable; what cannot be told is warned of."""
     device = choose_device(settings.device)
     if model.aligner is not None and model.familiar is None:
-        warnings.warn(
-            "this model does not know which pictures show no hand (an earlier version made it, or fewer than"
-            f" {FEWEST} pictures did): one of a wall may be taken for a hand",
-            stacklevel=2,
+        sys.stdout.write(  # no warning: an error that follows has to be the one line on stderr
+            "note: this model does not know which pictures show no hand (an earlier version made it, or fewer than"
+            f" {FEWEST} pictures did): one of a wall may be taken for a hand\n"
         )
     found = embed(
         model,
@@ -78,10 +77,9 @@ def embedded(settings: WithModel, model: HandMSTN, hands: Hands) -> Embedded:
     )
     kept = found.shown & (found.unlike > 1)
     if kept.any():
-        warnings.warn(
-            f"unlike the hands that the model was trained on, and taken for hands by --unlike keep:"
-            f" {numbered(int(kept.sum()))}, the first: {found.hands.names[kept][0]}",
-            stacklevel=2,
+        sys.stdout.write(
+            "note: unlike the hands that the model was trained on, and taken for hands by --unlike keep:"
+            f" {numbered(int(kept.sum()))}, the first: {found.hands.names[kept][0]}\n"
         )
     return found
 

@@ -100,9 +100,8 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     write_report(folder, f"handmstn evaluate: {settings.protocol}, {found.hands.source}", captions)
     sys.stdout.write(table([f"{settings.protocol}: {found.hands.source}", "value", "95 % (persons)"], rows) + "\n")
     if hidden:
-        sys.stdout.write(
-            f"not assessable, left out of {numbered(len(hands))}, and counted by the product above alone: {first_of(hidden)}\n"
-        )
+        product = "" if settings.protocol == "verify" else ", and counted by the product above alone"
+        sys.stdout.write(f"not assessable, left out of {numbered(len(hands))}{product}: {first_of(hidden)}\n")
     if (found.hands.guessed != "").any():
         number = int((found.hands.guessed != "").sum())
         sys.stdout.write(f"guessed of {numbered(number)}: {found.hands.guessed[found.hands.guessed != ''][0]}\n")
