@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
@@ -151,3 +152,30 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         figures.arm_chart(tmp_path / "file" / "a.png", {"a": [1, 2, 3]}, xlabel="x")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.3, 60, ["0.5", "1", "2", "5", "10", "20", "50"]),
+        (1e-4, 100, ["0.0001", "0.001", "0.01", "0.1", "1", "10", "100"]),
+    ],
+)
+def test_a_logarithmic_axis_is_labeled_with_plain_numbers(low, high, labels):
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.set(xscale="log", xlim=(low, high))
+    figures._plain(axes.xaxis)
+    figure.canvas.draw()
+    shown = [t.get_text() for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
+    assert shown == labels
+    assert not any(t.get_text() for t in axes.get_xticklabels(minor=True))
+
+
+def test_an_axis_of_ranks_is_labeled_from_one():
+    axes = Figure().add_subplot()
+    axes.plot(range(1, 19), range(18))
+    figures._count(axes.xaxis, 1)
+    ticks = axes.get_xticks().tolist()
+    assert ticks[0] == 1
+    assert all(float(t).is_integer() and t >= 1 for t in ticks)

@@ -109,7 +109,7 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     assert_user_error(
         main,
         with_model(folder, "enroll", tmp_path / "e9", "--gallery", gallery, "--purpose", "x", "--images_each", "3"),
-        capsys, "--images_each asks for 3", "has 1 pictures",
+        capsys, "--images_each asks for 3", "has 1 picture",
     )  # fmt: skip
     assert_user_error(
         main, with_model(folder, "enroll", tmp_path / "e8", "--gallery", gallery, "--purpose", " "), capsys, "--purpose"
@@ -136,7 +136,7 @@ def test_a_picture_that_is_enrolled_for_somebody_else_already_is_warned_of(folde
     words[4] = f"imagefolder:{tmp_path / 'known'}"
     assert main(words) == 0
     told = capsys.readouterr().err
-    assert "1 pictures are enrolled for several people now" in told
+    assert "enrolled for several people now: 1 picture, the first" in told
     assert "for '9-0001' and 'Berta'" in told
 
 
@@ -169,7 +169,7 @@ def test_pictures_for_testing_are_not_trained_on_and_the_refusal_says_so(folder,
         main,
         [*words, "--out", str(tmp_path / "t")],
         capsys,
-        "has 1 pictures, batches of --views 2",
+        "has 1 picture, batches of --views 2",
         "15 of 20 pictures are for testing by the data's own parts",
     )
     words = ["simulate", "--views", "3", "--gallery_each", "3", "--out", str(tmp_path / "s")]
@@ -188,7 +188,7 @@ def test_an_index_that_is_not_installed_is_refused_before_any_picture_is_read(fo
 def test_a_picture_without_a_hand_is_not_assessable_and_has_no_identity(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("handmstn.recognizer.SEEN", 2.0)
     words = with_model(folder, "enroll", tmp_path / "e", "--gallery", str(tmp_path / "g"), "--purpose", "x")
-    assert_user_error(main, words, capsys, "no hand can be seen in any of 5 pictures")
+    assert_user_error(main, words, capsys, "none of 5 pictures is assessable; of 5: too little of a hand is seen")
     assert not (tmp_path / "g").exists()
     monkeypatch.setattr("handmstn.recognizer.SEEN", -1.0)
     assert main(words) == 0

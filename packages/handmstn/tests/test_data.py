@@ -328,7 +328,7 @@ def test_batches_hold_p_people_with_k_pictures_and_name_who_has_too_few():
         assert len(set(batch)) == 12
     first = np.concatenate([classes[b] for b in made[:2]])
     assert len(set(first)) == 6  # one pass repeats nobody
-    with pytest.raises(UserError, match="'lonely' has 1 pictures, batches of --views 4"):
+    with pytest.raises(UserError, match="'lonely' has 1 picture, batches of --views 4"):
         people_and_views([*classes, "lonely"], 3, 4)
     with pytest.raises(UserError, match="7 identities do not fill a batch of --people 8"):
         people_and_views(classes, 8, 4)

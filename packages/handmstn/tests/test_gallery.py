@@ -167,6 +167,19 @@ def test_faiss_finds_the_same_as_the_exact_search():
     assert 0 < gallery.recall(probes.parts, probes.visibility, "faiss-hnsw", top=4) <= 1
 
 
+@pytest.mark.parametrize("index", ["exact", "faiss-flat", "faiss-hnsw"])
+def test_a_person_with_many_pictures_leaves_room_for_other_candidates(index):
+    """faiss issue 2566: the nearest pictures are all of one person, and so is the whole answer."""
+    pytest.importorskip("faiss")
+    many = people(["often"] * 300 + [f"p{i}" for i in range(20)])
+    probe = many.part(np.asarray([0]))
+    many.parts[:300] = many.parts[0]  # all nearer than anybody else
+    many.visibility[:300] = many.visibility[0]
+    found = Gallery(HEAD, many).search(probe.parts, probe.visibility, 5, index=index, shortlist=50)[0]
+    assert found[0].person == "often"
+    assert len({candidate.person for candidate in found}) == 5
+
+
 def test_a_removed_person_is_in_no_index_either(tmp_path):
     """faiss issues 883 and 3281: ids that stayed, or another one that went; here no index outlives a search."""
     pytest.importorskip("faiss")

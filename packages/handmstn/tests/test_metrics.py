@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from handmstn import Calibration, Identification, OpenSet, Verification, bootstrap
 from handmstn.calibration import cllr, fit_logistic, in_words, isotonic, min_cllr
+from handmstn.evaluation import rank_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
@@ -165,6 +166,30 @@ def test_an_open_set_with_the_lowest_threshold_is_the_closed_set_and_fpir_falls_
         OpenSet().threshold(0.1)
 
 
+@pytest.mark.parametrize(
+    ("scores", "eer"), [([0.1, 0.9], 0.0), ([0.9, 0.1], 1.0), ([0.5, 0.5], 0.5), ([-1.0, 1.0], 0.0)]
+)
+def test_one_pair_of_each_kind_has_an_eer_and_no_d_prime(scores, eer):
+    """openbr issues 579 and 593: EER was NaN with few or separated scores; here d' was infinite, which no JSON takes."""
+    one = Verification()
+    one.update(np.asarray(scores), np.asarray([False, True]))
+    found = one.compute()
+    assert found.eer == eer
+    assert np.isnan(found.d_prime)
+
+
+def test_the_threshold_of_a_far_keeps_to_it_and_gives_the_tar():
+    """feerci issue 1 and openbr issue 582: a rate without its threshold cannot be worked with."""
+    rng = np.random.default_rng(0)
+    impostor, genuine = rng.normal(0, 0.2, 5000).clip(-1, 1), rng.normal(0.6, 0.2, 500).clip(-1, 1)
+    one = Verification()
+    one.update(np.append(impostor, genuine), np.arange(5500) >= 5000)
+    found = one.compute()
+    for far, threshold in found.thresholds.items():
+        assert (impostor >= threshold).mean() <= far
+        assert (genuine >= threshold).mean() == pytest.approx(found.tar[far], abs=1e-9)
+
+
 def test_a_probe_that_is_in_the_gallery_does_not_find_itself():
     names = np.asarray(list("aab"))
     scores = np.asarray([[1.0, 0.2, 0.5], [0.2, 1.0, 0.1], [0.5, 0.1, 1.0]])
@@ -243,3 +268,12 @@ def test_separated_scores_stay_finite_and_bins_have_their_own_maps():
     assert in_words(np.log(1000)) == "moderately strong support for the same hand"
     assert in_words(0.1) == "supports neither"
     assert in_words(-8) == "strong support for different hands"
+
+
+def test_a_rank_at_which_everybody_is_found_has_no_row():
+    classes = [f"p{i}" for i in range(10)]
+    one = Identification()
+    one.update(np.random.default_rng(0).random((10, 10)), classes, classes)
+    found = rank_table(one)
+    assert [name for name in found if name.startswith("rank-")] == ["rank-1", "rank-5"]
+    assert found["ranked among"] == 10

@@ -71,8 +71,6 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     handles: dict[str, Any] = {}
     with _saved(path, 4.6 * len(panels), 4.0) as figure:
-        from matplotlib.ticker import MaxNLocator
-
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), index + 1)
             for name, curve in panel.curves.items():
@@ -84,13 +82,41 @@ def line_chart(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
                     axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
             axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
             axes.set(xscale=panel.xscale, yscale=panel.yscale)
-            if panel.xscale == "linear" and all(float(x).is_integer() for c in panel.curves.values() for x in c.x):
-                axes.xaxis.set_major_locator(
-                    MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
-                )  # no half of an epoch
+            places = [float(x) for curve in panel.curves.values() for x in curve.x]
+            if panel.xscale == "linear" and places and all(x.is_integer() for x in places):
+                _count(axes.xaxis, min(places))
+            for axis, scale in ((axes.xaxis, panel.xscale), (axes.yaxis, panel.yscale)):
+                if scale == "log":
+                    _plain(axis)
         if len(names) > 1:
             columns = max(1, int(4.6 * len(panels) / (0.07 * max(map(len, names)) + 0.55)))  # inches that a name takes
             figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns)
+
+
+def _count(axis: Any, least: float) -> None:
+    """Ticks at whole numbers (there is no half of an epoch), and at 1 where counting begins there (there is no rank 0)."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    locator = MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+    axis.set_major_locator(locator)
+    if least == 1:
+        ticks = np.asarray(axis.get_majorticklocs())
+        low, high = axis.get_view_interval()
+        step = ticks[1] - ticks[0] if len(ticks) > 1 else 1
+        kept = [1.0, *(t for t in ticks.tolist() if t > 1 and t <= high and t - 1 >= step / 2)]
+        axis.set_major_locator(FixedLocator(kept))
+        axis.set_view_interval(low, high, ignore=True)
+
+
+def _plain(axis: Any) -> None:
+    """Ticks of a logarithmic axis as plain numbers, 1, 2 and 5 of each decade, or each decade where there are many."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def arm_chart(

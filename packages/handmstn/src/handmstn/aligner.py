@@ -25,6 +25,7 @@ class AlignedHand:
         side_logits: positive where the hand looks like a right one (or a mirrored left one), (B,).
         transform: the hand's similarity of level 0, (B, 2, 3); the identity with one level.
         first: the points as level 0 has them, (B, sum K, 2).
+        features: the last hidden layer of the last level, (B, H), from which ``familiar`` tells what is unlike any hand.
     """
 
     points: Tensor
@@ -33,6 +34,7 @@ class AlignedHand:
     side_logits: Tensor
     transform: Tensor
     first: Tensor
+    features: Tensor
 
 
 class ChannelNorm(nn.Module):
@@ -61,10 +63,10 @@ class _Head(nn.Module):
         nn.init.normal_(self.last.weight, std=1e-3)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        scaled = maps.flatten(1) * self.scale
-        out: Tensor = self.last(F.leaky_relu(self.hidden(scaled), 0.01))
-        return out
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and hidden units."""
+        hidden = F.leaky_relu(self.hidden(maps.flatten(1) * self.scale), 0.01)
+        return self.last(hidden), hidden
 
 
 class _Places(nn.Module):
@@ -95,11 +97,12 @@ class _Places(nn.Module):
     prior: Tensor
     mean: Tensor
 
-    def forward(self, maps: Tensor) -> Tensor:
-        out: Tensor = self.dense(maps)
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and hidden units."""
+        out, hidden = self.dense(maps)
         expected = (4 * self.expect(maps).flatten(2) + self.prior).softmax(2) @ self.where - self.mean
         count = expected.shape[1] * 2
-        return torch.cat([out[:, :count] + expected.flatten(1), out[:, count:]], 1)
+        return torch.cat([out[:, :count] + expected.flatten(1), out[:, count:]], 1), hidden
 
 
 class MultiSpatialTransformer(nn.Module):
@@ -197,22 +200,23 @@ class MultiSpatialTransformer(nn.Module):
         batch = images.shape[0]
         transform = torch.eye(2, 3, device=images.device, dtype=images.dtype).expand(batch, 2, 3)
         if self.levels == 1:
-            points, out = self._points(coarse)
+            points, out, hidden = self._points(coarse)
             first = points
         else:
             first = self._voted(coarse) if self.votes > 1 and not self.training else self._first(coarse)
             transform = _bounded(fit_similarity(self.pose, first))
             frame = transform if frames is None else torch.where(torch.isfinite(frames), frames, transform)
-            points, out = self._in_frame(coarse, frame)
+            points, out, hidden = self._in_frame(coarse, frame)
             for _ in range(0 if self.training else self.passes - 1):
-                points, out = self._in_frame(coarse, fit_similarity(self.pose, points))
+                points, out, hidden = self._in_frame(coarse, fit_similarity(self.pose, points))
         logits = out[:, self.pose.numel() : self.pose.numel() + len(self.parts)]
-        return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform, first)
+        return AlignedHand(points, logits.sigmoid(), logits, out[:, -1], transform, first, hidden)
 
     def _first(self, coarse: Tensor) -> Tensor:
         """The points by level 0."""
-        out: Tensor = self.heads[0](self.norm(self.nets[0](coarse)))
-        return self.pose + out.view(coarse.shape[0], -1, 2)
+        out, _ = self.heads[0](self.norm(self.nets[0](coarse)))
+        points: Tensor = self.pose + out.view(coarse.shape[0], -1, 2)
+        return points
 
     def _voted(self, coarse: Tensor) -> Tensor:
         """The mean over quarter turns of the picture; what the picture itself says where they cancel out."""
@@ -227,17 +231,17 @@ class MultiSpatialTransformer(nn.Module):
         agreed = extents[0] > 0.5 * torch.stack(extents[1:]).mean(0)
         return torch.where(agreed[:, None, None], mean, found[0])
 
-    def _in_frame(self, coarse: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_frame(self, coarse: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What level 1 says of the coarse picture as seen in a frame; its loss does not move what it sees."""
         batch, size = coarse.shape[0], self.loc_size
         grid = compose(frame.detach(), self.view.expand(batch, -1, -1)).view(batch, size, size, 2)
-        points, out = self._points(F.grid_sample(coarse, grid, padding_mode="zeros", align_corners=True))
-        return compose(frame.detach() if self.training else frame, points), out
+        points, out, hidden = self._points(F.grid_sample(coarse, grid, padding_mode="zeros", align_corners=True))
+        return compose(frame.detach() if self.training else frame, points), out, hidden
 
-    def _points(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Points in the frame of what is seen, and all outputs of the last level."""
-        out = self.heads[-1](self.norm(self.nets[-1](seen)))
-        return self.pose + out[:, : self.pose.numel()].view(seen.shape[0], -1, 2), out
+    def _points(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Points in the frame of what is seen, all outputs of the last level, and its hidden units."""
+        out, hidden = self.heads[-1](self.norm(self.nets[-1](seen)))
+        return self.pose + out[:, : self.pose.numel()].view(seen.shape[0], -1, 2), out, hidden
 
     def placed(self, transform: Tensor) -> Tensor:
         """The pose carried by level 0 alone, (B, sum K, 2)."""

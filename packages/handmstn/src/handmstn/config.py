@@ -281,6 +281,8 @@ class WithModel(Settings):
         run: folder of a `handmstn train`.
         data: hands, named as for train.
         reading: settings of the pictures; their size is the model's.
+        unlike: what becomes of a picture that is unlike the hands that the model was trained on: refuse (it is not assessable),
+            or keep, which takes it for a hand and says so.
         batch_size: pictures at once.
         device: where to compute; auto takes a GPU when there is one.
     """
@@ -288,6 +290,7 @@ class WithModel(Settings):
     run: str
     data: str
     reading: HandReading = field(default_factory=HandReading)
+    unlike: Literal["refuse", "keep"] = "refuse"
     batch_size: Count = 32
     device: Device = "auto"
 

@@ -134,14 +134,14 @@ def all_pairs(hands: Enrolled, classes: NDArray[Any], weights: Array, visible: b
 
 
 def rank_table(found: Identification, ks: Sequence[int] = (1, 5, 10, 15, 30)) -> dict[str, Any]:
-    """Rank-k rates and mAP with intervals by person."""
+    """Rank-k rates and mAP with intervals by person; a rank at which nothing more can be found has no row."""
     rank, ap, persons = found.per_probe()
     result = found.compute()
     out: dict[str, Any] = {
         f"rank-{k}": dict(zip(("value", "ci95"), bootstrap(rank <= k, persons), strict=True))
         for k in ks
-        if k <= found.ranks
+        if k == 1 or k < min(found.ranked, found.ranks + 1)
     }
     out["mAP (step)"] = dict(zip(("value", "ci95"), bootstrap(ap, persons), strict=True))
     out["mAP (trapezoid)"] = {"value": result.map_trapezoid, "ci95": None}
-    return {**out, "probes": result.probes, "probes without a mate": result.without_mate}
+    return {**out, "ranked among": found.ranked, "probes": result.probes, "probes without a mate": result.without_mate}

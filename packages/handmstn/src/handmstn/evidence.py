@@ -38,7 +38,7 @@ class Probe:
         points: control points, (K, 2).
         visibility: share of each part that is seen, (P,).
         notes: what was guessed of it, in words.
-        shown: whether enough of the hand is seen.
+        reason: why it is not assessable, in words; empty where it is.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Probe:
     points: NDArray[np.float32]
     visibility: NDArray[np.float32]
     notes: str = ""
-    shown: bool = True
+    reason: str = ""
 
 
 def crops_of(
@@ -138,8 +138,8 @@ def evidence_sheet(
 
 def verdict(probe: Probe, candidates: Sequence[Candidate], threshold: float | None) -> str:
     """The answer in one line."""
-    if not probe.shown:
-        return "not assessable: too little of a hand is seen"
+    if probe.reason:
+        return f"not assessable: {probe.reason}"
     if not candidates:
         return "no candidate can be compared"
     best = candidates[0]

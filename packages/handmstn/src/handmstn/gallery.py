@@ -453,14 +453,23 @@ class Gallery:
         index: str,
         shortlist: int,
     ) -> list[list[Candidate]]:
-        listed = self.shortlist(parts, visibility, max(shortlist, 4 * top), index, visible=visible)
-        answers = []
-        for q in range(len(parts)):
-            own = None if sides is None else sides[q : q + 1]
-            digest = None if digests is None else digests[q : q + 1]
-            chosen = listed[q][listed[q] >= 0]
-            scores, rows = self._best(parts[q : q + 1], visibility[q : q + 1], top, own, digest, visible, chosen)
-            answers.append(self._candidates(parts[q], visibility[q], rows[0], scores[0]))
+        """The candidates of each probe's shortlist, which grows until it holds ``top`` hands: one may have many pictures."""
+        searched = self._index(index, visible=visible)
+        answers: list[list[Candidate]] = [[] for _ in parts]
+        wanted, count = min(top, len(np.unique(self.enrolled.classes))), max(shortlist, 4 * top)
+        waiting = list(range(len(parts)))
+        while waiting:
+            picked = np.asarray(waiting)
+            listed = self._listed(searched, parts[picked], visibility[picked], count, visible=visible)
+            for q, row in zip(waiting, listed, strict=True):
+                own = None if sides is None else sides[q : q + 1]
+                digest = None if digests is None else digests[q : q + 1]
+                scores, rows = self._best(
+                    parts[q : q + 1], visibility[q : q + 1], top, own, digest, visible, row[row >= 0]
+                )
+                answers[q] = self._candidates(parts[q], visibility[q], rows[0], scores[0])
+            waiting = [q for q in waiting if len(answers[q]) < wanted] if count < len(self) else []
+            count *= 4
         return answers
 
     def shortlist(
@@ -472,21 +481,32 @@ class Gallery:
             MissingExtraError: faiss is not installed.
             ValueError: there is no such index.
         """
+        return self._listed(self._index(index, visible=visible), parts, visibility, count, visible=visible)
+
+    def _index(self, index: str, *, visible: bool) -> Any:
+        """An index of FAISS over the fused embeddings."""
         needs("faiss", "faiss", "handmstn", why=f"--index {index}")
         import faiss
 
         if index not in {"faiss-flat", "faiss-hnsw"}:
             raise ValueError(f"index is one of exact, faiss-flat, faiss-hnsw, got '{index}'")
         held = self.enrolled
-        seen = (held.visibility, visibility) if visible else (np.ones_like(held.visibility), np.ones_like(visibility))
-        vectors = self.fused(held.parts, seen[0])
+        vectors = self.fused(held.parts, held.visibility if visible else np.ones_like(held.visibility))
         if index == "faiss-flat":
             made: Any = faiss.IndexFlatIP(vectors.shape[1])
         else:
             made = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
-            made.hnsw.efSearch = max(64, count)
         made.add(np.ascontiguousarray(vectors))
-        _, rows = made.search(np.ascontiguousarray(self.fused(parts, seen[1])), min(count, len(held)))
+        return made
+
+    def _listed(
+        self, searched: Any, parts: Array, visibility: Array, count: int, *, visible: bool
+    ) -> NDArray[np.int64]:
+        """Rows that an index of FAISS finds, (Q, count)."""
+        if hasattr(searched, "hnsw"):
+            searched.hnsw.efSearch = max(64, count)
+        probes = self.fused(parts, visibility if visible else np.ones_like(visibility))
+        _, rows = searched.search(np.ascontiguousarray(probes), min(count, len(self)))
         out: NDArray[np.int64] = rows
         return out
 

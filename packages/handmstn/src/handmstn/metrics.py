@@ -73,6 +73,9 @@ class Identification:
             precision is always over images.
         ties: rank of a mate among equal scores: before all others, in their middle, or behind them.
         ranks: longest rank of the CMC.
+
+    Attributes:
+        ranked: number of classes or images that a probe was ranked among, the most of all updates.
     """
 
     def __init__(self, unit: Unit = "class", ties: Ties = "optimistic", ranks: int = 50) -> None:
@@ -80,7 +83,7 @@ class Identification:
         self.rank: list[Floats] = []
         self.ap: list[tuple[Floats, Floats]] = []
         self.persons: list[NDArray[Any]] = []
-        self.without_mate = 0
+        self.without_mate = self.ranked = 0
 
     def update(
         self,
@@ -135,6 +138,7 @@ class Identification:
         self.ap.append((steps, trapezoids))
         self.persons.append(probes[probed])
         self.without_mate += len(probes) - len(probed)
+        self.ranked = max(self.ranked, len(classes) if self.unit == "class" else len(gallery))
 
     @property
     def _share(self) -> float:
@@ -169,6 +173,7 @@ class Identification:
         self.ap += other.ap
         self.persons += other.persons
         self.without_mate += other.without_mate
+        self.ranked = max(self.ranked, other.ranked)
         return self
 
     def per_probe(self) -> tuple[Floats, Floats, NDArray[Any]]:
@@ -199,7 +204,8 @@ class VerificationResult:
         eer: error where FAR(t) = P(impostor >= t) and FRR(t) = P(genuine < t) cross, linear between operating points.
         eer_threshold: the threshold there.
         tar: false accept rate -> true accept rate at the lowest threshold that keeps to it.
-        d_prime: |mu1 - mu0| / sqrt((s1^2 + s0^2) / 2).
+        thresholds: false accept rate -> that threshold.
+        d_prime: |mu1 - mu0| / sqrt((s1^2 + s0^2) / 2); NaN where the scores of either kind have no spread.
         genuine: number of genuine pairs.
         impostor: number of impostor pairs.
     """
@@ -207,6 +213,7 @@ class VerificationResult:
     eer: float
     eer_threshold: float
     tar: Mapping[float, float]
+    thresholds: Mapping[float, float]
     d_prime: float
     genuine: int
     impostor: int
@@ -275,13 +282,16 @@ class Verification:
         """
         edges, far, frr = self.rates()
         eer, threshold = crossing(edges, far, frr)
-        tar = {f: float(1 - frr[int(np.argmax(far <= f + 1e-15))]) for f in fars}
+        places = {f: int(np.argmax(far <= f + 1e-15)) for f in fars}
+        tar = {f: float(1 - frr[place]) for f, place in places.items()}
+        thresholds = {f: float(edges[place]) for f, place in places.items()}
         count = self.counts.sum(1)
         mean = self.sums[:, 0] / count
         variance = np.maximum(self.sums[:, 1] / count - mean**2, 0)
         spread = float(np.sqrt(variance.mean()))
-        d_prime = float(abs(mean[1] - mean[0]) / spread) if spread else float("inf")
-        return VerificationResult(eer, threshold, tar, d_prime, int(count[1]), int(count[0]))
+        # sums of squares leave 1e-8 of a spread of nothing
+        d_prime = float(abs(mean[1] - mean[0]) / spread) if spread > 1e-6 else float("nan")
+        return VerificationResult(eer, threshold, tar, thresholds, d_prime, int(count[1]), int(count[0]))
 
     def refined(self, blocks: Iterable[tuple[NDArray[Any], NDArray[np.bool_]]]) -> float:
         """The EER exact to the last score, by a second pass over the same pairs: those of the crossing bin are sorted.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from handmstn.aligner import MultiSpatialTransformer
 from handmstn.config import ModelSettings
+from handmstn.familiar import Familiar, even
 from handmstn.gallery import Enrolled
 from handmstn.parts import PALMAR, PartSpec, preset
 from handmstn.recognizer import HandMSTN, assessable
@@ -72,6 +73,8 @@ def load_model(path: str | Path) -> tuple[HandMSTN, dict[str, Any]]:
     plain = dataclasses.replace(settings, recognizer=dataclasses.replace(settings.recognizer, pretrained=False))
     aligner = build_aligner(plain, 0) if found.config.get("aligner", True) else None
     model = build_model(plain, 0, aligner)
+    if "familiar.mean" in found.tensors:  # models of versions before it have none, nor those of few pictures
+        model.familiar = Familiar(len(found.tensors["familiar.mean"]))
     checkpoints.check_shapes(path, {k: v.shape for k, v in model.state_dict().items()}, found.tensors)
     model.load_state_dict(found.tensors)
     return model.eval(), {**found.config, "size": size}
@@ -97,22 +100,28 @@ class Embedded:
         enrolled: vectors and names.
         points: control points in the picture as it was shown to the networks (left hands mirrored), (N, K, 2).
         right: probability that the picture as shown looks like a right hand; NaN without an aligner.
-        shown: whether enough of the hand is seen; where it is not, the picture is not assessable.
+        unlike: how unlike the training's pictures each one is, above 1 is no hand that is known; NaN where that is not known.
+        reasons: why the picture is not assessable, in words; empty where it is.
         hands: the pictures, mirrored where the side was guessed as left.
     """
 
     enrolled: Enrolled
     points: NDArray[np.float32]
     right: NDArray[np.float32]
-    shown: NDArray[np.bool_]
+    unlike: NDArray[np.float32]
+    reasons: NDArray[np.str_]
     hands: Hands
+
+    @property
+    def shown(self) -> NDArray[np.bool_]:
+        """Whether each picture is assessable."""
+        return self.reasons == ""
 
     def part(self, chosen: NDArray[Any]) -> "Embedded":
         """Some of them."""
         index = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen
-        return Embedded(
-            self.enrolled.part(index), self.points[index], self.right[index], self.shown[index], self.hands.part(index)
-        )
+        arrays = self.points[index], self.right[index], self.unlike[index], self.reasons[index]
+        return Embedded(self.enrolled.part(index), *arrays, self.hands.part(index))
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:
@@ -138,9 +147,15 @@ def given(model: HandMSTN, hands: Hands) -> Tensor | None:
 
 
 def embed(
-    model: HandMSTN, hands: Hands, *, batch_size: int = 32, device: str = "cpu", guess_side: bool = False
+    model: HandMSTN,
+    hands: Hands,
+    *,
+    batch_size: int = 32,
+    device: str = "cpu",
+    guess_side: bool = False,
+    refuse: bool = True,
 ) -> Embedded:
-    """Vectors of pictures.
+    """Vectors of pictures, and which of them are not assessable.
 
     Args:
         model: the model.
@@ -148,6 +163,7 @@ def embed(
         batch_size: pictures at once.
         device: where to compute.
         guess_side: mirror pictures of unknown side that look more like a right hand then; they are marked as guessed.
+        refuse: whether a picture that is unlike the training's is not assessable.
     """
     assert hands.images is not None, "decoded"
     points = given(model, hands)
@@ -159,6 +175,7 @@ def embed(
         hands = _guessed(model.aligner, hands, batch_size, device)
     assert hands.images is not None
     found: dict[str, list[NDArray[np.float32]]] = {"parts": [], "visibility": [], "points": [], "right": []}
+    found |= {"unlike": [], "mirrored": [], "even": []}
     with evaluating(model):
         for rows in _batches(len(hands), batch_size):
             images = hands.images[rows].to(device).float() / 255
@@ -172,14 +189,33 @@ def embed(
                 torch.full((len(images),), float("nan")) if out.aligned is None else out.aligned.side_logits.sigmoid()
             )
             found["right"].append(right.cpu().numpy())
+            unlike = model.unlike(out)
+            mirrored, odd = torch.full_like(unlike, float("inf")), unlike > 1
+            if odd.any():  # does it look like a hand in the mirror? then the side is wrong
+                mirrored[odd] = model.unlike(model.locate(images[odd].flip(-1), None, None))
+            found["unlike"].append(unlike.cpu().numpy())
+            found["mirrored"].append(mirrored.cpu().numpy())
+            found["even"].append(even(images).float().cpu().numpy())
     arrays = {name: np.concatenate(value).astype(np.float32) for name, value in found.items()}
     weights = model.weights.detach().cpu().numpy()
     digests = np.asarray([hands.digest(i) for i in range(len(hands))], dtype=np.str_)
     enrolled = Enrolled(
         arrays["parts"], arrays["visibility"], hands.persons, hands.sides, hands.names, digests, hands.guessed
     )
-    shown = assessable(arrays["visibility"], weights)
-    return Embedded(enrolled, arrays["points"], arrays["right"], shown, hands)
+    reasons = np.full(len(hands), "", dtype="<U160")
+    if refuse:
+        for row in np.flatnonzero(arrays["unlike"] > 1):
+            reasons[row] = _unlike(arrays["unlike"][row], arrays["mirrored"][row])
+    reasons[~assessable(arrays["visibility"], weights)] = "too little of a hand is seen"
+    reasons[arrays["even"] > 0] = "the picture is one even color"
+    return Embedded(enrolled, arrays["points"], arrays["right"], arrays["unlike"], reasons, hands)
+
+
+def _unlike(distance: float, mirrored: float) -> str:
+    """Why a picture that is unlike the training's is not assessable."""
+    if mirrored <= 1:
+        return "it looks like the other hand of what it was taken for: give its side, or --reading.side auto"
+    return f"it is unlike the hands that the model was trained on, {distance:.1f} times as far from them as the bound"
 
 
 def _guessed(aligner: nn.Module, hands: Hands, batch_size: int, device: str) -> Hands:

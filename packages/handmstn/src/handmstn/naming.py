@@ -10,6 +10,12 @@ import numpy as np
 from handmstn.lists import bare
 from handmstn.records import Strings
 
+
+def numbered(count: int, noun: str = "picture") -> str:
+    """``1 picture``, ``2 pictures``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 _SUFFIX = re.compile(r"(.+?)[ _.-](l|r|left|right)", re.IGNORECASE)
 _ANY_SPACE = re.compile(r"\s+")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from handmstn.naming import numbered
 from tenfold import UserError
 
 Rows = NDArray[np.int64]
@@ -60,7 +61,7 @@ def first_each(classes: Sequence[str] | NDArray[np.str_], each: int) -> tuple[Ro
     if inside.all():
         name = max(seen, key=lambda key: seen[key])
         raise UserError(
-            f"no class has more than {each} pictures ('{name}' has {seen[name]}): nothing is left to search for;"
+            f"no class has more than {numbered(each)} ('{name}' has {seen[name]}): nothing is left to search for;"
             " lower --gallery_each"
         )
     return np.flatnonzero(inside), np.flatnonzero(~inside)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from handmstn.aligner import AlignedHand, MultiSpatialTransformer
 from handmstn.backbones import build_placed, build_pooled
+from handmstn.familiar import Familiar
 from handmstn.parts import PartSpec
 from handmstn.warping import ControlPointGrid, check_finite
 
@@ -56,6 +57,10 @@ class HandMSTN(nn.Module):
         pretrained: start from the weights that timm publishes (``packaged:`` networks always have theirs).
         places: 0 takes the mean of a network's map; N keeps what lies where in a map of N or more places a side.
 
+    Attributes:
+        familiar: what the training's pictures look like to the aligner; None without an aligner, before training, or where they
+            were too few.
+
     Source: fusion, matching and the networks are choices of ours; the paper's abstract says "pretrained CNNs".
 
     Example:
@@ -81,6 +86,7 @@ class HandMSTN(nn.Module):
         self.parts = tuple(parts)
         self.dim = dim
         self.aligner = aligner
+        self.familiar: Familiar | None = None
         self.grid = ControlPointGrid(self.parts)
         self.batches: list[list[int]] = []
         keys: list[tuple[str, tuple[int, int]]] = []
@@ -109,6 +115,13 @@ class HandMSTN(nn.Module):
     def weights(self) -> Tensor:
         """Learned weight of each part, (P,), of sum 1."""
         return self.part_logits.softmax(0)
+
+    def unlike(self, found: HandEmbedding) -> Tensor:
+        """How unlike the training's pictures each one is, (B,): above 1 is no known hand; NaN where that is not known."""
+        if self.familiar is None or found.aligned is None:
+            return torch.full((len(found.visibility),), float("nan"), device=found.visibility.device)
+        distance: Tensor = self.familiar(found.aligned.features)
+        return distance
 
     def describe(self, crops: Sequence[Tensor]) -> Tensor:
         """Descriptor of each part before normalization, (B, P, D), from crops in [0, 1]."""

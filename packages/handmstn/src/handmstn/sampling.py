@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from handmstn.naming import numbered
 from tenfold import UserError, distributed
 
 
@@ -31,7 +32,8 @@ def people_and_views(
     if counts.min() < views:
         name = found[int(counts.argmin())]
         raise UserError(
-            f"'{name}' has {counts.min()} pictures, batches of --views {views} need {views} of each identity: lower --views"
+            f"'{name}' has {numbered(int(counts.min()))}, batches of --views {views} need {views} of each identity: lower"
+            " --views"
         )
     world = distributed.world_size()
     if len(found) < people * world:

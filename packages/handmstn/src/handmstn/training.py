@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from handmstn.aligner import MultiSpatialTransformer, near, quartered, scrambled, warped
 from handmstn.config import Optimizer, RunSettings
+from handmstn.familiar import Familiar
 from handmstn.losses import IdentityLoss, point_loss, sum_weighted, visibility_loss
 from handmstn.models import _batches, build_aligner, build_model, given, parts_of
 from handmstn.parts import PartSpec
@@ -342,6 +343,16 @@ def found_points(
             found.append(out.points.cpu())
             visible.append(out.visibility.cpu())
     return torch.cat(found), torch.cat(visible)
+
+
+def familiar_of(model: HandMSTN, hands: Hands, batch_size: int = 64) -> Familiar | None:
+    """What the training's pictures look like to the aligner; None without one, or where the pictures are too few."""
+    assert hands.images is not None
+    if model.aligner is None:
+        return None
+    with evaluating(model.aligner):
+        found = [model.aligner(hands.images[rows].float() / 255).features for rows in _batches(len(hands), batch_size)]
+    return Familiar.fit(torch.cat(found), torch.from_numpy(np.unique(hands.persons, return_inverse=True)[1]))
 
 
 def losses_of(settings: RunSettings, classes: int, parts: int) -> IdentityLoss:

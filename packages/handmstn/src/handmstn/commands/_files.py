@@ -2,14 +2,19 @@
 
 import dataclasses
 import importlib.metadata
+import sys
 from typing import Any
+
+import numpy as np
 
 from handmstn.config import HandReading, ModelSettings, RunSettings, TrainSettings, WithModel
 from handmstn.data import boxed, load, wanted_parts
+from handmstn.familiar import FEWEST
 from handmstn.models import WEIGHTS, Embedded, embed, load_model, save_model
+from handmstn.naming import numbered
 from handmstn.recognizer import HandMSTN
 from handmstn.records import Hands
-from tenfold import runs
+from tenfold import UserError, runs
 from tenfold.devices import choose_device
 from tenfold.runs import Run
 
@@ -55,10 +60,49 @@ def read(settings: WithModel, card: dict[str, Any], model: HandMSTN, *, seed: in
 
 
 def embedded(settings: WithModel, model: HandMSTN, hands: Hands) -> Embedded:
-    """Vectors of the pictures of a command."""
+    """Vectors of the pictures of a command, and which are not assessable; what cannot be told is warned of."""
     device = choose_device(settings.device)
-    return embed(
-        model, hands, batch_size=settings.batch_size, device=device, guess_side=settings.reading.side == "auto"
+    if model.aligner is not None and model.familiar is None:
+        sys.stdout.write(  # no warning: an error that follows has to be the one line on stderr
+            "note: this model does not know which pictures show no hand (an earlier version made it, or fewer than"
+            f" {FEWEST} pictures did): one of a wall may be taken for a hand\n"
+        )
+    found = embed(
+        model,
+        hands,
+        batch_size=settings.batch_size,
+        device=device,
+        guess_side=settings.reading.side == "auto",
+        refuse=settings.unlike == "refuse",
+    )
+    kept = found.shown & (found.unlike > 1)
+    if kept.any():
+        sys.stdout.write(
+            "note: unlike the hands that the model was trained on, and taken for hands by --unlike keep:"
+            f" {numbered(int(kept.sum()))}, the first: {found.hands.names[kept][0]}\n"
+        )
+    return found
+
+
+def left_out(found: Embedded) -> list[dict[str, str]]:
+    """The pictures that are not assessable, and why."""
+    hidden = ~found.shown
+    pairs = zip(found.hands.names[hidden].tolist(), found.reasons[hidden].tolist(), strict=True)
+    return [{"picture": name, "why": why} for name, why in pairs]
+
+
+def first_of(hidden: list[dict[str, str]]) -> str:
+    """``3 pictures, the first, a.png: why``."""
+    return f"{numbered(len(hidden))}, the first, {hidden[0]['picture']}: {hidden[0]['why']}"
+
+
+def nothing_left(data: str, found: Embedded) -> UserError:
+    """What to raise where no picture is assessable."""
+    reasons, counts = np.unique(found.reasons, return_counts=True)
+    most = str(reasons[int(counts.argmax())])
+    hint = "; --unlike keep takes such pictures for hands" if most.startswith("it ") else ""
+    return UserError(
+        f"--data {data}: none of {numbered(len(found.hands))} is assessable; of {counts.max()}: {most}{hint}"
     )
 
 

@@ -80,7 +80,7 @@ def draw_cmc(folder: Run, measured: Mapping[str, Identification], ranks: int = 2
     curves = {}
     for label, one in measured.items():
         rank, _, persons = one.per_probe()
-        longest = min(ranks, max(2, int(np.max(rank)) + 1, 10))
+        longest = min(ranks, max(2, one.ranked), max(2, int(np.max(rank)) + 1, 10))
         ks = list(range(1, longest + 1))
         found = [bootstrap(rank <= k, persons, draws=300) for k in ks]
         mean, bands = [100 * f[0] for f in found], [f[1] for f in found]

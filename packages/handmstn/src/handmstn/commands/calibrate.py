@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from handmstn.calibration import Calibration, cllr, min_cllr
-from handmstn.commands._files import DEVELOPMENT, embedded, read, trained
+from handmstn.commands._files import DEVELOPMENT, embedded, first_of, left_out, read, trained
 from handmstn.commands._ratios import FILE
 from handmstn.config import CalibrateSettings
 from handmstn.data import with_ids
@@ -21,6 +21,7 @@ def run(settings: CalibrateSettings, invocation: Invocation) -> None:
     """Fit on half of the people, check on the other half, then fit on all; write ``calibration.json``."""
     model, card, _ = trained(settings.run)
     found = embedded(settings, model, with_ids(read(settings, card, model, first=DEVELOPMENT), settings.data))
+    hidden = left_out(found)
     found = found.part(found.shown)
     e, weights = found.enrolled, model.weights.detach().cpu().numpy()
     persons = np.unique(e.persons)
@@ -66,6 +67,7 @@ def run(settings: CalibrateSettings, invocation: Invocation) -> None:
             "offsets": final.offsets,
             "checked": bins,
             "people": len(persons),
+            "not assessable": hidden,
         },
     )
     sys.stdout.write(table(["common visibility", "genuine", "impostor", "Cllr", "min Cllr"], rows) + "\n")
@@ -73,6 +75,8 @@ def run(settings: CalibrateSettings, invocation: Invocation) -> None:
         "Cllr of 1 says nothing, 0 is perfect; checked on people that the map was not fitted on. The likelihood ratios hold for"
         f" pictures like these; {FILE} is fitted on all {len(persons)} people\n"
     )
+    if hidden:
+        sys.stdout.write(f"not assessable, left out: {first_of(hidden)}\n")
 
 
 def _names(edges: list[float]) -> list[str]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from handmstn.commands._files import embedded, read, trained, wanted
+from handmstn.commands._files import embedded, first_of, left_out, nothing_left, read, trained, wanted
 from handmstn.config import EnrollSettings
 from handmstn.data import with_ids
 from handmstn.gallery import Enrolled, Gallery
 from handmstn.models import head_of
+from handmstn.naming import numbered
 from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.terminal import table
@@ -26,7 +27,8 @@ def run(settings: EnrollSettings, invocation: Invocation) -> None:
     if counts.min() < settings.images_each:
         name = names[int(counts.argmin())]
         raise UserError(
-            f"'{name}' has {counts.min()} pictures, --images_each asks for {settings.images_each}: add pictures or lower it"
+            f"'{name}' has {numbered(int(counts.min()))}, --images_each asks for {settings.images_each}: add pictures or"
+            " lower it"
         )
     head = head_of(model, card)
     gallery = Gallery(head, path=Path(settings.gallery).expanduser())
@@ -34,18 +36,18 @@ def run(settings: EnrollSettings, invocation: Invocation) -> None:
     _warn_of_mixed_sides(found.hands.persons, found.hands.sides, found.right)
     kept = found.part(found.shown)
     if not len(kept.hands):
-        raise UserError(f"--data {settings.data}: no hand can be seen in any of {len(hands)} pictures")
+        raise nothing_left(settings.data, found)
     held = kept.enrolled
     if kept.hands.files:  # so that a sheet can show the picture as long as it is there
         held = dataclasses.replace(held, names=np.asarray([str(f.resolve()) for f in kept.hands.files], dtype=np.str_))
     added = gallery.enroll(held, purpose=settings.purpose, image_source=settings.data)
     _warn_of_shared_pictures(held, gallery.enrolled)
     people = sorted(set(kept.hands.persons.tolist()))
-    left_out = hands.names[~found.shown].tolist()
+    hidden = left_out(found)
     answer = {
         "added": added,
         "already there": len(kept.hands) - added,
-        "not assessable": left_out,
+        "not assessable": hidden,
         "people": people,
         "guessed": {n: g for n, g in zip(kept.hands.names.tolist(), kept.hands.guessed.tolist(), strict=True) if g},
     }
@@ -53,10 +55,10 @@ def run(settings: EnrollSettings, invocation: Invocation) -> None:
     rows = [[name, int((kept.hands.persons == name).sum())] for name in people[:20]]
     sys.stdout.write(table(["person", "pictures"], rows) + "\n")
     sys.stdout.write(
-        f"{added} pictures added to {settings.gallery} ({answer['already there']} were there already), now {len(gallery)}\n"
+        f"{numbered(added)} added to {settings.gallery} ({answer['already there']} were there already), now {len(gallery)}\n"
     )
-    if left_out:
-        sys.stdout.write(f"not assessable, not enrolled: {len(left_out)} pictures, the first: {left_out[0]}\n")
+    if hidden:
+        sys.stdout.write(f"not assessable, not enrolled: {first_of(hidden)}\n")
 
 
 def _warn_of_shared_pictures(added: Enrolled, everyone: Enrolled) -> None:
@@ -68,7 +70,7 @@ def _warn_of_shared_pictures(added: Enrolled, everyone: Enrolled) -> None:
     if shared:
         people = " and ".join(f"'{person}'" for person in sorted(owners[str(added.digests[shared[0]])]))
         warnings.warn(
-            f"{len(shared)} pictures are enrolled for several people now, the first, {added.names[shared[0]]}, for {people}",
+            f"enrolled for several people now: {numbered(len(shared))}, the first, {added.names[shared[0]]}, for {people}",
             stacklevel=2,
         )
 
@@ -80,7 +82,8 @@ def _warn_of_mixed_sides(persons: object, sides: object, right: object) -> None:
     if odd.any():
         name = np.asarray(persons)[odd][0]
         warnings.warn(
-            f"{int(odd.sum())} pictures look like the other side than they are listed as (guessed), the first of '{name}':"
+            f"{numbered(int(odd.sum()))} {'looks' if odd.sum() == 1 else 'look'} like the other side than listed (guessed), the"
+            f" first of '{name}':"
             " are left and right mixed up, or are they mirrored (--reading.mirrored true)?",
             stacklevel=2,
         )

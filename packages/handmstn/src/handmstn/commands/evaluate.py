@@ -8,13 +8,14 @@ import numpy as np
 
 from handmstn.calibration import cllr, min_cllr
 from handmstn.commands import _pictures
-from handmstn.commands._files import embedded, read, trained
+from handmstn.commands._files import embedded, first_of, left_out, nothing_left, read, trained
 from handmstn.commands._ratios import calibration_of
 from handmstn.config import EvaluateSettings, HandReading
 from handmstn.data import listed, with_ids
 from handmstn.evaluation import Found, Scorer, all_pairs, count, rank_table
 from handmstn.metrics import OpenSet, bootstrap
 from handmstn.models import Embedded, head_of
+from handmstn.naming import numbered
 from handmstn.protocols import Rows, check_disjoint, drawn_galleries, first_each, strangers
 from tenfold import UserError
 from tenfold.cli import Invocation
@@ -39,12 +40,13 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     if (hands.splits == "train").any() and (hands.splits != "train").any():
         hands = hands.part(hands.splits != "train")
     found = embedded(settings, model, hands)
-    hidden = found.hands.names[~found.shown].tolist()
+    hidden, share = left_out(found), float(found.shown.mean())
+    if not found.shown.any():
+        raise nothing_left(settings.data, found)
     found = found.part(found.shown)
-    if not len(found.hands):
-        raise UserError(f"--data {settings.data}: no hand can be seen in any of {len(hands)} pictures")
     weights = model.weights.detach().cpu().numpy()
-    folder, result = invocation.folder, {"protocol": settings.protocol, "not assessable": hidden}
+    folder = invocation.folder
+    result: dict[str, Any] = {"protocol": settings.protocol, "assessable": share, "not assessable": hidden}
     rows: list[list[str]] = []
     captions: dict[str, str] = {}
     if settings.protocol != "verify":
@@ -54,7 +56,10 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
         rows += [
             [name, f"{100 * v['value']:.2f} %", _ci(v["ci95"])] for name, v in ranks.items() if isinstance(v, dict)
         ]
-        rows += [[name, str(ranks[name]), ""] for name in ("probes", "probes without a mate")]
+        rows += [[name, str(ranks[name]), ""] for name in ("ranked among", "probes", "probes without a mate")]
+        if hidden:
+            ranks["rank-1 x share assessable"] = ranks["rank-1"]["value"] * share
+            rows += [["rank-1 x share assessable", f"{100 * ranks['rank-1 x share assessable']:.2f} %", ""]]
         _pictures.draw_cmc(folder, {"this model": counted.identification})
         captions["cmc"] = "Share of the probes found within a rank, with the 95 % band of a bootstrap over persons."
         if settings.protocol in {"open", "cross"}:
@@ -71,12 +76,19 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
         result["verification"] = {
             **dataclasses.asdict(v),
             "tar": {f"{f:g}": t for f, t in v.tar.items()},
+            "thresholds": {f"{f:g}": t for f, t in v.thresholds.items()},
+            "d_prime": None if np.isnan(v.d_prime) else v.d_prime,
             "smallest FAR that can be told": 1 / v.impostor,
         }
-        rows += [["EER", f"{100 * v.eer:.2f} %", ""]]
-        rows += [[f"TAR at FAR {f:g}", f"{100 * t:.2f} %", ""] for f, t in v.tar.items()]
+        rows += [["EER (threshold)", f"{100 * v.eer:.2f} % ({v.eer_threshold:.3f})", ""]]
+        rows += [
+            [f"TAR at FAR {f:g} (threshold)", f"{100 * t:.2f} % ({v.thresholds[f]:.3f})", ""] for f, t in v.tar.items()
+        ]
         rows += [["smallest FAR that can be told", f"{100 / v.impostor:.2g} %", ""]]
-        rows += [["d'", f"{v.d_prime:.2f}", ""], ["genuine, impostor pairs", f"{v.genuine}, {v.impostor}", ""]]
+        rows += [
+            ["d'", "-" if np.isnan(v.d_prime) else f"{v.d_prime:.2f}", ""],
+            ["genuine, impostor pairs", f"{v.genuine}, {v.impostor}", ""],
+        ]
         _pictures.draw_det(folder, {"this model": pairs})
         captions["det"] = (
             "False rejects against false accepts over all pairs of pictures; nearer to the lower left is better. No pair at all"
@@ -88,10 +100,11 @@ def run(settings: EvaluateSettings, invocation: Invocation) -> None:
     write_report(folder, f"handmstn evaluate: {settings.protocol}, {found.hands.source}", captions)
     sys.stdout.write(table([f"{settings.protocol}: {found.hands.source}", "value", "95 % (persons)"], rows) + "\n")
     if hidden:
-        sys.stdout.write(f"not assessable, left out: {len(hidden)} pictures, the first: {hidden[0]}\n")
+        product = "" if settings.protocol == "verify" else ", and counted by the product above alone"
+        sys.stdout.write(f"not assessable, left out of {numbered(len(hands))}{product}: {first_of(hidden)}\n")
     if (found.hands.guessed != "").any():
         number = int((found.hands.guessed != "").sum())
-        sys.stdout.write(f"guessed of {number} pictures: {found.hands.guessed[found.hands.guessed != ''][0]}\n")
+        sys.stdout.write(f"guessed of {numbered(number)}: {found.hands.guessed[found.hands.guessed != ''][0]}\n")
 
 
 def _ci(ci95: tuple[float, float] | None) -> str:
@@ -125,7 +138,9 @@ def _identify(settings: EvaluateSettings, found: Embedded, weights: Any, folder:
             kept_out = strangers(persons, settings.open_share, settings.seed)
             gallery = gallery[~kept_out[gallery]]
         if not len(gallery) or not len(probes):
-            raise UserError(f"--data {settings.data}: {len(gallery)} pictures in the gallery and {len(probes)} probes")
+            raise UserError(
+                f"--data {settings.data}: {numbered(len(gallery))} in the gallery and {numbered(len(probes), 'probe')}"
+            )
         scorer = Scorer(found.enrolled.part(gallery), classes[gallery], weights, settings.matcher, settings.components)
         counted = count(
             scorer, found.enrolled.part(probes), classes[probes], unit=settings.unit, ties=settings.ties, into=counted

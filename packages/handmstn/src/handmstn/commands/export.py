@@ -21,10 +21,11 @@ class _Exported(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Crops of each part, then fused, visibility and parts."""
+        """Crops of each part, then fused, visibility, parts, and how unlike the training's pictures it is (1: the bound)."""
         found = self.model(images)
         crops = self.model.grid.crops(images, self.model.grid(found.points))
-        return (*crops, found.fused, found.visibility, found.parts)
+        unlike = () if self.model.familiar is None else (self.model.unlike(found),)
+        return (*crops, found.fused, found.visibility, found.parts, *unlike)
 
 
 def run(settings: ExportSettings, invocation: Invocation) -> None:
@@ -37,6 +38,8 @@ def run(settings: ExportSettings, invocation: Invocation) -> None:
     example = torch.from_numpy(SyntheticHands(2, 1, size).rendered.images).float() / 255
     names = [f"crop_{part.name}" for part in model.parts]
     outputs = (*names, "embedding", "visibility", "parts")
+    if model.familiar is not None:
+        outputs = (*outputs, "unlike")
     module: nn.Module = _Whole(model) if model.aligner is None else _Exported(model)
     if settings.format == "safetensors":
         module = model

@@ -9,6 +9,7 @@ from handmstn.config import InspectSettings
 from handmstn.data import listed
 from handmstn.gallery import Gallery
 from handmstn.models import head_of
+from handmstn.naming import numbered
 from handmstn.parts import preset
 from tenfold.cli import Invocation
 from tenfold.terminal import table
@@ -38,8 +39,10 @@ def _model(run: str) -> None:
     sys.stdout.write("\n" + table(["", "parameters"], sizes) + "\n")
     sys.stdout.write(
         f"model {head_of(model, card)['model']}, trained on {card['pictures']} pictures of {card['people']} people"
-        f" ({card['source']}), pictures of {card['size']} pixels, embedding of {model.dim * len(model.parts)} numbers\n\n"
+        f" ({card['source']}), pictures of {card['size']} pixels, embedding of {model.dim * len(model.parts)} numbers\n"
     )
+    known = "knows" if model.familiar is not None else "does not know"
+    sys.stdout.write(f"it {known} which pictures are unlike the hands that it was trained on\n\n")
 
 
 def _gallery(path: str) -> None:
@@ -48,7 +51,8 @@ def _gallery(path: str) -> None:
     rows = [[name, int(count)] for name, count in zip(names[:20].tolist(), counts[:20].tolist(), strict=True)]
     sys.stdout.write(table(["hand", "pictures"], rows) + "\n")
     sys.stdout.write(
-        f"{len(gallery)} pictures of {len(names)} hands; model {gallery.head['model']}, preset {gallery.head['preset']}\n"
+        f"{numbered(len(gallery))} of {numbered(len(names), 'hand')}; model {gallery.head['model']}, preset"
+        f" {gallery.head['preset']}\n"
     )
     lines = gallery.log()
     last = [[line["when"], line["what"], line["purpose"] or "-", line.get("count", "")] for line in lines[-10:]]

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from handmstn.commands import _pictures
-from handmstn.commands._files import embedded, read, trained
+from handmstn.commands._files import embedded, first_of, left_out, read, trained
 from handmstn.config import PredictSettings
 from tenfold.cli import Invocation
 from tenfold.figures import image_grid
@@ -26,6 +26,7 @@ def run(settings: PredictSettings, invocation: Invocation) -> None:
         np.savez_compressed(
             file, fused=fused.astype(np.float32), parts=e.parts, visibility=e.visibility, points=found.points,
             weights=weights, ids=e.persons, sides=e.sides, paths=e.names, guessed=e.guessed, assessable=found.shown,
+            reasons=found.reasons, unlike=found.unlike,
         )  # fmt: skip
     assert found.hands.images is not None
     count = min(settings.pictures, len(e))
@@ -36,6 +37,8 @@ def run(settings: PredictSettings, invocation: Invocation) -> None:
         for number, row in enumerate(rows):
             with folder.replacing(f"crops/{number + 1:04d}.png") as path:
                 Image.fromarray(row[2]).save(path, "PNG")
-    hidden = int((~found.shown).sum())
+    hidden = left_out(found)
     sys.stdout.write(f"{len(e)} embeddings of {fused.shape[1]} numbers in {folder.path / 'embeddings.npz'}")
-    sys.stdout.write(f"; {hidden} pictures are not assessable\n" if hidden else "\n")
+    if hidden:
+        sys.stdout.write(f"; not assessable: {first_of(hidden)}")
+    sys.stdout.write("\n")

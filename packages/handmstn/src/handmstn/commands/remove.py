@@ -4,6 +4,7 @@ import sys
 
 from handmstn.config import RemoveSettings
 from handmstn.gallery import Gallery
+from handmstn.naming import numbered
 from tenfold.cli import Invocation
 
 
@@ -12,5 +13,5 @@ def run(settings: RemoveSettings, invocation: Invocation) -> None:
     gallery = Gallery.open(settings.gallery)
     count = gallery.remove(settings.person, purpose=settings.purpose)
     sys.stdout.write(
-        f"{count} pictures of '{settings.person}' removed from {settings.gallery}, {len(gallery)} are left\n"
+        f"{numbered(count)} of '{settings.person}' removed from {settings.gallery}, {numbered(len(gallery))} left\n"
     )

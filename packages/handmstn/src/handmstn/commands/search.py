@@ -15,6 +15,7 @@ from handmstn.config import SearchSettings
 from handmstn.evidence import Probe, evidence_sheet, verdict
 from handmstn.gallery import MILLION, Candidate, Gallery
 from handmstn.models import head_of
+from handmstn.naming import numbered
 from handmstn.recognizer import HandMSTN
 from handmstn.records import letterboxed
 from tenfold import UserError, readers
@@ -22,6 +23,9 @@ from tenfold.cli import Invocation
 from tenfold.errors import needs
 from tenfold.modules import evaluating
 from tenfold.terminal import table
+
+GUESSED = "points and shares seen, by the model"
+"""What a sheet says of numbers that nobody gave."""
 
 
 def run(settings: SearchSettings, invocation: Invocation) -> None:
@@ -55,13 +59,15 @@ def run(settings: SearchSettings, invocation: Invocation) -> None:
         assert found.hands.images is not None
         notes = str(found.hands.guessed[number])
         image, points = found.hands.images[number].numpy(), found.points[number]
-        probe = Probe(str(hands.names[number]), image, points, e.visibility[number], notes, bool(found.shown[number]))
+        told = "; ".join(note for note in (notes, GUESSED if model.aligner is not None else "") if note)
+        probe = Probe(str(hands.names[number]), image, points, e.visibility[number], told, str(found.reasons[number]))
         answer = verdict(probe, kept, threshold)
         lines.append(
             {
                 "picture": probe.name,
                 "answer": answer,
                 "not assessable": not found.shown[number],
+                "unlike": None if np.isnan(found.unlike[number]) else round(float(found.unlike[number]), 3),
                 "visibility": {p.name: round(float(v), 3) for p, v in zip(model.parts, probe.visibility, strict=True)},
                 "guessed": notes,
                 "candidates": [
@@ -93,7 +99,8 @@ def run(settings: SearchSettings, invocation: Invocation) -> None:
                 sheet.png.save(path, "PNG")
             invocation.folder.write_text(f"{name}.html", sheet.html)
     body = {"gallery": settings.gallery, "enrolled": len(gallery), "threshold": threshold, "fpir": settings.fpir}
-    more: dict[str, object] = {"threshold from": f"{tries} enrolled hands" if tries else "--threshold", "index": index}
+    more: dict[str, object] = {"guessed by the model": [] if model.aligner is None else ["points", "visibility"]}
+    more |= {"threshold from": f"{tries} enrolled hands" if tries else "--threshold", "index": index}
     if index != "exact":
         more["recall"] = gallery.recall(e.parts, e.visibility, index, top=settings.top)
     invocation.folder.write_json("candidates.json", {**body, **more, "answers": lines})
@@ -106,11 +113,11 @@ def run(settings: SearchSettings, invocation: Invocation) -> None:
     people = len(set(gallery.enrolled.persons.tolist()))
     if tries and people < 1 / settings.fpir:
         sys.stdout.write(
-            f"note: {people} people are enrolled, too few to set a threshold for --fpir {settings.fpir:g}; it is a rough one\n"
+            f"note: people enrolled: {people}, too few to set a threshold for --fpir {settings.fpir:g}; it is a rough one\n"
         )
     shown = min(settings.sheets, len(lines))
     where = f"; evidence sheets in {Path(invocation.folder.path) / 'sheets'}" if shown else ""
-    sys.stdout.write(f"{len(lines)} pictures against {len(gallery)} enrolled, threshold {threshold:.3f}{where}\n")
+    sys.stdout.write(f"{numbered(len(lines))} against {len(gallery)} enrolled, threshold {threshold:.3f}{where}\n")
 
 
 def _enrolled_picture(

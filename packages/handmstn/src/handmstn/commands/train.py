@@ -7,8 +7,10 @@ from handmstn.commands import _pictures
 from handmstn.commands._files import card_of, save, trained
 from handmstn.config import TrainSettings
 from handmstn.data import boxed, load, wanted_parts, with_ids
+from handmstn.familiar import FEWEST
 from handmstn.models import build_aligner, build_model, parts_of
-from handmstn.training import check, train_aligner, train_identities
+from handmstn.naming import numbered
+from handmstn.training import check, familiar_of, train_aligner, train_identities
 from tenfold import UserError
 from tenfold.cli import Invocation
 from tenfold.devices import choose_device, seed_everything
@@ -48,7 +50,9 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     if taken is None:
         aligner = train_aligner(hands, settings, settings.seed, folder, quiet=invocation.quiet)
     model = train_identities(hands, settings, settings.seed, aligner, folder, quiet=invocation.quiet)
-    save(folder, model.cpu(), card_of(settings, model, hands))
+    model = model.cpu()
+    model.familiar = familiar_of(model, hands)
+    save(folder, model, card_of(settings, model, hands))
     captions = {}
     if _pictures.draw_course(folder):
         captions["course"] = (
@@ -66,6 +70,11 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
         f"trained on {len(hands)} pictures of {people} people in {time.perf_counter() - start:.0f} s; weights of the parts:"
         f" {weights}; model in {folder.path}\n"
     )
+    if model.aligner is not None and model.familiar is None:
+        sys.stdout.write(
+            f"note: {len(hands)} pictures of {people} people are too few ({FEWEST} are not) to know what is no hand: a picture"
+            " without one may be taken for one\n"
+        )
     if (hands.sides == "unknown").any():
         count = int((hands.sides == "unknown").sum())
-        sys.stdout.write(f"note: the side of {count} pictures is unknown; they were taken as right hands (guessed)\n")
+        sys.stdout.write(f"note: the side of {numbered(count)} is unknown, taken as right (guessed)\n")
