@@ -59,6 +59,40 @@ def test_backbones_of_many_kinds_take_a_weighted_step(name):
     assert bool(torch.isfinite(loss))
 
 
+def stepped(backbone, size):
+    """A network and its loss after one weighted step on pictures of a size."""
+    net = SelfSupervised(backbone, "byol", Heads(hidden=16, out=8, predictor_hidden=8), width_of(backbone, size))
+    net.train()
+    x = torch.rand(4, 3, size, size)
+    loss = net(x, x.flip(3), torch.tensor([0.5, 1.5, 1.0, 1.0]))
+    loss.backward()
+    torch.optim.SGD(net.groups(1e-4), lr=0.01).step()
+    net.follow(0.5)
+    return net, loss
+
+
+@pytest.mark.slow
+def test_a_backbone_with_frozen_batch_norms_keeps_their_statistics():
+    import timm
+
+    torch.manual_seed(0)
+    backbone = timm.layers.freeze_batch_norm_2d(timm.create_model("resnet18", num_classes=0))
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    net, loss = stepped(backbone, 64)
+    assert bool(torch.isfinite(loss))
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.named_buffers())
+
+
+@pytest.mark.slow
+def test_a_transformer_of_dynamic_size_takes_pictures_of_several_sizes():
+    import timm
+
+    torch.manual_seed(0)
+    for size in (64, 96):
+        backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
+        assert bool(torch.isfinite(stepped(backbone, size)[1]))
+
+
 @pytest.fixture
 def ray(monkeypatch):
     """Ray, whose agents and actors start slowly on a busy machine: actors without Ray's own niceness of 15."""
