@@ -308,3 +308,25 @@ def test_a_recipe_runs_on_a_tiny_stand_in(recipe, world, data, tmp_path):
         world / "merged",
     ]
     works("train", "--config", f"recipe:{recipe}", *small, "--qd.mode", "static", "--steps", 2, "--out", tmp_path / "r")
+
+
+def test_a_view_that_is_gone_or_cut_short_is_not_counted_and_generate_makes_it_again(
+    world, generator, tmp_path, capsys
+):
+    views = tmp_path / "views"
+    shutil.copytree(world / "views", views)
+    one, other = sorted((views / "images").rglob("*.png"))[:2]
+    before = [file.read_bytes() for file in (one, other)]
+    one.unlink()
+    other.write_bytes(before[1][:40])
+    plan = ("--plan", str(world / "plan"), "--views", str(views))
+    assert main(["status", *plan]) == 0
+    told = capsys.readouterr().out
+    assert "22 of 24 views are there" in told
+    assert "2 views were written and are gone or cut short" in told
+    assert main(["merge", *plan, "--out", str(tmp_path / "merged")]) == 0
+    assert "22 ok, 2 missing" in capsys.readouterr().out
+    words = ["generate", *plan, "--generator", str(generator), "--steps", "2", "--out", str(tmp_path / "log")]
+    assert main([*words, "--quiet"]) == 0
+    assert "2 views made" in capsys.readouterr().out
+    assert [file.read_bytes() for file in (one, other)] == before

@@ -50,6 +50,20 @@ def test_without_weights_with_ones_and_with_gamma_zero_a_loss_is_the_same_to_the
     assert torch.equal(plain, loss(a, b, pair_weights(torch.randn(N), 0.0)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*PAIRWISE, "several", "text"])
+def test_rows_of_zeros_in_half_precision_give_numbers(name, dtype):
+    several = lambda a, b: QDMultiPositiveLoss()(torch.cat([a, b]), torch.arange(N).repeat(2))  # noqa: E731
+    more = {"several": several, "text": lambda a, b: image_text_qd_loss(a, b, 10.0)}
+    loss = more.get(name) or PAIRWISE[name]()
+    a, b = (x.detach().to(dtype).index_fill_(0, torch.tensor([row]), 0) for x, row in zip(views(), (2, 4), strict=True))
+    a.requires_grad_()
+    value = loss(a, b)
+    value.backward()
+    assert bool(value.isfinite())
+    assert bool(a.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_a_loss_is_linear_in_the_weights(name):
     loss = PAIRWISE[name]()

@@ -33,9 +33,23 @@ def test_votes_are_those_of_a_loop_for_every_chunk():
         assert torch.allclose(knn_votes(x, bank, y, 3, k=7, chunk=chunk), expected, rtol=1e-4)
 
 
+def test_many_queries_and_a_long_bank_have_the_votes_of_a_plain_sort():
+    (bank, y), (x, _) = blobs(2003), blobs(103, seed=1)
+    found = (F.normalize(x, dim=1) @ F.normalize(bank, dim=1).T).topk(9, dim=1)
+    strength = ((found.values - found.values[:, :1]) / 0.07).exp()
+    expected = torch.zeros(103, 3).scatter_add_(1, y[found.indices], strength)
+    for chunk in (40, 64, 128):
+        assert torch.allclose(knn_votes(x, bank, y, 3, k=9, chunk=chunk), expected, rtol=1e-4)
+
+
 def test_the_nearest_neighbor_of_a_training_picture_is_itself():
     x, y = blobs()
     assert knn_accuracy(x, y, x, y, k=1) == {1: 100.0, 5: 100.0}
+
+
+def test_a_class_without_a_vote_is_not_among_the_most_voted_ones():
+    bank = torch.eye(10).repeat_interleave(3, dim=0)
+    assert knn_accuracy(torch.eye(10), torch.ones(10).long(), bank, torch.zeros(30).long(), k=3) == {1: 0.0, 5: 0.0}
 
 
 def test_more_neighbors_than_there_are_are_clipped_with_a_warning():

@@ -59,6 +59,17 @@ def gathered(rows: Tensor) -> Tensor:
     return distributed.all_gather(rows)
 
 
+def _wide(rows: Tensor) -> tuple[Tensor, float]:
+    """Rows and the least length that they are divided by: in half precision float32, and gradients that float16 can hold."""
+    return (rows.float(), 1e-4) if rows.dtype in {torch.float16, torch.bfloat16} else (rows, 1e-12)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length 1."""
+    rows, least = _wide(rows)
+    return F.normalize(rows, dim=1, eps=least)
+
+
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be more than 0, got {temperature}")
@@ -97,7 +108,7 @@ class QDNTXentLoss(nn.Module):
     def per_pair(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of each pair, mean of its two anchors. Shapes: -> (n,)."""
         _check_pairs(out0, out1)
-        z0, z1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        z0, z1 = unit(out0), unit(out1)
         together = self.gather and distributed.world_size() > 1
         all0, all1 = (gathered(z0), distributed.all_gather(z1)) if together else (z0, z1)
         n, total = len(z0), len(all0)
@@ -159,7 +170,7 @@ class QDMoCoLoss(nn.Module):
         """Loss of each pair against the queue as it is. Shapes: -> (n,)."""
         _check_pairs(queries, keys)
         with torch.autocast(queries.device.type, enabled=False):
-            q, k = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1) for x in (queries, keys.detach()))
+            q, k = unit(queries), unit(keys.detach())
             positive = (q * k).sum(dim=1, keepdim=True)
             negative = q @ self.queue.clone().to(q.dtype).T  # a copy: the queue changes before the backward pass
             logits = torch.cat([positive, negative], dim=1) / self.temperature
@@ -168,7 +179,7 @@ class QDMoCoLoss(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Put keys into the queue, the oldest ones out; of more keys than it holds, the last ones stay."""
-        k = F.normalize(keys.detach().float(), dim=1)
+        k = unit(keys.detach())
         if distributed.world_size() > 1:
             k = gathered(k)
         size = len(self.queue)
@@ -216,7 +227,7 @@ class QDMoCoV3Loss(nn.Module):
     def per_pair(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Loss of each pair. Shapes: -> (n,)."""
         _check_pairs(queries, keys)
-        q, k = F.normalize(queries, dim=1), F.normalize(keys.detach(), dim=1)
+        q, k = unit(queries), unit(keys.detach())
         own = torch.arange(len(q), device=q.device) + len(q) * distributed.rank()
         losses = info_nce(q, gathered(k), own, temperature=self.temperature)
         return 2 * self.temperature * losses
@@ -259,7 +270,8 @@ class QDNegativeCosine(nn.Module):
         _check_pairs(predictions, targets)
         if targets.requires_grad and not predictions.requires_grad:
             predictions, targets = targets, predictions
-        cosine = F.cosine_similarity(predictions, targets.detach(), dim=1)
+        (p, least), (t, _) = _wide(predictions), _wide(targets.detach())
+        cosine = F.cosine_similarity(p, t, dim=1, eps=max(least, 1e-8))
         return 2 - 2 * cosine if self.byol else -cosine
 
     def forward(self, predictions: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -395,7 +407,7 @@ class QDMultiPositiveLoss(nn.Module):
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)}, expected ({size}, {size}): one per pair of views"
             )
-        z = F.normalize(embeddings, dim=1)
+        z = unit(embeddings)
         together = self.gather and distributed.world_size() > 1
         all_z = gathered(z) if together else z
         all_labels = distributed.all_gather(labels) if together else labels
@@ -457,7 +469,7 @@ def image_text_qd_loss(
     _check_pairs(images, texts)
     weight = check_weight(weight, len(images), device=images.device)
     scale = torch.as_tensor(logit_scale, device=images.device).clamp(max=100.0)
-    x, t = F.normalize(images, dim=1), F.normalize(texts, dim=1)
+    x, t = unit(images), unit(texts)
     own = torch.arange(len(x), device=x.device) + len(x) * distributed.rank()
     to_text = F.cross_entropy(scale * x @ gathered(t).T, own, reduction="none")
     to_image = F.cross_entropy(scale * t @ distributed.all_gather(x).T, own, reduction="none")

@@ -154,9 +154,10 @@ class ViewStore:
 
     def done(self) -> set[tuple[str, int]]:
         """Views that are there: their row, and their file in its size."""
-        return {name for name, row in self.rows().items() if row.status == "ok" and self._is_there(row)}
+        return {name for name, row in self.rows().items() if row.status == "ok" and self.is_there(row)}
 
-    def _is_there(self, row: Stored) -> bool:
+    def is_there(self, row: Stored) -> bool:
+        """Whether a view's file has its size; no byte of it is read."""
         try:
             return (self.path / row.path).stat().st_size == row.bytes
         except OSError:

@@ -7,6 +7,7 @@ random and adaptive level, weighted or not, and with 30 percent of the views exc
 """
 
 import functools
+import importlib
 import json
 import sys
 from concurrent.futures import Executor
@@ -132,6 +133,9 @@ def run(settings: DemoSettings, invocation: Invocation) -> int:
     work = folder.path / "world"
     spec = None if level == "quick" else f"processes:{settings.processes}"
     with executors.make(spec) as pool:
+        if pool is not None:  # the workers start while the encoder learns
+            for _ in range(settings.processes):
+                pool.submit(importlib.import_module, "genview.commands.generate")
         target = build_world(folder, work, level, lengths, arms, pool, quiet=invocation.quiet)
         study = Study(folder, level=level, data=DATA, seeds=seeds)
         todo = {arm: partial(measure, str(work), arm, lengths, level != "quick") for arm in arms}

@@ -33,7 +33,7 @@ def run(settings: MergeSettings, invocation: Invocation) -> None:
     store = ViewStore.open(settings.views)
     if store.head["plan"] != plan.id:
         raise UserError(f"--views {settings.views} was made by another plan ({store.head['plan']}, this is {plan.id})")
-    there = store.rows()
+    there = {name: row for name, row in store.rows().items() if row.status != "ok" or store.is_there(row)}
     rows: list[dict[str, Any]] = []
     for row in plan.rows:
         found = there.get(row.name)

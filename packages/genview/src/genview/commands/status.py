@@ -21,7 +21,9 @@ def run(settings: StatusSettings, invocation: Invocation) -> None:
     if store.head["plan"] != plan.id:
         raise UserError(f"--views {settings.views} was made by another plan ({store.head['plan']}, this is {plan.id})")
     rows = store.rows()
-    found = runner.progress(plan, rows)
+    lost = [row for row in rows.values() if row.status == "ok" and not store.is_there(row)]
+    gone = {row.name for row in lost}
+    found = runner.progress(plan, {name: row for name, row in rows.items() if name not in gone})
     workers = [[name, count, f"{rate:.3g}"] for name, (count, rate) in found.workers.items()]
     if workers:
         sys.stdout.write(table(["worker", "views", "views per second"], workers) + "\n\n")
@@ -34,6 +36,11 @@ def run(settings: StatusSettings, invocation: Invocation) -> None:
     )
     for row in [row for row in rows.values() if row.status != "ok"][:SHOWN]:
         sys.stdout.write(f"failed: {row.key}: {row.error}\n")
+    if lost:
+        names = ", ".join(row.path for row in lost[:SHOWN])
+        sys.stdout.write(
+            f"{len(lost)} views were written and are gone or cut short: {names}; generate makes them again\n"
+        )
     if settings.verify:
         good = [row for row in rows.values() if row.status == "ok"]
         faults = [fault for row in track(good, "files", quiet=invocation.quiet) if (fault := store.fault(row))]
