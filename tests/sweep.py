@@ -110,19 +110,14 @@ class Sweep:
                     row[kind] = f"{found} ({option})"
                 elif row[kind] in (NOT_TRIED, "read"):
                     row[kind] = found
-        interrupted: list[Path] = []
         if out is not None:
             row["read-only folder"] = self.on_a_disk(words, "ro", "")
-            row["full disk"] = self.on_a_disk(words, "rw", "size=16k")
-            if step.get("long"):
-                row["Ctrl-C"] = self.interrupted(words, signal.SIGINT, 130, interrupted)
-                row["kill -9, --resume"] = self.interrupted(words, signal.SIGKILL, -9, interrupted)
-                row["two at once"] = self.two_at_once(words)
+            row["full disk"] = self.on_a_disk(words, "rw", "size=16k", fits := self.fresh())
         row["mended"] = self.mended(step, words, out)
-        for case, other in zip(("Ctrl-C", "kill -9, --resume"), interrupted, strict=False):
-            different = unlike(out, other) if out and row[case] == "resumed" else []
-            if different:
-                row[case] = self.fault(f"{', '.join(different)} differs from an unbroken run", words, "")
+        if row["full disk"] == "fits" and row["mended"] == "ok" and (different := unlike(out, fits)):
+            row["full disk"] = self.fault(f"{', '.join(different)} is not whole, without a word", words, "")
+        if out is not None and step.get("long") and row["mended"] == "ok":
+            self.disturbed(words, out, row)
         return row
 
     def mended(self, step: dict[str, Any], words: list[str], out: Path | None) -> str:
@@ -215,18 +210,21 @@ class Sweep:
             target.write_bytes({"empty": b"", "cut short": data[: len(data) // 2], "foreign": noise}[kind])
         return f"{prefix}{colon}{target}" if colon else str(target)
 
-    def on_a_disk(self, words: list[str], mode: str, options: str) -> str:
-        """The command with an output folder on a disk that is read-only, or full and then given more space."""
+    def on_a_disk(self, words: list[str], mode: str, options: str, fits: Path | None = None) -> str:
+        """The command with a folder on a disk that is read-only, or full and then given more space; results go to ``fits``."""
         with mounted(self.folder / "disk", mode, options) as disk:
             if disk is None:
                 return NOT_TRIED
             words = self.with_out(words, disk / "out")
             code, text = self.call(words)
-            if mode == "rw" and code == 0:
+            if fits and code == 0:
+                for end in ("", "-kept"):
+                    if (disk / f"out{end}").is_dir():
+                        shutil.copytree(disk / f"out{end}", f"{fits}{end}")
                 return "fits"
             if not self.in_one_line(code, text):
                 return self.fault(f"exit code {code}, {last_line(text)}", words, text)
-            if mode == "rw":
+            if mode == "rw" and words[0] != "demo":  # whose length is given
                 left = sorted(path.name for path in disk.rglob(".tenfold-*"))
                 if left:
                     return self.fault(f"{', '.join(left)} is left behind", words, text)
@@ -240,36 +238,45 @@ class Sweep:
         self.tried += 1
         return Command(self.main, words, self.folder / f"printed-{self.tried}.txt")
 
-    def interrupted(self, words: list[str], sent: signal.Signals, expected: int, outs: list[Path]) -> str:
-        """Interrupted in the middle (Ctrl-C reaches the children as well), then continued."""
-        for seconds in (0.3, 0.02):
-            out = self.fresh()
-            command = self.start(self.with_out(words, out))
+    def disturbed(self, words: list[str], unbroken: Path, row: dict[str, str]) -> None:
+        """One run that a second command comes in the way of, that is interrupted, killed, and then resumed to its end."""
+        out = self.fresh()
+        command = self.start(self.with_out(words, out))
+        command.until_there(out)
+        code, text = self.call(self.with_out(words, out))
+        if not self.in_one_line(code, text):
+            row["two at once"] = self.fault(f"exit code {code}, {last_line(text)}", words, text)
+        else:
+            row["two at once"] = "refused" if "another command" in text else "was done"
+        row["Ctrl-C"], out = self.stopped(words, out, command, signal.SIGINT)
+        resume = ["--resume"] if row["Ctrl-C"] == "resumed" else []
+        out = out if resume else self.fresh()
+        command = self.start([*self.with_out(words, out), *resume])
+        row["kill -9, --resume"], out = self.stopped(words, out, command, signal.SIGKILL)
+        if "resumed" not in (row["Ctrl-C"], row["kill -9, --resume"]):
+            return
+        code, text = self.call([*self.with_out(words, out), "--resume"])
+        different = unlike(unbroken, out) if code == 0 else []
+        if code != 0:
+            row["kill -9, --resume"] = self.fault(f"resumed with {code}, {last_line(text)}", words, text)
+        elif different:
+            row["kill -9, --resume"] = self.fault(f"{', '.join(different)} differs from an unbroken run", words, text)
+
+    def stopped(self, words: list[str], out: Path, command: "Command", sent: signal.Signals) -> tuple[str, Path]:
+        """Stop a command in its middle, or sooner where it was done by then; what to write, and the folder."""
+        expected = {signal.SIGINT: 130, signal.SIGKILL: -9}[sent]
+        for seconds in (0.3, 0.0):
             command.until_there(out, seconds)
             command.send(sent)
             code, text = command.end()
+            if code == expected and "Traceback" not in text:
+                return "resumed", out
             if code != 0:
-                break
-        outs.append(out)
-        if code == 0:
-            return "was done"
-        if code != expected or (sent == signal.SIGINT and "Traceback" in text):
-            return self.fault(f"exit code {code}, {last_line(text)}", words, text)
-        code, text = self.call([*self.with_out(words, out), "--resume"])
-        return "resumed" if code == 0 else self.fault(f"resumed with {code}, {last_line(text)}", words, text)
-
-    def two_at_once(self, words: list[str]) -> str:
-        """The second of two commands with one folder is refused, and the first one ends as if it had been alone."""
-        out = self.fresh()
-        command = self.start(self.with_out(words, out))
-        command.until_there(out, 0)
-        code, text = self.call(self.with_out(words, out))
-        first, printed = command.end()
-        if not self.in_one_line(code, text):
-            return self.fault(f"exit code {code}, {last_line(text)}", words, text)
-        if "another command" not in text:
-            return "was done"
-        return "refused" if first == 0 else self.fault(f"the first: {first}, {last_line(printed)}", words, printed)
+                return self.fault(f"exit code {code}, {last_line(text)}", words, text), out
+            if seconds:
+                out = self.fresh()
+                command = self.start(self.with_out(words, out))
+        return "was done", out
 
 
 class Command:
@@ -289,9 +296,9 @@ class Command:
         os.dup2(descriptor, 2)
         sys.exit(self.main(self.words))
 
-    def until_there(self, out: Path, seconds: float) -> None:
-        """Wait for the command's folder and some time more, or for its end."""
-        while self.process.is_alive() and not (out / "config.yaml").exists():
+    def until_there(self, out: Path, seconds: float = 0.0) -> None:
+        """Wait until the command works in its folder, and some time more, or for its end."""
+        while self.process.is_alive() and not ((out / "config.yaml").exists() and (out / ".tenfold-lock").exists()):
             time.sleep(0.01)
         self.process.join(seconds)
 
@@ -318,7 +325,7 @@ def unlike(one: Path, other: Path) -> list[str]:
         (end, path.relative_to(f"{one}{end}"))
         for end in ("", "-kept")
         for path in sorted(Path(f"{one}{end}").rglob("*"))
-        if path.suffix in {".safetensors", ".csv"}
+        if path.suffix in {".safetensors", ".csv", ".npy", ".npz", ".tif"}
     ]
     pairs = [(name, Path(f"{one}{end}") / name, Path(f"{other}{end}") / name) for end, name in names]
     return [str(name) for name, a, b in pairs if not b.exists() or a.read_bytes() != b.read_bytes()]

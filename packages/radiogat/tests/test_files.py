@@ -118,6 +118,23 @@ def test_parquet_is_read(tmp_path):
         read_samples(tmp_path / "bad.parquet")
 
 
+@pytest.mark.parametrize("save", ["to_geotiff", "to_cog"])
+def test_a_map_that_does_not_fit_on_the_disk_is_refused(save, tmp_path):
+    """GDAL alone closes a file that is cut short without a word."""
+    resource = pytest.importorskip("resource", reason="limits of files are POSIX's")
+    power = np.random.default_rng(0).normal(-90, 9, (1, 60, 70)).astype(np.float32)
+    grid = Grid(500000.0, 5300600.0, 10.0, 60, 70)
+    found = RadioMap(MapLayout(grid, (1750.0,), None, "EPSG:32632"), {"rss_dbm": power})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(UserError, match="is the disk full"):
+            getattr(found, save)(tmp_path / "m.tif")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_map_survives_geotiff(tmp_path):
     """Plane, north-up transform, frequencies, NaN."""
     import rasterio

@@ -23,7 +23,10 @@ from head_kd.signals import box_heads
 from head_kd.teacher import TeacherView, normalization
 from tenfold import UserError, randomness
 from tenfold.checkpoints import digest
+from tenfold.files import reserve
 
+HEADER = "cache.json"
+"""What a cache is made of, written last."""
 _DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
@@ -60,9 +63,9 @@ class TargetCache:
         path = Path(path)
         if (path / "cache").is_dir():
             path = path / "cache"
-        if not (path / "cache.json").is_file():
-            raise UserError(f"{path} holds no finished cache (no cache.json): make one with 'head-kd cache'")
-        header = json.loads((path / "cache.json").read_text(encoding="utf-8"))
+        if not (path / HEADER).is_file():
+            raise UserError(f"{path} holds no finished cache (no {HEADER}): make one with 'head-kd cache'")
+        header = json.loads((path / HEADER).read_text(encoding="utf-8"))
         targets = {}
         for name in header["signals"]:
             scale = path / f"{name}.scale.npy"
@@ -224,6 +227,13 @@ def choose_boxes(
     return torch.cat([low, high], dim=1)
 
 
+def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """A new array on the disk, which has its whole size there at once."""
+    array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    reserve(path)
+    return array
+
+
 @torch.no_grad()
 def write_cache(
     path: str | Path,
@@ -260,7 +270,7 @@ def write_cache(
             " train without a cache"
         )
     ids: list[Any] = []
-    boxes = np.lib.format.open_memmap(path / "boxes.npy", "w+", np.float32, (images, boxes_per_image, 4))
+    boxes = _mapped(path / "boxes.npy", np.float32, (images, boxes_per_image, 4))
     count = np.full(images, boxes_per_image, dtype=np.int64)
     arrays: dict[str, Any] = {}
     scales = {name: np.ones((images, boxes_per_image), dtype=np.float32) for name in names}
@@ -286,7 +296,7 @@ def write_cache(
             block = value.view(len(chosen), boxes_per_image, -1).cpu().numpy()
             if name not in arrays:
                 shape = (images, boxes_per_image, block.shape[2])
-                arrays[name] = np.lib.format.open_memmap(path / f"{name}.npy", "w+", _DTYPES[storage], shape)
+                arrays[name] = _mapped(path / f"{name}.npy", _DTYPES[storage], shape)
             if storage == "int8":
                 scale = np.maximum(np.abs(block).max(axis=2), 1e-12) / 127
                 scales[name][first : first + len(chosen)] = scale
@@ -310,5 +320,5 @@ def write_cache(
         "storage": storage,
         "images": ids,
     }
-    (path / "cache.json").write_text(json.dumps(header) + "\n", encoding="utf-8")
+    (path / HEADER).write_text(json.dumps(header) + "\n", encoding="utf-8")
     return TargetCache.open(path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pckd.losses import Outputs
 from tenfold import UserError
+from tenfold.files import reserve
 from tenfold.runs import Run
 
 CARD = "cache.json"
@@ -94,6 +95,8 @@ class TeacherCache:
             logits = np.lib.format.open_memmap(
                 logits_path, mode="w+", dtype=np.float16, shape=(k, images, len(centers[0]))
             )
+            for path in (features_path, logits_path):
+                reserve(path)
             for epoch, index in batches:
                 out = teach(index, epoch)
                 for array, values in (
