@@ -248,6 +248,15 @@ def test_complete_maps_survive_npz(town, tmp_path):
     assert np.array_equal(again.transmitters, town.transmitters)
 
 
+def test_maps_that_are_cut_short_are_refused(town, tmp_path):
+    write_maps(tmp_path / "m.npz", town)
+    whole = (tmp_path / "m.npz").read_bytes()
+    for size in (0, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "m.npz").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="not a file of radio maps"):
+            read_maps(f"npz:{tmp_path / 'm.npz'}")
+
+
 def test_the_released_npz_and_the_authors_tree_hold_the_same(released, tmp_path):
     maps = read_maps(f"npz:{released}", 3)
     assert maps.rss_dbm.shape == (5, 433, 531)
@@ -272,6 +281,9 @@ def test_the_authors_tree_is_read(tmp_path):
     maps = read_maps(f"official:{root}", 2)
     assert np.array_equal(maps.rss_dbm, rss, equal_nan=True)
     assert maps.transmitters.tolist() == [[3, 4], [5, 6], [7, 8]]
+    (root / "Strength/2/3750.txt").write_text("10.5 -")
+    with pytest.raises(UserError, match="tree: not the authors' tree of radio maps"):
+        read_maps(f"official:{root}", 2)
     (root / "Strength/2/3750.txt").unlink()
     with pytest.raises(UserError, match=r"3750.txt: this band is missing; expected the tree Strength/AREA"):
         read_maps(f"official:{root}", 2)

@@ -24,6 +24,7 @@ from head_kd.teacher import TeacherView, normalization
 from tenfold import UserError, randomness
 from tenfold.checkpoints import digest
 from tenfold.files import reserve
+from tenfold.readers import BROKEN_ARRAYS
 
 HEADER = "cache.json"
 """What a cache is made of, written last."""
@@ -58,23 +59,27 @@ class TargetCache:
             path: its folder, or that of the `head-kd cache` which made it.
 
         Raises:
-            UserError: no cache there, or one that was not written to its end.
+            UserError: no cache there, one that was not written to its end, or one that is damaged.
         """
         path = Path(path)
         if (path / "cache").is_dir():
             path = path / "cache"
         if not (path / HEADER).is_file():
             raise UserError(f"{path} holds no finished cache (no {HEADER}): make one with 'head-kd cache'")
-        header = json.loads((path / HEADER).read_text(encoding="utf-8"))
-        targets = {}
-        for name in header["signals"]:
-            scale = path / f"{name}.scale.npy"
-            targets[name] = (
-                np.load(path / f"{name}.npy", mmap_mode="r"),
-                np.load(scale) if scale.exists() else None,
-            )
-        row = {image: number for number, image in enumerate(header["images"])}
-        return cls(path, header, np.load(path / "boxes.npy", mmap_mode="r"), np.load(path / "count.npy"), targets, row)
+        try:
+            header = json.loads((path / HEADER).read_text(encoding="utf-8"))
+            targets = {}
+            for name in header["signals"]:
+                scale = path / f"{name}.scale.npy"
+                targets[name] = (
+                    np.load(path / f"{name}.npy", mmap_mode="r"),
+                    np.load(scale) if scale.exists() else None,
+                )
+            row = {image: number for number, image in enumerate(header["images"])}
+            boxes, count = np.load(path / "boxes.npy", mmap_mode="r"), np.load(path / "count.npy")
+        except (*BROKEN_ARRAYS, KeyError, TypeError) as error:
+            raise UserError(f"{path}: this cache is damaged, make it again ({' '.join(str(error).split())})") from error
+        return cls(path, header, boxes, count, targets, row)
 
     def check_teacher(self, state_dict: Mapping[str, Tensor], normalized: Mapping[str, Any]) -> None:
         """Check that the cache was made with this teacher.

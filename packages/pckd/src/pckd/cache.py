@@ -12,6 +12,7 @@ from torch import Tensor
 from pckd.losses import Outputs
 from tenfold import UserError
 from tenfold.files import reserve
+from tenfold.readers import BROKEN_ARRAYS
 from tenfold.runs import Run
 
 CARD = "cache.json"
@@ -45,7 +46,7 @@ class TeacherCache:
             self.weight = torch.from_numpy(head["weight"])
             self.bias = torch.from_numpy(head["bias"]) if "bias" in head.files else None
             self.epochs = int(self.card["epochs"])
-        except (OSError, ValueError, KeyError) as error:
+        except (*BROKEN_ARRAYS, KeyError, TypeError) as error:
             raise CacheMismatchError(f"{folder}: expected the folder of a finished `pckd cache` ({error})") from error
 
     def check(self, expected: Mapping[str, Any]) -> None:
