@@ -30,7 +30,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,26 +41,36 @@ from distributions import PACKAGES, ROOT, Distribution
 from PIL import Image
 
 SPOILED = ("missing", "empty", "cut short", "foreign")
-CASES = (
-    "no arguments",
-    *SPOILED,
-    "read-only folder",
-    "full disk",
-    "Ctrl-C",
-    "kill -9, --resume",
-    "two at once",
-    "mended",
-)
+CASES = {
+    "no arguments": "bare",
+    **dict(zip(SPOILED, ("missing", "empty", "cut", "foreign"), strict=True)),
+    "read-only folder": "read-only",
+    "full disk": "full",
+    "two at once": "twice",
+    "Ctrl-C": "Ctrl-C",
+    "kill -9, --resume": "kill -9",
+    "mended": "mended",
+}
+"""What is tried, and the head of its column."""
 NOT_TRIED, FAULT = "-", "FAULT:"
-WORDS = (
-    "Written by `nox -s sweep`, which tries each verb of each package with what stands above the columns. *refused*: exit "
-    "code 2, one line that says what was expected, nothing left behind; of a full disk of 16 KiB: the same command with "
-    "`--resume` then ended well with more space. *read*: the command could do its work all the same. *resumed*: the same "
-    "command with `--resume` went on to its end, with the weights and tables of an unbroken run, byte for byte. *fits*: the "
-    "results fit on that disk. *was done*: it ended before it could be interrupted. *ok*: a refused command, mended, ran "
-    "without `--overwrite`. -: not tried, since there is nothing of the kind: the verb takes no file, writes no folder, or "
-    "takes less than a second."
-)
+PROMISED = {"refused", "resumed", "ok"}
+WORDS = """\
+Written by `nox -s sweep`, which tries each verb of each package with what goes wrong in daily work; what each verb is run
+with stands in `packages/*/tests/sweep.yaml`. ✓: it went as promised. -: there is nothing of the kind, since the verb takes no
+file, writes no folder, or is not one whose work takes long. The columns and what is promised:
+
+- **bare**: without any argument; and each file or folder that the verb reads, **missing**, **empty**, **cut** to half (of a folder, all
+  files in it), or **foreign** (noise in its place): exit code 2, one line that says what was expected, nothing left behind.
+  *read*: the verb could do its work all the same, or it needs no arguments.
+- **read-only**: the output folder is on a disk that cannot be written to: refused likewise. **full**: it is on a disk of 16
+  KiB: refused in one line, no temporary file left behind, and with more space the same command with `--resume` ends well
+  (that of a demo is not repeated). *fits*: the results fit on that disk, and are those of an unbroken run.
+- **twice**: a second command with the folder of a running one is refused. **Ctrl-C**: that one then ends with exit code 130
+  and no traceback. **kill -9**: it goes on with `--resume`, is killed, and goes on again to its end: its weights and tables
+  are those of an unbroken run, byte for byte. *was done*: it ended before it could be interrupted.
+- **mended**: a command that was refused for an unknown option and for a missing file runs without `--overwrite` when these
+  are mended.
+"""
 
 
 class Sweep:
@@ -96,7 +105,7 @@ class Sweep:
 
     def step(self, step: dict[str, Any], words: list[str], out: Path | None) -> dict[str, str]:
         """The cases of one step; the last one is the run that later steps build on."""
-        row = dict.fromkeys(CASES, NOT_TRIED)
+        row = {"verb": step["verb"], **dict.fromkeys(CASES, NOT_TRIED)}
         row["no arguments"] = self.refused([words[0]], may_be_done=out is None)
         for option in step.get("files", []):
             for kind in SPOILED:
@@ -378,14 +387,22 @@ def table(reports: Path) -> str:
         *("---", "orphan: true", "---", ""),  # not in the site's tree, since it is there only when the sweep has run
         "# What goes wrong in daily work",
         "",
-        *textwrap.fill(WORDS, 150).splitlines(),
-        "",
+        WORDS,
     ]
     for path in sorted(reports.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))
-        lines += [f"## {path.stem}", "", f"| verb | {' | '.join(CASES)} |", "|---" * (len(CASES) + 1) + "|"]
-        lines += [f"| `{name}` | {' | '.join(row[case] for case in CASES)} |" for name, row in rows.items()]
-        lines += [""]
+        lines += [f"## {path.stem}", "", f"| verb | {' | '.join(CASES.values())} |", f"|---|{':-:|' * len(CASES)}"]
+        faults = []
+        for name, row in rows.items():
+            called = f"`{row['verb']}`" if row["verb"] == name else f"`{row['verb']}`, {name}"
+            cells = []
+            for case, head in CASES.items():
+                faults += [f"- `{name}`, {head}: {row[case]}"] if row[case].startswith(FAULT) else []
+                cells.append(
+                    "✓" if row[case] in PROMISED else "**fault**" if row[case].startswith(FAULT) else row[case]
+                )
+            lines += [f"| {called} | {' | '.join(cells)} |"]
+        lines += ["", *faults, *([""] if faults else [])]
     return "\n".join(lines)
 
 
