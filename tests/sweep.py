@@ -59,8 +59,8 @@ Written by `nox -s sweep`, which tries each verb of each package with what goes 
 with stands in `packages/*/tests/sweep.yaml`. ✓: it went as promised. -: there is nothing of the kind, since the verb takes no
 file, writes no folder, or is not one whose work takes long. The columns and what is promised:
 
-- **bare**: without any argument; and each file or folder that the verb reads, **missing**, **empty**, **cut** to half (of a folder, all
-  files in it), or **foreign** (noise in its place): exit code 2, one line that says what was expected, nothing left behind.
+- **bare**: without any argument; and each file or folder that it reads **missing**, **empty**, **cut** to half (of a folder,
+  all files in it), or **foreign** (noise in its place): exit code 2, one line of what was expected, nothing left behind.
   *read*: the verb could do its work all the same, or it needs no arguments.
 - **read-only**: the output folder is on a disk that cannot be written to: refused likewise. **full**: it is on a disk of 16
   KiB: refused in one line, no temporary file left behind, and with more space the same command with `--resume` ends well
