@@ -408,6 +408,9 @@ def table(reports: Path) -> str:
 
 def main() -> int:
     """One package, or the table of all."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # a fork of a process with threads may wait for them for ever
+        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", nargs="?", choices=[package.name for package in PACKAGES])
     parser.add_argument("--report", type=Path, required=True)
