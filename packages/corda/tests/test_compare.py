@@ -68,6 +68,19 @@ def test_a_report_may_use_the_tuning_seed_and_says_so(call, tmp_path, capsys):
     }
 
 
+def test_a_measurement_is_the_same_whatever_was_measured_before_it_in_the_process(call, tmp_path):
+    """A resumed comparison, or one of other processes, begins anywhere."""
+    assert main(call(tmp_path / "a", arms="lora,corda-kpm")) == 0
+    found = tmp_path / "a/results/lora-seed-0.npz"
+    whole = found.read_bytes()
+    for path in (found, found.with_suffix(".json"), tmp_path / "a/summary.json"):
+        path.unlink()
+    manifest = tmp_path / "a/run.json"
+    manifest.write_text(manifest.read_text().replace('"finished": true', '"finished": false'))
+    assert main([*call(tmp_path / "a", arms="lora,corda-kpm"), "--resume"]) == 0
+    assert found.read_bytes() == whole
+
+
 def test_what_the_user_can_mend_leaves_no_folder(call, tmp_path, capsys):
     for option, value, expected in [
         ("arms", "lora,lora", "--arms: expected each once, got lora,lora"),

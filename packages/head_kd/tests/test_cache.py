@@ -108,6 +108,10 @@ def test_another_teacher_or_other_data_is_refused(view, teacher, tmp_path):
     assert weights_digest(state["state_dict"]) != json.loads((tmp_path / "c/cache.json").read_text())["teacher"]
     with pytest.raises(UserError, match=r"no finished cache"):
         TargetCache.open(tmp_path)
+    for name in ("boxes.npy", "cache.json"):
+        (tmp_path / "c" / name).write_bytes((tmp_path / "c" / name).read_bytes()[:60])
+        with pytest.raises(UserError, match="this cache is damaged"):
+            TargetCache.open(tmp_path / "c")
     images, samples = batch_for(build(STUDENTS["retinanet"]))
     samples[0].set_metainfo({"img_id": 99})
     with pytest.raises(UserError, match="holds no image 99"):

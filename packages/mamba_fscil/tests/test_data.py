@@ -120,6 +120,9 @@ def test_maps_that_were_extracted_elsewhere_are_read_and_nan_is_refused_by_row(t
     np.savez(tmp_path / "m.npz", train_maps=maps, train_labels=labels)
     with pytest.raises(NonFiniteError, match="'train_maps': row 7 holds NaN"):
         load(f"npz:{tmp_path / 'm.npz'}")
+    (tmp_path / "m.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:900])
+    with pytest.raises(UserError, match="not a whole npz file"):
+        load(f"npz:{tmp_path / 'm.npz'}")
 
 
 def folders(root, base=("a", "b"), later=(("c",),), test=("c", "a", "b")):

@@ -138,6 +138,10 @@ def test_a_cache_stands_for_its_teacher(teacher_file, tmp_path, capsys):
     assert "the cache was made for something else: views" in capsys.readouterr().err
     with pytest.raises(CacheMismatchError, match="pckd cache"):
         TeacherCache(tmp_path)
+    head = tmp_path / "cache/head.npz"
+    head.write_bytes(head.read_bytes()[:100])
+    with pytest.raises(CacheMismatchError, match="pckd cache"):
+        TeacherCache(tmp_path / "cache")
 
 
 RANKS = """

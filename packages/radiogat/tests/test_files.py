@@ -118,6 +118,23 @@ def test_parquet_is_read(tmp_path):
         read_samples(tmp_path / "bad.parquet")
 
 
+@pytest.mark.parametrize("save", ["to_geotiff", "to_cog"])
+def test_a_map_that_does_not_fit_on_the_disk_is_refused(save, tmp_path):
+    """GDAL alone closes a file that is cut short without a word."""
+    resource = pytest.importorskip("resource", reason="limits of files are POSIX's")
+    power = np.random.default_rng(0).normal(-90, 9, (1, 60, 70)).astype(np.float32)
+    grid = Grid(500000.0, 5300600.0, 10.0, 60, 70)
+    found = RadioMap(MapLayout(grid, (1750.0,), None, "EPSG:32632"), {"rss_dbm": power})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(UserError, match="is the disk full"):
+            getattr(found, save)(tmp_path / "m.tif")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_map_survives_geotiff(tmp_path):
     """Plane, north-up transform, frequencies, NaN."""
     import rasterio
@@ -231,6 +248,15 @@ def test_complete_maps_survive_npz(town, tmp_path):
     assert np.array_equal(again.transmitters, town.transmitters)
 
 
+def test_maps_that_are_cut_short_are_refused(town, tmp_path):
+    write_maps(tmp_path / "m.npz", town)
+    whole = (tmp_path / "m.npz").read_bytes()
+    for size in (0, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "m.npz").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="not a file of radio maps"):
+            read_maps(f"npz:{tmp_path / 'm.npz'}")
+
+
 def test_the_released_npz_and_the_authors_tree_hold_the_same(released, tmp_path):
     maps = read_maps(f"npz:{released}", 3)
     assert maps.rss_dbm.shape == (5, 433, 531)
@@ -255,6 +281,9 @@ def test_the_authors_tree_is_read(tmp_path):
     maps = read_maps(f"official:{root}", 2)
     assert np.array_equal(maps.rss_dbm, rss, equal_nan=True)
     assert maps.transmitters.tolist() == [[3, 4], [5, 6], [7, 8]]
+    (root / "Strength/2/3750.txt").write_text("10.5 -")
+    with pytest.raises(UserError, match="tree: not the authors' tree of radio maps"):
+        read_maps(f"official:{root}", 2)
     (root / "Strength/2/3750.txt").unlink()
     with pytest.raises(UserError, match=r"3750.txt: this band is missing; expected the tree Strength/AREA"):
         read_maps(f"official:{root}", 2)

@@ -39,15 +39,43 @@ def mendable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _USER_MENDABLE:
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    except Exception as error:  # safetensors raises an error of its own, with the system's number in its words
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if type(error).__name__ != "SafetensorError" or number is None or int(number[1]) not in _USER_MENDABLE:
-            raise
-        raise UserError(f"cannot write {path}: {os.strerror(int(number[1]))}") from error
+        raise UserError(f"cannot write {path}: {reason}") from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why the system did not write, where the user can mend it; None for every other fault."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and (match := re.search(r"\(os error (\d+)\)", text)):
+        number = int(match[1])
+    if number is not None:
+        return os.strerror(number) if number in _USER_MENDABLE else None
+    # torch's writer of archives and NumPy's of arrays keep the system's number to themselves
+    torchs = isinstance(error, RuntimeError) and re.search(
+        r"inline_container.*unexpected pos|PytorchStreamWriter", text
+    )
+    numpys = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", text)
+    return "it could not be written whole: is the disk full?" if torchs or numpys else None
+
+
+def reserve(path: str | os.PathLike[str]) -> None:
+    """Give a file of holes its whole size on the disk, so that writing to its memory map cannot fail later.
+
+    A full disk kills a process that writes to a map of such a file, without a word.
+
+    Raises:
+        UserError: no space left.
+    """
+    path = Path(path)
+    if hasattr(os, "posix_fallocate") and path.stat().st_size:
+        with mendable(path), path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def sync(path: Path) -> None:

@@ -249,6 +249,8 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
         raise UserError(f"{path}: cannot be decoded as an image ({' '.join(str(error).split())})") from error
 
 
+BROKEN_ARRAYS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises of a damaged .npy or .npz file."""
 _UNDECODABLE = (
     OSError,
     SyntaxError,
@@ -310,7 +312,7 @@ def npz_arrays(
                 arrays[key] = np.asarray(file[key])
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (*BROKEN_ARRAYS, TypeError) as error:
         # TypeError: NumPy 2.3 on a member of the archive that is no array
         raise UserError(f"{path}: not a whole npz file of plain arrays ({' '.join(str(error).split())})") from error
     sizes: dict[str, tuple[int, str]] = {}
@@ -389,7 +391,7 @@ def _npz_forms(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
                     read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
                     shape, _, dtype = read(file)
                     forms[member.removesuffix(".npy")] = shape, dtype
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+    except BROKEN_ARRAYS:
         return {}
     return forms
 

@@ -23,7 +23,11 @@ from head_kd.signals import box_heads
 from head_kd.teacher import TeacherView, normalization
 from tenfold import UserError, randomness
 from tenfold.checkpoints import digest
+from tenfold.files import reserve
+from tenfold.readers import BROKEN_ARRAYS
 
+HEADER = "cache.json"
+"""What a cache is made of, written last."""
 _DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
@@ -55,23 +59,27 @@ class TargetCache:
             path: its folder, or that of the `head-kd cache` which made it.
 
         Raises:
-            UserError: no cache there, or one that was not written to its end.
+            UserError: no cache there, one that was not written to its end, or one that is damaged.
         """
         path = Path(path)
         if (path / "cache").is_dir():
             path = path / "cache"
-        if not (path / "cache.json").is_file():
-            raise UserError(f"{path} holds no finished cache (no cache.json): make one with 'head-kd cache'")
-        header = json.loads((path / "cache.json").read_text(encoding="utf-8"))
-        targets = {}
-        for name in header["signals"]:
-            scale = path / f"{name}.scale.npy"
-            targets[name] = (
-                np.load(path / f"{name}.npy", mmap_mode="r"),
-                np.load(scale) if scale.exists() else None,
-            )
-        row = {image: number for number, image in enumerate(header["images"])}
-        return cls(path, header, np.load(path / "boxes.npy", mmap_mode="r"), np.load(path / "count.npy"), targets, row)
+        if not (path / HEADER).is_file():
+            raise UserError(f"{path} holds no finished cache (no {HEADER}): make one with 'head-kd cache'")
+        try:
+            header = json.loads((path / HEADER).read_text(encoding="utf-8"))
+            targets = {}
+            for name in header["signals"]:
+                scale = path / f"{name}.scale.npy"
+                targets[name] = (
+                    np.load(path / f"{name}.npy", mmap_mode="r"),
+                    np.load(scale) if scale.exists() else None,
+                )
+            row = {image: number for number, image in enumerate(header["images"])}
+            boxes, count = np.load(path / "boxes.npy", mmap_mode="r"), np.load(path / "count.npy")
+        except (*BROKEN_ARRAYS, KeyError, TypeError) as error:
+            raise UserError(f"{path}: this cache is damaged, make it again ({' '.join(str(error).split())})") from error
+        return cls(path, header, boxes, count, targets, row)
 
     def check_teacher(self, state_dict: Mapping[str, Tensor], normalized: Mapping[str, Any]) -> None:
         """Check that the cache was made with this teacher.
@@ -224,6 +232,13 @@ def choose_boxes(
     return torch.cat([low, high], dim=1)
 
 
+def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """A new array on the disk, which has its whole size there at once."""
+    array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    reserve(path)
+    return array
+
+
 @torch.no_grad()
 def write_cache(
     path: str | Path,
@@ -260,7 +275,7 @@ def write_cache(
             " train without a cache"
         )
     ids: list[Any] = []
-    boxes = np.lib.format.open_memmap(path / "boxes.npy", "w+", np.float32, (images, boxes_per_image, 4))
+    boxes = _mapped(path / "boxes.npy", np.float32, (images, boxes_per_image, 4))
     count = np.full(images, boxes_per_image, dtype=np.int64)
     arrays: dict[str, Any] = {}
     scales = {name: np.ones((images, boxes_per_image), dtype=np.float32) for name in names}
@@ -286,7 +301,7 @@ def write_cache(
             block = value.view(len(chosen), boxes_per_image, -1).cpu().numpy()
             if name not in arrays:
                 shape = (images, boxes_per_image, block.shape[2])
-                arrays[name] = np.lib.format.open_memmap(path / f"{name}.npy", "w+", _DTYPES[storage], shape)
+                arrays[name] = _mapped(path / f"{name}.npy", _DTYPES[storage], shape)
             if storage == "int8":
                 scale = np.maximum(np.abs(block).max(axis=2), 1e-12) / 127
                 scales[name][first : first + len(chosen)] = scale
@@ -310,5 +325,5 @@ def write_cache(
         "storage": storage,
         "images": ids,
     }
-    (path / "cache.json").write_text(json.dumps(header) + "\n", encoding="utf-8")
+    (path / HEADER).write_text(json.dumps(header) + "\n", encoding="utf-8")
     return TargetCache.open(path)

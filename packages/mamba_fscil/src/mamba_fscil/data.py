@@ -274,7 +274,7 @@ def _npz_keys(path: Path) -> list[str]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return list(getattr(file, "files", []))
-    except (OSError, ValueError):
+    except readers.BROKEN_ARRAYS:
         return []
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pckd.losses import Outputs
 from tenfold import UserError
+from tenfold.files import reserve
+from tenfold.readers import BROKEN_ARRAYS
 from tenfold.runs import Run
 
 CARD = "cache.json"
@@ -44,7 +46,7 @@ class TeacherCache:
             self.weight = torch.from_numpy(head["weight"])
             self.bias = torch.from_numpy(head["bias"]) if "bias" in head.files else None
             self.epochs = int(self.card["epochs"])
-        except (OSError, ValueError, KeyError) as error:
+        except (*BROKEN_ARRAYS, KeyError, TypeError) as error:
             raise CacheMismatchError(f"{folder}: expected the folder of a finished `pckd cache` ({error})") from error
 
     def check(self, expected: Mapping[str, Any]) -> None:
@@ -94,6 +96,8 @@ class TeacherCache:
             logits = np.lib.format.open_memmap(
                 logits_path, mode="w+", dtype=np.float16, shape=(k, images, len(centers[0]))
             )
+            for path in (features_path, logits_path):
+                reserve(path)
             for epoch, index in batches:
                 out = teach(index, epoch)
                 for array, values in (

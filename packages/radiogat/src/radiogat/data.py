@@ -16,6 +16,7 @@ from radiogat.samples import Grid, RadioMaps, RadioSamples, RadioScene
 from radiogat.shapes import is_shapes, polygons_on
 from tenfold import UserError
 from tenfold.files import replacing
+from tenfold.readers import BROKEN_ARRAYS
 
 Floats = NDArray[np.float64]
 _MOST_GB = 4.0
@@ -188,7 +189,12 @@ def read_maps(source: str, area: int = 1) -> RadioMaps:
     kind, _, name = source.partition(":")
     path = Path(name)
     if kind == "official":
-        return _official(path, area)
+        try:
+            return _official(path, area)
+        except UserError:
+            raise
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: not the authors' tree of radio maps ({' '.join(str(error).split())})") from error
     if kind != "npz" or not name:
         raise UserError(f"'{source}': expected npz:FILE or official:FOLDER")
     if not path.is_file():
@@ -207,7 +213,7 @@ def read_maps(source: str, area: int = 1) -> RadioMaps:
             rss = np.where(raw == 0, np.nan, raw / 100.0)
             freq = tuple(float(f) for f in file["freq_mhz"])
             return RadioMaps(rss, freq, file["tx_rowcol_1based"][area - 1].astype(np.int64) - 1, f"area {area}")
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (*BROKEN_ARRAYS, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a file of radio maps ({error})") from error

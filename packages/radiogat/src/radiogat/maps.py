@@ -211,7 +211,12 @@ class GeoTiffWriter:
 
 @contextlib.contextmanager
 def geotiff_writer(path: str | Path, layout: MapLayout, *, built: bool) -> Iterator[GeoTiffWriter]:
-    """Yield a writer of a new GeoTIFF, which gets its overviews when the block ends; ``built``: it has a band of buildings."""
+    """Yield a writer of a new GeoTIFF, which gets its overviews when the block ends; ``built``: it has a band of buildings.
+
+    Raises:
+        MissingExtraError: rasterio is not installed.
+        UserError: the file could not be written whole.
+    """
     needs("rasterio", "geo", "radiogat", why="GeoTIFF")
     import rasterio
 
@@ -231,11 +236,29 @@ def geotiff_writer(path: str | Path, layout: MapLayout, *, built: bool) -> Itera
     }
     if min(grid.shape) >= _TILE:
         profile |= {"tiled": True, "blockxsize": _TILE, "blockysize": _TILE}
-    with rasterio.open(path, "w", **profile) as file:
+    with _whole(path), rasterio.open(path, "w", **profile) as file:
         yield GeoTiffWriter(file, layout)
         factors = [2**k for k in range(1, 12) if max(grid.shape) // 2**k >= _TILE // 2]
         if factors:
             file.build_overviews(factors, rasterio.enums.Resampling.average)
+
+
+@contextlib.contextmanager
+def _whole(path: str | Path) -> Iterator[None]:
+    """Read a raster back that the block writes: GDAL says nothing of a disk that is full when it closes a file."""
+    import rasterio
+    from rasterio.errors import RasterioIOError
+
+    try:
+        with rasterio.Env():  # else libtiff writes lines of its own to stderr
+            yield
+            with rasterio.open(path) as file:
+                for _, window in file.block_windows(1):
+                    file.read(window=window)
+    except RasterioIOError as error:
+        raise UserError(
+            f"cannot write {path}: GDAL could not write or read back all of it; is the disk full?"
+        ) from error
 
 
 def write_geotiff(path: str | Path, layout: MapLayout, tiles: Tiles) -> None:
@@ -268,7 +291,8 @@ def cog_of(source: Path, out: Path) -> None:
     """Write a GeoTIFF again as a cloud-optimized one."""
     from rasterio.shutil import copy
 
-    copy(source, out, driver="COG", compress="deflate", blocksize=_TILE, bigtiff="IF_SAFER", overviews="AUTO")
+    with _whole(out):
+        copy(source, out, driver="COG", compress="deflate", blocksize=_TILE, bigtiff="IF_SAFER", overviews="AUTO")
 
 
 def dataset_of(layout: MapLayout, layers: Mapping[str, Any], building: Any) -> "xarray.Dataset":

@@ -124,8 +124,9 @@ class Bench:
         size, rows = len(self.learn.fit[0]["input_ids"]), self.rows
         order = torch.randperm(len(rows["input_ids"]), generator=torch.Generator().manual_seed(seed))
         batches = [_labeled({key: t[part] for key, t in rows.items()}) for part in order.split(size)]  # type: ignore[no-untyped-call]
+        stats = self.stats  # before the seed: to collect them draws numbers, in the first training of a process alone
         torch.manual_seed(seed)
-        adapted = attach_arm(arm, copy.deepcopy(self.model), self.lora_config, **self.stats, init=self.init)
+        adapted = attach_arm(arm, copy.deepcopy(self.model), self.lora_config, **stats, init=self.init)
         how = FinetuneSettings(
             learning_rate=rate, steps=self.settings.steps, validate_every=self.settings.validate_every
         )

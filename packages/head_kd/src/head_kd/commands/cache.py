@@ -8,7 +8,7 @@ from mmdet.registry import DATASETS
 from mmengine.dataset import pseudo_collate
 from torch import Tensor
 
-from head_kd.cache import check_pipeline, write_cache
+from head_kd.cache import HEADER, check_pipeline, write_cache
 from head_kd.commands._files import check_teacher, student_config
 from head_kd.config import CacheSettings
 from head_kd.configs import innermost, transforms
@@ -44,23 +44,26 @@ def run(settings: CacheSettings, invocation: Invocation) -> None:
             items = [data[i] for i in range(first, min(first + settings.batch_size, len(data)))]
             yield split(preprocessor(pseudo_collate(items), False))
 
-    run.own("cache/cache.json")
     names = tuple(head_signals(box_heads(teacher.detector.roi_head)[0]))
-    cache = write_cache(
-        run.path / "cache",
-        teacher,
-        batches(),
-        len(data),
-        names=names,
-        data=annotation_digest(cfg),
-        boxes_per_image=settings.boxes,
-        storage=settings.storage,
-        seed=settings.seed,
-    )
-    run.adopt("cache")
-    size = sum(file.stat().st_size for file in cache.path.iterdir())
+    with run.replacing_folder("cache") as folder:
+        write_cache(
+            folder,
+            teacher,
+            batches(),
+            len(data),
+            names=names,
+            data=annotation_digest(cfg),
+            boxes_per_image=settings.boxes,
+            storage=settings.storage,
+            seed=settings.seed,
+        )
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        header = folder / HEADER
+        told = header.read_text(encoding="utf-8")
+        header.unlink()
+    run.write_text(f"cache/{HEADER}", told)  # last: it says that the rest is there
     made = {"images": len(data), "boxes": settings.boxes, "signals": list(names)}
-    run.write_json("report.json", {**made, "bytes": size, "path": str(cache.path)})
+    run.write_json("report.json", {**made, "bytes": size, "path": str(run.path / "cache")})
     sys.stdout.write(
         f"{len(data)} images, {settings.boxes} boxes each, {', '.join(names)}: {size / 1e6:.1f} MB; train with"
         f" --cache {run.path}\n"
