@@ -158,7 +158,9 @@ def recipes_page() -> str:
         files = sorted((folder / "src" / import_name / "recipes").glob("*.yaml"))
         lines += [f"## {name}", ""] if files else []
         for file in files:
-            about, settings = re.fullmatch(r"((?:#[^\n]*\n)*)(.*)", file.read_text(encoding="utf-8"), re.DOTALL).groups()
+            about, settings = re.fullmatch(
+                r"((?:#[^\n]*\n)*)(.*)", file.read_text(encoding="utf-8"), re.DOTALL
+            ).groups()
             lines += [f"### {file.stem}", "", *(line.removeprefix("#").strip() for line in about.splitlines()), ""]
             lines += ["```yaml", settings.strip(), "```", ""]
     return "\n".join(lines)

@@ -165,6 +165,11 @@ def test_files_of_depth_of_every_form(tmp_path):
     (tmp_path / "f.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="f.png: cannot be read as depth"):
         read_numbers(tmp_path / "f.png")
+    for name in ("a.npy", "b.npz"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=f"{name}: cannot be read as depth"):
+            read_numbers(tmp_path / name)
     with pytest.raises(UserError, match="8 bits are too few"):
         decode(np.ones((2, 2), np.uint8), DepthCode("mm"), K)
     with pytest.raises(UserError, match="--reading.depth_unit carla"):

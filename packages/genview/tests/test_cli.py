@@ -273,6 +273,37 @@ def test_what_can_be_mended_is_told_in_one_line_and_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda whole: whole[: len(whole) // 2], lambda whole: b"\xff\x00" + whole], ids=["cut", "noise"]
+)
+@pytest.mark.parametrize("kind", ["*.json", "*.safetensors"])
+def test_a_damaged_encoder_is_refused_in_one_line(generator, tmp_path, capsys, spoil, kind):
+    shutil.copytree(generator, tmp_path / "g")
+    for file in (tmp_path / "g").rglob(kind):
+        file.write_bytes(spoil(file.read_bytes()))
+    words = ["fit-foreground", "--data", "digits", "--encoder", f"generator:{tmp_path / 'g'}", "--quiet"]
+    assert_user_error(main, [*words, "--out", str(tmp_path / "out")], capsys, "--encoder")
+
+
+@pytest.mark.parametrize("arms", ["plain,views", "plain,views-qd"])
+def test_views_that_cannot_be_used_are_refused_before_an_arm_trains(data, tmp_path, capsys, arms):
+    words = [
+        "compare",
+        "--data",
+        f"npz:{data}",
+        "--views",
+        str(tmp_path / "none"),
+        "--backbone",
+        "conv:8",
+        "--size",
+        "16",
+    ]
+    words += ["--arms", arms, *(["--qd.mode", "static"] if "qd" in arms else []), "--quiet"]
+    assert_user_error(
+        main, [*words, "--out", str(tmp_path / "out")], capsys, "expected the folder of a finished `genview merge`"
+    )
+
+
 def test_a_foreground_of_another_encoder_is_refused(world, data, tmp_path, capsys):
     words = ["merge", "--plan", world / "plan", "--views", world / "views", "--quality_encoder", "timm:resnet10t"]
     words += ["--quality_weights", "random", "--quality_foreground", world / "fg", "--out", tmp_path / "m"]

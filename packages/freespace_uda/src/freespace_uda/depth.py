@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from freespace_uda.pixels import stored_pixels
 from tenfold import UserError
+from tenfold.readers import BROKEN_ARRAYS
 
 Unit = Literal["m", "cm", "mm", "m/256", "carla", "disparity", "disparity/16", "disparity/256"]
 SCALES: dict[str, float] = {"m": 1.0, "cm": 0.01, "mm": 0.001, "m/256": 1 / 256}
@@ -71,7 +72,7 @@ def read_numbers(path: str | Path) -> NDArray[Any]:
             found = stored_pixels(path, f"depth, expected {FORMS}")
     except UserError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (*BROKEN_ARRAYS, SyntaxError) as error:
         raise UserError(
             f"{path}: cannot be read as depth, expected {FORMS} ({' '.join(str(error).split())})"
         ) from error

@@ -193,20 +193,22 @@ def clip_encoder(folder: Path, name: str, option: str = "--encoder") -> HFCLIPTo
     Raises:
         UserError: the folder holds another model, or cannot be read.
     """
+    from safetensors import SafetensorError
     from transformers import CLIPVisionModelWithProjection
     from transformers.utils import logging
-
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if about.get("_class_name") == "ConvEncoder":
-        from genview.patches import ConvEncoder
-
-        return clip_of(ConvEncoder.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False), name)
 
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types for it
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model: Any
+        if isinstance(about, dict) and about.get("_class_name") == "ConvEncoder":
+            from genview.patches import ConvEncoder
+
+            model = ConvEncoder.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        else:
+            model = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{option} {folder}: not a CLIP vision model ({' '.join(str(error).split())[:200]})") from error
     finally:
         if shows:

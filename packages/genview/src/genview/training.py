@@ -245,8 +245,7 @@ def prepare(
         UserError: any of them cannot be used.
     """
     found = source or data.load(settings.data)
-    if views is None and settings.views is not None:
-        views = data.read_manifest(settings.views)
+    views = views or views_of(settings)
     pictures = found.train
     if settings.external is not None:
         pictures = joined(pictures, data.load(settings.external, option="--external").train)
@@ -257,8 +256,6 @@ def prepare(
     mode, static, scorer, maps = settings.qd.mode, None, None, None
     if mode == "static":
         assert views is not None
-        if not views.quality:
-            raise UserError(f"--qd.mode static: {views.path} has no scores; run genview merge with --quality_encoder")
         static = torch.tensor([views.quality.get(key, math.nan) for key in pictures.keys])
     elif mode != "none":
         assert settings.qd.encoder is not None
@@ -270,6 +267,20 @@ def prepare(
         if mode == "cached":
             maps = kept_maps(scorer, dataset)
     return Prepared(dataset, found, static, scorer, maps)
+
+
+def views_of(settings: TrainSettings) -> GeneratedViews | None:
+    """The generated views that a training takes; None where it takes none.
+
+    Raises:
+        UserError: they cannot be read, or have no scores where static ones are asked for.
+    """
+    if settings.views is None:
+        return None
+    views = data.read_manifest(settings.views)
+    if settings.qd.mode == "static" and not views.quality:
+        raise UserError(f"--qd.mode static: {views.path} has no scores; run genview merge with --quality_encoder")
+    return views
 
 
 def kept_maps(scorer: QualityScorer, dataset: PairedViewDataset, batch_size: int = 64) -> tuple[Tensor, Tensor]:

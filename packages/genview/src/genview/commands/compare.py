@@ -6,7 +6,7 @@ from functools import partial
 from genview.commands import _files, _measures
 from genview.config import Arm, CompareSettings
 from genview.data import Pictures, load, read_manifest
-from genview.training import prepare, pretrain, semi_supervised
+from genview.training import prepare, pretrain, semi_supervised, views_of
 from tenfold import UserError, executors
 from tenfold.claims import Study, arm_rows
 from tenfold.cli import Invocation
@@ -23,6 +23,8 @@ def run(settings: CompareSettings, invocation: Invocation) -> int:
     folder = invocation.folder
     choose_device(settings.device)
     data = load(settings.data)
+    for arm in settings.arms:  # what cannot be used is refused before the first of them trains
+        views_of(settings.of_arm(arm, settings.seeds[0]))
     study = Study(folder, data=data.source, seeds=settings.seeds)
     with executors.make(settings.executor) as pool:
         here = folder if pool is None else None
