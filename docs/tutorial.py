@@ -2,7 +2,7 @@
 
 In `docs/tutorials/<distribution>.md` each block ```` ```console ```` holds commands, each after `$ `; what follows a command
 is replaced by what it printed. Commands run one after another in one new folder, through `sh`. Of a long output the first
-and the last lines are kept. A comment `<!-- picture: run/figures/a.png -->` before a picture copies that file of the folder
+and the last lines are kept. A block ```` ```python ```` after a comment `<!-- file: make.py -->` is a file of that folder. A comment `<!-- picture: run/figures/a.png -->` before a picture copies that file of the folder
 over the picture's.
 """
 
@@ -46,7 +46,10 @@ def run(page: Path, folder: Path) -> str:
         shutil.copy(folder / match[1], page.parent / match[2])
         return match[0]
 
-    text = re.sub(r"```console\n(.*?)\n```", block, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    for name, code in re.findall(r"<!-- file: (\S+) -->\s*```python\n(.*?)```", text, re.DOTALL):
+        (folder / name).write_text(code, encoding="utf-8")
+    text = re.sub(r"```console\n(.*?)\n```", block, text, flags=re.DOTALL)
     return re.sub(r"<!-- picture: (\S+) -->\s*!\[[^\]]*\]\(([^)]+)\)", picture, text)
 
 

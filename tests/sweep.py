@@ -384,7 +384,6 @@ def mounted(folder: Path, mode: str, options: str) -> Iterator[Path | None]:
 def table(reports: Path) -> str:
     """The page of all reports that are there."""
     lines = [
-        *("---", "orphan: true", "---", ""),  # not in the site's tree, since it is there only when the sweep has run
         "# What goes wrong in daily work",
         "",
         WORDS,

@@ -124,6 +124,7 @@ def test_a_folder_is_enrolled_searched_and_a_person_removed(folder, tmp_path, ca
     assert_user_error(main, words, capsys, "enrolled with the model", "enroll the pictures again")
 
 
+@pytest.mark.filterwarnings("default:enrolled for several people:UserWarning")
 def test_a_picture_that_is_enrolled_for_somebody_else_already_is_warned_of(folder, tmp_path, capsys):
     gallery = str(tmp_path / "g")
     assert main(with_model(folder, "enroll", tmp_path / "e", "--gallery", gallery, "--purpose", "x")) == 0
