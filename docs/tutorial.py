@@ -2,8 +2,8 @@
 
 In `docs/tutorials/<distribution>.md` each block ```` ```console ```` holds commands, each after `$ `; what follows a command
 is replaced by what it printed. Commands run one after another in one new folder, through `sh`. Of a long output the first
-and the last lines are kept. A block ```` ```python ```` after a comment `<!-- file: make.py -->` is a file of that folder. A comment `<!-- picture: run/figures/a.png -->` before a picture copies that file of the folder
-over the picture's.
+and the last lines are kept. A block ```` ```python ```` after a comment `<!-- file: make.py -->` is a file of that folder. A
+comment `<!-- picture: run/figures/a.png -->` before a picture copies that file of the folder over the picture's.
 """
 
 import re
