@@ -281,8 +281,7 @@ class WithModel(Settings):
         run: folder of a `handmstn train`.
         data: hands, named as for train.
         reading: settings of the pictures; their size is the model's.
-        unlike: what becomes of a picture that is unlike the hands that the model was trained on: refuse (it is not assessable),
-            or keep, which takes it for a hand and says so.
+        unlike: what becomes of a picture unlike those trained on: refuse (not assessable), or keep, which says so.
         batch_size: pictures at once.
         device: where to compute; auto takes a GPU when there is one.
     """
@@ -306,8 +305,7 @@ class SimulateSettings(Settings):
         seed: seed of everything.
         domain: a, or b: other skin, light, background and camera.
         upright: whether hands are upright and uncovered.
-        gallery_each: pictures of each person that the list marks as the gallery, the others as probes; 0 marks none, and all
-            are trained on.
+        gallery_each: pictures of each person that the list marks as the gallery, the others as probes; 0: all are for training.
     """
 
     people: Count = 10

@@ -1,12 +1,10 @@
 """The selective scan in plain torch: blocks that stay in the cache, a backward pass that recomputes, chunks for long sequences.
 
-Notable: nothing of the size (batch, channels, length, state) is ever stored. The work is cut into blocks of some rows and some
-channels; a block's decays and states are computed for up to 64 steps at once in scratch that is used again, and the backward
-pass saves the inputs alone. Where a sequence is longer, its chunks are rows of their own once their first states are known.
-Channels are the last dimension of a block and states the one before it, so that every product runs along channels, whatever
-the number of states, and no sum is a product of small matrices with a vector, which libraries do slowly.
+Nothing of the size (batch, channels, length, state) is ever stored. The work is cut into blocks of some rows and channels; their
+decays and states are computed for up to 64 steps at once in scratch that is used again, and the backward pass saves the inputs
+alone. Chunks of a longer sequence are rows of their own once their first states are known. Products run along the channels.
 
-Legend of shapes: b batch, G groups of channels that share B and C, D channels, N states per channel, L length, S chunks,
+Shapes: b batch, G groups of channels that share B and C, D channels, N states per channel, L length, S chunks,
 T steps of a chunk, r rows and c channels of a block.
 """
 
@@ -90,9 +88,8 @@ def selective_scan(
     Source: Mamba, arXiv 2312.00752, Algorithm 2; B by Euler's rule and A exactly, as in its code. Blocks and chunks are ours.
 
     Example:
-        >>> u, B = torch.randn(2, 3, 7), torch.randn(2, 4, 7)
-        >>> selective_scan(u, torch.rand_like(u), -torch.rand(3, 4), B, B).shape
-        torch.Size([2, 3, 7])
+        >>> selective_scan(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.zeros(1, 1), *torch.ones(2, 1, 1, 2))
+        tensor([[[1., 2.]]])
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting()

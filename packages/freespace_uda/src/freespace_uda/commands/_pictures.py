@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from freespace_uda.metrics import FreespaceMeter
 from freespace_uda.scenes import Item
-from tenfold.errors import needs
 from tenfold.figures import STYLE, Curve, Panel, line_chart
 from tenfold.files import replacing
 from tenfold.runs import Run, read_metrics
@@ -78,7 +77,6 @@ def draw_strip(run: Run, name: str, rows: Sequence[Sequence[Pixels]], titles: Se
 
 def strip_file(path: str | Path, rows: Sequence[Sequence[Pixels]], titles: Sequence[str]) -> None:
     """Draw the strips of `draw_strip` into a PNG: 1600 pixels for the columns, but at most 480 for one."""
-    needs("matplotlib", "demo")
     from matplotlib import style
     from matplotlib.figure import Figure
 
