@@ -1,7 +1,7 @@
 """The selective scan in plain torch: blocks that stay in the cache, a backward pass that recomputes, chunks for long sequences.
 
-Nothing of the size (batch, channels, length, state) is ever stored. The work is cut into blocks of some rows and channels; their
-decays and states are computed for up to 64 steps at once in scratch that is used again, and the backward pass saves the inputs
+Nothing of size (batch, channels, length, state) is ever stored. The work is cut into blocks of some rows and channels; their
+decays and states are computed for up to 64 steps at once in scratch used again, and the backward pass saves the inputs
 alone. Chunks of a longer sequence are rows of their own once their first states are known. Products run along the channels.
 
 Shapes: b batch, G groups of channels that share B and C, D channels, N states per channel, L length, S chunks,
