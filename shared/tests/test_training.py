@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tenfold import NonFiniteError, UserError
 from tenfold.config import TrainerConfig
 from tenfold.devices import choose_device, choose_precision, seed_everything
-from tenfold.loading import KeyedLoader
+from tenfold.loading import KeyedLoader, cut
 from tenfold.runs import Run
 from tenfold.training import fit
 
@@ -419,6 +419,33 @@ def test_loaders_by_name_come_together_and_must_be_equally_long():
     assert fit(Pairs(), {"source": source, "target": target}, CPU, quiet=True).global_step == 24
     with pytest.raises(ValueError, match=r"loaders of \[6, 13\] batches"):
         fit(Pairs(), {"source": source, "target": KeyedLoader(Points(), batch_size=3)}, CPU, quiet=True)
+
+
+@given(st.integers(2, 60), st.integers(1, 9), st.integers(1, 4))
+def test_batches_of_one_step_have_one_size_on_all_devices_and_no_row_comes_twice(rows, size, devices):
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+    batches = cut(order, size, devices)
+    assert len(batches) % devices == 0
+    for start in range(0, len(batches), devices):
+        assert len({len(batch) for batch in batches[start : start + devices]}) == 1
+    found = [row for batch in batches for row in batch]
+    assert found == order[: len(found)].tolist()
+    assert rows - len(found) < 2 * devices  # at most one row per device, and those that cannot be shared out
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "accumulate"), [(3, None, 1), (3, None, 4), (2, 5, 1), (4, 5, 2), (None, 7, 1)]
+)
+def test_the_length_of_a_schedule_is_what_lightning_will_do(epochs, steps, accumulate):
+    config = replace(CPU, epochs=epochs, steps=steps, accumulate=accumulate)
+    loader = KeyedLoader(Points(), batch_size=6)
+    assert fit(Quiet(), loader, config, quiet=True).global_step == config.total_steps(loader.batches)
+    assert replace(config, devices=2).total_steps(loader.batches) <= config.total_steps(loader.batches)
+
+
+def test_data_that_do_not_fill_a_batch_on_each_device_are_refused():
+    with pytest.raises(UserError, match="the data fill 1 of 2 batches, one per device: lower the batch size"):
+        fit(Quiet(), KeyedLoader(Points(), batch_size=40), replace(CPU, devices=2), quiet=True)
 
 
 # Settings

@@ -1,6 +1,7 @@
 """The commands as a person types them, on folders of PNG files, and what they answer to mistakes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mamba_fscil.commands._files import decoded, learner_of
 from mamba_fscil.config import DataSettings, EvaluateSettings, TrainSettings
 from mamba_fscil.data import load_tests, normalized
 from PIL import Image
+from safetensors.torch import load_file
 
 from tenfold import UserError
 from tenfold.images import read_square
@@ -389,3 +391,37 @@ def test_an_option_without_effect_is_refused():
         TrainSettings(data="digits", learner="x", validate_every=5)
     with pytest.raises(UserError, match="--reading.limit: it limits training images"):
         EvaluateSettings(data="digits", learner="x", reading=DataSettings(limit=3))
+
+
+def test_two_processes_train_what_one_does(pictures, tmp_path):
+    """The base session, started by torchrun on two processes: the same schedule and the same weights, and one learner.
+
+    The backbone rests, since the statistics of batch norm are those of one process. 24 pictures in batches of 10 leave a
+    last batch of 4, which is shared out.
+    """
+    still = [
+        "--freeze",
+        "true",
+        "--base.mixup",
+        "0",
+        "--base.cutmix",
+        "0",
+        "--base.mirror",
+        "false",
+        "--base.padding",
+        "0",
+    ]
+    words = ["train", "--data", f"imagefolder:{pictures}", *SMALL, *still, "--log_every", "1"]
+    one, two = ([*words, "--learner", str(tmp_path / f"l{n}"), "--out", str(tmp_path / f"{n}")] for n in (1, 2))
+    assert main([*one, "--batch_size", "10"]) == 0
+    (tmp_path / "run.py").write_text("import sys\nfrom mamba_fscil.cli import main\nsys.exit(main())\n")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += [str(tmp_path / "run.py"), *two, "--batch_size", "5", "--devices", "2"]
+    done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("learner in") == 1
+    rates = [[row.split(",")[-1] for row in (tmp_path / n / "metrics.csv").read_text().split()] for n in "12"]
+    assert rates[0] == rates[1]
+    ours, theirs = (load_file(tmp_path / n / "base.safetensors") for n in ("l1", "l2"))
+    for name, value in ours.items():
+        assert torch.allclose(value.double(), theirs[name].double(), atol=1e-5), name

@@ -321,6 +321,16 @@ class TrainerConfig(Settings):
         if self.epochs is None and self.steps is None:
             raise UserError("neither --epochs nor --steps is given: the training would not end")
 
+    def total_steps(self, batches: int) -> int:
+        """Updates of the weights that the training makes on all devices together, for a schedule that ends with it.
+
+        Args:
+            batches: batches per epoch over all devices, ``KeyedLoader.batches``.
+        """
+        each = -(-(batches // self.devices) // self.accumulate)  # the last step of an epoch may have fewer batches
+        limits = [] if self.epochs is None else [self.epochs * each]
+        return min([*limits, self.steps] if self.steps is not None else limits)
+
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

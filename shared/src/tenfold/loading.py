@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tenfold import distributed
@@ -56,6 +57,24 @@ class _KeyedBatches:
             keyed.append([(epoch, index, drawn[index]) for index in batch])
             drawn.update(batch)
         yield from distributed.split(keyed, distributed.rank(), distributed.world_size())[start : len(self)]
+
+
+def cut(order: Tensor, batch_size: int, devices: int = 1) -> list[list[int]]:
+    """Cut an order of rows into batches; what does not fill one on each device is shared out in equal parts.
+
+    The batches of one step have one size on all devices, so that what is gathered has one shape. Parts of a single row
+    are left out: batch norm cannot take them.
+
+    Args:
+        order: numbers of the rows.
+        batch_size: rows per batch of one device.
+        devices: number of devices.
+    """
+    whole = len(order) // (batch_size * devices) * batch_size * devices
+    batches = list(torch.split(order[:whole], batch_size)) if whole else []
+    each = (len(order) - whole) // devices
+    batches += list(torch.split(order[whole : whole + each * devices], each)) if each > 1 else []
+    return [batch.tolist() for batch in batches]
 
 
 class KeyedLoader(DataLoader[Any]):
@@ -117,6 +136,11 @@ class KeyedLoader(DataLoader[Any]):
             worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),  # else each iterator would draw from the global one
         )
+
+    @property
+    def batches(self) -> int:
+        """Batches per epoch over all devices; ``len`` counts those of this device once a process group is there."""
+        return self.keyed_batches.length
 
     def seek(self, epoch: int, start: int = 0) -> None:
         """Let the next iteration give the batches of ``epoch`` from number ``start`` (of this device) on."""

@@ -102,6 +102,9 @@ def fit(
     loaders = [train] if isinstance(train, KeyedLoader) else list(train.values())
     if len({len(loader) for loader in loaders}) > 1:
         raise ValueError(f"loaders of {[len(loader) for loader in loaders]} batches: give them the same 'batches'")
+    if loaders[0].batches < config.devices:
+        found = loaders[0].batches
+        raise UserError(f"the data fill {found} of {config.devices} batches, one per device: lower the batch size")
     keeper = _Keeper(config, run, loaders, stage, seed, quiet)
     with _quiet_lightning():
         trainer = pl.Trainer(

@@ -262,7 +262,7 @@ class RunSettings(NetSettings, TrainerConfig):
             rendered world
             (roads-flat, roads-noisy, roads-city, roads-real).
         target: unlabeled target, named likewise; its labels are read by the method oracle alone.
-        steps: updates of the network; or give --epochs, passes over the source.
+        steps: updates of the network; with --epochs, passes over the source, what is reached first ends the training.
         batch_size: pictures of each domain per step.
         select_by: how the checkpoint is chosen without labels: agreement (of both modalities, and sureness), entropy, or last.
         validate_every: steps between two candidates for the choice; 0 takes a tenth of the steps.

@@ -402,24 +402,31 @@ def train(
     learned = target if method == "oracle" else source
     net = build_net(settings, method, seed)
     size = settings.batch_size
-    if len(learned) < size or len(target) < size:
-        raise UserError(f"{min(len(learned), len(target))} scenes do not fill a batch of {size}: lower --batch_size")
-    per_epoch = settings.steps if settings.steps is not None else len(learned) // size
-    epochs = 1 if settings.steps is not None else settings.epochs or 1
+    if len(learned) < size * settings.devices or len(target) < size:
+        each = f" on each of {settings.devices} devices" if settings.devices > 1 else ""
+        scenes = min(len(learned), len(target))
+        raise UserError(f"{scenes} scenes do not fill a batch of {size}{each}: lower --batch_size")
+    per_epoch, epochs = len(learned) // (size * settings.devices), settings.epochs or 1
     total = per_epoch * epochs
+    if settings.steps is not None and (settings.epochs is None or settings.steps < total):
+        per_epoch = total = settings.steps  # drawn anew pass after pass, in one epoch of Lightning
+        epochs = 1
+    batches = per_epoch * settings.devices
     prior = road_share(learned)
     of_learned = caches[1] if method == "oracle" else caches[0]
     labeled = SceneItems(learned, settings, settings.augment, labels=True, faults=True, cache=of_learned)
     loaders = {
-        "source": KeyedLoader(labeled, batch_size=size, seed=seed + 1, batches=per_epoch, num_workers=settings.workers)
+        "source": KeyedLoader(labeled, batch_size=size, seed=seed + 1, batches=batches, num_workers=settings.workers)
     }
     if method not in {"source-only", "adabn", "ccg", "oracle"}:
         unlabeled = SceneItems(target, settings, settings.augment, labels=False, faults=False, cache=caches[1])
         loaders["target"] = KeyedLoader(
-            unlabeled, batch_size=size, seed=seed + 2, batches=per_epoch, num_workers=settings.workers
+            unlabeled, batch_size=size, seed=seed + 2, batches=batches, num_workers=settings.workers
         )
     task = AdaptTask(net, settings, method, total, prior, watched_batches(target, settings), watch)
     changes: dict[str, Any] = {"steps": None, "epochs": epochs, "validate_every": 0}
+    if settings.devices > 1 and settings.strategy in {"auto", "ddp"}:  # heads and discriminators rest in some steps
+        changes["strategy"] = "ddp_find_unused_parameters_true"
     config = dataclasses.replace(settings, **changes)
     with warnings.catch_warnings():  # the averaged and the chosen network rest on purpose
         warnings.filterwarnings("ignore", message="Found .* in eval mode")

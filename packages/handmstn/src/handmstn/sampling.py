@@ -11,7 +11,12 @@ from tenfold import UserError, distributed
 
 
 def people_and_views(
-    classes: Sequence[str] | NDArray[np.str_], people: int, views: int, batches: int | None = None
+    classes: Sequence[str] | NDArray[np.str_],
+    people: int,
+    views: int,
+    batches: int | None = None,
+    *,
+    devices: int | None = None,
 ) -> Callable[[torch.Generator], list[list[int]]]:
     """An order of P x K batches.
 
@@ -23,6 +28,7 @@ def people_and_views(
         people: P.
         views: K.
         batches: batches per epoch over all devices; default: one pass.
+        devices: number of devices that share the batches; default: the processes of the process group.
 
     Raises:
         UserError: an identity has fewer than K pictures (the message names it), or there are fewer than P.
@@ -35,7 +41,7 @@ def people_and_views(
             f"'{name}' has {numbered(int(counts.min()))}, batches of --views {views} need {views} of each identity: lower"
             " --views"
         )
-    world = distributed.world_size()
+    world = devices or distributed.world_size()
     if len(found) < people * world:
         devices = f" on each of {world} devices" if world > 1 else ""
         raise UserError(f"{len(found)} identities do not fill a batch of --people {people}{devices}: lower --people")

@@ -392,7 +392,7 @@ def train_identities(
     points, visibility = found_points(model, hands)
     torch.manual_seed(seed)
     losses = losses_of(settings, len(classes), len(model.parts))
-    order = people_and_views(hands.classes, settings.people, settings.views)
+    order = people_and_views(hands.classes, settings.people, settings.views, devices=settings.devices)
     items = HandItems(hands, labels, points, visibility, model.parts, settings.recognizer.jitter)
     stages: Sequence[tuple[str, int, bool]] = [
         ("identity", settings.steps or 0, False),
@@ -402,10 +402,9 @@ def train_identities(
         if not steps and not (stage == "identity" and settings.epochs):
             continue
         loader = KeyedLoader(items, order=order, seed=seed + 1, num_workers=settings.workers)
-        length = steps or len(loader) * (settings.epochs or 0)
-        task = IdentityTask(model, losses, settings.optimizer, length, joint)
         epochs = settings.epochs if stage == "identity" else None
         own = dataclasses.replace(settings, steps=steps or None, epochs=epochs)
+        task = IdentityTask(model, losses, settings.optimizer, own.total_steps(loader.batches), joint)
         with warnings.catch_warnings():  # the aligner rests on purpose
             warnings.filterwarnings("ignore", message="Found .* in eval mode")
             fit(task, loader, own, run, seed=seed + 1, stage=stage, quiet=quiet)
@@ -419,7 +418,7 @@ def check(hands: Hands, settings: RunSettings) -> None:
     Raises:
         UserError: an identity has fewer pictures than a batch takes, or there are too few identities.
     """
-    people_and_views(hands.classes, settings.people, settings.views)
+    people_and_views(hands.classes, settings.people, settings.views, devices=settings.devices)
     if settings.given_points and settings.preset != "whole":
         wanted = sum(part.count for part in parts_of(settings))
         if hands.points.shape[1] != wanted or not np.isfinite(hands.points).all():

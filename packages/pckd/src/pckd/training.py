@@ -28,7 +28,7 @@ from tenfold import UserError
 from tenfold.checkpoints import digest
 from tenfold.devices import seed_everything
 from tenfold.images import ImageData, Split
-from tenfold.loading import KeyedLoader
+from tenfold.loading import KeyedLoader, cut
 from tenfold.runs import Run, plain
 from tenfold.training import fit
 
@@ -331,8 +331,6 @@ def cache_card(data: ImageData, views: Views, seed: int, teacher: Teacher) -> di
 class _Order:
     """All images in random order, the last partial batch kept where it has two images or more.
 
-    On several devices the last batch is shared out in equal parts, so that what is gathered has one shape.
-
     Args:
         labels: label of each image.
         batch_size: images of a batch of one device.
@@ -350,12 +348,7 @@ class _Order:
             order = torch.randperm(len(self.labels), generator=generator)
         else:
             order = torch.multinomial(self.weights, len(self.labels), replacement=True, generator=generator)
-        whole = len(order) // (self.batch_size * self.devices) * self.batch_size * self.devices
-        batches = list(torch.split(order[:whole], self.batch_size)) if whole else []
-        rest = order[whole:]
-        each = len(rest) // self.devices
-        batches += list(torch.split(rest[: each * self.devices], each)) if each > 1 else []
-        return [part.tolist() for part in batches]
+        return cut(order, self.batch_size, self.devices)
 
 
 class _Pixels(torch.utils.data.Dataset[Any]):

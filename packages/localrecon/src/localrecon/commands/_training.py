@@ -69,7 +69,7 @@ def training_of(
     record = record or RecordSettings()
     train, held = split_validation(data, record.validation, seed)
     loader = KeyedLoader(train, batch_size=settings.batch_size, seed=seed, num_workers=settings.workers)
-    total = settings.epochs * (len(loader) // settings.devices)
+    total = settings.epochs * (loader.batches // settings.devices)
     module = LocalReconModule(
         arm.net,
         arm.sgr,

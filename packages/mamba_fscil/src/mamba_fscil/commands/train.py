@@ -29,10 +29,15 @@ def run(settings: TrainSettings, invocation: Invocation) -> None:
     folder = invocation.folder
     choose_device(settings.device)
     data = load(settings.data, settings.protocol, settings.reading, seed=settings.seed)
-    with opened(settings.learner, writing=True, option="--learner") as growing:
-        if growing.entries and not folder.resumed:
-            raise UserError(f"--learner {settings.learner}: a learner is there already; give another folder")
+    if folder.writes:
+        with opened(settings.learner, writing=True, option="--learner") as growing:
+            if growing.entries and not folder.resumed:
+                raise UserError(f"--learner {settings.learner}: a learner is there already; give another folder")
     base = _base(data, settings, invocation)
+    if (
+        not folder.writes
+    ):  # one of several processes, which train the base session together; the first one goes on alone
+        return
     learner = IncrementalLearner(settings.method, settings.session, settings.seed)
     learner.take_base(base, data, settings.backbone)
     _write_base_once(learner, settings)

@@ -18,7 +18,7 @@ from mamba_fscil.projector import DualSSMProjector, MLPProjector, Projector
 from tenfold import UserError
 from tenfold.devices import choose_device, seed_everything
 from tenfold.images import Indexed, read_random_crop
-from tenfold.loading import KeyedLoader
+from tenfold.loading import KeyedLoader, cut
 from tenfold.models import expected_statistics
 from tenfold.modules import evaluating
 from tenfold.randomness import generator
@@ -166,12 +166,12 @@ def mixed(x: Tensor, config: BaseConfig) -> tuple[Tensor, Tensor | None, float]:
 class _Order:
     """All rows in random order; the last partial batch is kept where batch norm can take it."""
 
-    def __init__(self, rows: int, batch_size: int) -> None:
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(self, rows: int, batch_size: int, devices: int) -> None:
+        self.rows, self.batch_size, self.devices = rows, batch_size, devices
 
     def __call__(self, generator: torch.Generator) -> Sequence[Sequence[int]]:
         order = torch.randperm(self.rows, generator=generator)
-        return [part.tolist() for part in torch.split(order, self.batch_size) if len(part) > 1 or self.rows == 1]
+        return cut(order, self.batch_size, self.devices) or [order.tolist()]
 
 
 class _Numbered(Dataset[Any]):
@@ -287,16 +287,14 @@ def train_base(
     if resident is None:
         assert part.split is not None
         workers, decode = settings.workers, Indexed(part.split, read_random_crop)
-    order = _Order(len(part.labels), settings.batch_size)
+    order = _Order(len(part.labels), settings.batch_size, settings.devices)
     loader = KeyedLoader(decode, seed=settings.seed, order=order, num_workers=workers)
-    passes = len(loader) * settings.epochs if settings.epochs is not None else math.inf
-    steps = int(min(passes, settings.steps if settings.steps is not None else math.inf))
     module = BaseSessionModule(
         None if base.backbone is not None and base.backbone.frozen else base.backbone,
         base.projector,
         base.head,
         settings.base,
-        steps=steps,
+        steps=settings.total_steps(loader.batches),
         statistics=base.statistics,
         resident=resident,
         beside=base.beside,
