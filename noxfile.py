@@ -99,6 +99,11 @@ def install(session: nox.Session, *names: str, extras: str = "", group: bool = F
     session.install("--no-sources", *sources, *groups, *refresh, *resolution, env=UV)
 
 
+# The same examples in every run; the weekly run of `tests` draws others (`-- --hypothesis-seed=random`).
+SEED = "--hypothesis-seed=0"
+QUICK = ("-m", "not slow and not gpu", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", SEED)
+
+
 def pytest(session: nox.Session, *arguments: str, no_tests_is_fine: bool = False) -> None:
     """pytest from the root; exit code 5 says that no test was selected."""
     session.run("pytest", *arguments, *session.posargs, success_codes=[0, 5] if no_tests_is_fine else [0])
@@ -108,8 +113,7 @@ def quick_tests(session: nox.Session, name: str) -> None:
     """A distribution's tests but the slow ones, file by file on all cores, each process with one thread."""
     session.install(SPREADER, env=UV)
     session.env["OMP_NUM_THREADS"] = "1"
-    spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
-    pytest(session, str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu", *spread)
+    pytest(session, str(PROJECTS[name] / "tests"), *QUICK)
 
 
 @nox.session
@@ -137,7 +141,7 @@ def contracts(session: nox.Session, names: list[str]) -> None:
     install(session, *names, group=True)
     session.install("hatchling", env=UV)
     session.env["TENFOLD_DISTRIBUTIONS"] = ",".join(names)
-    pytest(session, "tests")
+    pytest(session, "tests", SEED)
 
 
 @nox.session
@@ -173,6 +177,22 @@ def gpu(session: nox.Session, name: str) -> None:
     """Tests that need a GPU, for a machine that has one."""
     install(session, name, group=True)
     pytest(session, str(PROJECTS[name] / "tests"), "-m", "gpu", no_tests_is_fine=True)
+
+
+@nox.session
+@each_project
+def coverage(session: nox.Session, name: str) -> None:
+    """Lines that the quick tests run, at least 95 % of a distribution's own; the list of the others is printed."""
+    install(session, name, group=True)
+    session.install("coverage>=7.10.3", SPREADER, env=UV)
+    package = "tenfold" if name == "tenfold" else PROJECTS[name].name
+    session.env.update(
+        {"OMP_NUM_THREADS": "1", "COVERAGE_FILE": str(Path(session.create_tmp()).absolute() / "coverage")}
+    )
+    how = ["--rcfile=pyproject.toml", f"--source={package}"]
+    session.run("coverage", "run", *how, "-m", "pytest", str(PROJECTS[name] / "tests"), *QUICK, *session.posargs)
+    session.run("coverage", "combine", "--rcfile=pyproject.toml", "--quiet")
+    session.run("coverage", "report", "--rcfile=pyproject.toml", "--fail-under=95")
 
 
 @nox.session
@@ -324,8 +344,7 @@ def release(session: nox.Session, name: str) -> None:
         session.run(*put, *resolved, external=True, env=UV)
         session.run(*put, SPREADER, external=True, env=UV)
         session.env["OMP_NUM_THREADS"] = "1"
-        tests = [str(PROJECTS[name] / "tests"), "-m", "not slow and not gpu", "-n", "auto", "--maxprocesses", "4"]
-        session.run(str(folder / "bin/python"), "-m", "pytest", *tests, "--dist", "loadfile", external=True)
+        session.run(str(folder / "bin/python"), "-m", "pytest", str(PROJECTS[name] / "tests"), *QUICK, external=True)
     side_by_side(session, name, wheel, tmp)
     session.log(f"{name} {version_of(name)} can be released: {', '.join(sorted(file.name for file in out.iterdir()))}")
 

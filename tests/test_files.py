@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+import tomllib
 import sys
 import zipfile
 
@@ -52,6 +53,14 @@ def test_the_metadata_is_whole(distribution):
 def test_the_changelog_has_this_version(distribution):
     changelog = (distribution.folder / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(distribution.module.__version__)}\b", changelog, re.MULTILINE)
+
+
+def test_the_index_shows_paper_license_and_what_it_is_for(distribution):
+    project = tomllib.loads((distribution.folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["license"] == "Apache-2.0"
+    assert any(each.startswith("Topic :: ") for each in project["classifiers"])
+    if distribution.is_package:
+        assert project["urls"]["Paper"].startswith("https://arxiv.org/abs/")
 
 
 def test_the_readme_has_its_sections(package):
