@@ -3,8 +3,8 @@
 import importlib.util
 import re
 import subprocess
-import tomllib
 import sys
+import tomllib
 import zipfile
 
 import pytest
