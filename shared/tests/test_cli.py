@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import signal
 import sys
 import warnings
 from types import ModuleType
@@ -61,6 +62,11 @@ def run(settings, invocation):
         raise RuntimeError("a fault of ours")
     if settings.data == "interrupt":
         raise KeyboardInterrupt
+    if settings.data == "swallowed":  # as a loop in C does that asks Python for a length
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
     if settings.data == "extra":
         needs("no_such_module", "demo")
     if settings.data == "warn":
@@ -231,6 +237,13 @@ def test_a_warning_is_one_line_and_comes_once(capsys):
 
 def test_an_interrupt_is_130():
     assert APP.main(["inspect", "--data", "interrupt"]) == 130
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_is_130_without_a_traceback(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert APP.main(["inspect", "--data", "swallowed"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_help_lists_verbs_and_options_with_their_descriptions(capsys):

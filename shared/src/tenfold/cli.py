@@ -16,13 +16,16 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -36,6 +39,25 @@ if typing.TYPE_CHECKING:
 
 T = TypeVar("T")
 _LEVELS = ("quick", "full")
+
+
+@contextlib.contextmanager
+def _noting_interrupt(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is remembered."""
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not plain or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +129,9 @@ class App:
         """
         words = list(sys.argv[1:] if argv is None else argv)
         running = RUNNING.set(self.dist)
+        interrupted = threading.Event()
         try:
-            with warnings.catch_warnings():
+            with _noting_interrupt(interrupted), warnings.catch_warnings():
                 if "--debug" not in words:  # of libraries to their developers, not to the person at the terminal
                     for kind in (FutureWarning, DeprecationWarning, SyntaxWarning):
                         warnings.simplefilter("ignore", kind)
@@ -120,20 +143,25 @@ class App:
             sys.stderr.write(f"{self.dist}: error: {' '.join(str(error).split())}\n")
             return 2
         except KeyboardInterrupt:
-            if "--debug" in words:
-                traceback.print_exc()
-            sys.stderr.write(f"{self.dist}: interrupted\n")
-            return 130
+            return self._interrupted(words)
         except BrokenPipeError:  # the reader of stdout (head, less) has left: nothing is wrong here
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except SystemExit as stop:  # --help and --print_config end inside the parser
             return stop.code if isinstance(stop.code, int) else 0
         except Exception:
+            if interrupted.is_set():  # compiled code may turn a KeyboardInterrupt into an error of its own
+                return self._interrupted(words)
             traceback.print_exc()
             return 1
         finally:
             RUNNING.reset(running)
+
+    def _interrupted(self, words: Sequence[str]) -> int:
+        if "--debug" in words:
+            traceback.print_exc()
+        sys.stderr.write(f"{self.dist}: interrupted\n")
+        return 130
 
     def _one_line(self) -> Callable[..., None]:
         """Writes a warning once, in one line, without its place in the source, of no use to the person at the terminal."""
