@@ -333,15 +333,16 @@ def release(session: nox.Session, name: str) -> None:
     session.run("check-wheel-contents", str(wheel))
     tenfold = wheel if name == "tenfold" else build_into(session, ROOT / PROJECTS["tenfold"], tmp / "tenfold-wheel")
     group = f"--group={PROJECTS[name] / 'pyproject.toml'}:test"
-    wheels = [f"tenfold @ {tenfold.as_uri()}"] if name != "tenfold" else []
-    wheels.append(f"{name}{test_extras(name)} @ {wheel.as_uri()}")
+    folders = [requirement(each, test_extras(name) if each == name else "") for each in {"tenfold", name}]
     for resolution in ("lowest-direct", "highest"):
         folder = tmp / resolution
         session.run("uv", "venv", "--quiet", "--python", session.python or sys.executable, str(folder), external=True)
         put = ["uv", "pip", "install", f"--python={folder / 'bin/python'}"]
         fresh = [f"--reinstall-package={project}" for project in {"tenfold", name}]
-        resolved = ["--no-sources", f"--resolution={resolution}", *wheels, group, *fresh]
+        # uv takes the requirements of a folder as direct ones, those of a wheel not: these come last, without any
+        resolved = ["--no-sources", f"--resolution={resolution}", *folders, group, *fresh]
         session.run(*put, *resolved, external=True, env=UV)
+        session.run(*put, "--no-deps", *{str(tenfold), str(wheel)}, *fresh, external=True, env=UV)
         session.run(*put, SPREADER, external=True, env=UV)
         session.env["OMP_NUM_THREADS"] = "1"
         session.run(str(folder / "bin/python"), "-m", "pytest", str(PROJECTS[name] / "tests"), *QUICK, external=True)
