@@ -353,7 +353,7 @@ def test_one_batch_is_taken_for_one_batch(llama, batches):
     for data in (batches[0], batches[0]["input_ids"], [[batches[0]["input_ids"]]]):
         found = collect_context(llama, data)
         for name in found.targets:  # older transformers attend by another kernel where no cache is declined
-            torch.testing.assert_close(found.covariance(name), expected.covariance(name), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(found.covariance(name), expected.covariance(name), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_longer_than_the_models_positions_are_refused_or_warned_about(llama):
