@@ -43,8 +43,8 @@ def people_and_views(
         )
     world = devices or distributed.world_size()
     if len(found) < people * world:
-        devices = f" on each of {world} devices" if world > 1 else ""
-        raise UserError(f"{len(found)} identities do not fill a batch of --people {people}{devices}: lower --people")
+        each = f" on each of {world} devices" if world > 1 else ""
+        raise UserError(f"{len(found)} identities do not fill a batch of --people {people}{each}: lower --people")
     rows = [np.flatnonzero(index == number) for number in range(len(found))]
 
     def order(generator: torch.Generator) -> list[list[int]]:
