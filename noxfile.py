@@ -182,7 +182,7 @@ def gpu(session: nox.Session, name: str) -> None:
 @nox.session
 @each_project
 def coverage(session: nox.Session, name: str) -> None:
-    """Lines that the quick tests run, at least 95 % of a distribution's own; the list of the others is printed."""
+    """Lines that the quick tests run, at least 95 % of what is not in `commands`; the list of the others is printed."""
     install(session, name, group=True)
     session.install("coverage>=7.10.3", SPREADER, env=UV)
     package = "tenfold" if name == "tenfold" else PROJECTS[name].name
@@ -192,7 +192,9 @@ def coverage(session: nox.Session, name: str) -> None:
     how = ["--rcfile=pyproject.toml", f"--source={package}"]
     session.run("coverage", "run", *how, "-m", "pytest", str(PROJECTS[name] / "tests"), *QUICK, *session.posargs)
     session.run("coverage", "combine", "--rcfile=pyproject.toml", "--quiet")
-    session.run("coverage", "report", "--rcfile=pyproject.toml", "--fail-under=95")
+    session.run("coverage", "report", "--rcfile=pyproject.toml")
+    method = ["--omit=*/commands/*", "--format=total", "--fail-under=95"]  # the verbs are swept, their demos run
+    session.run("coverage", "report", "--rcfile=pyproject.toml", *method)
 
 
 @nox.session
